@@ -1,0 +1,35 @@
+"""tunesmith plans, trains, compresses, serves and measures language models.
+
+The stable Python interface; everything is imported when it is first used, so that `import tunesmith` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "LLM": "tunesmith.engine.llm",
+    "bench": "tunesmith.bench.matrix",
+    "evaluate": "tunesmith.bench.quality",
+    "load_model": "tunesmith.checkpoint.load",
+    "logits": "tunesmith.model.language_model",
+    "train": "tunesmith.train.run",
+    "TunesmithError": "tunesmith.errors",
+}
+__all__ = ["LLM", "TunesmithError", "__version__", "bench", "evaluate", "load_model", "logits", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
+    module = importlib.import_module(_EXPORTS[name])
+    value = getattr(module, name)
+    globals()[name] = value  # once a submodule of the same name is imported it would shadow the function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

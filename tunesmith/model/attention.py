@@ -1,0 +1,100 @@
+"""The seam between the decoder and whoever knows which keys a query may see.
+
+    attend[layer](query_TNH, key_TKH, value_TKH) -> out_TNH
+
+The decoder calls `attend[layer]`; training passes `PackedAttention` (each document sees itself), the inference
+engine passes an object that owns pages. The layer's identity is bound in the object, never an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.arch import ModelConfig
+from tunesmith.model.packed import PackedTokens
+
+AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attend(Protocol):
+    """Attention for every layer of a decoder."""
+
+    def __getitem__(self, layer: int) -> AttendLayer:
+        """The attention of one layer: (query_TNH, key_TKH, value_TKH) -> out_TNH."""
+
+
+def causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Boolean [num_queries, num_keys]: the queries are the last positions; a window counts the query itself."""
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key = torch.arange(num_keys, device=device)[None, :]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
+
+
+def attend_one(query_TNH: Tensor, key_SKH: Tensor, value_SKH: Tensor, window: int | None) -> Tensor:
+    """Causal attention of one document: T queries, the last of S >= T positions. Returns out_TNH."""
+    num_queries, num_heads, _ = query_TNH.shape
+    num_keys, num_kv_heads, _ = key_SKH.shape
+    plain = num_queries == num_keys and (window is None or window >= num_keys)
+    # A lone query sees every key that is in reach, so it needs no mask at all.
+    if num_queries == 1 and window is not None:
+        key_SKH, value_SKH = key_SKH[-window:], value_SKH[-window:]
+    mask = None if plain or num_queries == 1 else causal_mask(num_queries, num_keys, window, query_TNH.device)
+    out = F.scaled_dot_product_attention(
+        query_TNH.transpose(0, 1)[None],
+        key_SKH.transpose(0, 1)[None],
+        value_SKH.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=plain and num_queries > 1,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return out[0].transpose(0, 1)
+
+
+class PackedAttention:
+    """Attention over packed documents: every document sees itself only, causally, within the layer's window."""
+
+    def __init__(self, config: ModelConfig, pack: PackedTokens) -> None:
+        self.config = config
+        self.pack = pack
+
+    def __getitem__(self, layer: int) -> AttendLayer:
+        window = self.config.window(layer)
+
+        def attend(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> Tensor:
+            if query_TNH.is_cuda and query_TNH.dtype in (torch.float16, torch.bfloat16):
+                return _attend_varlen(query_TNH, key_TKH, value_TKH, self.pack, window)
+            return _attend_each(query_TNH, key_TKH, value_TKH, self.pack.lengths, window)
+
+        return attend
+
+
+def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
+    """One document after the other: the reference, and the path of devices without a variable-length kernel."""
+    parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    return torch.cat([attend_one(q, k, v, window) for q, k, v in parts])
+
+
+def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackedTokens, window: int | None) -> Tensor:
+    """FlashAttention's variable-length kernel through torch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    left = -1 if window is None else window - 1
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        pack.boundaries,
+        pack.boundaries,
+        pack.max_length,
+        pack.max_length,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out

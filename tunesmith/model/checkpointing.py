@@ -1,0 +1,38 @@
+"""Gradient checkpointing of one block: recompute its activations in the backward pass instead of holding them.
+
+Source: arXiv 1604.06174, section 4.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# What is dear to recompute: matrix products and attention. The rest (norms, activations, rope) is recomputed.
+DEAR = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._flash_attention_forward.default,
+}
+
+
+def _keep_dear(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run_checkpointed(kind: str, block: nn.Module, hidden_TD: Tensor, *args: Any) -> Tensor:
+    """block(hidden, *args), holding everything ("none"), only its input ("block"), or also its products ("selective")."""
+    if kind == "none" or not torch.is_grad_enabled():
+        return block(hidden_TD, *args)
+    if kind == "block":
+        return checkpoint(block, hidden_TD, *args, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, _keep_dear)
+    return checkpoint(block, hidden_TD, *args, use_reentrant=False, context_fn=contexts)

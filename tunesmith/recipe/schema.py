@@ -1,0 +1,222 @@
+"""The recipe's schema, version 1. Every key has its meaning and unit in `description`: `tunesmith recipe schema` prints it.
+
+Values of "auto" are resolved once (by `recipe.resolve` and by the train station), into a new object that is
+written to the run directory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+VERSION = 1
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and closed to keys it doesn't know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=False)
+
+
+class ModelSection(Section):
+    path: str = Field(
+        "builtin:tiny",
+        description="a model directory, builtin:tiny, a Hub id, or a config.json's directory when weights is 'random'",
+    )
+    backend: Literal["auto", "native", "transformers"] = Field(
+        "auto", description="auto: native where the family is known, else transformers, announced and recorded"
+    )
+    weights: Literal["checkpoint", "random"] = Field(
+        "checkpoint",
+        description="random: initialised on the device from the configuration (pre-training, or speed and memory runs)",
+    )
+    dtype: DType = Field(
+        "auto",
+        description="dtype the weights are held in; auto: the checkpoint's for frozen weights, float32 for trained ones unless train.precision is pure bfloat16",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    revision: str | None = Field(None, description="Hub revision: a branch, tag or commit")
+
+
+class MethodSection(Section):
+    kind: Literal["full", "freeze", "lora", "qlora"] = Field(
+        "lora",
+        description="full: all weights; freeze: only `trainable`; lora: adapters on a frozen base; qlora: adapters on an NF4 base",
+    )
+    rank: PositiveInt = Field(16, description="LoRA rank R")
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        32.0, description="LoRA alpha; the update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the adapter's input")
+    targets: list[str] | Literal["all"] = Field(
+        "all",
+        description="projections that get adapters, as PEFT names them; all: every linear of the blocks but routers",
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
+    dora: bool = Field(False, description="DoRA: magnitude and direction apart")
+    double_quantisation: bool = Field(True, description="qlora: quantise the scales too")
+    trainable: list[str] = Field(
+        default_factory=list,
+        description="freeze: what stays trainable: last:N (blocks), first:N, head, embedding, norms",
+    )
+    adapter: str | None = Field(None, description="an adapter directory to continue from (PEFT's format)")
+
+
+class DataSection(Section):
+    train: list[str] = Field(
+        default_factory=list, description="files, folders, builtin:shop, builtin:probe, or Hub dataset ids"
+    )
+    validation: list[str] = Field(
+        default_factory=list, description="as train; empty: validation_fraction is split off the training data"
+    )
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="share of the rows kept for validation when no validation file is named; 0: none"
+    )
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "text", "preference", "tokens"] = Field(
+        "auto",
+        description="row format; auto: detected from the first rows and shown; tokens: random token ids (speed runs)",
+    )
+    encoding: str = Field("utf-8", description="text encoding of the files (a UTF-8 byte-order mark is accepted)")
+    bad_rows: Literal["stop", "skip"] = Field(
+        "stop", description="stop: an error with file and line; skip: count and report them"
+    )
+    max_rows: PositiveInt | None = Field(None, description="read at most so many rows")
+    system: str | None = Field(None, description="system message put before every conversation that has none")
+    chat_template: str | None = Field(None, description="a Jinja file instead of the tokenizer's own template")
+    template_arguments: dict[str, Any] = Field(
+        default_factory=dict, description="switches passed to the template, such as enable_thinking"
+    )
+    max_length: PositiveInt = Field(1024, description="tokens a document may have")
+    too_long: Literal["truncate", "skip", "stop"] = Field(
+        "truncate", description="a document over max_length: cut its end, leave it out (counted), or stop"
+    )
+    packing: bool = Field(
+        True,
+        description="true: documents fill a micro-batch end to end; false: each takes a slot of max_length, the rest untrained filler",
+    )
+    train_on: Literal["answers", "all"] = Field(
+        "answers", description="tokens in the loss: the assistant's (end of turn included), or all but the first"
+    )
+    workers: NonNegativeInt | None = Field(None, description="tokenisation processes; none: as many as cores")
+    cache: bool = Field(True, description="keep tokenised data in the content-addressed cache")
+
+
+class TrainSection(Section):
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        1.0, description="passes over the training data; ignored when max_steps is set"
+    )
+    max_steps: PositiveInt | None = Field(None, description="optimiser steps")
+    micro_batch_tokens: PositiveInt | None = Field(
+        None,
+        description="T: tokens of one micro-batch (at least data.max_length); none: max_length rounded up to hold 2048 on a CPU, 8192 on a GPU",
+    )
+    accumulation: PositiveInt = Field(1, description="micro-batches of one optimiser step")
+    learning_rate: NonNegativeFloat = Field(2e-4, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
+    warmup_ratio: Ratio = Field(0.03, description="share of the steps spent warming up")
+    min_learning_rate_ratio: Ratio = Field(0.0, description="the schedule's end as a share of the peak")
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
+        "adamw", description="adamw: torch's, fused where it can be; adamw8bit: block-wise 8-bit states"
+    )
+    beta1: Ratio = 0.9
+    beta2: Ratio = 0.999
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="gradient clipping by global norm; 0: none")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="compute dtype: auto is bfloat16 where the device has it, else float32; float16 uses dynamic loss scaling",
+    )
+    master_weights: Literal["auto", "float32", "compute"] = Field(
+        "auto",
+        description="dtype of trained weights and their states; compute: as precision (pure bfloat16); auto: float32",
+    )
+    checkpointing: Literal["none", "block", "selective"] = Field(
+        "none",
+        description="gradient checkpointing: hold everything, recompute every block, or recompute all but products and attention",
+    )
+    neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
+    loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
+    seed: NonNegativeInt = 0
+    deterministic: bool = Field(False, description="deterministic kernels on a GPU (a CPU always is)")
+    detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
+
+
+class EvaluationSection(Section):
+    every_steps: PositiveInt | None = Field(
+        None, description="validate every so many steps; none: once an epoch and at the end"
+    )
+    max_batches: PositiveInt | None = Field(None, description="at most so many validation micro-batches")
+
+
+class CheckpointSection(Section):
+    every_steps: PositiveInt | None = Field(None, description="save every so many steps; none: at the end only")
+    every_minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="and at least every so many minutes")
+    keep: PositiveInt = Field(2, description="checkpoints kept")
+
+
+class LogSection(Section):
+    every_steps: PositiveInt = 1
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "swanlab"]] = Field(
+        default_factory=lambda: ["tensorboard"],
+        description="besides metrics.jsonl, which is always written; TensorBoard is left out, and said so, where not installed",
+    )
+    project: str = Field("tunesmith", description="project name for the trackers")
+
+
+class BenchSection(Section):
+    matrix: Literal["methods", "ladder", "grid"] = Field(
+        "methods",
+        description="methods: full, LoRA, LoRA+GC, QLoRA, QLoRA+GC; ladder: fp32, mixed precision, + checkpointing; grid: the product of `grid`",
+    )
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict, description="dotted recipe keys and their values, for matrix: grid"
+    )
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="per-cell recipe overrides: {full: {train.learning_rate: 1e-5}}"
+    )
+    warmup_steps: NonNegativeInt = Field(3, description="steps left out of the timing")
+    steps: PositiveInt = Field(10, description="timed steps of a cell")
+    repeats: PositiveInt = Field(1, description="times each cell runs, in shuffled order")
+    count_memory: bool = Field(True, description="on a CPU: a separate untimed pass that counts live storages")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(
+        3600.0, description="a cell that runs longer is stopped and kept as a failed row"
+    )
+
+
+class Recipe(Section):
+    """Everything a run is made of."""
+
+    version: Literal[1] = Field(1, description="the schema's version")
+    name: str = Field("run", pattern=r"^[^/\\\x00-\x1f]{1,80}$", description="names the run directory")
+    output: str = Field("runs", description="folder that holds run directories")
+    model: ModelSection = Field(default_factory=ModelSection)
+    method: MethodSection = Field(default_factory=MethodSection)
+    data: DataSection = Field(default_factory=DataSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    log: LogSection = Field(default_factory=LogSection)
+    bench: BenchSection = Field(default_factory=BenchSection)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        tokens = self.train.micro_batch_tokens
+        if tokens is not None and tokens < self.data.max_length:
+            raise ValueError(
+                f"train.micro_batch_tokens ({tokens}) must be at least data.max_length ({self.data.max_length}): "
+                f"a document is never cut across micro-batches"
+            )
+        if self.method.kind == "freeze" and not self.method.trainable:
+            raise ValueError("method.kind 'freeze' needs method.trainable, for instance ['last:2', 'head']")
+        if self.method.kind in ("full", "freeze") and self.method.adapter is not None:
+            raise ValueError(f"method.adapter goes with lora or qlora, not with {self.method.kind}")
+        if self.bench.matrix == "grid" and not self.bench.grid:
+            raise ValueError("bench.matrix 'grid' needs bench.grid, for instance {train.checkpointing: [none, block]}")
+        return self
