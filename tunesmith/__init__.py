@@ -12,23 +12,22 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "LLM": "tunesmith.engine.llm",
-    "bench": "tunesmith.bench.matrix",
     "evaluate": "tunesmith.bench.quality",
     "load_model": "tunesmith.checkpoint.load",
     "logits": "tunesmith.model.language_model",
-    "train": "tunesmith.train.run",
     "TunesmithError": "tunesmith.errors",
 }
+_CALLABLE_PACKAGES = ("bench", "train")
 __all__ = ["LLM", "TunesmithError", "__version__", "bench", "evaluate", "load_model", "logits", "train"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE_PACKAGES:
+        return importlib.import_module(f"tunesmith.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")
     module = importlib.import_module(_EXPORTS[name])
-    value = getattr(module, name)
-    globals()[name] = value  # once a submodule of the same name is imported it would shadow the function
-    return value
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -35,8 +35,8 @@ class Attention(nn.Module):
         output = "c_proj" if config.family == "gpt2" else "o_proj"
         self.qkv = Linear(config.hidden_size, parts, config.qkv_bias)
         self.output = Linear(query_size, {output: config.hidden_size}, config.output_bias)
-        self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
-        self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
+        self.q_norm: nn.Module | None = make_norm(config, self.head_dim) if config.qk_norm else None
+        self.k_norm: nn.Module | None = make_norm(config, self.head_dim) if config.qk_norm else None
 
     def forward(self, x_TD: Tensor, rope: Rope, attend: AttendLayer) -> Tensor:
         query, key, value = self.project(x_TD, rope)

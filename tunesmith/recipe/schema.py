@@ -15,6 +15,7 @@ PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -163,8 +164,8 @@ class CheckpointSection(Section):
 
 class LogSection(Section):
     every_steps: PositiveInt = 1
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "swanlab"]] = Field(
-        default_factory=lambda: ["tensorboard"],
+    trackers: list[Tracker] = Field(
+        default=["tensorboard"],
         description="besides metrics.jsonl, which is always written; TensorBoard is left out, and said so, where not installed",
     )
     project: str = Field("tunesmith", description="project name for the trackers")
