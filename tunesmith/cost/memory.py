@@ -1,0 +1,82 @@
+"""Bytes of what training holds from step to step, by owner: weights, adapters, gradients, optimiser states.
+
+Activations are not here: they depend on kernels and are measured (`bench`) or predicted (`plan`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from tunesmith.arch import ModelConfig
+from tunesmith.cost.params import adapter_parameters, count_parameters, trained_base_parameters
+from tunesmith.cost.shapes import Method, linears
+from tunesmith.formats import FORMATS
+from tunesmith.units import ceil_div
+
+Optimizer = Literal["adamw", "adamw8bit", "sgd"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+BLOCK_SIZE = 256  # values that share one scale in 8-bit optimiser states
+
+
+@dataclass(frozen=True)
+class OwnerBytes:
+    """Bytes by owner."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All owners together."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def state_bytes(
+    config: ModelConfig,
+    method: Method,
+    *,
+    weight_dtype: DTypeName,
+    master_dtype: DTypeName = "float32",
+    optimizer: Optimizer = "adamw",
+) -> OwnerBytes:
+    """Bytes of weights, adapters, gradients and optimiser states.
+
+    Args: `weight_dtype` holds frozen weights, `master_dtype` trained ones, their gradients and AdamW's two moments.
+    """
+    master = FORMATS[master_dtype].bytes_for(1)
+    adapters = adapter_parameters(config, method)
+    trained = trained_base_parameters(config, method)
+    return OwnerBytes(
+        weights=frozen_weight_bytes(config, method, weight_dtype) + trained * master,
+        adapters=adapters * master,
+        gradients=(adapters + trained) * master,
+        optimizer=optimizer_bytes(adapters + trained, optimizer, master),
+    )
+
+
+def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DTypeName) -> int:
+    """Bytes of the weights that are not trained; with qlora the blocks' linears are NF4, each fused weight by itself."""
+    frozen = count_parameters(config).total - trained_base_parameters(config, method)
+    width = FORMATS[weight_dtype].bytes_for(1)
+    if method.kind != "qlora":
+        return frozen * width
+    quantised = [linear for linear in linears(config) if linear.owner != "router"]
+    nf4 = FORMATS["nf4-double" if method.double_quantisation else "nf4"]
+    rest = frozen - sum(linear.copies * linear.weight_size for linear in quantised)
+    return rest * width + sum(linear.copies * nf4.bytes_for(linear.weight_size) for linear in quantised)
+
+
+def optimizer_bytes(num_trained: int, optimizer: Optimizer, width: int) -> int:
+    """Bytes of the optimiser's states: two moments for AdamW, none for plain SGD.
+
+    8-bit AdamW holds a byte for each moment and value, and a float32 scale for every block of values
+    (as if all trained values were one tensor: a tensor that ends inside a block adds one scale).
+    """
+    if optimizer == "sgd":
+        return 0
+    if optimizer == "adamw":
+        return 2 * num_trained * width
+    return 2 * (num_trained + 4 * ceil_div(num_trained, BLOCK_SIZE))
