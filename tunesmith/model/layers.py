@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -75,6 +75,18 @@ class Linear(nn.Module):
         """The rows of the fused weight that belong to one projection."""
         return part_rows(self.parts, part)
 
+    @torch.no_grad()
+    def load_part(self, part: str, weight_FD: Tensor, bias_F: Tensor | None = None) -> None:
+        """Take over one projection's weight (and bias), converted to the dtype and device held here."""
+        rows = self.rows(part)
+        self.weight[rows].copy_(weight_FD)
+        if bias_F is not None and self.bias is not None:
+            self.bias[rows].copy_(bias_F)
+
+    def part_weight(self, part: str) -> Tensor:
+        """weight_FD of one projection (a view)."""
+        return self.weight[self.rows(part)]
+
     def forward(self, x_TD: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
         return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
@@ -123,7 +135,7 @@ def apply_rope(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_TNH * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,

@@ -1,0 +1,1 @@
+"""Checkpoints: Hugging Face directories in and out, adapters, and the complete training state."""

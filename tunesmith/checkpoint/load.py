@@ -1,0 +1,273 @@
+"""Models in: from a Hugging Face directory, or random weights made on the device.
+
+A decoder is built on the meta device, quantised there if asked, given storage, and filled one projection at a time:
+there is never more than the weights and one projection.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.arch import ModelConfig, read_config
+from tunesmith.checkpoint.files import WeightFiles
+from tunesmith.checkpoint.names import LAYOUTS, TensorName, tensor_names
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.errors import ModelError, UnsupportedModelError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.recipe.schema import ModelSection
+
+Quantize = Literal["nf4", "nf4-double"]
+Progress = Callable[[int, int], None]
+Backend = Literal["auto", "native", "transformers"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_log = logging.getLogger(__name__)
+
+
+def load_model(
+    path_or_id: str | Path,
+    adapter: str | Path | None = None,
+    quantize: Quantize | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    backend: Backend = "auto",
+    weights: Literal["checkpoint", "random"] = "checkpoint",
+    seed: int = 0,
+    revision: str | None = None,
+) -> LanguageModel:
+    """A language model in evaluation mode.
+
+    Args:
+        path_or_id: a model directory, `builtin:tiny`, or a Hub id.
+        adapter: an adapter directory in PEFT's format, put on top.
+        quantize: hold the linears of the blocks in NF4, the scales too with "nf4-double".
+        dtype: "auto" is the checkpoint's.
+        device: "auto" is the GPU where there is one.
+    Raises: ModelError, AdapterError or DeviceError.
+    """
+    from tunesmith.hardware import pick_device
+
+    section = ModelSection(path=str(path_or_id), backend=backend, weights=weights, revision=revision)
+    model = load_language_model(
+        section, quantize=quantize, dtype=_dtype(dtype), device=torch.device(pick_device(str(device))), seed=seed
+    )
+    if adapter is not None:
+        from tunesmith.checkpoint.adapter import load_adapter
+
+        load_adapter(model, Path(adapter))
+    return model.eval()
+
+
+def load_language_model(
+    model: ModelSection,
+    *,
+    quantize: Quantize | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """The model of a recipe, on the native decoder, or on transformers where the family is not known natively.
+
+    The choice is announced by a warning, and recorded in the model's `backend`.
+    """
+    directory = resolve_model(model.path, model.revision)
+    try:
+        if model.backend == "transformers":
+            raise UnsupportedModelError("model.backend is 'transformers'")
+        return load_decoder(
+            directory,
+            device=device,
+            dtype=dtype,
+            weights=model.weights,
+            quantize=quantize,
+            seed=seed,
+            progress=progress,
+        )
+    except UnsupportedModelError as reason:
+        if model.backend == "native":
+            raise
+        if model.backend == "auto":
+            _log.warning("%s: running it through the transformers backend", reason)
+    from tunesmith.model.transformers_backend import TransformersModel
+
+    return TransformersModel.load(
+        directory, device=device, dtype=dtype, weights=model.weights, quantize=quantize, seed=seed
+    )
+
+
+def load_decoder(
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: Literal["checkpoint", "random"] = "checkpoint",
+    quantize: Quantize | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The native decoder of a model directory, its weights in `dtype` (None: the checkpoint's) on `device`.
+
+    Random weights are normal(0, initializer_range), drawn on the device. `progress(done, total)` counts tensors.
+    Raises: ModelError for tensors that are missing, unexpected or of another shape; UnsupportedModelError for a family
+    or a quantisation that the decoder does not have.
+    """
+    config = read_config(directory)
+    method = _stored_quantisation(config)
+    if weights == "random":
+        source: Source = RandomWeights(config, dtype or _config_dtype(config), device, seed)
+    elif method is not None:
+        source = _quantised_source(directory, config, method, dtype, device)
+    else:
+        source = CheckpointWeights(directory, config, device)
+    return fill_decoder(config, source, dtype or source.dtype, device, quantize, progress)
+
+
+def fill_decoder(
+    config: ModelConfig,
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: Quantize | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """A decoder in `dtype` on `device`, filled from `source` one projection at a time."""
+    with torch.device("meta"):
+        decoder = Decoder(config).to(dtype)
+    wanted = list(tensor_names(decoder))
+    source.check(wanted)
+    if quantize is not None:
+        from tunesmith.model.quant import quantise_linears
+
+        quantise_linears(decoder, quantize == "nf4-double")
+    decoder.to_empty(device=device)
+    done = 0
+    for (path, part), group in groupby(wanted, key=lambda item: (item.module, item.part)):
+        tensors = {item.kind: source.read(item) for item in group}
+        _put(decoder.get_submodule(path), part, tensors)
+        done += len(tensors)
+        if progress is not None:
+            progress(done, len(wanted))
+    return decoder
+
+
+@torch.no_grad()
+def _put(module: nn.Module, part: str | None, tensors: Mapping[Literal["weight", "bias"], Tensor]) -> None:
+    if part is not None:
+        cast(Any, module).load_part(part, tensors["weight"], tensors.get("bias"))
+        return
+    for kind, tensor in tensors.items():
+        getattr(module, kind).copy_(tensor)
+
+
+class CheckpointWeights:
+    """The tensors of a Hugging Face directory, by our names."""
+
+    def __init__(self, directory: Path, config: ModelConfig, device: torch.device | str) -> None:
+        self.files = WeightFiles(directory, device)
+        self.config = config
+        self.layout = LAYOUTS[config.family]
+        self._stored = {self._canonical(name): name for name in self.files.names()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding."""
+        name = self._stored[f"{self.layout.top['embedding']}.weight"]
+        dtype = self.files.dtype(name)
+        if dtype is None:
+            raise UnsupportedModelError(f"{name} of {self.files.directory} is not in a floating-point dtype")
+        return dtype
+
+    def check(self, wanted: list[TensorName]) -> None:
+        """Refuse a checkpoint that does not fit, naming the tensors."""
+        expected = {item.name: item for item in wanted}
+        directory = self.files.directory
+        _refuse(directory, "lacks tensors", sorted(set(expected) - set(self._stored)))
+        _refuse(directory, "has unexpected tensors", sorted(self._unexpected(set(expected))))
+        wrong = [
+            f"{name} {self.files.shape(self._stored[name])} instead of {item.shape}"
+            for name, item in expected.items()
+            if self.files.shape(self._stored[name]) != item.shape
+        ]
+        _refuse(directory, "has tensors whose shape does not fit config.json", wrong)
+
+    def read(self, item: TensorName) -> Tensor:
+        """The tensor as [out, in], on the device, in the file's dtype."""
+        tensor = self.files.read(self._stored[item.name])
+        return tensor.t() if item.transposed else tensor
+
+    def _canonical(self, name: str) -> str:
+        """The name with the prefix that a bare base model leaves out."""
+        bare = not name.startswith(self.layout.prefix) and not name.startswith("lm_head.")
+        return self.layout.prefix + name if bare else name
+
+    def _unexpected(self, expected: set[str]) -> Iterator[str]:
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        for canonical, name in self._stored.items():
+            if canonical not in expected | tied and not re.search(self.layout.ignored, canonical):
+                yield name
+
+
+class RandomWeights:
+    """Weights drawn on the device: normal(0, initializer_range), norms 1, biases 0."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
+        self.dtype = dtype
+        self.std = config.initializer_range
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def check(self, wanted: list[TensorName]) -> None:
+        """Random weights fit any decoder."""
+
+    def read(self, item: TensorName) -> Tensor:
+        """A fresh tensor as [out, in]."""
+        shape = tuple(reversed(item.shape)) if item.transposed else item.shape
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
+        if item.kind == "bias":
+            return tensor.zero_()
+        if item.part is None and len(shape) == 1:
+            return tensor.fill_(1.0)
+        return tensor.normal_(0.0, self.std, generator=self.generator)
+
+
+Source = CheckpointWeights | RandomWeights
+
+
+def _refuse(directory: Path, problem: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise ModelError(f"the checkpoint in {directory} {problem}: {shown}")
+
+
+def _stored_quantisation(config: ModelConfig) -> str | None:
+    """How the checkpoint itself is quantised, None when it is not."""
+    section = config.raw.get("quantization_config")
+    return None if not section else str(section.get("quant_method", "unknown"))
+
+
+def _quantised_source(
+    directory: Path, config: ModelConfig, method: str, dtype: torch.dtype | None, device: torch.device | str
+) -> Source:
+    raise UnsupportedModelError(
+        f"{directory} is quantised with {method!r}; natively only bitsandbytes' 4-bit checkpoints are read"
+    )
+
+
+def _config_dtype(config: ModelConfig) -> torch.dtype:
+    return DTYPES.get(str(config.raw.get("dtype") or config.raw.get("torch_dtype")), torch.float32)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return None if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]

@@ -1,0 +1,73 @@
+"""Where a model lives: a directory, the embedded default, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import tunesmith
+from tunesmith.errors import ModelError, nearest
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Never pickle: what may execute code is not even downloaded.
+_HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "*.txt",
+    "*.tiktoken",
+]
+BUILTIN = "builtin:"
+
+
+def resolve_model(path: str, revision: str | None = None) -> Path:
+    """The directory of a model: a path, `builtin:NAME`, or a Hub id such as `Qwen/Qwen2.5-0.5B` (downloaded once).
+
+    Raises: ModelError when there is no such model, or it can't be downloaded.
+    """
+    if path.startswith(BUILTIN):
+        return _builtin(path.removeprefix(BUILTIN))
+    directory = Path(path).expanduser()
+    if directory.exists():
+        return _local(directory, revision)
+    if _HUB_ID.fullmatch(path):
+        return _download(path, revision)
+    raise ModelError(
+        f"there is no model directory {path!r}: name a directory, {BUILTIN}tiny, or a Hub id like org/name"
+    )
+
+
+def _builtin(name: str) -> Path:
+    root = Path(tunesmith.__file__).parent / "models"
+    directory = root / name
+    if (directory / "config.json").is_file() and directory.parent == root:
+        return directory
+    known = sorted(p.parent.name for p in root.glob("*/config.json"))
+    raise ModelError(
+        f"there is no embedded model {BUILTIN}{name}{nearest(name, known)} "
+        f"(embedded in this installation: {', '.join(known) or 'none'})"
+    )
+
+
+def _local(directory: Path, revision: str | None) -> Path:
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is a file: name the directory that holds config.json and *.safetensors")
+    if revision is not None:
+        raise ModelError(f"model.revision {revision!r} goes with a Hub id; {directory} is a local directory")
+    return directory
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{repo!r} is no local directory, and it can't be had from the Hub: {reason}. "
+            f"Check the name, or download it elsewhere and name its directory"
+        ) from error
