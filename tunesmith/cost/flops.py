@@ -2,7 +2,8 @@
 
 A product with a weight costs 2 operations per weight and token forward, 2 more where its input needs a gradient
 and 2 more where it is trained itself: 4 for a frozen weight in the gradient's way, 6 for a trained one.
-Attention is causal: position i sees min(i, window) positions. Model FLOPs, which MFU is made of, leave recomputation out.
+Attention is causal: position i sees min(i, window) positions. Model FLOPs, which MFU is made of, leave recomputation
+out.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _norms_reach(parts: TrainedParts, layer: int) -> bool:
 
 
 class _Block:
-    """One block's operations; `reached` tells whether what it is given, then whether what it returns, needs a gradient."""
+    """One block's operations; `reached`: whether what it is given, and then what it returns, needs a gradient."""
 
     def __init__(
         self, config: ModelConfig, method: Method, layer: int, length: int, trained: bool, reached: bool

@@ -58,7 +58,7 @@ def state_bytes(
 
 
 def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DTypeName) -> int:
-    """Bytes of the weights that are not trained; with qlora the blocks' linears are NF4, each fused weight by itself."""
+    """Bytes of the weights that are not trained; with qlora each fused weight of the blocks is NF4."""
     frozen = count_parameters(config).total - trained_base_parameters(config, method)
     width = FORMATS[weight_dtype].bytes_for(1)
     if method.kind != "qlora":

@@ -1,0 +1,55 @@
+"""Bytes by owner against sums written out by hand."""
+
+from __future__ import annotations
+
+from tunesmith.arch import config_from_dict
+from tunesmith.cost.memory import optimizer_bytes, state_bytes
+from tunesmith.cost.params import adapter_parameters, count_parameters
+from tunesmith.cost.shapes import MethodShape, linears
+
+CONFIG = config_from_dict(
+    {
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+)
+TOTAL = count_parameters(CONFIG).total
+
+
+def test_full_in_float32_is_sixteen_bytes_a_parameter() -> None:
+    owned = state_bytes(CONFIG, MethodShape("full"), weight_dtype="float32")
+    assert (owned.weights, owned.adapters, owned.gradients, owned.optimizer) == (4 * TOTAL, 0, 4 * TOTAL, 8 * TOTAL)
+    assert owned.total == 16 * TOTAL
+
+
+def test_pure_bfloat16_is_eight_bytes_a_parameter() -> None:
+    owned = state_bytes(CONFIG, MethodShape("full"), weight_dtype="bfloat16", master_dtype="bfloat16")
+    assert owned.total == 8 * TOTAL
+
+
+def test_lora_holds_frozen_weights_once() -> None:
+    method = MethodShape("lora", rank=4)
+    adapters = adapter_parameters(CONFIG, method)
+    owned = state_bytes(CONFIG, method, weight_dtype="bfloat16")
+    assert owned.weights == 2 * TOTAL
+    assert (owned.adapters, owned.gradients, owned.optimizer) == (4 * adapters, 4 * adapters, 8 * adapters)
+
+
+def test_nf4_is_half_a_byte_and_its_scales() -> None:
+    quantised = [linear.weight_size for linear in linears(CONFIG)]
+    rest = 2 * (TOTAL - sum(quantised))
+    plain = state_bytes(CONFIG, MethodShape("qlora", double_quantisation=False), weight_dtype="bfloat16")
+    assert plain.weights == rest + sum(size // 2 + size // 64 * 4 for size in quantised)
+    double = state_bytes(CONFIG, MethodShape("qlora"), weight_dtype="bfloat16")
+    assert double.weights == rest + sum(size // 2 + size // 64 + 4 * -(-size // 64 // 256) + 4 for size in quantised)
+
+
+def test_optimizer_states() -> None:
+    assert optimizer_bytes(1000, "adamw", 4) == 8000
+    assert optimizer_bytes(1000, "adamw8bit", 4) == 2 * (1000 + 4 * 4)
+    assert optimizer_bytes(1000, "sgd", 4) == 0
