@@ -1,0 +1,257 @@
+"""`tunesmith.LLM`: generate, chat and stream with any model, run directory, or a model that is being trained."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from tunesmith.checkpoint.load import load_model
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.progress import GenerationProgress
+from tunesmith.engine.request import Completion, SamplingParams
+from tunesmith.engine.runner import NativeRunner, Runner, TransformersRunner
+from tunesmith.engine.source import ModelSource, find_source
+from tunesmith.errors import RequestError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.text.chat import render
+from tunesmith.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model with its tokenizer, ready to answer.
+
+    Args:
+        model: a model directory, a Hub id, `builtin:tiny`, a run directory of `tunesmith train`, or a loaded model
+            (also one that is training: it is sampled as it stands, in evaluation mode, and left as it was).
+        adapter: an adapter directory (or the run it came from), put on top of `model`.
+        quantize: "nf4" or "nf4-double"; None: as stored, or as the run was trained.
+        max_model_len: tokens of context, prompt and answer together; None: what the model was made for.
+        max_running: requests that share a forward pass.
+        tokenizer: for a loaded model: its tokenizer, or the directory of one. Without it only token ids go in and out.
+    Raises: ModelError, AdapterError, DeviceError, RunDirError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LanguageModel,
+        *,
+        adapter: str | Path | None = None,
+        quantize: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        backend: str = "auto",
+        revision: str | None = None,
+        max_model_len: int | None = None,
+        max_running: int = 1,
+        tokenizer: Tokenizer | str | Path | None = None,
+    ) -> None:
+        self.template_arguments: Mapping[str, Any] = {}
+        if isinstance(model, str | Path):
+            source = find_source(str(model), adapter, quantize, revision)
+            self.template_arguments = source.template_arguments or {}
+            self.model = _load(source, dtype, device, backend)
+            tokenizer = tokenizer or source.tokenizer or resolve_model(source.path, source.revision)
+        else:
+            if adapter is not None or quantize is not None:
+                raise RequestError("adapter and quantize go with a model's path; a loaded model is taken as it stands")
+            self.model = model
+        self.tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+        self.runner = make_runner(self.model, max_model_len, max_running)
+        self.engine = Engine(
+            self.runner,
+            stop_ids=_stop_ids(self.model, self.tokenizer),
+            make_decoder=None if self.tokenizer is None else self._make_decoder,
+            max_running=max_running,
+        )
+
+    def _make_decoder(self) -> StreamDecoder:
+        return StreamDecoder(self._tokenizer())
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("this model was given without a tokenizer: pass token ids, or LLM(model, tokenizer=...)")
+        return self.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of context, prompt and answer together."""
+        return self.runner.max_model_len
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can turn messages into a prompt."""
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt: a text is tokenised, ids are checked against the vocabulary."""
+        if isinstance(prompt, str):
+            return list(self._tokenizer().encode(prompt))
+        vocab_size = _vocab_size(self.model)
+        wrong = next((t for t in prompt if not isinstance(t, int) or not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"token ids must be integers from 0 to {vocab_size - 1}, got {wrong!r}")
+        return list(prompt)
+
+    def encode_messages(self, messages: Messages, **template_arguments: Any) -> list[int]:
+        """The token ids of a conversation, up to where the assistant begins to speak."""
+        arguments = {**self.template_arguments, **template_arguments}
+        text = render(self._tokenizer(), messages, add_generation_prompt=True, **arguments)
+        return list(self._tokenizer().encode(text))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """One completion per prompt, in order.
+
+        Args:
+            prompts: one text, or several texts or lists of token ids.
+            options: fields of SamplingParams (max_tokens=64, temperature=0.7, ...).
+            progress: a bar on stderr; None: for several prompts when stderr is a terminal.
+        Raises: RequestError, before anything runs, for a prompt or option that can't be served.
+        """
+        params = _params(params, options)
+        ids = [self.encode(prompt) for prompt in _as_list(prompts)]
+        shown = len(ids) > 1 and sys.stderr.isatty() if progress is None else progress
+        submitted: list[int] = []
+        try:
+            for prompt_ids in ids:
+                submitted.append(self.engine.submit(prompt_ids, params))
+            with GenerationProgress(len(ids), shown) as bar:
+                done = self._run(submitted, bar)
+        finally:
+            for request_id in submitted:
+                self.engine.abort(request_id)
+        return [done[request_id] for request_id in submitted]
+
+    def _run(self, submitted: Sequence[int], bar: GenerationProgress) -> dict[int, Completion]:
+        done: dict[int, Completion] = {}
+        while len(done) < len(submitted):
+            outputs = self.engine.collect(submitted)
+            finished = {o.request_id: o.completion for o in outputs if o.completion is not None}
+            done.update(finished)
+            bar.advance(len(finished), len(outputs))
+        return done
+
+    def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> Completion:
+        """The assistant's answer to a conversation. Options as for `generate`."""
+        return self.generate([self.encode_messages(messages)], params, progress=False, **options)[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> TextStream:
+        """The answer's text, piece by piece; joined, the pieces are exactly the completion's text."""
+        return TextStream(self.engine, self.engine.submit(self.encode(prompt), _params(params, options)))
+
+    def stream_chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> TextStream:
+        """The assistant's answer, piece by piece."""
+        return self.stream(self.encode_messages(messages), params, **options)
+
+
+class TextStream(Iterator[str]):
+    """Pieces of whole characters. `completion` is there once the answer has ended; `close` aborts it and frees its pages."""
+
+    def __init__(self, engine: Engine, request_id: int) -> None:
+        self.engine = engine
+        self.request_id = request_id
+        self.completion: Completion | None = None
+        self._closed = False
+
+    def __next__(self) -> str:
+        while not self._closed:
+            try:
+                outputs = self.engine.collect([self.request_id])
+            except BaseException:
+                self.close()
+                raise
+            if outputs and outputs[-1].completion is not None:
+                self.completion, self._closed = outputs[-1].completion, True
+            if piece := "".join(output.piece for output in outputs):
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the answer here. `completion` then holds what was said, with finish_reason "abort"."""
+        if not self._closed:
+            self._closed = True
+            self.completion = self.engine.abort(self.request_id)
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def make_runner(model: LanguageModel, max_model_len: int | None, max_running: int) -> Runner:
+    """The runner for this model. Raises RequestError when `max_model_len` is more than the model has positions."""
+    if isinstance(model, Decoder):
+        limit = model.config.max_position_embeddings
+        return NativeRunner(model, _context(max_model_len, limit), max_running)
+    library_model = cast(Any, model).model
+    limit = getattr(library_model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    return TransformersRunner(model, library_model, _context(max_model_len, limit))
+
+
+def _context(asked: int | None, limit: int) -> int:
+    if asked is not None and not 2 <= asked <= limit:
+        raise RequestError(f"max_model_len must be between 2 and the model's {limit} positions, got {asked}")
+    return limit if asked is None else asked
+
+
+def _load(source: ModelSource, dtype: str | torch.dtype, device: str | torch.device, backend: str) -> LanguageModel:
+    return load_model(
+        source.path,
+        adapter=source.adapter,
+        quantize=source.quantize,
+        dtype=dtype,
+        device=device,
+        backend=cast(Any, backend),
+        revision=source.revision,
+    )
+
+
+def _vocab_size(model: LanguageModel) -> int:
+    if isinstance(model, Decoder):
+        return model.config.vocab_size
+    return int(cast(Any, model).model.config.get_text_config().vocab_size)
+
+
+def _stop_ids(model: LanguageModel, tokenizer: Tokenizer | None) -> set[int]:
+    """What ends an answer: the tokenizer's stop tokens and the model's own end tokens."""
+    stop = set() if tokenizer is None else set(tokenizer.stop_ids)
+    if isinstance(model, Decoder):
+        return stop | set(model.config.eos_token_ids)
+    eos = cast(Any, model).model.generation_config.eos_token_id
+    return stop | set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
+def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    known = SamplingParams.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise RequestError(f"{name!r} is not a sampling option; there are: {', '.join(known)}")
+    return replace(params or SamplingParams(), **options)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [cast("Sequence[int]", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
