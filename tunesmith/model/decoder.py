@@ -119,9 +119,9 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else Linear(config.hidden_size, {"lm_head": config.vocab_size}, False)
         )
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
-        """hidden_TD after the final norm, in the compute dtype."""
-        hidden = self.embed(tokens_T, positions_T)
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, lengths_T: Tensor | None = None) -> Tensor:
+        """hidden_TD after the final norm, in the compute dtype. lengths_T: see `embed`."""
+        hidden = self.embed(tokens_T, positions_T, lengths_T)
         rope = self.rope(positions_T, hidden.dtype)
         for layer, block in enumerate(self.blocks):
             hidden = run_checkpointed(
@@ -131,17 +131,19 @@ class Decoder(nn.Module):
 
     def hidden(self, pack: PackedTokens) -> Tensor:
         """hidden_TD of packed documents, each attending to itself only (what training and evaluation call)."""
-        return self(pack.tokens_T, pack.positions_T, PackedAttention(self.config, pack))
+        lengths_T = pack.length_of_each_token() if self.training and self.noise_alpha else None
+        return self(pack.tokens_T, pack.positions_T, PackedAttention(self.config, pack), lengths_T)
 
-    def embed(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
-        """The embeddings, in the compute dtype, with NEFTune's noise while training when `noise_alpha` is set.
+    def embed(self, tokens_T: Tensor, positions_T: Tensor, lengths_T: Tensor | None = None) -> Tensor:
+        """The embeddings, in the compute dtype, with NEFTune's noise where `lengths_T` is given.
 
+        lengths_T: the length of each token's document.
         Source of the noise: arXiv 2310.05914, section 2: uniform in ±alpha / sqrt(length * D).
         """
         hidden = F.embedding(tokens_T, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
-        if self.training and self.noise_alpha:
-            scale = self.noise_alpha / (hidden.shape[0] * hidden.shape[1]) ** 0.5
-            hidden = hidden + torch.empty_like(hidden).uniform_(-scale, scale)
+        if lengths_T is not None:
+            scale_T = self.noise_alpha / (lengths_T * hidden.shape[1]).sqrt()
+            hidden = hidden + torch.empty_like(hidden).uniform_(-1, 1) * scale_T[:, None].to(hidden.dtype)
         if self.positions is not None:
             hidden = hidden + F.embedding(positions_T, self.positions.weight).to(hidden.dtype)
         return hidden

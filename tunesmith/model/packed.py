@@ -29,6 +29,11 @@ class PackedTokens:
         """The longest document."""
         return max(self.lengths)
 
+    def length_of_each_token(self) -> Tensor:
+        """int64 [T]: the length of the document each token belongs to."""
+        lengths = self.boundaries.diff().long()
+        return lengths.repeat_interleave(lengths, output_size=self.tokens_T.numel())
+
 
 def pack_documents(documents: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedTokens:
     """Token ids of several documents, packed in order. Empty documents are not allowed."""
