@@ -1,4 +1,4 @@
-"""The recipe's schema, version 1. Every key has its meaning and unit in `description`: `tunesmith recipe schema` prints it.
+"""The recipe's schema, version 1. `tunesmith recipe schema` prints it: `description` has a key's meaning and unit.
 
 Values of "auto" are resolved once (by `recipe.resolve` and by the train station), into a new object that is
 written to the run directory.
@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tunesmith.recipe.yaml_text import model_to_yaml
 
 VERSION = 1
+
+
+def _no_boolean(value: Any) -> Any:
+    """`true` is not 1.0: pydantic would take it for a number."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_boolean)]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Ratio = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -39,7 +51,10 @@ class ModelSection(Section):
     )
     dtype: DType = Field(
         "auto",
-        description="dtype the weights are held in; auto: the checkpoint's for frozen weights, float32 for trained ones unless train.precision is pure bfloat16",
+        description=(
+            "dtype the weights are held in; auto: the checkpoint's for frozen weights, float32 for trained ones "
+            "unless train.precision is pure bfloat16"
+        ),
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     revision: str | None = Field(None, description="Hub revision: a branch, tag or commit")
@@ -48,13 +63,16 @@ class ModelSection(Section):
 class MethodSection(Section):
     kind: Literal["full", "freeze", "lora", "qlora"] = Field(
         "lora",
-        description="full: all weights; freeze: only `trainable`; lora: adapters on a frozen base; qlora: adapters on an NF4 base",
+        description=(
+            "full: all weights; freeze: only `trainable`; lora: adapters on a frozen base; qlora: adapters on an "
+            "NF4 base"
+        ),
     )
     rank: PositiveInt = Field(16, description="LoRA rank R")
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    alpha: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = Field(
         32.0, description="LoRA alpha; the update is scaled by alpha / rank (alpha / sqrt(rank) with rslora)"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the adapter's input")
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the adapter's input")
     targets: list[str] | Literal["all"] = Field(
         "all",
         description="projections that get adapters, as PEFT names them; all: every linear of the blocks but routers",
@@ -76,7 +94,7 @@ class DataSection(Section):
     validation: list[str] = Field(
         default_factory=list, description="as train; empty: validation_fraction is split off the training data"
     )
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+    validation_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.05, description="share of the rows kept for validation when no validation file is named; 0: none"
     )
     format: Literal["auto", "alpaca", "messages", "sharegpt", "text", "preference", "tokens"] = Field(
@@ -99,7 +117,10 @@ class DataSection(Section):
     )
     packing: bool = Field(
         True,
-        description="true: documents fill a micro-batch end to end; false: each takes a slot of max_length, the rest untrained filler",
+        description=(
+            "true: documents fill a micro-batch end to end; false: each takes a slot of max_length, the rest "
+            "untrained filler"
+        ),
     )
     train_on: Literal["answers", "all"] = Field(
         "answers", description="tokens in the loss: the assistant's (end of turn included), or all but the first"
@@ -109,13 +130,16 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+    epochs: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = Field(
         1.0, description="passes over the training data; ignored when max_steps is set"
     )
     max_steps: PositiveInt | None = Field(None, description="optimiser steps")
     micro_batch_tokens: PositiveInt | None = Field(
         None,
-        description="T: tokens of one micro-batch (at least data.max_length); none: max_length rounded up to hold 2048 on a CPU, 8192 on a GPU",
+        description=(
+            "T: tokens of one micro-batch (at least data.max_length); none: max_length rounded up to hold 2048 "
+            "on a CPU, 8192 on a GPU"
+        ),
     )
     accumulation: PositiveInt = Field(1, description="micro-batches of one optimiser step")
     learning_rate: NonNegativeFloat = Field(2e-4, description="peak learning rate")
@@ -127,12 +151,14 @@ class TrainSection(Section):
     )
     beta1: Ratio = 0.9
     beta2: Ratio = 0.999
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1e-8
     weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="gradient clipping by global norm; 0: none")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="compute dtype: auto is bfloat16 where the device has it, else float32; float16 uses dynamic loss scaling",
+        description=(
+            "compute dtype: auto is bfloat16 where the device has it, else float32; float16 uses dynamic loss scaling"
+        ),
     )
     master_weights: Literal["auto", "float32", "compute"] = Field(
         "auto",
@@ -140,7 +166,10 @@ class TrainSection(Section):
     )
     checkpointing: Literal["none", "block", "selective"] = Field(
         "none",
-        description="gradient checkpointing: hold everything, recompute every block, or recompute all but products and attention",
+        description=(
+            "gradient checkpointing: hold everything, recompute every block, or recompute all but products and "
+            "attention"
+        ),
     )
     neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
     loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
@@ -158,7 +187,7 @@ class EvaluationSection(Section):
 
 class CheckpointSection(Section):
     every_steps: PositiveInt | None = Field(None, description="save every so many steps; none: at the end only")
-    every_minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="and at least every so many minutes")
+    every_minutes: Annotated[Number, Field(gt=0)] | None = Field(None, description="and at least every so many minutes")
     keep: PositiveInt = Field(2, description="checkpoints kept")
 
 
@@ -166,7 +195,9 @@ class LogSection(Section):
     every_steps: PositiveInt = 1
     trackers: list[Tracker] = Field(
         default=["tensorboard"],
-        description="besides metrics.jsonl, which is always written; TensorBoard is left out, and said so, where not installed",
+        description=(
+            "besides metrics.jsonl, which is always written; TensorBoard is left out, and said so, where not installed"
+        ),
     )
     project: str = Field("tunesmith", description="project name for the trackers")
 
@@ -174,7 +205,10 @@ class LogSection(Section):
 class BenchSection(Section):
     matrix: Literal["methods", "ladder", "grid"] = Field(
         "methods",
-        description="methods: full, LoRA, LoRA+GC, QLoRA, QLoRA+GC; ladder: fp32, mixed precision, + checkpointing; grid: the product of `grid`",
+        description=(
+            "methods: full, LoRA, LoRA+GC, QLoRA, QLoRA+GC; ladder: fp32, mixed precision, + checkpointing; "
+            "grid: the product of `grid`"
+        ),
     )
     grid: dict[str, list[Any]] = Field(
         default_factory=dict, description="dotted recipe keys and their values, for matrix: grid"
@@ -186,7 +220,7 @@ class BenchSection(Section):
     steps: PositiveInt = Field(10, description="timed steps of a cell")
     repeats: PositiveInt = Field(1, description="times each cell runs, in shuffled order")
     count_memory: bool = Field(True, description="on a CPU: a separate untimed pass that counts live storages")
-    timeout_s: Annotated[float, Field(gt=0)] = Field(
+    timeout_s: Annotated[Number, Field(gt=0)] = Field(
         3600.0, description="a cell that runs longer is stopped and kept as a failed row"
     )
 
@@ -205,6 +239,10 @@ class Recipe(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
     bench: BenchSection = Field(default_factory=BenchSection)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every key; `recipe.load.load_recipe` reads it back equal."""
+        return model_to_yaml(self)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -1,0 +1,148 @@
+"""What all tests share: no network, caches in a temporary folder, one thread, tiny models made on the spot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SMALL = {
+    "vocab_size": 272,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_EXPERTS = {"num_experts_per_tok": 2}
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _SMALL,
+    "mistral": {**_SMALL, "sliding_window": 16},
+    "qwen2": _SMALL,
+    "qwen3": {**_SMALL, "head_dim": 8},
+    "mixtral": {**_SMALL, **_EXPERTS, "num_local_experts": 4},
+    "qwen3_moe": {**_SMALL, **_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+    "gpt2": {"vocab_size": 272, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; leave the long campaigns to `-m long`."""
+    wants_long = "long" in config.getoption("-m", default="")
+    for item in items:
+        if item.get_closest_marker("long") and not wants_long:
+            item.add_marker(pytest.mark.skip(reason="a long campaign: make test-long"))
+        if item.get_closest_marker("gpu") and not _has_cuda():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Caches go to a temporary folder; torch takes one thread (as many as xdist has workers would fight)."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data for tests; skips where it is absent."""
+    path = Path(os.environ.get("TUNESMITH_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"test data is absent: set TUNESMITH_TEST_DATA to its folder (looked in {path.name})")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function from a family's name (and changes to its configuration) to a directory with a tiny random model,
+    saved by transformers, and a byte-level tokenizer with a ChatML template. The same call gives the same folder."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "qwen2", **changes: Any) -> Path:
+        key = repr((family, sorted(changes.items())))
+        if key not in made:
+            made[key] = _save_tiny_model(tmp_path_factory.mktemp(family), family, changes)
+        return made[key]
+
+    return make
+
+
+def _save_tiny_model(directory: Path, family: str, changes: dict[str, Any]) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    special = {"bos_token_id": None, "eos_token_id": 258, "pad_token_id": 256}
+    config = AutoConfig.for_model(family, **{**FAMILY_CONFIGS[family], **special, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer: 256 bytes, then <|endoftext|> 256, <|im_start|> 257, <|im_end|> 258 (end of turn)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture
+def tunesmith_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A function that runs the command line in a fresh process, in a temporary folder, and returns what it did."""
+
+    def run(
+        *arguments: str | Path,
+        cwd: Path | None = None,
+        check: bool = False,
+        timeout: float = 120,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        command = [str(Path(sys.executable).with_name("tunesmith")), *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            cwd=cwd or tmp_path,
+            env={**os.environ, "COLUMNS": "120", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run

@@ -1,0 +1,65 @@
+"""What the verbs print with: people read stderr, programs read the last line of stdout.
+
+`err` and `out` are made when they are first used, so that `tunesmith --help` imports no rich.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    err: Console
+    out: Console
+
+
+@dataclass
+class Mode:
+    """How this process was called; set once by `cli.main`."""
+
+    debug: bool = False
+    json: bool = False
+
+
+mode = Mode()
+
+
+@cache
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def __getattr__(name: str) -> Console:
+    if name not in ("err", "out"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _console(stderr=name == "err")
+
+
+def is_json() -> bool:
+    """Whether the caller asked for a JSON result line."""
+    return mode.json
+
+
+def is_debug() -> bool:
+    """Whether the caller asked for tracebacks and debug logs."""
+    return mode.debug
+
+
+def emit(result: Mapping[str, Any]) -> None:
+    """With --json: print `result` as one line of JSON, the last line of stdout; else print nothing.
+
+    NaN and infinity become null, paths become text.
+    """
+    if mode.json:
+        from tunesmith.rundir.io import jsonable
+
+        sys.stdout.write(json.dumps(jsonable(result), ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()

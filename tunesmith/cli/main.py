@@ -1,0 +1,161 @@
+"""`tunesmith VERB ...`: finds the verb, imports it, and turns what it raises into one line and an exit code.
+
+The convention: every verb is `tunesmith/cli/<module>.py` with `app: typer.Typer` (one command, or a callback and
+subcommands, never both). `--debug` and `--json` may stand anywhere before `--` and are taken out here. A verb
+prints for people on stderr and ends with `console.emit(result)`.
+
+Exit codes: 0 done; 1 a failure; 2 a mistake of use; 130 interrupted; whatever else a verb returns is documented
+by the verb. `tunesmith --help` imports nothing heavy: no torch, no pydantic, no typer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tunesmith import __version__
+from tunesmith.cli import console
+from tunesmith.errors import TunesmithError, nearest
+
+VERBS = {
+    "demo": ("tunesmith.cli.demo", "five ways of fine-tuning a small model, measured and compared, in minutes"),
+    "doctor": ("tunesmith.cli.doctor", "is this machine ready? what is missing, and the command that mends it"),
+    "recipe": ("tunesmith.cli.recipe", "write, show and explain recipes"),
+    "data": ("tunesmith.cli.data", "look at a dataset as training sees it"),
+    "train": ("tunesmith.cli.train", "fine-tune or pre-train a model"),
+    "eval": ("tunesmith.cli.eval", "perplexity on text, exact-answer accuracy on questions"),
+    "chat": ("tunesmith.cli.chat", "talk to a model, with or without its adapter"),
+    "verify": ("tunesmith.cli.verify", "the correctness certificate of a recipe"),
+    "merge": ("tunesmith.cli.merge", "fold an adapter into its base, and report the divergence"),
+    "bench": ("tunesmith.cli.bench", "measure a matrix of methods in equal conditions"),
+    "report": ("tunesmith.cli.report", "one page from run directories: tables, plots, verdict"),
+    "profile": ("tunesmith.cli.profile", "operators by device time, the trace, memory over time"),
+}
+GLOBAL_OPTIONS = {
+    "--json": "the last line of stdout is the result as JSON",
+    "--debug": "debug logs, and the traceback of an error",
+    "--version": "print the version",
+    "--help": "print this; tunesmith VERB --help explains a verb",
+}
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script: runs the command line and exits the process with its code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line. Returns the exit code; nothing escapes but SystemExit of a verb."""
+    arguments, flags = _split_global_flags(argv)
+    console.mode.debug, console.mode.json = "--debug" in flags, "--json" in flags
+    try:
+        return _dispatch(arguments)
+    except BrokenPipeError:
+        return _quiet_stdout()
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        return _explain(error)
+
+
+def _split_global_flags(argv: list[str]) -> tuple[list[str], set[str]]:
+    """The arguments without --debug and --json, and which of the two there were; what follows "--" is left alone."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags = {argument for argument in argv[:end] if argument in ("--debug", "--json")}
+    return [a for a in argv[:end] if a not in flags] + argv[end:], flags
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        sys.stdout.write(help_text())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        sys.stdout.write(f"tunesmith {__version__}\n")
+        console.emit({"version": __version__})
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        what = "option" if verb.startswith("-") else "verb"
+        known = [*VERBS, *GLOBAL_OPTIONS]
+        return _fail(f"'{verb}' is not a {what} of tunesmith{nearest(verb, known)}; see: tunesmith --help", 2)
+    return _run_verb(verb, arguments[1:])
+
+
+def _run_verb(verb: str, arguments: list[str]) -> int:
+    module = importlib.import_module(VERBS[verb][0])
+    import typer.main
+
+    configure_logging()
+    command: Any = typer.main.get_command(module.app)
+    command.epilog = "Everywhere: --json (the result as the last line of stdout), --debug (tracebacks, debug logs)"
+    result = command.main(args=arguments, prog_name=f"tunesmith {verb}", standalone_mode=False)
+    sys.stdout.flush()
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def configure_logging() -> None:
+    """The only place where logging is set up: warnings and tunesmith's own news go to stderr through rich."""
+    import logging
+
+    from rich.logging import RichHandler
+
+    handler = RichHandler(
+        console=console.err, show_time=console.is_debug(), show_level=True, show_path=console.is_debug(), markup=False
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("tunesmith").setLevel(logging.DEBUG if console.is_debug() else logging.INFO)
+
+
+def _explain(error: Exception) -> int:
+    """One line on stderr for `error`; returns its exit code."""
+    if console.is_debug():
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, TunesmithError):
+        return _fail(str(error), 2 if isinstance(error, ValueError) else 1)
+    if type(error).__name__ == "Abort":  # typer's, when a prompt is left with Ctrl-C or Ctrl-D
+        _say("interrupted")
+        return INTERRUPTED
+    if hasattr(error, "format_message"):  # typer's mistakes of use
+        return _fail(_usage_message(error), int(getattr(error, "exit_code", 2)))
+    hint = "" if console.is_debug() else "; run again with --debug for the traceback"
+    return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}{hint}", 1)
+
+
+def _usage_message(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    help_hint = f"; see: {context.command_path} --help" if context is not None else ""
+    return f"{error.format_message().rstrip('.')}{help_hint}"
+
+
+def _fail(message: str, code: int) -> int:
+    _say(f"error: {message}")
+    console.emit({"error": message, "exit_code": code})
+    return code
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"tunesmith: {message}\n")
+
+
+def _quiet_stdout() -> int:
+    """The reader of our output went away (`tunesmith ... | head`): leave without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def help_text() -> str:
+    """What `tunesmith --help` prints."""
+    verbs = "\n".join(f"  {verb:<10} {line}" for verb, (_, line) in VERBS.items())
+    options = "\n".join(f"  {option:<10} {line}" for option, line in GLOBAL_OPTIONS.items())
+    return (
+        "tunesmith plans, trains, compresses, serves and measures language models.\n\n"
+        f"Usage: tunesmith VERB ...\n\nVerbs\n{verbs}\n\nOptions\n{options}\n\n"
+        "Start with: tunesmith demo\n"
+    )

@@ -1,0 +1,164 @@
+"""What is wrong with a recipe, in plain words: pydantic's findings turned into one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from tunesmith.errors import nearest
+from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.yaml_text import Place
+
+_WANTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section with keys",
+    "model_attributes_type": "a section with keys",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "1 to 80 characters without a slash",
+}
+
+
+def explain(error: ValidationError, source: str | None, lines: Mapping[Place, int]) -> list[str]:
+    """One line for each mistake: "file:line: train.rank must be a whole number, got 'many'"."""
+    found: dict[Place, list[Mapping[str, Any]]] = {}
+    for detail in error.errors(include_url=False):
+        found.setdefault(_real_place(detail["loc"]), []).append(detail)
+    in_file_order = sorted(found.items(), key=lambda item: lines.get(item[0], 0))
+    return [f"{_where(place, source, lines)}{_sentence(place, details)}" for place, details in in_file_order]
+
+
+def free_key_depth(place: tuple[str, ...]) -> int:
+    """How many levels of free keys the value at `place` has: 1 for a mapping, 2 for a mapping of mappings, 0 else."""
+    annotation = _annotation(place)
+    depth = 0
+    while get_origin(annotation) is dict:
+        depth, annotation = depth + 1, get_args(annotation)[1]
+    return depth
+
+
+def allowed_keys(place: Place) -> list[str]:
+    """The keys of the section at `place`; empty when there is none."""
+    annotation = Recipe if not place else _annotation(place)
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return list(annotation.model_fields) if is_section else []
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of a recipe."""
+    return list(_dotted(Recipe, ""))
+
+
+def _dotted(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, info in section.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _dotted(annotation, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _annotation(place: Place) -> Any:
+    annotation: Any = Recipe
+    for part in place:
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        if not is_section or part not in annotation.model_fields:
+            return None
+        annotation = annotation.model_fields[str(part)].annotation
+    return annotation
+
+
+def _real_place(loc: Place) -> Place:
+    """The place in the YAML: pydantic adds the branch of a union, such as 'list[str]', to what it calls loc."""
+    place: list[str | int] = []
+    for part in loc:
+        annotation = _annotation(tuple(place))
+        if isinstance(part, str) and get_origin(annotation) in (Union, UnionType):
+            break
+        place.append(part)
+    return tuple(place)
+
+
+def _where(place: Place, source: str | None, lines: Mapping[Place, int]) -> str:
+    if source is None:
+        return ""
+    line = lines.get(place)
+    return f"{source}: " if line is None else f"{source}:{line}: "
+
+
+def _sentence(place: Place, details: list[Mapping[str, Any]]) -> str:
+    detail = details[0]
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(place)
+    if detail["type"] == "value_error":
+        message = str(detail["ctx"]["error"])
+        return f"{_dotted_place(place)}: {message}" if place else message
+    wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details))
+    return f"{_dotted_place(place)} must be {wanted}, got {_got(detail['input'])}{_hint(details)}"
+
+
+def _unknown_key(place: Place) -> str:
+    key, parent = str(place[-1]), place[:-1]
+    hint = nearest(key, allowed_keys(parent)) or _elsewhere(key)
+    if not hint:
+        section = f"'{_dotted_place(parent)}'" if parent else "a recipe"
+        hint = f"; {section} has {', '.join(allowed_keys(parent))}"
+    return f"{_dotted_place(place)} is not a key{hint}"
+
+
+def _elsewhere(key: str) -> str:
+    """A hint when the key belongs to another section, exactly or nearly."""
+    by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(all_keys())}
+    if key in by_name:
+        return f", did you mean '{by_name[key]}'?"
+    near = nearest(key, by_name)
+    return near and f", did you mean '{by_name[near.split(chr(39))[1]]}'?"
+
+
+def _wanted(detail: Mapping[str, Any]) -> str:
+    template = _WANTED.get(detail["type"])
+    return detail["msg"] if template is None else template.format(**detail.get("ctx", {}))
+
+
+def _hint(details: list[Mapping[str, Any]]) -> str:
+    kinds = {d["type"] for d in details}
+    value = details[0]["input"]
+    if "literal_error" in kinds and isinstance(value, str):
+        expected = next(d["ctx"]["expected"] for d in details if d["type"] == "literal_error")
+        near = nearest(value, [word.strip("' ") for word in expected.replace(" or ", ",").split(",")])
+        if near:
+            return near
+    if "list_type" in kinds and isinstance(value, str):
+        return f": write [{value}]"
+    if kinds == {"string_type"} and isinstance(value, (int, float)):
+        return ": put it in quotes"
+    return ""
+
+
+def _got(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = "a mapping" if isinstance(value, Mapping) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _dotted_place(place: Place) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
