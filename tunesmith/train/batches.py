@@ -1,0 +1,127 @@
+"""A micro-batch on the host, ready to be copied to the device without a wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tunesmith.errors import DataError
+from tunesmith.model.packed import PackedTokens, packed
+from tunesmith.recipe.schema import DataSection
+from tunesmith.text.dataset import Document
+from tunesmith.text.packing import build_pack
+from tunesmith.train.losses import trained_positions
+
+
+class Dataset(Protocol):
+    """Tokenised documents: those of text.dataset, and random ones."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """T packed tokens and where the loss is.
+
+    index, targets: the trained positions and their tokens. lengths: of the real documents, fillers left out.
+    """
+
+    pack: PackedTokens
+    index: Tensor
+    targets: Tensor
+    documents: tuple[int, ...]
+    lengths: tuple[int, ...]
+    num_tokens: int
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens in the loss."""
+        return self.index.numel()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on `device`; the host does not wait for the copy."""
+        if device.type == "cpu":
+            return self
+        pack = PackedTokens(
+            self.pack.tokens_T.to(device, non_blocking=True),
+            self.pack.positions_T.to(device, non_blocking=True),
+            self.pack.lengths,
+            self.pack.boundaries.to(device, non_blocking=True),
+        )
+        index, targets = (tensor.to(device, non_blocking=True) for tensor in (self.index, self.targets))
+        return replace(self, pack=pack, index=index, targets=targets)
+
+    def pinned(self) -> MicroBatch:
+        """The same in page-locked memory, which a GPU copies from by itself."""
+        pack = PackedTokens(
+            self.pack.tokens_T.pin_memory(),
+            self.pack.positions_T.pin_memory(),
+            self.pack.lengths,
+            self.pack.boundaries.pin_memory(),
+        )
+        return replace(self, pack=pack, index=self.index.pin_memory(), targets=self.targets.pin_memory())
+
+
+def build_micro_batch(
+    dataset: Dataset, documents: Sequence[int], micro_batch_tokens: int, data: DataSection, vocab_size: int | None
+) -> MicroBatch:
+    """The documents packed into exactly `micro_batch_tokens` tokens, on the host.
+
+    Raises: DataError naming the row when a token id is outside the model's vocabulary.
+    """
+    pack = build_pack(
+        dataset, documents, micro_batch_tokens, packing=data.packing, max_length=data.max_length, filler_id=0
+    )
+    tokens = torch.as_tensor(pack.tokens, dtype=torch.int64)
+    if vocab_size is not None and int(tokens.max()) >= vocab_size:
+        raise _outside_vocabulary(dataset, documents, vocab_size)
+    index, targets = trained_positions(torch.as_tensor(pack.targets, dtype=torch.int64))
+    lengths = tuple(min(int(dataset.lengths[i]), data.max_length) for i in pack.documents)
+    return MicroBatch(packed(tokens, pack.lengths), index, targets, tuple(pack.documents), lengths, pack.num_real_tokens)
+
+
+def _outside_vocabulary(dataset: Dataset, documents: Sequence[int], vocab_size: int) -> DataError:
+    for index in documents:
+        document = dataset[index]
+        if int(document.tokens.max()) >= vocab_size:
+            return DataError(
+                f"{document.row}: token {int(document.tokens.max())} is outside the model's vocabulary of {vocab_size}: "
+                "the tokenizer belongs to another model, or the embedding was not resized"
+            )
+    raise AssertionError("no document has the token")
+
+
+def describe_rows(dataset: Dataset, documents: Sequence[int], most: int = 8) -> str:
+    """The rows of a batch, for an error message."""
+    rows = [dataset[index].row for index in documents[:most]]
+    more = f" and {len(documents) - most} more" if len(documents) > most else ""
+    return ", ".join(rows) + more
+
+
+class RandomTokens:
+    """Random token documents of one length, each a pure function of (seed, index): for speed and memory runs."""
+
+    def __init__(self, count: int, length: int, vocab_size: int, seed: int, first: int = 0) -> None:
+        self.lengths = np.full(count, length, dtype=np.int64)
+        self._length, self._vocab_size, self._seed, self._first = length, vocab_size, seed, first
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        generator = np.random.default_rng([self._seed, self._first + index])
+        tokens = generator.integers(0, self._vocab_size, self._length, dtype=np.int32)
+        trained = np.ones(self._length, dtype=np.bool_)
+        trained[0] = False
+        return Document(tokens=tokens, trained=trained, row=f"random:{self._first + index + 1}")

@@ -1,0 +1,54 @@
+"""Cross-entropy over the trained tokens only; whole logits are never held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+Head = Callable[[Tensor], Tensor]
+
+
+def trained_positions(targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a target is, and the targets there: both int64, found on the host so that the device never waits.
+
+    targets_T: int64 [T] on the host, -100 where nothing is predicted.
+    """
+    index = torch.nonzero(targets_T != IGNORED).squeeze(1)
+    return index, targets_T[index]
+
+
+def cross_entropy_sum(hidden_TD: Tensor, index: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+    """The sum of -log softmax(head(hidden))[target] over the trained positions: a float32 scalar.
+
+    The head is applied to `chunk_tokens` positions at a time, and again in the backward pass, so that
+    at most chunk_tokens x V logits exist at once. The softmax is in float32 whatever the head's dtype.
+
+    Args:
+        index: the trained positions, int64 on the device.
+        targets: the token at each of them.
+    """
+    chosen = hidden_TD.index_select(0, index)
+    total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+    if index.numel() == 0:
+        # Keeps the graph, so that a micro-batch without targets contributes a zero gradient.
+        return total + chosen.sum().float()
+    for part, part_targets in zip(chosen.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        total = total + _chunk_loss(part, part_targets, head)
+    return total
+
+
+def _chunk_loss(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _head_loss(hidden_TD, targets_T, head)
+    loss = checkpoint(_head_loss, hidden_TD, targets_T, head, use_reentrant=False)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _head_loss(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
+    return F.cross_entropy(head(hidden_TD).float(), targets_T, reduction="sum")

@@ -1,0 +1,62 @@
+"""Every "auto" of a recipe that training depends on becomes a value, in a new recipe."""
+
+from __future__ import annotations
+
+import torch
+
+from tunesmith.errors import DeviceError
+from tunesmith.hardware import pick_device, supports_bf16
+from tunesmith.recipe.schema import MethodSection, Recipe, TrainSection
+from tunesmith.units import ceil_div
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+
+def resolve_recipe(recipe: Recipe) -> Recipe:
+    """`recipe` with device, precision, dtypes and micro_batch_tokens decided; a resolved recipe is returned as it is.
+
+    Raises: DeviceError when the device can't do what is asked.
+    """
+    device = torch.device(pick_device(recipe.model.device))
+    train = _resolve_train(recipe, device)
+    model = recipe.model.model_copy(update={"device": str(device), "dtype": _weight_dtype(recipe, train)})
+    return recipe.model_copy(update={"model": model, "train": train})
+
+
+def trained_dtype(train: TrainSection) -> torch.dtype:
+    """The dtype of trained weights and their optimiser states."""
+    return DTYPES[train.precision if train.master_weights == "compute" else "float32"]
+
+
+def trains_base(method: MethodSection) -> bool:
+    """Whether weights of the model itself are trained."""
+    return method.kind in ("full", "freeze")
+
+
+def _resolve_train(recipe: Recipe, device: torch.device) -> TrainSection:
+    train = recipe.train
+    precision = train.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and supports_bf16(device) else "float32"
+    elif precision == "bfloat16" and not supports_bf16(device):
+        raise DeviceError(f"{device} has no bfloat16: use --set train.precision=float16, or float32")
+    master = "float32" if train.master_weights == "auto" else train.master_weights
+    tokens = train.micro_batch_tokens or _micro_batch_tokens(recipe.data.max_length, device)
+    return train.model_copy(
+        update={"precision": precision, "master_weights": master, "micro_batch_tokens": tokens}
+    )
+
+
+def _micro_batch_tokens(max_length: int, device: torch.device) -> int:
+    """The smallest multiple of the longest document that holds the device's least."""
+    return max_length * ceil_div(LEAST_TOKENS.get(device.type, LEAST_TOKENS["cuda"]), max_length)
+
+
+def _weight_dtype(recipe: Recipe, train: TrainSection) -> str:
+    """Frozen weights are held as they are computed with: a cast at each use would hold both copies until the backward."""
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    if trains_base(recipe.method) and train.master_weights == "float32":
+        return "float32"
+    return train.precision

@@ -1,0 +1,334 @@
+"""A training session: the model, its data and its optimiser, advanced one step at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.arch import ModelConfig
+from tunesmith.checkpoint.load import load_language_model
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.checkpoint.state import TrainingState
+from tunesmith.errors import CheckpointError, DataError, RecipeError
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.methods import MethodSummary, apply_method
+from tunesmith.recipe.schema import DataSection, Recipe
+from tunesmith.text.dataset import DataSummary, load_data
+from tunesmith.text.packing import plan_epoch
+from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
+from tunesmith.train import randomness
+from tunesmith.train.batches import Dataset, MicroBatch, RandomTokens, build_micro_batch, describe_rows
+from tunesmith.train.losses import cross_entropy_sum
+from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.train.order import DataOrder, Window
+from tunesmith.train.prefetch import Prefetcher
+from tunesmith.train.resolve import DTYPES, resolve_recipe, trained_dtype
+from tunesmith.train.speed import SpeedMeter
+from tunesmith.train.states import capture_state, restore_state
+from tunesmith.train.update import Updater
+
+Progress = Callable[[str, int, int], None]
+DEFAULT_RANDOM_ROWS = 512
+
+
+@dataclass(frozen=True)
+class SessionData:
+    """What is trained on. validation and summary are None where there is none."""
+
+    train: Dataset
+    validation: Dataset | None
+    summary: DataSummary | None
+
+
+@dataclass(frozen=True)
+class HostWindow:
+    """One step's micro-batches on the host."""
+
+    window: Window
+    batches: tuple[MicroBatch, ...]
+
+    @property
+    def num_trained(self) -> int:
+        """The denominator of the loss: trained tokens of the whole window."""
+        return sum(batch.num_trained for batch in self.batches)
+
+
+class Session:
+    """Made by `build_session`. `step()` and `evaluate()` are all that training is."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: LanguageModel,
+        tokenizer: Tokenizer | None,
+        data: SessionData,
+        method_summary: MethodSummary,
+        model_directory: Path,
+    ) -> None:
+        assert recipe.train.micro_batch_tokens is not None
+        self.recipe = recipe
+        self.model = model
+        self.module = cast(nn.Module, model)
+        self.tokenizer = tokenizer
+        self.data = data
+        self.method_summary = method_summary
+        self.model_directory = model_directory
+        self.device = torch.device(recipe.model.device)
+        self.micro_batch_tokens = recipe.train.micro_batch_tokens
+        self.order = DataOrder(data.train.lengths, recipe.data, recipe.train, self.micro_batch_tokens)
+        self.total_steps = self.order.total_steps
+        self.updater = Updater(self.module, recipe.train, self.total_steps)
+        self.speed = SpeedMeter(model, recipe, self.device)
+        self.step_number = 0
+        self.tokens_seen = 0
+        self.data_wait_s = 0.0
+        self.epoch_ended = False
+        self._prefetcher: Prefetcher[HostWindow] | None = None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser in use."""
+        return self.updater.optimizer
+
+    def step(self) -> StepMetrics:
+        """One optimiser step on the next window of data.
+
+        Raises: NonFiniteError before the update when the loss or a gradient is NaN or Inf; DataError.
+        """
+        began = time.perf_counter()
+        host, wait_s = self._next_window()
+        self.model.train()
+        batches = [batch.to(self.device) for batch in host.batches]
+        with torch.autograd.set_detect_anomaly(self.recipe.train.detect_anomaly):
+            update = self.updater.step(
+                self.step_number,
+                batches,
+                partial(language_model_loss, chunk_tokens=self.recipe.train.loss_chunk_tokens),
+                denominator=host.num_trained,
+                describe=lambda batch: describe_rows(self.data.train, batch.documents),
+            )
+        self.step_number += 1
+        tokens = sum(batch.num_tokens for batch in batches)
+        self.tokens_seen += tokens
+        self.data_wait_s += wait_s
+        self.epoch_ended = host.window.ends_epoch
+        duration_s = time.perf_counter() - began
+        return StepMetrics(
+            step=self.step_number,
+            epoch=host.window.epoch_position,
+            loss=update.loss,
+            grad_norm=update.grad_norm,
+            learning_rate=update.learning_rate,
+            tokens=tokens,
+            trained_tokens=update.count,
+            samples=sum(len(batch.documents) for batch in batches),
+            duration_s=duration_s,
+            data_wait_s=wait_s,
+            tokens_seen=self.tokens_seen,
+            micro_batches=len(batches),
+            skipped=update.skipped,
+            loss_scale=None if self.updater.scaler is None else self.updater.scaler.scale,
+            **self.speed.measure(batches, duration_s),
+        )
+
+    def evaluate(self) -> EvalMetrics | None:
+        """Loss and perplexity on the validation data; None where there is none."""
+        if self.data.validation is None:
+            return None
+        began = time.perf_counter()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        tokens = trained = 0
+        with self._evaluating():
+            for batch in self._validation_batches(self.data.validation):
+                loss, count = language_model_loss(self.module, batch, self.recipe.train.loss_chunk_tokens)
+                total, trained, tokens = total + loss, trained + count, tokens + batch.num_tokens
+        if trained == 0:
+            raise DataError("no token of the validation data is in the loss: see data.validation and data.train_on")
+        loss_value = total.item() / trained
+        perplexity = math.exp(min(loss_value, 700.0))
+        return EvalMetrics(self.step_number, loss_value, perplexity, tokens, trained, time.perf_counter() - began)
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What is trained, by logical name."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def state(self) -> TrainingState:
+        """The complete state after the steps done so far."""
+        facts = {
+            "tokens_seen": self.tokens_seen,
+            "total_steps": self.total_steps,
+            "data": {"next_step": self.step_number, "fingerprint": self._fingerprint()},
+        }
+        return capture_state(self.step_number, self.trained_weights(), self.updater, self.device, facts)
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from `state` as if there had been no stop.
+
+        Raises: CheckpointError when it is of another model, method or data.
+        """
+        if state.facts["data"]["fingerprint"] != self._fingerprint():
+            raise CheckpointError("the training data is not what the checkpoint was trained on: start a new run")
+        self.close()
+        restore_state(state, self.trained_weights(), self.updater, self.device)
+        self.step_number, self.tokens_seen = state.step, int(state.facts["tokens_seen"])
+
+    def close(self) -> None:
+        """Stop the background thread; a later step starts it again."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def host_window(self, step: int) -> HostWindow:
+        """The data of step number `step` (from 0), on the host."""
+        window = self.order.window(step)
+        return HostWindow(window, tuple(self._build(self.data.train, pack) for pack in window.packs))
+
+    def _next_window(self) -> tuple[HostWindow, float]:
+        if self._prefetcher is None:
+            stop = max(self.total_steps, self.step_number + 1)
+            self._prefetcher = Prefetcher(self.host_window, self.step_number, stop)
+        return self._prefetcher.take()
+
+    def _build(self, dataset: Dataset, documents: tuple[int, ...]) -> MicroBatch:
+        vocab_size = model_vocab_size(self.model)
+        batch = build_micro_batch(dataset, documents, self.micro_batch_tokens, self.recipe.data, vocab_size)
+        return batch.pinned() if self.device.type == "cuda" else batch
+
+    def _validation_batches(self, dataset: Dataset) -> Iterator[MicroBatch]:
+        data = self.recipe.data
+        plan = plan_epoch(
+            dataset.lengths,
+            self.micro_batch_tokens,
+            seed=0,
+            epoch=0,
+            packing=data.packing,
+            max_length=data.max_length,
+            shuffle=False,
+        )
+        for documents in plan[: self.recipe.evaluation.max_batches]:
+            yield self._build(dataset, documents).to(self.device)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _fingerprint(self) -> str:
+        return hashlib.sha256(self.data.train.lengths.tobytes()).hexdigest()
+
+
+def language_model_loss(model: nn.Module, batch: MicroBatch, chunk_tokens: int) -> tuple[Tensor, int]:
+    """The sum of the losses of a micro-batch, and how many tokens it is over."""
+    language_model = cast(LanguageModel, model)
+    hidden = language_model.hidden(batch.pack)
+    loss = cross_entropy_sum(hidden, batch.index, batch.targets, language_model.logits, chunk_tokens)
+    return loss, batch.num_trained
+
+
+def model_vocab_size(model: LanguageModel) -> int | None:
+    """Rows of the embedding, where the model says."""
+    return getattr(getattr(model, "config", None), "vocab_size", None)
+
+
+def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Session:
+    """The session of a recipe: its autos resolved into a new recipe, model and data loaded, method applied.
+
+    Raises: RecipeError, ModelError, DataError, DeviceError.
+    """
+    resolved = resolve_recipe(recipe)
+    _set_determinism(resolved)
+    directory = resolve_model(resolved.model.path, resolved.model.revision)
+    randomness.seed_everything(resolved.train.seed)
+    model = _load_model(resolved)
+    summary = _apply_method(model, resolved)
+    tokenizer = None if resolved.data.format == "tokens" else load_tokenizer(directory)
+    data = _load_data(resolved, tokenizer, model, progress)
+    _check_positions(model, resolved.data)
+    randomness.seed_everything(resolved.train.seed)
+    return Session(resolved, model, tokenizer, data, summary, directory)
+
+
+def _load_model(recipe: Recipe) -> LanguageModel:
+    quantize = {True: "nf4-double", False: "nf4"}[recipe.method.double_quantisation]
+    # Frozen layers: loaded wide, so that what stays trained loses nothing; the rest is narrowed afterwards.
+    dtype = trained_dtype(recipe.train) if recipe.method.kind == "freeze" else DTYPES[recipe.model.dtype]
+    model = load_language_model(
+        recipe.model,
+        quantize=cast(Any, quantize) if recipe.method.kind == "qlora" else None,
+        dtype=dtype,
+        device=torch.device(recipe.model.device),
+        seed=recipe.train.seed,
+    )
+    model.compute_dtype = DTYPES[recipe.train.precision]
+    model.checkpointing = recipe.train.checkpointing
+    model.noise_alpha = recipe.train.neftune_alpha
+    return model
+
+
+def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
+    summary = apply_method(model, recipe.method, seed=recipe.train.seed)
+    wide, narrow = trained_dtype(recipe.train), DTYPES[recipe.train.precision]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(wide)
+        elif recipe.method.kind == "freeze" and parameter.is_floating_point():
+            parameter.data = parameter.data.to(narrow)
+    return summary
+
+
+def _load_data(
+    recipe: Recipe, tokenizer: Tokenizer | None, model: LanguageModel, progress: Progress | None
+) -> SessionData:
+    data = recipe.data
+    if tokenizer is None:
+        return _random_data(recipe, model)
+    if not data.train:
+        raise RecipeError("data.train is empty: name a file, a folder, builtin:shop, or a Hub dataset id")
+    loaded = load_data(data, tokenizer, seed=recipe.train.seed, progress=progress)
+    return SessionData(loaded.train, loaded.validation, loaded.summary)
+
+
+def _random_data(recipe: Recipe, model: LanguageModel) -> SessionData:
+    data, vocab_size = recipe.data, model_vocab_size(model)
+    if vocab_size is None:
+        raise RecipeError("data.format 'tokens' needs a model whose config has vocab_size")
+    count = data.max_rows or DEFAULT_RANDOM_ROWS
+    train = RandomTokens(count, data.max_length, vocab_size, recipe.train.seed)
+    held_out = math.ceil(min(count, 16) * data.validation_fraction)
+    if not held_out:
+        return SessionData(train, None, None)
+    return SessionData(train, RandomTokens(held_out, data.max_length, vocab_size, recipe.train.seed, count), None)
+
+
+def _check_positions(model: LanguageModel, data: DataSection) -> None:
+    config = getattr(model, "config", None)
+    if isinstance(config, ModelConfig) and config.learned_positions:
+        most = config.max_position_embeddings
+        if data.max_length > most:
+            raise RecipeError(f"data.max_length {data.max_length} is over the model's {most} learned positions")
+
+
+def _set_determinism(recipe: Recipe) -> None:
+    if not recipe.model.device.startswith("cuda"):
+        return
+    torch.use_deterministic_algorithms(recipe.train.deterministic)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+

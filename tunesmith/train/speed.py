@@ -1,0 +1,69 @@
+"""What a step did to the machine: model FLOP/s, MFU, memory. What is not known is None."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import psutil
+import torch
+
+from tunesmith.arch import ModelConfig
+from tunesmith.cost.flops import training_flops
+from tunesmith.hardware import describe_device
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train.batches import MicroBatch
+
+
+class SpeedMeter:
+    """Measures one session's steps."""
+
+    def __init__(self, model: LanguageModel, recipe: Recipe, device: torch.device) -> None:
+        config = getattr(model, "config", None)
+        self._config = config if isinstance(config, ModelConfig) else None
+        self._method = recipe.method
+        self._device = device
+        self._peak_flops_per_s = peak_flops_per_s(device, recipe.train.precision)
+        self._process = psutil.Process()
+        self._document_flops = lru_cache(maxsize=65536)(self._count)
+
+    def measure(self, batches: Sequence[MicroBatch], duration_s: float) -> dict[str, Any]:
+        """The machine's part of StepMetrics."""
+        flops = self.model_flops(batches)
+        rate = None if flops is None else flops / duration_s
+        known = rate is not None and self._peak_flops_per_s is not None
+        return {
+            "model_flops": flops,
+            "model_flops_per_s": rate,
+            "mfu_ratio": rate / self._peak_flops_per_s if known and rate and self._peak_flops_per_s else None,
+            "host_resident_bytes": self._process.memory_info().rss,
+            **self._device_memory(),
+        }
+
+    def model_flops(self, batches: Sequence[MicroBatch]) -> int | None:
+        """Forward and backward operations of the real tokens; None for an architecture that is not counted."""
+        if self._config is None:
+            return None
+        documents = sum(self._document_flops(length, 0) for batch in batches for length in batch.lengths)
+        head_each = self._document_flops(1, 1) - self._document_flops(1, 0)
+        return documents + head_each * sum(batch.num_trained for batch in batches)
+
+    def _count(self, length: int, trained_tokens: int) -> int:
+        assert self._config is not None
+        return training_flops(self._config, self._method, length, trained_tokens=trained_tokens).model
+
+    def _device_memory(self) -> dict[str, int]:
+        if self._device.type != "cuda":
+            return {}
+        return {
+            "device_allocated_bytes": torch.cuda.memory_allocated(self._device),
+            "device_peak_bytes": torch.cuda.max_memory_allocated(self._device),
+        }
+
+
+def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
+    """The device's published dense peak in this precision, or None."""
+    peak = describe_device(device).peak_flops_per_s.get(precision)
+    return None if peak is None else float(peak)
