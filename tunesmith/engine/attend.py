@@ -23,7 +23,7 @@ class Span:
     num_new: int
     length: int
     start: int | None
-    slots_L: Tensor | None
+    slots: Tensor | None
 
     @staticmethod
     def of(table: PageTable, num_new: int, device: torch.device) -> Span:
@@ -38,16 +38,16 @@ class Span:
         if self.start is not None:
             end = self.start + self.length
             storage_LKH[end - self.num_new : end] = new_TKH
-        elif self.slots_L is not None:
-            storage_LKH.index_copy_(0, self.slots_L[-self.num_new :], new_TKH)
+        elif self.slots is not None:
+            storage_LKH.index_copy_(0, self.slots[-self.num_new :], new_TKH)
 
     def read(self, storage_LKH: Tensor, window: int | None) -> Tensor:
         """All rows in reach of the new queries: a view where pages lie side by side, else a gathered copy."""
         skipped = 0 if window is None else max(0, self.length - self.num_new - window + 1)
         if self.start is not None:
             return storage_LKH[self.start + skipped : self.start + self.length]
-        assert self.slots_L is not None
-        return storage_LKH[self.slots_L[skipped:]]
+        assert self.slots is not None
+        return storage_LKH[self.slots[skipped:]]
 
 
 class PagedAttention:
@@ -60,8 +60,7 @@ class PagedAttention:
 
     def __getitem__(self, layer: int) -> AttendLayer:
         window = self.cache.config.window(layer)
-        keys = self.cache.keys[layer].flatten(0, 1)
-        values = self.cache.values[layer].flatten(0, 1)
+        keys, values = self.cache.flat[layer]
 
         def attend(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> Tensor:
             if len(self.spans) == 1:

@@ -161,7 +161,7 @@ class LLM:
 
 
 class TextStream(Iterator[str]):
-    """Pieces of whole characters. `completion` is there once the answer has ended; `close` aborts it and frees its pages."""
+    """Pieces of whole characters. `completion` is there once the answer has ended; `close` ends it early."""
 
     def __init__(self, engine: Engine, request_id: int) -> None:
         self.engine = engine

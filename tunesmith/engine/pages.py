@@ -46,7 +46,7 @@ class PageAllocator:
         self.num_free += added
 
     def take(self, after: int | None = None) -> int:
-        """A free page with one user: the one that follows `after` if it is free, else the start of the longest free run."""
+        """A free page, now with one user: the one behind `after` if free, else the start of the longest free run."""
         if not self.num_free:
             raise MemoryError("no free page: the scheduler admitted more than the cache holds")
         if after is not None and after + 1 < self.num_pages and not self.counts[after + 1]:
@@ -132,6 +132,11 @@ class PagedCache:
         self.tables: list[PageTable] = []
         self.keys = [self._storage(0) for _ in range(config.num_hidden_layers)]
         self.values = [self._storage(0) for _ in range(config.num_hidden_layers)]
+        self.flat = self._flat_views()
+
+    def _flat_views(self) -> list[tuple[Tensor, Tensor]]:
+        """Per layer the same keys and values as [P * S, K, H], indexed by slot."""
+        return [(key.flatten(0, 1), value.flatten(0, 1)) for key, value in zip(self.keys, self.values, strict=True)]
 
     def _storage(self, num_pages: int) -> Tensor:
         shape = (num_pages, PAGE_SLOTS, self.config.num_key_value_heads, self.config.head_dim)
@@ -162,6 +167,7 @@ class PagedCache:
             for layer, old in enumerate(storages):
                 storages[layer] = self._storage(num_pages)
                 storages[layer][: len(old)] = old
+        self.flat = self._flat_views()
         self.allocator.grow(num_pages)
 
     def check(self) -> None:

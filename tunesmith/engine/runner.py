@@ -75,7 +75,7 @@ class NativeRunner:
         return self.cache.open(max_tokens)
 
     def step(self, work: Sequence[tuple[PageTable, list[int]]]) -> Tensor:
-        """logits_BV of each request's last token. A long prompt is computed in chunks, alone, before the others join."""
+        """logits_BV of each request's last token. A long prompt is computed in chunks before the others join."""
         with torch.inference_mode(), evaluating(self.model):
             batch = [(table, self._prefill(table, pending)) for table, pending in work]
             hidden_TD = self._hidden(batch)
@@ -92,7 +92,9 @@ class NativeRunner:
 
     def _hidden(self, batch: Sequence[tuple[PageTable, list[int]]]) -> Tensor:
         device = self.cache.device
-        spans, tokens, positions = [], [], []
+        spans: list[Span] = []
+        tokens: list[int] = []
+        positions: list[int] = []
         for table, pending in batch:
             positions += range(table.length, table.length + len(pending))
             tokens += pending

@@ -73,14 +73,14 @@ def _not_numbers() -> RequestError:
 
 
 def penalise(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """Seen tokens' logits divided by the penalty where positive, multiplied where negative. Source: arXiv 1909.05858, 4.1."""
+    """Seen tokens' logits lowered: divided by the penalty, or multiplied where negative. Source: arXiv 1909.05858."""
     index = torch.tensor(seen, device=logits_V.device, dtype=torch.int64)
     values = logits_V[index]
     return logits_V.index_copy(0, index, torch.where(values > 0, values / penalty, values * penalty))
 
 
 def candidates(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """Probabilities of the tokens that may be drawn (they need not sum to 1), and those tokens (None: all, in order)."""
+    """Probabilities of the tokens that may be drawn, not normalised, and those tokens (None: all, in order)."""
     logits, tokens = logits_V / params.temperature, None
     if params.top_k and params.top_k < len(logits):
         logits, tokens = logits.topk(params.top_k)

@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import AdapterError, RunDirError
+from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import MethodSection
 from tunesmith.rundir.layout import RunDir, is_run, open_run
 
@@ -27,7 +28,7 @@ class ModelSource:
 
 
 def find_source(path: str, adapter: str | Path | None, quantize: str | None, revision: str | None) -> ModelSource:
-    """The model that `path` names. A run directory gives its adapter on its base (4-bit after QLoRA), or its whole model.
+    """The model that `path` names; a run gives its adapter on its base (4-bit after QLoRA), or its whole model.
 
     Raises: RunDirError for a run that has no outcome yet; AdapterError for a second adapter.
     """
@@ -53,7 +54,7 @@ def _adapter_directory(path: Path) -> Path:
 
 
 def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) -> ModelSource:
-    recipe = run.load_recipe()
+    recipe = load_recipe(run.recipe)
     outcome = _outcome(run)
     arguments = dict(recipe.data.template_arguments)
     tokenizer = _tokenizer_directory(outcome)
