@@ -1,0 +1,1 @@
+"""From files to packs: rows, formats, chat templates, tokens, masks and packing."""
