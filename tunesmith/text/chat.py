@@ -10,7 +10,6 @@ agree with it until its end-of-turn token. A turn for which that does not hold i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,8 +30,8 @@ class EncodedChat:
     """Token ids of a conversation, and which of them are trained (the first never is).
 
     `untrained_turns`: answers that the template renders differently once the conversation goes on, which
-    therefore carry no training. `straddling`: a token reaches across the start of an answer, so the prompt's ids at serving
-    are not the ids seen in training.
+    therefore carry no training. `straddling`: a token reaches across the start of an answer, so the prompt's
+    ids at serving are not the ids seen in training.
     """
 
     tokens: list[int]
@@ -128,7 +127,8 @@ def _rendered(
 ) -> Rendered:
     if tokenizer.chat_template is None:
         raise TokenizerError(
-            "the tokenizer has no chat template, and no end-of-sequence token to make one with; name a Jinja file: --set data.chat_template=FILE"
+            "the tokenizer has no chat template, and no end-of-sequence token to make one with; "
+            "name a Jinja file: --set data.chat_template=FILE"
         )
     variables = {**tokenizer.template_variables, **switches, "add_generation_prompt": add_generation_prompt}
     return render_template(tokenizer.chat_template, messages, variables, now)
@@ -186,7 +186,7 @@ def _turn_end(done: str, full: str, tokenizer: Tokenizer, message: Message) -> i
     """Where the turn's text ends in `full`, or None when the template renders it differently there."""
     if full.startswith(done):
         return len(done)
-    common = len(os.path.commonprefix([done, full]))
+    common = _common_length(done, full)
     stops = [tokenizer.token_text(stop) for stop in tokenizer.stop_ids]
     end = max((done.rfind(stop, 0, common) + len(stop) for stop in stops if stop in done[:common]), default=None)
     if end is None:
@@ -204,16 +204,22 @@ def _spliced(prompt: str, full: str, message: Message) -> str:
     Some templates open an answer differently when they ask for one (an empty thinking block, say) than when they
     show one. The model is trained on what it will be served.
     """
-    start = len(os.path.commonprefix([prompt, full]))
+    start = _common_length(prompt, full)
     extra, answer = prompt[start:], full[start:]
     content = _content(message)
     if not content or not answer.startswith(content) or extra.count("<think>") > extra.count("</think>"):
         raise DataError(
-            f"the chat template asks for an answer with {prompt[-40:]!r} but shows this answer as {full[start:][:40]!r}: "
-            f"training and serving would differ; name another template with data.chat_template, "
+            f"the chat template asks for an answer with {prompt[-40:]!r} but shows this answer as "
+            f"{answer[:40]!r}: training and serving would differ; name another template with data.chat_template, "
             f"or set its switches in data.template_arguments"
         )
     return prompt + answer
+
+
+def _common_length(one: str, other: str) -> int:
+    """Characters at the start that two texts share."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _content(message: Message) -> str:

@@ -194,7 +194,7 @@ class Tokenizer:
         return other
 
     def save(self, directory: Path) -> None:
-        """Writes Hugging Face's tokenizer files: the originals copied, tokenizer.json and a changed template written."""
+        """Writes Hugging Face's tokenizer files: copies of the originals, and the template in use."""
         directory.mkdir(parents=True, exist_ok=True)
         for name in TOKENIZER_FILES:
             source = self._directory / name
