@@ -1,0 +1,220 @@
+"""NF4, a 4-bit format for normally distributed weights: 64 weights share a scale, and the scales may be quantised too.
+
+    weight  = value[code] * scale                       code: 4 bits, two to a byte, the first in the high half
+    scale   = plain float32, the block's largest magnitude
+    or      = dynamic[byte] * scale_of_256 + offset     doubly quantised: one byte each
+
+Blocks run over the flattened weight. Codes and scales are bit for bit those of bitsandbytes on the same device.
+Source: arXiv 2305.14314, section 3.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.codebooks import dynamic_values, midpoints, nf4_values
+from tunesmith.units import ceil_div
+
+BLOCK = 64
+SCALE_BLOCK = 256
+# Weights quantised at once: bounds the float32 copies, and is a multiple of the block.
+CHUNK = 2**24
+_SMALLEST = 1e-38
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """A quantised [F, D] weight.
+
+    codes: uint8 [F, D / 2] (flat, rounded up, where D is odd).
+    scales: float32 [F * D / 64], or uint8 when they are doubly quantised; then `scale_scales` (float32, one for 256)
+    and `offset` (float32 scalar) undo that.
+    dtype: what the weight was; it is dequantised to this dtype before any other.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    scale_scales: Tensor | None = None
+    offset: Tensor | None = None
+
+    @property
+    def is_double(self) -> bool:
+        """Whether the scales are quantised too."""
+        return self.scale_scales is not None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, scales of both levels included."""
+        held = (self.codes, self.scales, self.scale_scales, self.offset)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def empty_nf4(
+    shape: tuple[int, int], dtype: torch.dtype, double: bool, device: torch.device | str | None = None
+) -> NF4Weight:
+    """An NF4 weight of the right sizes without content (on the meta device: without storage)."""
+    num_values = shape[0] * shape[1]
+    num_scales = ceil_div(num_values, BLOCK)
+    codes = torch.empty(ceil_div(num_values, 2), dtype=torch.uint8, device=device)
+    plain = NF4Weight(_in_rows(codes, shape), torch.empty(num_scales, device=device), shape, dtype)
+    if not double:
+        return plain
+    return replace(
+        plain,
+        scales=torch.empty(num_scales, dtype=torch.uint8, device=device),
+        scale_scales=torch.empty(ceil_div(num_scales, SCALE_BLOCK), device=device),
+        offset=torch.empty((), device=device),
+    )
+
+
+@torch.no_grad()
+def quantize_nf4(weight_FD: Tensor, double: bool = True) -> NF4Weight:
+    """The NF4 form of a weight, on its device. Holds at most a chunk in float32 besides the result."""
+    num_rows, num_columns = weight_FD.shape
+    flat = weight_FD.detach().reshape(-1)
+    out = empty_nf4((num_rows, num_columns), weight_FD.dtype, False, weight_FD.device)
+    codes = out.codes.view(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        chunk = flat[start : start + CHUNK]
+        packed, scales = _quantize_chunk(chunk)
+        codes[start // 2 : start // 2 + packed.numel()] = packed
+        out.scales[start // BLOCK : start // BLOCK + scales.numel()] = scales
+    return double_quantize(out) if double else out
+
+
+def double_quantize(weight: NF4Weight) -> NF4Weight:
+    """The same weight with its plain scales quantised."""
+    offset = weight.scales.mean()
+    scales, scale_scales = _quantize_scales(weight.scales - offset)
+    return replace(weight, scales=scales, scale_scales=scale_scales, offset=offset)
+
+
+def plain_scales(weight: NF4Weight) -> Tensor:
+    """The float32 scale of every block, whether quantised or not."""
+    if weight.scale_scales is None or weight.offset is None:
+        return weight.scales
+    values = dynamic_values(weight.scales.device).index_select(0, weight.scales.int())
+    return _scale_blocks(values, weight.scale_scales, SCALE_BLOCK) + weight.offset
+
+
+def dequantize_reference(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [F, D] in `dtype` (None: its own), by plain torch: the truth that the kernel must equal."""
+    num_values = weight.shape[0] * weight.shape[1]
+    pairs = _pairs(weight.codes.device).index_select(0, weight.codes.view(-1).int())
+    values = pairs.view(-1)[:num_values]
+    scaled = _scale_blocks(values, plain_scales(weight), BLOCK)
+    return scaled.to(weight.dtype).to(dtype or weight.dtype).view(weight.shape)
+
+
+def dequantize_nf4(weights: NF4Weight | Sequence[NF4Weight], dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [F, D] in `dtype` (None: its own); of several weights of one width, their rows below each other."""
+    parts = [weights] if isinstance(weights, NF4Weight) else list(weights)
+    first = parts[0]
+    if first.codes.is_meta or not use_kernel(first.codes.device):
+        rows = [dequantize_reference(part, dtype) for part in parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    from tunesmith.kernels.nf4_triton import dequantize_parts
+
+    return dequantize_parts(parts, dtype or first.dtype)
+
+
+def use_kernel(device: torch.device) -> bool:
+    """Whether the Triton kernel runs on this device."""
+    return device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton is installed; its absence is said once."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        _log.warning(
+            "triton is not installed: NF4 weights are dequantised by plain torch, which is slower; "
+            "install it with: pip install 'tunesmith[gpu]'"
+        )
+        return False
+    return True
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    """What a byte stands for, the high half first: float32 [256, 2]."""
+    byte = torch.arange(256, device=device)
+    return nf4_values(device)[torch.stack((byte >> 4, byte & 15), dim=1)]
+
+
+def _in_rows(codes: Tensor, shape: tuple[int, int]) -> Tensor:
+    return codes if shape[1] % 2 else codes.view(shape[0], shape[1] // 2)
+
+
+def _quantize_chunk(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales of some whole blocks; the last may be short."""
+    num_whole = values.numel() // BLOCK * BLOCK
+    blocks = values[:num_whole].view(-1, BLOCK).float()
+    scales = blocks.abs().amax(dim=1)
+    codes = _nearest_code((blocks * (1.0 / scales.clamp(min=_SMALLEST))[:, None]).view(-1))
+    if num_whole < values.numel():
+        tail = values[num_whole:].float()
+        scale = tail.abs().max()
+        codes = torch.cat((codes, _nearest_code(_normalise_tail(tail, scale))))
+        scales = torch.cat((scales, scale[None] if tail.is_cuda else scale[None].clamp(min=_SMALLEST)))
+    if codes.numel() % 2:
+        # The idle half of the last byte holds the code of zero.
+        codes = torch.cat((codes, codes.new_full((1,), 7)))
+    return (codes[::2] << 4) | codes[1::2], scales
+
+
+def _normalise_tail(tail: Tensor, scale: Tensor) -> Tensor:
+    """bitsandbytes divides a short last block on a CPU, and multiplies by the reciprocal everywhere else."""
+    scale = scale.clamp(min=_SMALLEST)
+    return tail * (1.0 / scale) if tail.is_cuda else tail / scale
+
+
+def _nearest_code(normalised: Tensor) -> Tensor:
+    """The code whose value is nearest, the lower of two equally near: uint8."""
+    bounds = midpoints(nf4_values(normalised.device))
+    return torch.bucketize(normalised.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8)
+
+
+def _quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """The dynamic 8-bit codes of the scales less their mean, and the scale of every 256 of them."""
+    num_scales = centred.numel()
+    padded = torch.nn.functional.pad(centred, (0, -num_scales % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    largest = padded.abs().amax(dim=1)
+    normalised = padded * (1.0 / largest)[:, None]
+    codes = _nearest_dynamic(normalised.view(-1)[:num_scales])
+    if not centred.is_cuda:
+        codes.view(-1)[(largest == 0).repeat_interleave(SCALE_BLOCK)[:num_scales]] = 0
+    return codes, largest
+
+
+def _nearest_dynamic(normalised: Tensor) -> Tensor:
+    """The dynamic code of values in [-1, 1]: uint8.
+
+    On a CPU bitsandbytes looks the value up in a grid of 2^16 points, and only elsewhere takes the nearest code.
+    """
+    bounds = midpoints(dynamic_values(normalised.device))
+    if normalised.is_cuda:
+        return torch.bucketize(normalised, bounds, out_int32=True).to(torch.uint8)
+    last = 2**16 - 1
+    index = ((normalised.nan_to_num().clamp(-1, 1) + 1.0) * 0.5 * last + 0.5).to(torch.int32)
+    return torch.bucketize(index * (2.0 / last) - 1.0, bounds, out_int32=True).to(torch.uint8)
+
+
+def _scale_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:
+    """values * their block's scale; the last block may be short."""
+    num_whole = values.numel() // block
+    scaled = values[: num_whole * block].view(-1, block) * scales[:num_whole, None]
+    if num_whole * block == values.numel():
+        return scaled.view(-1)
+    return torch.cat((scaled.view(-1), values[num_whole * block :] * scales[num_whole:]))

@@ -1,0 +1,272 @@
+"""Training methods put into place: full, frozen layers, LoRA and QLoRA are one model with other linears or other
+parameters trained.
+
+Works on the native decoder and on the transformers backend alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from tunesmith.errors import RecipeError, UnsupportedModelError, nearest
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.layers import Linear
+from tunesmith.model.lora import AdaptedLinear, AdapterOptions
+from tunesmith.model.quant import NF4Linear, quantise_linears, quantised
+from tunesmith.recipe.schema import MethodSection
+
+# Linears inside the blocks that choose among experts rather than project.
+ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
+_FOREIGN = ("Linear", "Conv1D")
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """What a method made of a model. `adapted` names each projection with an adapter: "<module path>.<projection>"."""
+
+    trainable_parameters: int
+    total_parameters: int
+    adapted: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear of the blocks, whose projections may get adapters."""
+
+    path: str
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    parts: Mapping[str, int]
+    in_features: int
+
+    def replace(self, module: nn.Module) -> None:
+        """Put another linear in its place."""
+        setattr(self.parent, self.name, module)
+
+
+def apply_method(model: LanguageModel, method: MethodSection, *, seed: int) -> MethodSummary:
+    """Make `model` train as `method` says, in place.
+
+    qlora quantises the linears of the blocks where they are not NF4 already.
+    Raises: RecipeError for names that the model does not have; UnsupportedModelError where it can't be done.
+    """
+    module = _module(model)
+    adapted: tuple[str, ...] = ()
+    if method.kind == "full":
+        _refuse_quantised(module)
+        module.requires_grad_(True)
+    elif method.kind == "freeze":
+        _refuse_quantised(module)
+        _freeze(module, method.trainable)
+    else:
+        if method.kind == "qlora":
+            quantise_model(model, method.double_quantisation)
+        options = AdapterOptions(method.rank, method.alpha, method.dropout, method.rslora, method.dora)
+        adapted = add_adapters(model, choose_targets(model, method.targets), lambda _: options, seed=seed)
+    return summarise(model, adapted)
+
+
+def summarise(model: LanguageModel, adapted: tuple[str, ...] = ()) -> MethodSummary:
+    """Counts of parameters; a weight held in NF4 counts as many as it stands for."""
+    module = _module(model)
+    parameters = dict(module.named_parameters())
+    quantised_values = sum(
+        child.in_features * child.out_features for child in module.modules() if isinstance(child, NF4Linear)
+    )
+    trained = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
+    return MethodSummary(
+        trainable_parameters=sum(parameters[name].numel() for name in trained),
+        total_parameters=sum(parameter.numel() for parameter in parameters.values()) + quantised_values,
+        adapted=adapted,
+        trained=trained,
+    )
+
+
+def block_linears(model: LanguageModel) -> list[Target]:
+    """Every linear of the blocks but routers, in the order of the model's modules; adapted ones are left out."""
+    return list(_linears_below(_module(model), "", _output_head(model)))
+
+
+def choose_targets(model: LanguageModel, targets: list[str] | str) -> dict[str, list[str]]:
+    """Module path -> its projections that get adapters. Raises: RecipeError naming the nearest projection."""
+    linears = block_linears(model)
+    if targets == "all":
+        _refuse_fused_experts(model)
+        return {target.path: list(target.parts) for target in linears}
+    known = {part for target in linears for part in target.parts}
+    for name in targets:
+        if name not in known:
+            raise RecipeError(
+                f"method.targets names {name!r}, which no linear of this model is called"
+                f"{nearest(name, known)} (there are: {', '.join(sorted(known))})"
+            )
+    if not targets:
+        raise RecipeError(f"method.targets is empty: name at least one of {', '.join(sorted(known))}, or say 'all'")
+    chosen = {target.path: [part for part in target.parts if part in targets] for target in linears}
+    return {path: parts for path, parts in chosen.items() if parts}
+
+
+def add_adapters(
+    model: LanguageModel,
+    chosen: Mapping[str, list[str]],
+    options: Callable[[str], AdapterOptions],
+    *,
+    seed: int,
+) -> tuple[str, ...]:
+    """Freeze the model and put adapters on the chosen projections; `options` gets "<module path>.<projection>".
+
+    Returns: the names of the projections.
+    """
+    _module(model).requires_grad_(False)
+    names = []
+    for target in block_linears(model):
+        parts = chosen.get(target.path, [])
+        if not parts:
+            continue
+        wanted = {part: options(f"{target.path}.{part}") for part in parts}
+        adapted = AdaptedLinear(target.module, target.parts, wanted, target.in_features)
+        for part in parts:
+            adapted.adapter(part).reset(f"{target.path}.{part}", seed)
+        adapted.train(target.module.training)
+        target.replace(adapted)
+        names += [f"{target.path}.{part}" for part in parts]
+    return tuple(names)
+
+
+def adapted_linears(model: LanguageModel) -> dict[str, AdaptedLinear]:
+    """Module path -> linear with adapters."""
+    return {name: child for name, child in _module(model).named_modules() if isinstance(child, AdaptedLinear)}
+
+
+def quantise_model(model: LanguageModel, double: bool) -> None:
+    """Hold the linears of the blocks in NF4; those that are already stay as they are."""
+    module = _module(model)
+    if model.backend == "native":
+        quantise_linears(module, double)
+        return
+    _refuse_fused_experts(model)
+    for target in block_linears(model):
+        if not isinstance(target.module, NF4Linear):
+            target.replace(quantised(_as_linear(target), double))
+
+
+def _module(model: LanguageModel) -> nn.Module:
+    return cast(nn.Module, model)
+
+
+def _output_head(model: LanguageModel) -> nn.Module | None:
+    """The head's linear: never a target."""
+    inner: Any = getattr(model, "model", None)
+    if model.backend == "native" or inner is None:
+        return cast(Any, model).head
+    return inner.get_output_embeddings()
+
+
+def _linears_below(module: nn.Module, path: str, head: nn.Module | None) -> Iterator[Target]:
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if child is head or name in ROUTERS or isinstance(child, AdaptedLinear):
+            continue
+        if isinstance(child, Linear | NF4Linear):
+            yield Target(inner, module, name, child, child.parts, child.in_features)
+        elif type(child).__name__ in _FOREIGN and getattr(child, "weight", None) is not None:
+            yield _foreign(inner, module, name, child)
+        else:
+            yield from _linears_below(child, inner, head)
+
+
+def _foreign(path: str, parent: nn.Module, name: str, child: nn.Module) -> Target:
+    """A linear of torch (weight [F, D]), or transformers' Conv1D (weight [D, F])."""
+    first, second = cast(Any, child).weight.shape
+    rows, columns = (second, first) if type(child).__name__ == "Conv1D" else (first, second)
+    return Target(path, parent, name, child, {name: rows}, columns)
+
+
+def _as_linear(target: Target) -> Linear:
+    """A foreign linear as ours, sharing its storage."""
+    child: Any = target.module
+    linear = Linear.__new__(Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.parts = target.in_features, dict(target.parts)
+    linear.out_features = sum(target.parts.values())
+    weight = child.weight.detach()
+    linear.weight = nn.Parameter(weight.t() if type(child).__name__ == "Conv1D" else weight)
+    linear.bias = None if child.bias is None else nn.Parameter(child.bias.detach())
+    return linear
+
+
+def _refuse_fused_experts(model: LanguageModel) -> None:
+    """Experts that transformers holds as one tensor are no linears: an adapter or NF4 would leave them out silently."""
+    if model.backend == "native":
+        return
+    fused = [name for name, parameter in _module(model).named_parameters() if parameter.ndim > 2]
+    fused = [name for name in fused if "expert" in name]
+    if fused:
+        raise UnsupportedModelError(
+            f"the transformers backend holds experts as fused tensors ({fused[0]}), which get neither adapters nor "
+            f"NF4: name linears in method.targets, or use method.kind full or freeze"
+        )
+
+
+def _refuse_quantised(module: nn.Module) -> None:
+    if any(isinstance(child, NF4Linear) for child in module.modules()):
+        raise UnsupportedModelError("NF4 weights can't be trained: use method.kind qlora, or load without quantisation")
+
+
+def _freeze(module: nn.Module, trainable: list[str]) -> None:
+    """Train only what is named: last:N, first:N, head, embedding, norms."""
+    module.requires_grad_(False)
+    for name in trainable:
+        for child in _named_parts(module, name):
+            child.requires_grad_(True)
+
+
+def _named_parts(module: nn.Module, name: str) -> list[nn.Module]:
+    blocks = _blocks(module)
+    count = re.fullmatch(r"(first|last):(\d+)", name)
+    if count is not None:
+        number = int(count[2])
+        if not 1 <= number <= len(blocks):
+            raise RecipeError(f"method.trainable {name!r} asks for {number} blocks, the model has {len(blocks)}")
+        return list(blocks[:number] if count[1] == "first" else blocks[-number:])
+    parts = {"head": _head_of, "embedding": _embeddings_of, "norms": _norms_of}
+    if name not in parts:
+        allowed = ["last:N", "first:N", *parts]
+        raise RecipeError(
+            f"method.trainable names {name!r}{nearest(name, allowed)} "
+            f"(allowed: {', '.join(allowed)}; N up to {len(blocks)})"
+        )
+    return parts[name](module)
+
+
+def _blocks(module: nn.Module) -> nn.ModuleList:
+    """The list of blocks: the longest list of modules that is in no other."""
+    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    inner = {id(nested) for outer in lists for nested in outer.modules() if nested is not outer}
+    outermost = [child for child in lists if id(child) not in inner]
+    if not outermost:
+        raise UnsupportedModelError(f"{type(module).__name__} has no list of blocks: method.trainable can't name any")
+    return max(outermost, key=len)
+
+
+def _head_of(module: nn.Module) -> list[nn.Module]:
+    """The head; where it is tied, the embedding that serves as one."""
+    if not hasattr(module, "get_output_embeddings") and hasattr(module, "model"):
+        return [cast(Any, module).model.get_output_embeddings()]
+    head = cast(Any, module).head
+    return [head if head is not None else cast(Any, module).embedding]
+
+
+def _embeddings_of(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.modules() if isinstance(child, nn.Embedding)]
+
+
+def _norms_of(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.modules() if type(child).__name__.endswith("Norm")]

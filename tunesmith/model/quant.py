@@ -1,0 +1,160 @@
+"""Linears whose weight is held in NF4, put in place of the linears of the blocks.
+
+The product dequantises the weight to the dtype of its input and lets it go again; the backward pass dequantises once
+more, so what is held for it is the codes, which are there anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, quantize_nf4
+from tunesmith.model.layers import Linear, part_rows
+
+_STATE = ("codes", "scales", "scale_scales", "offset")
+
+
+class NF4Linear(nn.Module):
+    """Projections of one input in NF4, each with its own scales: y_TF = x_TD @ weight_FD.T + bias_F in the dtype of x.
+
+    The face of `Linear`; `dtype` is that of the weights that were quantised. The bias stays as it is.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        bias: bool,
+        *,
+        double: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.parts = dict(parts)
+        self.out_features = sum(parts.values())
+        self.is_double = double
+        self.dtype = dtype
+        for part, rows in self.parts.items():
+            self._hold(part, empty_nf4((rows, in_features), dtype, double, device))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
+
+    def rows(self, part: str) -> slice:
+        """The rows of the fused weight that belong to one projection."""
+        return part_rows(self.parts, part)
+
+    @torch.no_grad()
+    def load_part(self, part: str, weight_FD: Tensor, bias_F: Tensor | None = None) -> None:
+        """Quantise one projection's weight, converted to `dtype` before, on the device it is on; take over its bias."""
+        self.load_quantised(part, quantize_nf4(weight_FD.to(self.dtype), self.is_double), bias_F)
+
+    @torch.no_grad()
+    def load_quantised(self, part: str, weight: NF4Weight, bias_F: Tensor | None = None) -> None:
+        """Take over one projection that is quantised already (and its bias) as it is."""
+        expected = (self.parts[part], self.in_features)
+        if weight.shape != expected:
+            raise ValueError(f"{part} must have shape {expected}, got {weight.shape}")
+        self._hold(part, weight)
+        if bias_F is not None and self.bias is not None:
+            self.bias[self.rows(part)].copy_(bias_F)
+
+    def part_nf4(self, part: str) -> NF4Weight:
+        """One projection as it is held."""
+        state = [getattr(self, f"{part}_{name}") for name in _STATE]
+        codes, scales, scale_scales, offset = state
+        return NF4Weight(codes, scales, (self.parts[part], self.in_features), self.dtype, scale_scales, offset)
+
+    def part_weight(self, part: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The dequantised weight_FD of one projection, in `dtype` (None: that of the weights quantised)."""
+        return dequantize_nf4(self.part_nf4(part), dtype)
+
+    def weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dequantised fused weight_FD."""
+        return dequantize_nf4([self.part_nf4(part) for part in self.parts], dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight as held, scales included, the bias not."""
+        return sum(self.part_nf4(part).num_bytes for part in self.parts)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return _Product.apply(x_TD, self.bias, self)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.parts}, double={self.is_double}"
+
+    def _hold(self, part: str, weight: NF4Weight) -> None:
+        self.is_double = weight.is_double
+        self.dtype = weight.dtype
+        for name in _STATE:
+            self.register_buffer(f"{part}_{name}", getattr(weight, name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        """Move as any module does, but never convert the scales: `.to(torch.bfloat16)` would spoil them."""
+        held = {id(buffer) for buffer in self.buffers()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            converted = id(tensor) in held and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if converted else moved
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T + bias for a frozen NF4 weight: nothing is saved, the weight is dequantised in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, linear: NF4Linear) -> Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.weight(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        bias = ctx.linear.bias
+        grad_x = grad @ ctx.linear.weight(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.flatten(0, -2).sum(0).to(bias.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+def quantise_linears(model: nn.Module, double: bool) -> None:
+    """Put an `NF4Linear` in place of every linear of the blocks: attention, MLP, experts; not head, nor routers.
+
+    On the meta device too; what has storage is quantised where it is, one linear at a time.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Linear and name not in ("head", "router"):
+                setattr(parent, name, quantised(child, double))
+
+
+def quantised(linear: Linear, double: bool) -> NF4Linear:
+    """The NF4 form of a linear, on its device."""
+    dtype, device = linear.weight.dtype, linear.weight.device
+    out = NF4Linear(
+        linear.in_features, linear.parts, linear.bias is not None, double=double, dtype=dtype, device=device
+    )
+    if not linear.weight.is_meta:
+        for part in linear.parts:
+            bias = None if linear.bias is None else linear.bias[linear.rows(part)]
+            out.load_part(part, linear.part_weight(part), bias)
+    return out.requires_grad_(False)
+
+
+def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The fused weight_FD of any linear in `dtype`: ours, NF4, torch's, or GPT-2's Conv1D of transformers."""
+    if isinstance(linear, NF4Linear):
+        return linear.weight(dtype)
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    if type(linear).__name__ == "Conv1D":
+        weight = weight.t()
+    return weight.to(dtype)
