@@ -21,8 +21,11 @@ from tunesmith.checkpoint.files import WeightFiles
 from tunesmith.checkpoint.names import LAYOUTS, TensorName, tensor_names
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import ModelError, UnsupportedModelError
+from tunesmith.hardware import pick_device
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.quant import quantise_linears
+from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.recipe.schema import ModelSection
 
 Quantize = Literal["nf4", "nf4-double"]
@@ -53,8 +56,6 @@ def load_model(
         device: "auto" is the GPU where there is one.
     Raises: ModelError, AdapterError or DeviceError.
     """
-    from tunesmith.hardware import pick_device
-
     section = ModelSection(path=str(path_or_id), backend=backend, weights=weights, revision=revision)
     model = load_language_model(
         section, quantize=quantize, dtype=_dtype(dtype), device=torch.device(pick_device(str(device))), seed=seed
@@ -97,8 +98,6 @@ def load_language_model(
             raise
         if model.backend == "auto":
             _log.warning("%s: running it through the transformers backend", reason)
-    from tunesmith.model.transformers_backend import TransformersModel
-
     return TransformersModel.load(
         directory, device=device, dtype=dtype, weights=model.weights, quantize=quantize, seed=seed
     )
@@ -145,8 +144,6 @@ def fill_decoder(
     wanted = list(tensor_names(decoder))
     source.check(wanted)
     if quantize is not None:
-        from tunesmith.model.quant import quantise_linears
-
         quantise_linears(decoder, quantize == "nf4-double")
     decoder.to_empty(device=device)
     done = 0

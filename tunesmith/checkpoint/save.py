@@ -47,7 +47,6 @@ def save_decoder(
     """
     directory.mkdir(parents=True, exist_ok=True)
     plan = _plan_shards(decoder, dtype, max_shard_bytes)
-    _forget_weights(directory)
     tensors = tensors_of(decoder)
     for index, names in enumerate(plan):
         shard = {name: _on_host(tensor, dtype) for name, tensor in (next(tensors) for _ in names)}
@@ -55,6 +54,7 @@ def save_decoder(
     if len(plan) > 1:
         _write_index(directory, decoder, plan, dtype)
     write_json_atomic(directory / "config.json", saved_config(decoder, dtype))
+    _forget_others(directory, {_shard_name(index, len(plan)) for index in range(len(plan))})
 
 
 def saved_config(decoder: Decoder, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -92,10 +92,12 @@ def _shard_name(index: int, num_shards: int) -> str:
     return SINGLE if num_shards == 1 else f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
-def _forget_weights(directory: Path) -> None:
+def _forget_others(directory: Path, kept: set[str]) -> None:
     """Remove an older model's weights, so that no reader mixes the two."""
-    for path in [directory / INDEX, directory / SINGLE, *directory.glob("model-*-of-*.safetensors")]:
-        path.unlink(missing_ok=True)
+    index = [directory / INDEX] if len(kept) == 1 else []
+    for path in [*index, directory / SINGLE, *directory.glob("model-*-of-*.safetensors")]:
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _save_shard(shard: dict[str, Tensor], path: Path) -> None:

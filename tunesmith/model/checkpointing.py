@@ -29,7 +29,7 @@ def _keep_dear(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkp
 
 
 def run_checkpointed(kind: str, block: nn.Module, hidden_TD: Tensor, *args: Any) -> Tensor:
-    """block(hidden, *args), holding everything ("none"), only its input ("block"), or also its products ("selective")."""
+    """block(hidden, *args), holding everything ("none"), its input ("block"), or its products too ("selective")."""
     if kind == "none" or not torch.is_grad_enabled():
         return block(hidden_TD, *args)
     if kind == "block":

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.arch import ModelConfig
+from tunesmith.errors import ModelError
 from tunesmith.model.attention import Attend, AttendLayer, PackedAttention
 from tunesmith.model.checkpointing import run_checkpointed
 from tunesmith.model.layers import ACTIVATIONS, Linear, apply_rope, make_norm, rope_frequencies, rope_tables
@@ -130,7 +131,15 @@ class Decoder(nn.Module):
         return self.norm(hidden)
 
     def hidden(self, pack: PackedTokens) -> Tensor:
-        """hidden_TD of packed documents, each attending to itself only (what training and evaluation call)."""
+        """hidden_TD of packed documents, each attending to itself only (what training and evaluation call).
+
+        Raises: ModelError when a document is longer than a model with learned positions has positions.
+        """
+        if self.positions is not None and pack.max_length > self.positions.num_embeddings:
+            raise ModelError(
+                f"a document has {pack.max_length} tokens, "
+                f"and the model {self.positions.num_embeddings} learned positions"
+            )
         lengths_T = pack.length_of_each_token() if self.training and self.noise_alpha else None
         return self(pack.tokens_T, pack.positions_T, PackedAttention(self.config, pack), lengths_T)
 

@@ -1,4 +1,4 @@
-"""What training, evaluation and the bench ask of a model: the native decoder and the transformers backend both have it."""
+"""What training, evaluation and the bench ask of a model: the native decoder and the transformers backend have it."""
 
 from __future__ import annotations
 

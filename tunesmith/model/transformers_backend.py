@@ -32,7 +32,7 @@ class TransformersModel(nn.Module):
     decoder: with it the gradient of a batch would depend on how the batch is cut.
     """
 
-    def __init__(self, model: Any, *, probe: bool = True) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.backend: Literal["native", "transformers"] = "transformers"
         self.compute_dtype: torch.dtype | None = None
@@ -44,8 +44,14 @@ class TransformersModel(nn.Module):
         self._finish = _head_transform(model.config)
         _no_dropout(model)
         model.get_input_embeddings().register_forward_hook(self._add_noise)
-        if probe:
+        try:
             _probe(self)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, UnsupportedModelError):
+                raise
+            raise UnsupportedModelError(
+                f"{type(model).__name__} can't run through the transformers backend: {_first_line(error)}"
+            ) from error
 
     @classmethod
     def load(

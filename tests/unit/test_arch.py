@@ -1,0 +1,98 @@
+"""ModelConfig against released configurations, and the refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith.arch import config_from_dict, read_config
+from tunesmith.errors import ModelError, UnsupportedModelError
+from tunesmith.model.decoder import Decoder
+
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+RELEASED = [
+    "Llama-3.2-3B-Instruct/config.json",
+    "Meta-Llama-3.1-8B/config.json",
+    "Mistral-7B-Instruct-v0.2/config.json",
+    "Mixtral-8x7B-v0.1/config.json",
+    "Qwen2.5-0.5B-Instruct/config.json",
+    "Qwen2.5-1.5B-Instruct/config.json",
+    "Qwen2.5-7B-Instruct/config.json",
+    "Qwen3-0.6B/config.json",
+    "Qwen3-30B-A3B/config.json",
+    "Qwen3-8B/config.json",
+    "gpt2-large/config.json",
+    "_extracted/Llama-3.2-1B.config.json",
+    "_extracted/Llama-3.2-1B.hfdict.config.json",
+    "_extracted/Qwen2-0.5B.config.json",
+    "_extracted/Qwen2.5-3B.config.json",
+    "_extracted/gpt2-medium.config.json",
+    "_extracted/gpt2.config.json",
+]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_have_transformers_parameter_count(name: str, data_dir: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = data_dir / "model_configs" / name
+    if not path.is_file():
+        pytest.skip(f"{name} is absent")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        ours = Decoder(config_from_dict(raw))
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"model_type": "mystery"}, "'mystery' is not known natively"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ({"hidden_act": "mish"}, "activation 'mish'"),
+    ],
+)
+def test_what_the_decoder_lacks_is_unsupported(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=problem):
+        config_from_dict({**_LLAMA, **change})
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ModelError, match="vocab_size"):
+        config_from_dict({key: value for key, value in _LLAMA.items() if key != "vocab_size"})
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [("{", "not valid JSON"), ("[]", "JSON object"), (None, "config.json")]
+)
+def test_a_malformed_file_is_named(content: str | None, problem: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ModelError, match=problem):
+        read_config(tmp_path)
+
+
+def test_sliding_windows_by_layer() -> None:
+    qwen = {**_LLAMA, "model_type": "qwen2", "sliding_window": 4, "max_window_layers": 1}
+    assert config_from_dict(qwen).window(1) is None
+    config = config_from_dict({**qwen, "use_sliding_window": True})
+    assert [config.window(0), config.window(1)] == [None, 4]
+    mistral = config_from_dict({**_LLAMA, "model_type": "mistral", "sliding_window": 7})
+    assert [mistral.window(0), mistral.window(1)] == [7, 7]
+
+
+def test_end_of_text_may_be_a_list() -> None:
+    assert config_from_dict({**_LLAMA, "eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
+    assert config_from_dict({**_LLAMA, "eos_token_id": 5}).eos_token_ids == (5,)
