@@ -20,7 +20,7 @@ from tunesmith.engine.source import ModelSource, find_source
 from tunesmith.errors import RequestError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
-from tunesmith.text.chat import render
+from tunesmith.text.chat import encode_prompt
 from tunesmith.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
@@ -95,7 +95,7 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt: a text is tokenised, ids are checked against the vocabulary."""
         if isinstance(prompt, str):
-            return list(self._tokenizer().encode(prompt))
+            return _encode_text(self._tokenizer(), prompt)
         vocab_size = _vocab_size(self.model)
         wrong = next((t for t in prompt if not isinstance(t, int) or not 0 <= t < vocab_size), None)
         if wrong is not None:
@@ -105,8 +105,7 @@ class LLM:
     def encode_messages(self, messages: Messages, **template_arguments: Any) -> list[int]:
         """The token ids of a conversation, up to where the assistant begins to speak."""
         arguments = {**self.template_arguments, **template_arguments}
-        text = render(self._tokenizer(), messages, add_generation_prompt=True, **arguments)
-        return list(self._tokenizer().encode(text))
+        return encode_prompt(self._tokenizer(), messages, **arguments)
 
     def generate(
         self,
@@ -224,6 +223,13 @@ def _load(source: ModelSource, dtype: str | torch.dtype, device: str | torch.dev
         backend=cast(Any, backend),
         revision=source.revision,
     )
+
+
+def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A raw prompt: special tokens may be written out, and the beginning-of-text token is added once."""
+    ids = tokenizer.encode(text, parse_special=True, add_special=True)
+    twice = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
+    return ids[1:] if twice else ids
 
 
 def _vocab_size(model: LanguageModel) -> int:

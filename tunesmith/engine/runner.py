@@ -128,6 +128,7 @@ class TransformersRunner:
         self.leases: set[int] = set()
         accepted = inspect.signature(library_model.forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
         log.info("generation runs through transformers' own cache: its keys and values are not paged or counted")
 
     def open(self, max_tokens: int) -> LibraryCache | None:
@@ -145,12 +146,12 @@ class TransformersRunner:
         device = next(iter(self.model.parameters())).device
         out = self.library_model(
             input_ids=torch.tensor([pending], device=device),
-            past_key_values=lease.state,
             use_cache=True,
             return_dict=True,
+            **{self.cache_name: lease.state},
             **self.options,
         )
-        lease.state = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
+        lease.state = getattr(out, self.cache_name, None)
         if lease.state is None:
             raise RequestError(
                 f"{type(self.library_model).__name__} returned no cache from transformers, so it can't generate here"

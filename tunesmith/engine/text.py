@@ -9,7 +9,7 @@ from typing import Protocol
 class TextDecoder(Protocol):
     """Tokens in, whole characters out (`text.tokenizer.StreamDecoder`)."""
 
-    def push(self, token_id: int) -> str:
+    def put(self, token: int) -> str:
         """The characters that this token completes."""
 
     def finish(self) -> str:
@@ -35,7 +35,7 @@ class AnswerText:
         """The text that can be shown after this token; sets `stopped` when a stop text is complete."""
         if self.decoder is None or self.stopped:
             return ""
-        return self._show(self.decoder.push(token_id), at_end=False)
+        return self._show(self.decoder.put(token_id), at_end=False)
 
     def finish(self) -> str:
         """The rest of the text at the end of the answer."""

@@ -15,8 +15,8 @@ class Pieces:
     def __init__(self, pieces: list[str], tail: str = "") -> None:
         self.pieces, self.tail = pieces, tail
 
-    def push(self, token_id: int) -> str:
-        return self.pieces[token_id]
+    def put(self, token: int) -> str:
+        return self.pieces[token]
 
     def finish(self) -> str:
         return self.tail

@@ -1,0 +1,228 @@
+"""tunesmith.LLM on tiny random models: generate, chat, stream, live models, refusals, page accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tunesmith
+from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine.llm import LLM
+from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.runner import NativeRunner, TransformersRunner
+from tunesmith.errors import RequestError
+
+MESSAGES = [{"role": "user", "content": "你好, what is red?"}]
+# A wide spread makes a random model say varied things instead of one token for ever.
+SPREAD = 0.3
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_model_dir: Callable[..., Path]) -> Path:
+    return tiny_model_dir("qwen2", initializer_range=SPREAD)
+
+
+@pytest.fixture(scope="module")
+def llm(model_dir: Path) -> LLM:
+    return LLM(model_dir, device="cpu")
+
+
+def pages_in_use(llm: LLM) -> int:
+    assert isinstance(llm.runner, NativeRunner)
+    llm.runner.cache.check()
+    return llm.runner.cache.allocator.num_used
+
+
+def test_llm_is_public() -> None:
+    assert tunesmith.LLM is LLM
+
+
+def test_one_text_gives_one_completion(llm: LLM) -> None:
+    (completion,) = llm.generate("hello", max_tokens=8, ignore_eos=True)
+    assert len(completion.token_ids) == 8
+    assert completion.finish_reason == "length"
+    assert completion.prompt_tokens == 5
+    assert pages_in_use(llm) == 0
+
+
+def test_prompts_of_each_kind_agree_and_keep_their_order(llm: LLM) -> None:
+    texts = ["alpha", "be", "gamma delta"]
+    from_text = llm.generate(texts, max_tokens=6)
+    from_ids = llm.generate([llm.encode(text) for text in texts], max_tokens=6)
+    one_by_one = [llm.generate(llm.encode(text), max_tokens=6)[0] for text in texts]
+    expected = [c.token_ids for c in from_text]
+    assert [c.token_ids for c in from_ids] == expected
+    assert [c.token_ids for c in one_by_one] == expected
+    assert llm.generate([]) == []
+
+
+def test_the_text_is_the_tokenizers_without_the_stop_token(llm: LLM) -> None:
+    (completion,) = llm.generate("say", max_tokens=60, temperature=1.0, seed=0, ignore_eos=True)
+    assert llm.tokenizer is not None
+    assert completion.text == llm.tokenizer.decode(completion.token_ids, skip_special=True)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_streamed_pieces_join_to_the_whole_text(llm: LLM, seed: int) -> None:
+    """A random byte-level model says broken and whole characters of every length."""
+    options = {"max_tokens": 40, "temperature": 1.5, "seed": seed}
+    (whole,) = llm.generate("流 stream", **options)
+    stream = llm.stream("流 stream", **options)
+    pieces = list(stream)
+    assert "".join(pieces) == whole.text
+    assert stream.completion is not None
+    assert stream.completion.token_ids == whole.token_ids
+    assert stream.completion.finish_reason == whole.finish_reason
+
+
+def test_chat_renders_the_template(llm: LLM) -> None:
+    prompt = "<|im_start|>user\n你好, what is red?<|im_end|>\n<|im_start|>assistant\n"
+    assert llm.has_chat_template
+    assert llm.encode_messages(MESSAGES) == llm.encode(prompt)
+    said = llm.chat(MESSAGES, max_tokens=5)
+    assert said.token_ids == llm.generate(prompt, max_tokens=5)[0].token_ids
+    assert "".join(llm.stream_chat(MESSAGES, max_tokens=5)) == said.text
+
+
+def test_an_answer_ends_at_the_end_of_turn(llm: LLM) -> None:
+    """258 is <|im_end|>: some seed says it; the text doesn't show it."""
+    answers = [llm.generate("x", max_tokens=200, temperature=3.0, seed=seed)[0] for seed in range(6)]
+    stopped = [a for a in answers if a.finish_reason == "stop"]
+    assert stopped, "258 is one of 272 tokens and 1200 were drawn"
+    for answer in stopped:
+        assert answer.token_ids[-1] in (256, 258)
+        assert "<|im_end|>" not in answer.text
+
+
+def test_stop_texts_cut_the_answer(llm: LLM) -> None:
+    options = {"max_tokens": 40, "temperature": 1.5, "seed": 1, "ignore_eos": True}
+    (whole,) = llm.generate("abc", **options)
+    stop = whole.text[10:14]
+    (cut,) = llm.generate("abc", stop=stop, **options)
+    assert cut.text == whole.text[: whole.text.find(stop)]
+    assert cut.finish_reason == "stop"
+    assert len(cut.token_ids) < len(whole.token_ids)
+    assert "".join(llm.stream("abc", stop=stop, **options)) == cut.text
+
+
+def test_seeds_reproduce(llm: LLM) -> None:
+    def draw(seed: int) -> list[int]:
+        return llm.generate("seed", max_tokens=20, temperature=1.0, seed=seed)[0].token_ids
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_a_stream_left_early_frees_its_pages(llm: LLM) -> None:
+    stream = llm.stream("hello", max_tokens=50, ignore_eos=True)
+    next(stream)
+    assert pages_in_use(llm) > 0
+    stream.close()
+    assert pages_in_use(llm) == 0
+    assert stream.completion is not None
+    assert stream.completion.finish_reason == "abort"
+    with llm.stream("again", max_tokens=50, ignore_eos=True) as other:
+        next(other)
+    assert pages_in_use(llm) == 0
+    del other
+    for _ in llm.stream("dropped", max_tokens=50, ignore_eos=True):
+        break
+    assert not llm.engine.has_work
+
+
+def test_two_streams_may_be_read_in_turn(llm: LLM) -> None:
+    alone = ["".join(llm.stream(text, max_tokens=10, ignore_eos=True)) for text in ("one", "two")]
+    streams = [llm.stream(text, max_tokens=10, ignore_eos=True) for text in ("one", "two")]
+    said = ["", ""]
+    for _ in range(12):
+        for i, stream in enumerate(streams):
+            said[i] += next(stream, "")
+    assert said == alone
+
+
+def test_a_failing_prompt_leaves_nothing_queued(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="no room for an answer"):
+        llm.generate(["short", "x" * 600], max_tokens=3)
+    assert not llm.engine.has_work
+    assert pages_in_use(llm) == 0
+
+
+def test_requests_together_equal_requests_alone(model_dir: Path, llm: LLM) -> None:
+    wide = LLM(model_dir, device="cpu", max_running=4)
+    texts = [f"prompt {i} " * (i + 1) for i in range(7)]
+    together = wide.generate(texts, max_tokens=12)
+    assert [c.token_ids for c in together] == [c.token_ids for c in llm.generate(texts, max_tokens=12)]
+    assert pages_in_use(wide) == 0
+
+
+def test_a_model_in_training_is_sampled_and_left_in_training(model_dir: Path, llm: LLM) -> None:
+    model = load_decoder(model_dir, dtype=torch.float32).train()
+    model.noise_alpha = 50.0  # would change every token if generation ran in training mode
+    live = LLM(model, tokenizer=model_dir)
+    expected = llm.generate("live", max_tokens=10)[0].token_ids
+    assert live.generate("live", max_tokens=10)[0].token_ids == expected
+    assert model.training
+    with torch.no_grad():
+        model.embedding.weight.add_(torch.randn(model.embedding.weight.shape) * 0.5)
+    assert live.generate("live", max_tokens=10)[0].token_ids != expected, "the new weights must be used"
+
+
+def test_a_model_whose_compute_dtype_changes_still_generates(model_dir: Path) -> None:
+    model = load_decoder(model_dir, dtype=torch.float32).eval()
+    live = LLM(model, tokenizer=model_dir)
+    live.generate("x", max_tokens=3)
+    model.compute_dtype = torch.bfloat16
+    assert len(live.generate("x", max_tokens=3, ignore_eos=True)[0].token_ids) == 3
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(model_dir: Path, llm: LLM) -> None:
+    bare = LLM(load_decoder(model_dir, dtype=torch.float32).eval())
+    ids = llm.encode("hello")
+    (completion,) = bare.generate([ids], max_tokens=5)
+    assert completion.token_ids == llm.generate("hello", max_tokens=5)[0].token_ids
+    assert completion.text == ""
+    with pytest.raises(RequestError, match="without a tokenizer"):
+        bare.generate("hello")
+    with pytest.raises(RequestError, match="from 0 to 271, got 272"):
+        bare.generate([[1, 272]])
+
+
+def test_other_architectures_run_through_transformers(model_dir: Path, llm: LLM) -> None:
+    theirs = LLM(model_dir, device="cpu", backend="transformers")
+    assert isinstance(theirs.runner, TransformersRunner)
+    texts = ["one", "and another one"]
+    ours = [c.token_ids for c in llm.generate(texts, max_tokens=20)]
+    assert [c.token_ids for c in theirs.generate(texts, max_tokens=20)] == ours
+    assert theirs.runner.leases == set()
+
+
+def test_max_model_len_is_the_context(model_dir: Path) -> None:
+    short = LLM(model_dir, device="cpu", max_model_len=10)
+    assert len(short.generate("hello", ignore_eos=True)[0].token_ids) == 5
+    with pytest.raises(RequestError, match="max_tokens of at most 5"):
+        short.generate("hello", max_tokens=6)
+    with pytest.raises(RequestError, match="between 2 and the model's 512"):
+        LLM(model_dir, device="cpu", max_model_len=513)
+
+
+def test_unknown_options_are_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="'temprature' is not a sampling option"):
+        llm.generate("x", temprature=1.0)
+
+
+def test_options_override_params(llm: LLM) -> None:
+    (completion,) = llm.generate("x", SamplingParams(max_tokens=9, ignore_eos=True), max_tokens=2)
+    assert len(completion.token_ids) == 2
+
+
+def test_adapters_go_with_paths(model_dir: Path) -> None:
+    with pytest.raises(RequestError, match="taken as it stands"):
+        LLM(load_decoder(model_dir), adapter="somewhere")
+
+
+def test_a_progress_bar_is_shown_when_asked(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(llm.generate(["a", "b"], max_tokens=2, progress=True)) == 2
+    assert capsys.readouterr().out == ""
