@@ -59,9 +59,11 @@ def row(rng: Random, split: Split = "pretrain") -> Row:
     return {"messages": small_talk(rng, split, language)}
 
 
-def rows(seed: int = 0, count: int = 1000, shard: int = 0, num_shards: int = 1) -> Iterator[Row]:
+def rows(
+    seed: int = 0, count: int = 1000, shard: int = 0, num_shards: int = 1, split: Split = "pretrain"
+) -> Iterator[Row]:
     """Rows shard, shard + num_shards, ... below `count`: {"messages": [...]} or {"text": ...}."""
     rng = Random()
     for index in range(shard, count, num_shards):
         rng.seed((seed << 40) + index)
-        yield row(rng)
+        yield row(rng, split)

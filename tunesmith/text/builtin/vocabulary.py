@@ -50,7 +50,7 @@ PRODUCTS = words(
     "drum mirror desk shelf toaster helmet umbrella wallet watch candle basket notebook"
 )
 
-COMMON_HAN = (
+_COMMON_HAN = (
     "安白百宝北本春达大丹德灯东冬豆方飞风福刚高谷光广贵国果海汉好禾和河恒红华欢辉火吉佳建江金锦京晶静久"
     "开康可克兰朗乐雷力丽利莲良林灵龙露绿伦罗马满美蒙米妙民明木南宁牛欧派平奇千巧青清秋泉荣如瑞润三森"
     "沙山尚生胜诗石时世双水思松泰唐桃特天田铁通同万旺微维文沃西希夏仙香祥小心新星兴雪雅延阳洋叶一逸音银"
@@ -68,7 +68,17 @@ ZH_PRODUCTS = words(
     "台灯 水壶 椅子 桌子 时钟 背包 杯子 外套 帐篷 水瓶 相机 收音机 地毯 枕头 自行车 音箱 毯子 花瓶 鼓 镜子 书架 "
     "烤箱 头盔 雨伞 钱包 手表 蜡烛 篮子 笔记本 风扇"
 )
+# Made-up names that would say something rude are drawn again.
+_RUDE = words(
+    "shit fuck fuk cunt dick cock tit ass nig nazi fag cum piss rape slut poo prick whor porn sex kil jew fart damn"
+)
+_RUDE_HAN = frozenset(
+    "死尸屎尿屁奸淫妓嫖娼操鬼杀毒奴贱逼枪炸党习毛邓江泽胡温骂狗猪痔癌嫌尻胸乳臀阴肛杂种蠢笨傻疯痴滚妈丧葬坟棺邪"
+)
 SURNAMES = "王李张刘陈杨黄赵吴周徐孙马朱胡郭何高林罗"
+
+
+COMMON_HAN = "".join(one for one in _COMMON_HAN if one not in _RUDE_HAN)
 
 
 def split_of(text: str) -> Split:
@@ -102,9 +112,10 @@ def syllables(split: Split) -> tuple[str, ...]:
 
 @cache
 def common_han() -> str:
-    """The Chinese characters of GB 2312's first level, in its order."""
+    """The Chinese characters of GB 2312's first level that names are made of, in its order."""
     rows = (bytes([row, column]) for row in range(0xB0, 0xD8) for column in range(0xA1, 0xFF))
-    return "".join(code.decode("gb2312", errors="ignore") for code in rows)
+    characters = (code.decode("gb2312", errors="ignore") for code in rows)
+    return "".join(one for one in characters if one not in _RUDE_HAN)
 
 
 def _han(rng: Random) -> str:
@@ -121,7 +132,7 @@ def made_up(rng: Random, split: Split) -> str:
     """A made-up lower-case word of two or three syllables."""
     while True:
         word = _syllabic(rng, split)
-        if split_of(word) == split:
+        if split_of(word) == split and not any(rude in word for rude in _RUDE):
             return word
 
 
