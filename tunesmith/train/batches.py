@@ -29,6 +29,8 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> Document: ...
 
+    def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]: ...
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -83,20 +85,23 @@ def build_micro_batch(
     pack = build_pack(
         dataset, documents, micro_batch_tokens, packing=data.packing, max_length=data.max_length, filler_id=0
     )
-    tokens = torch.as_tensor(pack.tokens, dtype=torch.int64)
+    tokens = pack.tokens
     if vocab_size is not None and int(tokens.max()) >= vocab_size:
         raise _outside_vocabulary(dataset, documents, vocab_size)
-    index, targets = trained_positions(torch.as_tensor(pack.targets, dtype=torch.int64))
+    index, targets = trained_positions(pack.targets)
     lengths = tuple(min(int(dataset.lengths[i]), data.max_length) for i in pack.documents)
-    return MicroBatch(packed(tokens, pack.lengths), index, targets, tuple(pack.documents), lengths, pack.num_real_tokens)
+    return MicroBatch(
+        packed(tokens, pack.lengths), index, targets, tuple(pack.documents), lengths, pack.num_real_tokens
+    )
 
 
 def _outside_vocabulary(dataset: Dataset, documents: Sequence[int], vocab_size: int) -> DataError:
     for index in documents:
         document = dataset[index]
         if int(document.tokens.max()) >= vocab_size:
+            largest = int(document.tokens.max())
             return DataError(
-                f"{document.row}: token {int(document.tokens.max())} is outside the model's vocabulary of {vocab_size}: "
+                f"{document.row}: token {largest} is outside the model's vocabulary of {vocab_size}: "
                 "the tokenizer belongs to another model, or the embedding was not resized"
             )
     raise AssertionError("no document has the token")
@@ -119,9 +124,12 @@ class RandomTokens:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Document:
+    def arrays(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Tokens and trained flags: all but the first token are trained."""
         generator = np.random.default_rng([self._seed, self._first + index])
         tokens = generator.integers(0, self._vocab_size, self._length, dtype=np.int32)
-        trained = np.ones(self._length, dtype=np.bool_)
-        trained[0] = False
+        return tokens, np.arange(self._length) > 0
+
+    def __getitem__(self, index: int) -> Document:
+        tokens, trained = self.arrays(index)
         return Document(tokens=tokens, trained=trained, row=f"random:{self._first + index + 1}")

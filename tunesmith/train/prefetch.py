@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from tunesmith.errors import TrainingError
+
 Item = TypeVar("Item")
 
 
@@ -18,14 +20,18 @@ class Prefetcher(Generic[Item]):
         self._make = make
         self._ready: queue.Queue[Item | BaseException] = queue.Queue(maxsize=depth)
         self._closing = threading.Event()
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, args=(start, stop), name="prefetch", daemon=True)
         self._thread.start()
 
     def take(self) -> tuple[Item, float]:
         """The next item, and the seconds it was waited for. Raises: what making it raised."""
+        if self._failure is not None:
+            raise self._failure
         began = time.perf_counter()
         item = self._ready.get()
         if isinstance(item, BaseException):
+            self._failure = item
             raise item
         return item, time.perf_counter() - began
 
@@ -51,6 +57,7 @@ class Prefetcher(Generic[Item]):
                 item = error
             if not self._put(item) or isinstance(item, BaseException):
                 return
+        self._put(TrainingError(f"there is no data after step {stop}: the run is {stop} steps long"))
 
     def _put(self, item: Item | BaseException) -> bool:
         while not self._closing.is_set():

@@ -39,13 +39,11 @@ def _resolve_train(recipe: Recipe, device: torch.device) -> TrainSection:
     precision = train.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" and supports_bf16(device) else "float32"
-    elif precision == "bfloat16" and not supports_bf16(device):
+    elif precision == "bfloat16" and device.type == "cuda" and not supports_bf16(device):
         raise DeviceError(f"{device} has no bfloat16: use --set train.precision=float16, or float32")
     master = "float32" if train.master_weights == "auto" else train.master_weights
     tokens = train.micro_batch_tokens or _micro_batch_tokens(recipe.data.max_length, device)
-    return train.model_copy(
-        update={"precision": precision, "master_weights": master, "micro_batch_tokens": tokens}
-    )
+    return train.model_copy(update={"precision": precision, "master_weights": master, "micro_batch_tokens": tokens})
 
 
 def _micro_batch_tokens(max_length: int, device: torch.device) -> int:
@@ -54,7 +52,7 @@ def _micro_batch_tokens(max_length: int, device: torch.device) -> int:
 
 
 def _weight_dtype(recipe: Recipe, train: TrainSection) -> str:
-    """Frozen weights are held as they are computed with: a cast at each use would hold both copies until the backward."""
+    """Frozen weights are held as they are computed with: a cast at each use would hold two copies of them."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
     if trains_base(recipe.method) and train.master_weights == "float32":

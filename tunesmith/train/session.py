@@ -196,8 +196,7 @@ class Session:
 
     def _next_window(self) -> tuple[HostWindow, float]:
         if self._prefetcher is None:
-            stop = max(self.total_steps, self.step_number + 1)
-            self._prefetcher = Prefetcher(self.host_window, self.step_number, stop)
+            self._prefetcher = Prefetcher(self.host_window, self.step_number, self.total_steps)
         return self._prefetcher.take()
 
     def _build(self, dataset: Dataset, documents: tuple[int, ...]) -> MicroBatch:
@@ -330,5 +329,3 @@ def _set_determinism(recipe: Recipe) -> None:
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-

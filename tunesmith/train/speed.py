@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith.arch import ModelConfig
@@ -15,6 +14,7 @@ from tunesmith.hardware import describe_device
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.batches import MicroBatch
+from tunesmith.watch.memory import resident_bytes
 
 
 class SpeedMeter:
@@ -26,7 +26,6 @@ class SpeedMeter:
         self._method = recipe.method
         self._device = device
         self._peak_flops_per_s = peak_flops_per_s(device, recipe.train.precision)
-        self._process = psutil.Process()
         self._document_flops = lru_cache(maxsize=65536)(self._count)
 
     def measure(self, batches: Sequence[MicroBatch], duration_s: float) -> dict[str, Any]:
@@ -38,7 +37,7 @@ class SpeedMeter:
             "model_flops": flops,
             "model_flops_per_s": rate,
             "mfu_ratio": rate / self._peak_flops_per_s if known and rate and self._peak_flops_per_s else None,
-            "host_resident_bytes": self._process.memory_info().rss,
+            "host_resident_bytes": resident_bytes(),
             **self._device_memory(),
         }
 
@@ -65,5 +64,4 @@ class SpeedMeter:
 
 def peak_flops_per_s(device: torch.device, precision: str) -> float | None:
     """The device's published dense peak in this precision, or None."""
-    peak = describe_device(device).peak_flops_per_s.get(precision)
-    return None if peak is None else float(peak)
+    return describe_device(device).peak(precision)

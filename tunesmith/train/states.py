@@ -33,9 +33,7 @@ def capture_state(
     return TrainingState(step, tensors, {**facts, **own})
 
 
-def restore_state(
-    state: TrainingState, weights: Mapping[str, Tensor], updater: Updater, device: torch.device
-) -> None:
+def restore_state(state: TrainingState, weights: Mapping[str, Tensor], updater: Updater, device: torch.device) -> None:
     """Put weights, optimiser, scaler and generators back.
 
     Raises: CheckpointError when the state's tensors are not those of this model.

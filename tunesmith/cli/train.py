@@ -1,0 +1,83 @@
+"""`tunesmith train RECIPE.yaml`, or `tunesmith train MODEL --data FILE` with no YAML at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli import console
+from tunesmith.errors import RecipeError, VerificationError
+
+if TYPE_CHECKING:
+    from tunesmith.recipe.schema import Recipe
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def train(
+    target: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE.yaml | MODEL]", help="a recipe, or a model to train on --data")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="training data: a file, a folder, a Hub id (repeatable)")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="full, lora or qlora")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, such as train.learning_rate=1e-4")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="a run directory to go on with")] = None,
+    verify: Annotated[bool, typer.Option(help="run the cheap part of the certificate first")] = True,
+) -> int:
+    """Fine-tune or pre-train a model as a recipe says.
+
+    Exit codes: 0 done, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
+    """
+    recipe = _recipe(target, data or [], method, overrides or [], resume)
+    from tunesmith.train.run import train as run_training
+
+    result = run_training(recipe, resume=resume, preflight=_certify if verify else None)
+    console.emit(result.facts())
+    return result.exit_code
+
+
+def _recipe(
+    target: str | None, data: list[str], method: str | None, overrides: list[str], resume: Path | None
+) -> Recipe:
+    """The recipe that the command line describes. Raises: RecipeError."""
+    from tunesmith.recipe.load import load_recipe, recipe_from_mapping
+    from tunesmith.rundir.layout import open_run
+
+    if resume is not None:
+        if target is not None or data or method is not None:
+            raise RecipeError(
+                "--resume takes its recipe from the run directory: leave the model, --data and --method out"
+            )
+        return load_recipe(open_run(resume).recipe, overrides)
+    if target is None:
+        raise RecipeError("name a recipe or a model: tunesmith train RECIPE.yaml, or tunesmith train MODEL --data FILE")
+    if target.endswith((".yaml", ".yml")):
+        more = ([f"data.train={data}"] if data else []) + ([f"method.kind={method}"] if method else [])
+        return load_recipe(target, [*more, *overrides])
+    mapping: dict[str, Any] = {"model": {"path": target}, "data": {"train": data}}
+    if method is not None:
+        mapping["method"] = {"kind": method}
+    recipe = recipe_from_mapping(mapping, overrides)
+    if not recipe.data.train and recipe.data.format != "tokens":
+        raise RecipeError(f"say what to train {target} on: tunesmith train {target} --data FILE")
+    return recipe
+
+
+def _certify(recipe: Recipe, run_dir: Path) -> None:
+    """The cheap part of the certificate, written into the run directory. Raises: VerificationError."""
+    from tunesmith.verify.certificate import certify
+
+    certificate = certify(recipe, full=False, run_dir=run_dir)
+    failed = [check.name for check in certificate.checks if not check.passed]
+    if failed:
+        raise VerificationError(
+            f"the certificate failed ({', '.join(failed)}), so the run would be silently wrong: "
+            f"see {run_dir}/certificate.json"
+        )

@@ -1,0 +1,98 @@
+"""What a person watching a run sees on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from tunesmith.model.methods import MethodSummary
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.units import format_bytes, format_count
+
+
+class Display:
+    """A progress line with rate, time left, loss and memory, and lines above it; silent when `quiet`."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[news]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def say(self, text: str | Text) -> None:
+        """A line above the progress line."""
+        self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A warning above the progress line."""
+        self.console.print(Text(f"warning: {text}", style="yellow"))
+
+    def start(self, done: int, total: int) -> None:
+        """Show the progress line."""
+        self._task = self._progress.add_task("train", total=total, completed=done, news="")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """One more step is done."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=metrics.step, news=_news(metrics))
+        if self._progress.disable and _is_shown(metrics.step):
+            self.say(f"step {metrics.step}: {_news(metrics)}")
+
+    def evaluation(self, metrics: EvalMetrics) -> None:
+        """A validation is done."""
+        self.say(
+            f"step {metrics.step}: validation loss {metrics.loss:.4f}, perplexity {metrics.perplexity:.4g} "
+            f"({format_count(metrics.trained_tokens)} tokens)"
+        )
+
+
+def _is_shown(step: int) -> bool:
+    """Without a terminal: the first steps, then ever fewer."""
+    return step <= 3 or step % 10 ** max(1, len(str(step)) - 1) == 0
+
+
+def _news(metrics: StepMetrics) -> str:
+    memory = metrics.device_peak_bytes or metrics.host_resident_bytes
+    parts = [
+        f"loss {metrics.loss:.4f}",
+        f"{format_count(metrics.tokens_per_s)} tokens/s",
+        "" if memory is None else format_bytes(memory),
+        "" if metrics.mfu_ratio is None else f"MFU {metrics.mfu_ratio:.0%}",
+        "skipped: float16 overflow" if metrics.skipped else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def method_line(recipe: Recipe, summary: MethodSummary) -> str:
+    """What is trained, in one line."""
+    share = summary.trainable_parameters / summary.total_parameters
+    train = recipe.train
+    return (
+        f"{recipe.method.kind} on {recipe.model.path}: {format_count(summary.trainable_parameters)} of "
+        f"{format_count(summary.total_parameters)} parameters trained ({share:.2%}); {recipe.model.device}, "
+        f"{train.precision}, {train.micro_batch_tokens} tokens x {train.accumulation} a step"
+    )
+
+
+def closing_lines(commands: Sequence[str]) -> list[str]:
+    """The commands to type next."""
+    return ["next:", *(f"  {command}" for command in commands)]

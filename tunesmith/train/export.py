@@ -1,0 +1,56 @@
+"""What comes out of a run: an adapter in PEFT's format, or a Hugging Face model directory with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tunesmith.checkpoint.adapter import save_adapter
+from tunesmith.checkpoint.save import save_decoder
+from tunesmith.errors import ModelError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.transformers_backend import TransformersModel
+from tunesmith.rundir.io import atomic_directory
+from tunesmith.train.resolve import DTYPES, trains_base
+from tunesmith.train.session import Session
+
+
+def export(session: Session, directory: Path) -> Path:
+    """Write the outcome of `session` as `directory`, whole or not at all.
+
+    Weights that were trained as float32 masters are stored in the compute dtype, as checkpoints of models are.
+    """
+    with atomic_directory(directory, replace=True) as temporary:
+        if trains_base(session.recipe.method):
+            _save_model(session, temporary)
+        else:
+            save_adapter(session.model, temporary, session.recipe.model.path)
+        if session.tokenizer is not None:
+            session.tokenizer.save(temporary)
+    return directory
+
+
+def _save_model(session: Session, directory: Path) -> None:
+    dtype = DTYPES[session.recipe.train.precision]
+    if dtype is torch.float16:
+        dtype = torch.float32  # masters may lie outside float16's range
+    if isinstance(session.model, Decoder):
+        save_decoder(session.model, directory, dtype=dtype)
+    elif isinstance(session.model, TransformersModel):
+        session.model.save(directory)
+    else:
+        raise ModelError(f"a {type(session.model).__name__} can't be saved as a model directory")
+
+
+def next_commands(session: Session, run: Path, final: Path) -> list[str]:
+    """What to type next, with this run's own paths."""
+    if trains_base(session.recipe.method):
+        return [f"tunesmith chat {final}", f"tunesmith eval {final}", f"tunesmith report {run}"]
+    base = session.recipe.model.path
+    return [
+        f"tunesmith chat {base} --adapter {final}",
+        f"tunesmith eval {base} --adapter {final}",
+        f"tunesmith merge {base} {final} {run / 'merged'}",
+        f"tunesmith report {run}",
+    ]

@@ -1,0 +1,206 @@
+"""The loop: steps, validations, checkpoints, signals, a full disk. The same for language models and any module."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunesmith.checkpoint.state import TrainingState, list_states, load_latest, save_state
+from tunesmith.errors import TrainingError
+from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, LogSection
+from tunesmith.rundir.io import MetricsWriter
+from tunesmith.rundir.layout import RunDir
+from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.train.stopping import StopSignals
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_log = logging.getLogger(__name__)
+
+
+class Trainable(Protocol):
+    """What the loop advances: a language model's session, or a plain module's."""
+
+    step_number: int
+    total_steps: int
+    epoch_ended: bool
+
+    def step(self) -> StepMetrics: ...
+
+    def evaluate(self) -> EvalMetrics | None: ...
+
+    def state(self) -> TrainingState: ...
+
+    def restore(self, state: TrainingState) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is called as training goes: for progress lines, trackers, and Python callers."""
+
+    on_step: Callable[[StepMetrics], None] = _nothing
+    on_evaluation: Callable[[EvalMetrics], None] = _nothing
+    on_checkpoint: Callable[[Path], None] = _nothing
+    on_warning: Callable[[str], None] = _log.warning
+
+
+@dataclass
+class LoopResult:
+    """How it went. Losses are None where nothing was measured in this process."""
+
+    steps: int
+    loss: float | None = None
+    validation: EvalMetrics | None = None
+    stopped_by: signal.Signals | None = None
+    duration_s: float = 0.0
+    data_wait_s: float = 0.0
+    skipped_steps: int = 0
+    failed_saves: list[int] = field(default_factory=list)
+
+    @property
+    def bottleneck(self) -> str | None:
+        """ "data" when more than a tenth of the time went into waiting for data, else "device"; None without a step."""
+        if self.duration_s == 0:
+            return None
+        return "data" if self.data_wait_s > 0.1 * self.duration_s else "device"
+
+
+def resume(trainable: Trainable, run: RunDir) -> Path:
+    """Put `trainable` into the newest whole state of `run`. Returns that checkpoint."""
+    path, state = load_latest(run.checkpoints)
+    trainable.restore(state)
+    return path
+
+
+def run_loop(
+    trainable: Trainable,
+    run: RunDir,
+    *,
+    evaluation: EvaluationSection,
+    checkpoint: CheckpointSection,
+    log: LogSection,
+    hooks: Hooks,
+) -> LoopResult:
+    """Train to the last step, or until SIGTERM or Ctrl-C; the state is saved at the end of both.
+
+    metrics.jsonl gets a row per logged step and per validation; rows after the step that `trainable` is at are dropped
+    first, so that a resumed run has none twice.
+
+    Raises: TrainingError when the disk is full at the end, naming the last good checkpoint; whatever a step raises.
+    """
+    loop = _Loop(trainable, run, evaluation, checkpoint, log, hooks)
+    try:
+        with (
+            StopSignals(hooks.on_warning) as signals,
+            MetricsWriter(run.metrics, resume_step=trainable.step_number) as w,
+        ):
+            loop.run(w, signals)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise TrainingError(_disk_full_message(run, error)) from error
+    finally:
+        trainable.close()
+    return loop.result
+
+
+class _Loop:
+    def __init__(
+        self,
+        trainable: Trainable,
+        run: RunDir,
+        evaluation: EvaluationSection,
+        checkpoint: CheckpointSection,
+        log: LogSection,
+        hooks: Hooks,
+    ) -> None:
+        self.trainable, self.run_dir, self.hooks = trainable, run, hooks
+        self.evaluation, self.checkpoint, self.log = evaluation, checkpoint, log
+        self.result = LoopResult(trainable.step_number)
+        self.saved_step = trainable.step_number
+        self.saved_at = time.monotonic()
+
+    def run(self, metrics: MetricsWriter, signals: StopSignals) -> None:
+        while self.trainable.step_number < self.trainable.total_steps and signals.received is None:
+            self._step(metrics)
+            if self._evaluation_due():
+                self._evaluate(metrics)
+            if signals.received is None and self._checkpoint_due():
+                self._save_or_warn()
+        self.result.stopped_by = signals.received
+        if self.saved_step < self.trainable.step_number:
+            self._save()
+
+    def _step(self, metrics: MetricsWriter) -> None:
+        step = self.trainable.step()
+        result = self.result
+        result.steps, result.loss = step.step, step.loss
+        result.duration_s += step.duration_s
+        result.data_wait_s += step.data_wait_s
+        result.skipped_steps += int(step.skipped)
+        if step.step % self.log.every_steps == 0 or step.step == self.trainable.total_steps:
+            metrics.write(step.row())
+        self.hooks.on_step(step)
+
+    def _evaluation_due(self) -> bool:
+        number, every = self.trainable.step_number, self.evaluation.every_steps
+        if number == self.trainable.total_steps:
+            return True
+        return number % every == 0 if every is not None else self.trainable.epoch_ended
+
+    def _evaluate(self, metrics: MetricsWriter) -> None:
+        measured = self.trainable.evaluate()
+        if measured is not None:
+            self.result.validation = measured
+            metrics.write(measured.row())
+            self.hooks.on_evaluation(measured)
+
+    def _checkpoint_due(self) -> bool:
+        number, every, minutes = self.trainable.step_number, self.checkpoint.every_steps, self.checkpoint.every_minutes
+        if number == self.trainable.total_steps:
+            return False  # the end saves anyway
+        if every is not None and number % every == 0:
+            return True
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _save(self) -> None:
+        path = save_state(self.run_dir.checkpoints, self.trainable.state(), keep=self.checkpoint.keep)
+        self.saved_step, self.saved_at = self.trainable.step_number, time.monotonic()
+        self.hooks.on_checkpoint(path)
+
+    def _save_or_warn(self) -> None:
+        """A disk that is full in the middle costs this checkpoint, not the run."""
+        try:
+            self._save()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.saved_at = time.monotonic()
+            self.result.failed_saves.append(self.trainable.step_number)
+            step = self.trainable.step_number
+            self.hooks.on_warning(
+                f"checkpoint of step {step} not written: {error.strerror}. {_kept(self.run_dir)}; training goes on"
+            )
+
+
+def _kept(run: RunDir) -> str:
+    states = list_states(run.checkpoints)
+    return f"The last good checkpoint is {states[-1]}" if states else "There is no checkpoint yet"
+
+
+def _disk_full_message(run: RunDir, error: OSError) -> str:
+    return (
+        f"the disk is full ({error.strerror}: {error.filename or run.path}). {_kept(run)}: free space, "
+        f"then go on with: tunesmith train --resume {run.path}"
+    )

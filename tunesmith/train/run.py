@@ -1,0 +1,239 @@
+"""A whole run: recipe in, run directory with metrics, checkpoints and the outcome out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RecipeError, TrainingError
+from tunesmith.recipe.load import dump_recipe, recipe_from_mapping
+from tunesmith.recipe.schema import Recipe
+from tunesmith.rundir.io import write_json_atomic, write_text_atomic
+from tunesmith.rundir.layout import RunDir, create_run, open_run
+from tunesmith.text.preview import check_trainable, mask_preview
+from tunesmith.train.display import Display, closing_lines, method_line
+from tunesmith.train.export import export, next_commands
+from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
+from tunesmith.train.loop import resume as resume_from
+from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.train.resolve import resolve_recipe
+from tunesmith.train.session import Session, build_session
+from tunesmith.train.stopping import exit_code
+from tunesmith.watch.trackers import Trackers
+
+Preflight = Callable[[Recipe, Path], None]
+# What a resumed run may change: where and how often things are written, not what is computed.
+FREE_KEYS = (
+    "name",
+    "output",
+    "log.",
+    "checkpoint.",
+    "evaluation.",
+    "bench.",
+    "model.device",
+    "data.workers",
+    "data.cache",
+    "train.detect_anomaly",
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. Losses are None where none was measured; exit_code is 143 or 130 when it was stopped."""
+
+    run_dir: Path
+    steps: int
+    loss: float | None
+    validation_loss: float | None
+    perplexity: float | None
+    final: Path | None
+    tokens_seen: int
+    duration_s: float
+    bottleneck: str | None
+    skipped_steps: int
+    exit_code: int
+    next_commands: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {**vars(self), "next_commands": list(self.next_commands)}
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    resume: Path | str | None = None,
+    on_step: Callable[[StepMetrics], None] | None = None,
+    run_dir: Path | str | None = None,
+    preflight: Preflight | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train as `recipe` says.
+
+    Args:
+        recipe: a Recipe, or plain nested data.
+        resume: a run directory to go on with, from its newest whole checkpoint.
+        on_step: called with the metrics of every step.
+        run_dir: the directory to make; None: <recipe.output>/<recipe.name>-<time>.
+        preflight: called with the resolved recipe and the run directory before the first step; it raises to stop.
+        quiet: print nothing.
+
+    Raises: RecipeError for a resume with a changed recipe; NonFiniteError before the update of a bad batch;
+    TrainingError when the disk is full; whatever loading raises.
+    """
+    asked = recipe if isinstance(recipe, Recipe) else recipe_from_mapping(recipe)
+    resolved = resolve_recipe(asked)
+    if resume is not None:
+        run = open_run(resume)
+        check_resumable(run.load_recipe(), resolved)
+        write_text_atomic(run.recipe, dump_recipe(resolved))
+    else:
+        run = create_run(resolved, path=None if run_dir is None else Path(run_dir))
+    with _recorded(run), Display(quiet=quiet) as display:
+        return _train(resolved, run, display, resume is not None, on_step, preflight)
+
+
+def check_resumable(before: Recipe, now: Recipe) -> None:
+    """Raises: RecipeError naming the first key that changed and would make the rest of the run another one."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    for key, value in new.items():
+        if value != old.get(key) and not key.startswith(FREE_KEYS):
+            raise RecipeError(
+                f"the run was started with {key}: {old.get(key)!r}, and would go on with {value!r}: "
+                f"leave it as it was, or start a new run without --resume"
+            )
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@contextmanager
+def _recorded(run: RunDir) -> Iterator[None]:
+    """run.json says how the run stands, also when it fails."""
+    run.set_status("running")
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.set_status("interrupted")
+        raise
+    except BaseException as error:
+        run.set_status("failed", error=f"{type(error).__name__}: {error}")
+        raise
+
+
+def _train(
+    recipe: Recipe,
+    run: RunDir,
+    display: Display,
+    resuming: bool,
+    on_step: Callable[[StepMetrics], None] | None,
+    preflight: Preflight | None,
+) -> TrainResult:
+    display.say(f"run directory: {run.path}")
+    session = build_session(recipe)
+    display.say(method_line(recipe, session.method_summary))
+    _show_example(session, run, display)
+    if preflight is not None:
+        preflight(recipe, run.path)
+    if resuming:
+        checkpoint = resume_from(session, run)
+        display.say(f"going on from {checkpoint} (step {session.step_number} of {session.total_steps})")
+    trackers = Trackers(recipe.log, run.path, name=run.path.name, config=recipe.model_dump(mode="json"))
+    try:
+        display.start(session.step_number, session.total_steps)
+        loop = run_loop(
+            session,
+            run,
+            evaluation=recipe.evaluation,
+            checkpoint=recipe.checkpoint,
+            log=recipe.log,
+            hooks=_hooks(display, trackers, on_step),
+        )
+    finally:
+        trackers.close()
+    return _finish(session, run, display, loop)
+
+
+def _hooks(display: Display, trackers: Trackers, on_step: Callable[[StepMetrics], None] | None) -> Hooks:
+    def stepped(metrics: StepMetrics) -> None:
+        trackers.log(metrics.step, metrics.row())
+        display.step(metrics)
+        if on_step is not None:
+            on_step(metrics)
+
+    def evaluated(metrics: EvalMetrics) -> None:
+        trackers.log(metrics.step, metrics.row())
+        display.evaluation(metrics)
+
+    return Hooks(stepped, evaluated, lambda path: display.say(f"saved {path}"), display.warn)
+
+
+def _show_example(session: Session, run: RunDir, display: Display) -> None:
+    """One example with its mask, on the screen and in the run directory; nothing to learn is refused here."""
+    if session.tokenizer is None:
+        return
+    check_trainable(session.data.train, session.tokenizer, session.recipe.data)
+    preview = mask_preview(session.data.train[0], session.tokenizer)
+    display.say(preview.text)
+    write_json_atomic(run.preview, preview.data)
+
+
+def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -> TrainResult:
+    final, commands = None, [f"tunesmith train --resume {run.path}"]
+    if loop.stopped_by is None:
+        final = _export(session, run)
+        commands = next_commands(session, run.path, final)
+        display.say(f"written: {final}")
+    if loop.bottleneck is not None:
+        wait = loop.data_wait_s / loop.duration_s
+        display.say(f"bottleneck: the {loop.bottleneck} ({wait:.1%} of the time was spent waiting for data)")
+    validation = loop.validation
+    result = TrainResult(
+        run_dir=run.path,
+        steps=loop.steps,
+        loss=loop.loss,
+        validation_loss=None if validation is None else validation.loss,
+        perplexity=None if validation is None else validation.perplexity,
+        final=final,
+        tokens_seen=session.tokens_seen,
+        duration_s=loop.duration_s,
+        bottleneck=loop.bottleneck,
+        skipped_steps=loop.skipped_steps,
+        exit_code=exit_code(loop.stopped_by),
+        next_commands=tuple(commands),
+    )
+    run.set_status("finished" if loop.stopped_by is None else "interrupted", **result.facts(), **_method_facts(session))
+    for line in closing_lines(commands):
+        display.say(line)
+    return result
+
+
+def _method_facts(session: Session) -> dict[str, Any]:
+    summary = session.method_summary
+    return {
+        "backend": session.model.backend,
+        "trainable_parameters": summary.trainable_parameters,
+        "total_parameters": summary.total_parameters,
+    }
+
+
+def _export(session: Session, run: RunDir) -> Path:
+    try:
+        return export(session, run.final)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise TrainingError(
+            f"the disk is full ({error.strerror}): {run.final} was not written. The trained state is safe in "
+            f"{run.checkpoints}: free space, then: tunesmith train --resume {run.path}"
+        ) from error

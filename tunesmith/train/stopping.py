@@ -1,0 +1,44 @@
+"""Signals that end a run politely: the step in progress is finished, the state saved, the exit code is the signal's."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def exit_code(received: signal.Signals | None) -> int:
+    """128 + the signal's number, as shells count: 143 for SIGTERM, 130 for Ctrl-C; 0 for none."""
+    return 0 if received is None else 128 + int(received)
+
+
+class StopSignals:
+    """While this context is open, SIGTERM and the first Ctrl-C only set `received`; a second Ctrl-C stops at once.
+
+    Outside the main thread nothing is changed: Python delivers signals to the main thread only.
+    """
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._announce = announce
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+        self._announce(f"{self.received.name}: finishing this step, then saving{again}")
