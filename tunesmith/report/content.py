@@ -1,0 +1,94 @@
+"""What a report says, gathered from the runs before it is drawn as a page or as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.report.answers import Evaluation, evaluation_of
+from tunesmith.report.load import Node, Run
+from tunesmith.report.rows import Row, rows_of
+from tunesmith.report.strings import Words
+from tunesmith.report.tables import environment_items
+from tunesmith.report.verdict import Sentence, bench_verdict, train_sentence
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bench run and its rows."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything a report shows, in the order in which it shows it."""
+
+    words: Words
+    name: str
+    created: str | None
+    headline: str
+    device: str | None
+    random_weights: bool
+    sentences: tuple[Sentence, ...]
+    benches: tuple[Bench, ...]
+    trains: tuple[Run, ...]
+    evaluations: tuple[Evaluation, ...]
+    certificates: tuple[Node, ...]
+    environment: tuple[tuple[str, str], ...]
+
+
+def gather(runs: Sequence[Run], words: Words) -> Content:
+    """The content of a report on these runs."""
+    benches = tuple(Bench(run.name, tuple(rows_of(run))) for run in runs if run.kind == "bench")
+    evaluations = tuple(evaluation_of(node, words) for run in runs for node in run.evaluations)
+    trains = tuple(run for run in runs if run.metrics)
+    headline, sentences = _verdict(benches, trains, evaluations, words)
+    return Content(
+        words=words,
+        name=" · ".join(dict.fromkeys(run.name for run in runs)),
+        created=next((run.created_at[:16].replace("T", " ") for run in runs if run.created_at), None),
+        headline=headline,
+        device=_device(runs),
+        random_weights=_random_weights(runs),
+        sentences=tuple(sentences),
+        benches=benches,
+        trains=trains,
+        evaluations=evaluations,
+        certificates=tuple(run.certificate for run in runs if run.certificate is not None),
+        environment=tuple(environment_items(runs)),
+    )
+
+
+def _verdict(
+    benches: Sequence[Bench], trains: Sequence[Run], evaluations: Sequence[Evaluation], words: Words
+) -> tuple[str, list[Sentence]]:
+    """The headline is the first bench's; without one, the first sentence there is."""
+    verdicts = [bench_verdict(bench.rows, words) for bench in benches]
+    sentences = [Sentence(verdict.headline) for verdict in verdicts[1:]]
+    sentences += [sentence for verdict in verdicts for sentence in verdict.sentences]
+    sentences += [Sentence(text) for run in trains if (text := train_sentence(run, words))]
+    sentences += [Sentence(text) for evaluation in evaluations for text in evaluation.sentences]
+    if verdicts:
+        return verdicts[0].headline, sentences
+    return (sentences[0].text, sentences[1:]) if sentences else (words("title"), [])
+
+
+def _device(runs: Sequence[Run]) -> str | None:
+    """The device that the first run measured on: as its cells name it, else as the environment does."""
+    for run in runs:
+        names = [cell.text("device", "name") for cell in run.cells]
+        gpus = run.environment.get("gpus")
+        if isinstance(gpus, list) and gpus:
+            names.append(Node(gpus[0]).text("name"))
+        names.append(run.environment.text("cpu", "name"))
+        found = next((name for name in names if name), None)
+        if found:
+            return found
+    return None
+
+
+def _random_weights(runs: Sequence[Run]) -> bool:
+    recipes = [run.recipe for run in runs] + [Node(cell.get("recipe")) for run in runs for cell in run.cells]
+    return any(recipe.get("model", "weights") == "random" for recipe in recipes)

@@ -1,0 +1,114 @@
+"""What a report reads: the JSON of run directories, taken with care (any value may be missing or foreign)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.bench.schema import CELL_MIGRATIONS, CELL_VERSION
+from tunesmith.errors import RunDirError
+from tunesmith.rundir.io import read_json, read_jsonl
+from tunesmith.rundir.layout import migrate, open_run
+
+
+@dataclass(frozen=True)
+class Node:
+    """A JSON value with tolerant access: what is missing or of another type reads as None."""
+
+    data: Any
+
+    def get(self, *path: str) -> Any:
+        """The value at a path of keys, or None."""
+        value = self.data
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def number(self, *path: str) -> float | None:
+        """A finite number, or None."""
+        return as_number(self.get(*path))
+
+    def text(self, *path: str) -> str | None:
+        """A string, or None."""
+        value = self.get(*path)
+        return value if isinstance(value, str) else None
+
+    def numbers(self, *path: str) -> list[float]:
+        """The finite numbers of a list; empty where there is none."""
+        value = self.get(*path)
+        found = (as_number(item) for item in value) if isinstance(value, list) else iter(())
+        return [item for item in found if item is not None]
+
+
+def as_number(value: Any) -> float | None:
+    """`value` as a float where it is a finite number and not a boolean."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory: what kind it is, and the JSON it holds."""
+
+    path: Path
+    kind: str
+    name: str
+    created_at: str | None = None
+    manifest: Node = field(default_factory=lambda: Node({}))
+    cells: tuple[Node, ...] = ()
+    metrics: tuple[Node, ...] = ()
+    environment: Node = field(default_factory=lambda: Node({}))
+    certificate: Node | None = None
+    evaluations: tuple[Node, ...] = ()
+    recipe: Node = field(default_factory=lambda: Node({}))
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """The runs at these paths. Raises: RunDirError for a path that holds none, or one of a newer version."""
+    return [read_run(path) for path in paths]
+
+
+def read_run(path: Path) -> Run:
+    """One run: a directory, or the JSON file of an evaluation."""
+    if path.is_file():
+        return Run(path, "eval", path.stem, evaluations=(Node(read_json(path)),))
+    run = open_run(path)
+    info = run.info()
+    cells = tuple(_read_cells(run.cells))
+    return Run(
+        path=path,
+        kind=info.kind,
+        name=info.name,
+        created_at=info.created_at,
+        manifest=Node(dict(info.facts)),
+        cells=cells,
+        metrics=tuple(Node(row) for row in read_jsonl(run.metrics)) if run.metrics.is_file() else (),
+        environment=_read_optional(run.environment) or Node({}),
+        certificate=_read_optional(run.certificate),
+        evaluations=tuple(Node(read_json(file)) for file in sorted(path.glob("eval*.json"))),
+        recipe=_read_recipe(run.recipe),
+    )
+
+
+def _read_cells(directory: Path) -> Iterator[Node]:
+    for file in sorted(directory.glob("*.json")):
+        yield Node(migrate(read_json(file), CELL_VERSION, CELL_MIGRATIONS, file))
+
+
+def _read_recipe(file: Path) -> Node:
+    if not file.is_file():
+        return Node({})
+    try:
+        return Node(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunDirError(f"{file} is not valid YAML: {error}") from None
+
+
+def _read_optional(file: Path) -> Node | None:
+    return Node(read_json(file)) if file.is_file() else None

@@ -1,0 +1,268 @@
+"""The report's words in English and Chinese."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tunesmith.errors import RecipeError, nearest
+
+Language = Literal["en", "zh"]
+
+_EN = {
+    "title": "What it cost, what it gained",
+    "verdict": "Verdict",
+    "not_measured": "not measured",
+    "measured_on": "Measured on {device}",
+    "random_weights": "Random weights: speed and memory only, not quality.",
+    "memory": "Memory by owner",
+    "memory_note": "Peak bytes that training itself holds, by what they are for.",
+    "memory_note_cpu": (
+        "Live tensor bytes at their peak, counted in a separate untimed pass, by what they are for. "
+        "On so small a model this leads: torch itself outweighs it in the process's resident memory, shown below."
+    ),
+    "resident": "Resident memory of the process",
+    "resident_note": (
+        "High-water mark of the whole process: torch and its libraries included. It answers a different question "
+        "than the bytes above, and is never mixed with them."
+    ),
+    "time": "Time per step",
+    "time_note": "Median, warm-up left out; the line is the 95 % bootstrap interval.",
+    "throughput": "Throughput",
+    "throughput_note": "Tokens of the data per second; fillers are not counted.",
+    "losses": "Training loss",
+    "losses_note": "Every step of the first repeat, warm-up included. All cells see the same data in the same order.",
+    "frontier": "Memory against time",
+    "frontier_note": (
+        "Left and low is better. The line joins the cells that no other cell beats in both memory and time."
+    ),
+    "table": "Every cell",
+    "cell": "cell",
+    "step": "step",
+    "tokens_per_s": "tokens/s",
+    "peak": "peak allocated",
+    "reserved": "reserved",
+    "device": "device",
+    "resident_short": "resident",
+    "first_step": "first step",
+    "total": "timed total",
+    "epoch": "per epoch",
+    "validation": "validation loss",
+    "training": "training loss",
+    "trainable": "trained parameters",
+    "status": "status",
+    "ok": "ok",
+    "failed": "failed",
+    "out_of_memory": "out of memory",
+    "timeout": "stopped: too long",
+    "killed": "killed",
+    "not_run": "not run",
+    "repeats": "repeats",
+    "unequal": "unequal work",
+    "unequal_note": (
+        "Cells marked “unequal work” processed other tokens or steps than the rest: their times can't be compared."
+    ),
+    "equal_note": "Every measured cell did the same work: {steps} steps, {tokens} tokens, {trained} of them trained.",
+    "reproduce": "Reproduce each row",
+    "copy": "Copy",
+    "copied": "Copied",
+    "environment": "Environment",
+    "certificate": "Certificate",
+    "certificate_note": "Checks that this run computes what it claims to.",
+    "check": "check",
+    "value": "value",
+    "limit": "limit",
+    "passed": "passed",
+    "not_passed": "failed",
+    "answers": "Before and after",
+    "question": "question",
+    "expected": "expected",
+    "before": "before",
+    "after": "after",
+    "accuracy": "exact answers",
+    "perplexity": "perplexity",
+    "training_run": "Training run",
+    "steps_axis": "step",
+    "loss_axis": "loss",
+    "time_axis": "time per step",
+    "memory_axis": "memory",
+    "units": "1 GB = 10⁹ bytes, 1 GiB = 2³⁰ bytes.",
+    "made_by": "Written by tunesmith {version} from the JSON of the run directories alone.",
+    "weights": "weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimiser",
+    "activations": "activations and the rest",
+    "baseline": "baseline",
+    "less_memory": "{x} less memory",
+    "more_memory": "{x} more memory",
+    "same_memory": "as much memory",
+    "slower": "{x} slower",
+    "much_slower": "{x}× the time",
+    "faster": "{x} less time",
+    "much_faster": "{x}× as fast",
+    "same_time": "as fast within the noise",
+    "loss_change": "loss {x}",
+    "same_loss": "same loss",
+    "sentence": "{label}: {parts}.",
+    "on_top": "{gain} on top of {parent}: {parts}.",
+    "useless": "{gain} on top of {parent} saved nothing ({parts}): skip it.",
+    "did_not_run": "{label}: {status}.",
+    "did_not_run_why": "{label}: {status} ({reason}).",
+    "wins_both": "{label} is the fastest and needs the least memory ({memory}).",
+    "wins_each": "{fast} is the fastest ({time} per step); {small} needs the least memory ({memory}).",
+    "wins_time": "{fast} is the fastest ({time} per step).",
+    "nothing": "No cell was measured.",
+    "only_one": "{label}: {time} per step, {memory}.",
+    "train_verdict": "{name}: validation loss {loss} after {steps} steps.",
+    "train_verdict_plain": "{name}: training loss {loss} after {steps} steps.",
+    "eval_verdict": "Exact answers went from {before} to {after} of {count} questions.",
+    "eval_verdict_one": "{after} of {count} questions answered exactly.",
+    "ppl_verdict": "Perplexity went from {before} to {after}.",
+    "comma": ", ",
+    "sep": " ",
+}
+
+_ZH = {
+    "title": "代价与收益",
+    "verdict": "结论",
+    "not_measured": "未测量",
+    "measured_on": "测量设备：{device}",
+    "random_weights": "随机权重：只反映速度和内存，不反映质量。",
+    "memory": "按用途划分的内存",
+    "memory_note": "训练自身占用的峰值字节，按用途划分。",
+    "memory_note_cpu": (
+        "张量存活字节的峰值，在单独的不计时运行中统计，按用途划分。"
+        "模型这样小，以此图为主：在进程常驻内存（见下图）里，torch 本身比模型还大。"
+    ),
+    "resident": "进程常驻内存",
+    "resident_note": "整个进程的最高水位，包括 torch 及其库。它与上图回答的是不同的问题，二者从不混用。",
+    "time": "每步时间",
+    "time_note": "中位数，不含预热；横线为 95 % 自助法区间。",
+    "throughput": "吞吐量",
+    "throughput_note": "每秒处理的数据词元数，不计填充。",
+    "losses": "训练损失",
+    "losses_note": "第一次重复的每一步，包括预热。所有单元以相同顺序看到相同数据。",
+    "frontier": "内存与时间",
+    "frontier_note": "越靠左、越靠下越好。连线上的单元在内存和时间上没有被其他单元同时超过。",
+    "table": "所有单元",
+    "cell": "单元",
+    "step": "每步",
+    "tokens_per_s": "词元/秒",
+    "peak": "分配峰值",
+    "reserved": "保留",
+    "device": "设备",
+    "resident_short": "常驻",
+    "first_step": "首步",
+    "total": "计时总长",
+    "epoch": "每轮",
+    "validation": "验证损失",
+    "training": "训练损失",
+    "trainable": "训练参数",
+    "status": "状态",
+    "ok": "成功",
+    "failed": "失败",
+    "out_of_memory": "内存不足",
+    "timeout": "超时停止",
+    "killed": "被终止",
+    "not_run": "未运行",
+    "repeats": "重复",
+    "unequal": "工作量不等",
+    "unequal_note": "标有“工作量不等”的单元处理的词元或步数与其他单元不同，时间不可比较。",
+    "equal_note": "所有测量单元的工作量相同：{steps} 步，{tokens} 个词元，其中训练 {trained} 个。",
+    "reproduce": "复现每一行",
+    "copy": "复制",
+    "copied": "已复制",
+    "environment": "环境",
+    "certificate": "证书",
+    "certificate_note": "检查本次运行确实计算了它所声称的内容。",
+    "check": "检查",
+    "value": "值",
+    "limit": "上限",
+    "passed": "通过",
+    "not_passed": "未通过",
+    "answers": "训练前后",
+    "question": "问题",
+    "expected": "期望",
+    "before": "之前",
+    "after": "之后",
+    "accuracy": "完全正确率",
+    "perplexity": "困惑度",
+    "training_run": "训练运行",
+    "steps_axis": "步",
+    "loss_axis": "损失",
+    "time_axis": "每步时间",
+    "memory_axis": "内存",
+    "units": "1 GB = 10⁹ 字节，1 GiB = 2³⁰ 字节。",
+    "made_by": "由 tunesmith {version} 仅根据运行目录中的 JSON 写成。",
+    "weights": "权重",
+    "adapters": "适配器",
+    "gradients": "梯度",
+    "optimizer": "优化器",
+    "activations": "激活及其他",
+    "baseline": "基准",
+    "less_memory": "内存减少 {x}",
+    "more_memory": "内存增加 {x}",
+    "same_memory": "内存相同",
+    "slower": "慢 {x}",
+    "much_slower": "用时为 {x} 倍",
+    "faster": "用时减少 {x}",
+    "much_faster": "速度为 {x} 倍",
+    "same_time": "速度相同（在噪声范围内）",
+    "loss_change": "损失 {x}",
+    "same_loss": "损失相同",
+    "sentence": "{label}：{parts}。",
+    "on_top": "在 {parent} 上再加{gain}：{parts}。",
+    "useless": "在 {parent} 上再加{gain}没有节省（{parts}）：不必使用。",
+    "did_not_run": "{label}：{status}。",
+    "did_not_run_why": "{label}：{status}（{reason}）。",
+    "wins_both": "{label} 最快，内存也最少（{memory}）。",
+    "wins_each": "{fast} 最快（每步 {time}）；{small} 内存最少（{memory}）。",
+    "wins_time": "{fast} 最快（每步 {time}）。",
+    "nothing": "没有测到任何单元。",
+    "only_one": "{label}：每步 {time}，{memory}。",
+    "train_verdict": "{name}：{steps} 步后验证损失 {loss}。",
+    "train_verdict_plain": "{name}：{steps} 步后训练损失 {loss}。",
+    "eval_verdict": "{count} 个问题中完全答对的从 {before} 升到 {after}。",
+    "eval_verdict_one": "{count} 个问题中完全答对 {after}。",
+    "ppl_verdict": "困惑度从 {before} 变为 {after}。",
+    "comma": "，",
+    "sep": "",
+}
+
+# Words that a bench run writes into its JSON in English (gains of a matrix), as the report says them in Chinese.
+_ZH_DATA = {
+    "checkpointing": "梯度检查点",
+    "full": "全参数",
+    "mixed precision": "混合精度",
+    "LoRA": "LoRA",
+    "QLoRA": "QLoRA",
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """The strings of one language: `words("key", name=value)`."""
+
+    language: Language = "en"
+
+    def __call__(self, key: str, **values: object) -> str:
+        return (_ZH if self.language == "zh" else _EN)[key].format(**values)
+
+    def data(self, text: str) -> str:
+        """A word that came from the data, translated part by part where it is known."""
+        if self.language == "en":
+            return text
+        return " + ".join(_ZH_DATA.get(part, part) for part in text.split(" + "))
+
+    def status(self, status: str) -> str:
+        """The status of a cell in words; one that is not known stays as it is."""
+        key = status.replace(" ", "_")
+        return self(key) if key in ("ok", "failed", "out_of_memory", "timeout", "killed", "not_run") else status
+
+
+def words_for(language: str) -> Words:
+    """The strings of `language`. Raises: RecipeError for one that is not there."""
+    if language not in ("en", "zh"):
+        raise RecipeError(f"report language {language!r} is not one of en, zh{nearest(language, ('en', 'zh'))}")
+    return Words("zh" if language == "zh" else "en")

@@ -1,0 +1,145 @@
+"""The verdict in words, computed from the rows: what won, what each gain brought, and what to skip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.report.load import Run
+from tunesmith.report.rows import Change, Row, change
+from tunesmith.report.strings import Words
+from tunesmith.units import format_bytes, format_seconds
+
+SAME = 0.01  # a change below one percent is called none
+SAVES = 0.02  # a gain that saves less than this share of memory, and no time, is to be skipped
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One line of the verdict: about which row (None: all of them), and whether it is a warning."""
+
+    text: str
+    row: str | None = None
+    kind: str = "fact"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A headline and what backs it."""
+
+    headline: str
+    sentences: tuple[Sentence, ...]
+
+
+def bench_verdict(rows: Sequence[Row], words: Words) -> Verdict:
+    """What a bench run showed."""
+    comparable = [row for row in rows if row.ok and not row.unequal]
+    sentences = [sentence for row in rows for sentence in _about(row, rows, words)]
+    return Verdict(_headline(comparable, words), tuple(sentences))
+
+
+def _headline(rows: Sequence[Row], words: Words) -> str:
+    timed = [row for row in rows if row.step_s is not None]
+    if not timed:
+        return words("nothing")
+    fast = min(timed, key=lambda row: row.step_s.median if row.step_s else 0.0)
+    sized = [row for row in timed if row.peak_bytes is not None]
+    small = min(sized, key=lambda row: row.peak_bytes or 0.0) if sized else None
+    time = format_seconds(fast.step_s.median) if fast.step_s else ""
+    names = {"fast": words.data(fast.label), "time": time}
+    if small is None:
+        return words("wins_time", **names)
+    memory = format_bytes(small.peak_bytes or 0)
+    if len(timed) == 1:
+        return words("only_one", label=names["fast"], time=time, memory=memory)
+    if small is fast:
+        return words("wins_both", label=names["fast"], memory=memory)
+    return words("wins_each", small=words.data(small.label), memory=memory, **names)
+
+
+def _about(row: Row, rows: Sequence[Row], words: Words) -> list[Sentence]:
+    label = words.data(row.label)
+    if not row.ok:
+        status = words.status(row.status)
+        key = "did_not_run_why" if row.reason else "did_not_run"
+        return [Sentence(words(key, label=label, status=status, reason=_short(row.reason)), row.name, "warning")]
+    parent = next((other for other in rows if other.name == row.parent), None)
+    if parent is None or not parent.ok or row.unequal or parent.unequal:
+        return []
+    difference = change(row, parent)
+    parts = words("comma").join(change_parts(difference, words, quality=not row.random_weights))
+    baseline = next(iter(rows))
+    if parent is baseline and row.gain is None:
+        return [Sentence(words("sentence", label=label, parts=parts), row.name)]
+    useless = saves_nothing(difference)
+    gain = words.data(row.gain or row.label)
+    text = words("useless" if useless else "on_top", gain=_capital(gain), parent=words.data(parent.label), parts=parts)
+    return [Sentence(text, row.name, "warning" if useless else "fact")]
+
+
+def _short(reason: str | None) -> str:
+    """The first line of a reason, at most 140 characters."""
+    lines = (reason or "").strip().splitlines()
+    first = lines[0] if lines else ""
+    return first if len(first) <= 140 else first[:139] + "…"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def saves_nothing(difference: Change) -> bool:
+    """Whether a gain brought neither memory nor time."""
+    no_memory = difference.memory is not None and difference.memory > 1 - SAVES
+    no_time = difference.time is not None and (difference.noise or difference.time > 1 - SAVES)
+    return no_memory and no_time
+
+
+def change_parts(difference: Change, words: Words, *, quality: bool) -> list[str]:
+    """The phrases of one comparison: memory, time, and loss where weights were not random."""
+    parts = []
+    if difference.memory is not None:
+        parts.append(_memory(difference.memory, words))
+    if difference.time is not None:
+        parts.append(_time(difference.time, difference.noise, words))
+    if quality and difference.loss is not None:
+        parts.append(_loss(difference.loss, words))
+    return parts or [words("not_measured")]
+
+
+def _memory(ratio: float, words: Words) -> str:
+    if abs(ratio - 1) < SAME:
+        return words("same_memory")
+    return words("less_memory" if ratio < 1 else "more_memory", x=_percent(abs(1 - ratio)))
+
+
+def _time(ratio: float, noise: bool, words: Words) -> str:
+    if noise or abs(ratio - 1) < SAME:
+        return words("same_time")
+    if ratio >= 2:
+        return words("much_slower", x=f"{ratio:.1f}")
+    if ratio <= 0.5:
+        return words("much_faster", x=f"{1 / ratio:.1f}")
+    return words("slower" if ratio > 1 else "faster", x=_percent(abs(ratio - 1)))
+
+
+def _loss(ratio: float, words: Words) -> str:
+    if abs(ratio - 1) < 0.0005:
+        return words("same_loss")
+    return words("loss_change", x=f"{(ratio - 1) * 100:+.1f} %")
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.0f} %"
+
+
+def train_sentence(run: Run, words: Words) -> str | None:
+    """Where a training run ended; None where it logged no loss."""
+    steps = [int(step) for node in run.metrics if (step := node.number("step")) is not None]
+    validation = [loss for node in run.metrics if (loss := node.number("validation_loss")) is not None]
+    training = [loss for node in run.metrics if (loss := node.number("loss")) is not None]
+    losses = validation or training
+    if not losses or not steps:
+        return None
+    key = "train_verdict" if validation else "train_verdict_plain"
+    return words(key, name=run.name, loss=f"{losses[-1]:.3f}", steps=max(steps))
