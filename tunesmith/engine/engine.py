@@ -30,7 +30,7 @@ class Engine:
         runner: Runner,
         *,
         stop_ids: Collection[int] = (),
-        make_decoder: Callable[[], TextDecoder] | None = None,
+        make_decoder: Callable[[Sequence[int]], TextDecoder] | None = None,
         max_running: int = 1,
     ) -> None:
         self.runner = runner
@@ -40,7 +40,7 @@ class Engine:
         self.num_requests = 0
         self.mail: dict[int, list[StepOutput]] = {}
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, text_context: Sequence[int] = ()) -> int:
         """Queue a request; returns its id. Raises RequestError when it can never be served."""
         if not prompt_ids:
             raise RequestError("the prompt has no token: give at least one, for instance the beginning-of-text token")
@@ -48,7 +48,14 @@ class Engine:
             raise RequestError("stop texts need a tokenizer, and this model was loaded without one")
         max_tokens = self._max_tokens(len(prompt_ids), params)
         self.num_requests += 1
-        request = Request(self.num_requests, tuple(prompt_ids), params, max_tokens, time.perf_counter())
+        request = Request(
+            id=self.num_requests,
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            max_tokens=max_tokens,
+            arrived_s=time.perf_counter(),
+            text_context=tuple(text_context),
+        )
         self.scheduler.submit(request)
         return request.id
 
@@ -111,7 +118,7 @@ class Engine:
         lease = self.runner.open(request.total_tokens)
         if lease is None:
             return None
-        decoder = None if self.make_decoder is None else self.make_decoder()
+        decoder = None if self.make_decoder is None else self.make_decoder(request.text_context)
         return Running(
             request=request,
             lease=lease,

@@ -25,6 +25,8 @@ from tunesmith.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+# Tokens of the prompt that are enough to know how the answer's first characters join on.
+TEXT_CONTEXT_TOKENS = 16
 
 
 class LLM:
@@ -74,8 +76,11 @@ class LLM:
             max_running=max_running,
         )
 
-    def _make_decoder(self) -> StreamDecoder:
-        return StreamDecoder(self._tokenizer())
+    def _make_decoder(self, context: Sequence[int]) -> StreamDecoder:
+        decoder = StreamDecoder(self._tokenizer())
+        for token in context:
+            decoder.put(token)
+        return decoder
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -123,19 +128,26 @@ class LLM:
             progress: a bar on stderr; None: for several prompts when stderr is a terminal.
         Raises: RequestError, before anything runs, for a prompt or option that can't be served.
         """
-        params = _params(params, options)
         ids = [self.encode(prompt) for prompt in _as_list(prompts)]
+        return self._generate(ids, _params(params, options), progress, continues=True)
+
+    def _generate(
+        self, ids: Sequence[list[int]], params: SamplingParams, progress: bool | None, continues: bool
+    ) -> list[Completion]:
         shown = len(ids) > 1 and sys.stderr.isatty() if progress is None else progress
         submitted: list[int] = []
         try:
-            for prompt_ids in ids:
-                submitted.append(self.engine.submit(prompt_ids, params))
+            submitted.extend(self._submit(prompt_ids, params, continues) for prompt_ids in ids)
             with GenerationProgress(len(ids), shown) as bar:
                 done = self._run(submitted, bar)
         finally:
             for request_id in submitted:
                 self.engine.abort(request_id)
         return [done[request_id] for request_id in submitted]
+
+    def _submit(self, prompt_ids: list[int], params: SamplingParams, continues: bool) -> int:
+        context = prompt_ids[-TEXT_CONTEXT_TOKENS:] if continues else []
+        return self.engine.submit(prompt_ids, params, text_context=context)
 
     def _run(self, submitted: Sequence[int], bar: GenerationProgress) -> dict[int, Completion]:
         done: dict[int, Completion] = {}
@@ -148,15 +160,28 @@ class LLM:
 
     def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> Completion:
         """The assistant's answer to a conversation. Options as for `generate`."""
-        return self.generate([self.encode_messages(messages)], params, progress=False, **options)[0]
+        return self.chat_many([messages], params, progress=False, **options)[0]
+
+    def chat_many(
+        self,
+        conversations: Sequence[Messages],
+        params: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """The assistant's answers to several conversations, in order. Options as for `generate`."""
+        ids = [self.encode_messages(messages) for messages in conversations]
+        return self._generate(ids, _params(params, options), progress, continues=False)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> TextStream:
         """The answer's text, piece by piece; joined, the pieces are exactly the completion's text."""
-        return TextStream(self.engine, self.engine.submit(self.encode(prompt), _params(params, options)))
+        return TextStream(self.engine, self._submit(self.encode(prompt), _params(params, options), continues=True))
 
     def stream_chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> TextStream:
         """The assistant's answer, piece by piece."""
-        return self.stream(self.encode_messages(messages), params, **options)
+        ids = self.encode_messages(messages)
+        return TextStream(self.engine, self._submit(ids, _params(params, options), continues=False))
 
 
 class TextStream(Iterator[str]):

@@ -66,13 +66,18 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, already tokenised. `max_tokens` is resolved against the context."""
+    """One prompt, already tokenised. `max_tokens` is resolved against the context.
+
+    `text_context`: the tokens whose text the answer's text goes on from (a space that a tokenizer would drop at the
+    start of a text stays); empty when the answer is a text of its own.
+    """
 
     id: int
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     max_tokens: int
     arrived_s: float
+    text_context: tuple[int, ...] = ()
 
     @property
     def total_tokens(self) -> int:
