@@ -17,6 +17,21 @@ from tunesmith.recipe.explain import explain, free_key_depth
 from tunesmith.recipe.schema import VERSION, Recipe
 from tunesmith.recipe.yaml_text import Place, model_to_yaml, parse_yaml, parse_yaml_with_lines
 
+_STARTER_KEYS = (
+    "version",
+    "name",
+    "output",
+    "model.path",
+    "method.kind",
+    "data.train",
+    "data.max_length",
+    "train.epochs",
+    "train.learning_rate",
+    "train.accumulation",
+    "train.checkpointing",
+    "train.seed",
+)
+
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file (UTF-8, a byte-order mark is accepted).
@@ -75,6 +90,12 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
 def dump_recipe(recipe: Recipe, *, only_changed: bool = False, comments: bool = False) -> str:
     """The recipe as YAML that `load_recipe` reads back equal; every key, or only what differs from its default."""
     return model_to_yaml(recipe, only_changed=only_changed, comments=comments)
+
+
+def starter_yaml(recipe: Recipe) -> str:
+    """The recipe as a commented file to go on from: what differs from the defaults, and the keys people change."""
+    head = "# A tunesmith recipe. Every key and its meaning: tunesmith recipe schema\n"
+    return head + model_to_yaml(recipe, only_changed=True, comments=True, always=_STARTER_KEYS)
 
 
 def recipe_schema_json() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import yaml
@@ -121,26 +121,34 @@ def to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=110)
 
 
-def model_to_yaml(model: BaseModel, *, only_changed: bool = False, comments: bool = False) -> str:
+def model_to_yaml(
+    model: BaseModel, *, only_changed: bool = False, comments: bool = False, always: Collection[str] = ("version",)
+) -> str:
     """A pydantic model as YAML, keys in the schema's order.
 
-    Args: only_changed: leave out what equals its default (but `version`); comments: each key's description above it.
+    Args: only_changed: leave out what equals its default, but for the dotted keys in `always`;
+        comments: each key's description above it.
     """
-    return "".join(_sections(model, only_changed, comments, indent=""))
+    return "".join(_sections(model, only_changed, comments, always, prefix="")).lstrip("\n")
 
 
-def _sections(model: BaseModel, only_changed: bool, comments: bool, indent: str) -> Iterator[str]:
+def _sections(
+    model: BaseModel, only_changed: bool, comments: bool, always: Collection[str], prefix: str
+) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
     for key, info in type(model).model_fields.items():
-        value = getattr(model, key)
-        if only_changed and key != "version" and value == info.get_default(call_default_factory=True):
-            continue
+        value, dotted = getattr(model, key), prefix + key
         if isinstance(value, BaseModel):
-            body = "".join(_sections(value, only_changed, comments, indent + "  "))
-            yield f"\n{indent}{key}:\n{body}" if comments else f"{indent}{key}:\n{body}"
+            body = "".join(_sections(value, only_changed, comments, always, dotted + "."))
+            gap = "\n" if comments else ""
+            yield f"{gap}{indent}{key}:\n{body}" if body else ""
+            continue
+        if only_changed and dotted not in always and value == info.get_default(call_default_factory=True):
             continue
         if comments and info.description:
-            yield (
-                textwrap.fill(info.description, 108, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-                + "\n"
-            )
+            yield _comment(info.description, indent)
         yield textwrap.indent(to_yaml({key: value}), indent)
+
+
+def _comment(text: str, indent: str) -> str:
+    return textwrap.fill(text, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ") + "\n"

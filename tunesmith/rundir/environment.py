@@ -9,13 +9,19 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tunesmith import __version__
+from tunesmith.hardware import (
+    ask_nvml,
+    cpu_name,
+    driver_version,
+    nvml_devices,
+    total_memory_bytes,
+    usable_cores,
+)
 
 PACKAGES = (
     "torch",
@@ -44,7 +50,7 @@ def environment_fingerprint() -> dict[str, Any]:
         "memory_bytes": total_memory_bytes(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "driver": driver_version(),
-        "gpus": [_gpu_facts(*pair) for pair in nvml_devices()],
+        "gpus": [_gpu_facts(handle) for handle in nvml_devices()],
         "git": git_commit(),
     }
 
@@ -64,93 +70,16 @@ def _torch_cuda() -> str | None:
     return torch.version.cuda
 
 
-@cache
-def cpu_name() -> str | None:
-    """The processor's name as the system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or None
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def total_memory_bytes() -> int:
-    """The machine's memory, or the control group's limit where that is lower."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    return total
-
-
-@contextlib.contextmanager
-def _nvml() -> Iterator[Any]:
-    """The NVML module, started; None where there is no library or no driver."""
-    try:
-        import pynvml
-    except ImportError:
-        yield None
-        return
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
-
-
-def driver_version() -> str | None:
-    """The NVIDIA driver's version, or None without one."""
-    with _nvml() as nvml:
-        if nvml is not None:
-            return _text(nvml.nvmlSystemGetDriverVersion())
-    with contextlib.suppress(OSError):
-        first = Path("/proc/driver/nvidia/version").read_text(encoding="ascii").splitlines()[0]
-        return next((word for word in first.split() if word[0].isdigit() and "." in word), None)
-    return None
-
-
-def nvml_devices() -> list[tuple[Any, Any]]:
-    """(module, handle) of every GPU that NVML sees; an empty list where there is none."""
-    with _nvml() as nvml:
-        if nvml is None:
-            return []
-        nvml.nvmlInit()  # a second reference: handles stay valid for the caller
-        return [(nvml, nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())]
-
-
-def _gpu_facts(nvml: Any, handle: Any) -> dict[str, Any]:
-    def ask(function: Any, *arguments: Any) -> Any:
-        try:
-            return function(handle, *arguments)
-        except nvml.NVMLError:
-            return None
-
-    memory = ask(nvml.nvmlDeviceGetMemoryInfo)
+def _gpu_facts(handle: Any) -> dict[str, Any]:
+    memory = ask_nvml("nvmlDeviceGetMemoryInfo", handle)
+    clocks = {"sm_clock_mhz": ("nvmlDeviceGetClockInfo", 1), "memory_clock_mhz": ("nvmlDeviceGetClockInfo", 2)}
+    clocks["max_sm_clock_mhz"] = ("nvmlDeviceGetMaxClockInfo", 1)
     return {
-        "name": _text(ask(nvml.nvmlDeviceGetName)),
+        "name": ask_nvml("nvmlDeviceGetName", handle),
         "memory_bytes": None if memory is None else int(memory.total),
-        "sm_clock_mhz": ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
-        "max_sm_clock_mhz": ask(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM),
-        "power_limit_mw": ask(nvml.nvmlDeviceGetEnforcedPowerLimit),
+        **{key: ask_nvml(function, handle, clock) for key, (function, clock) in clocks.items()},
+        "power_limit_mw": ask_nvml("nvmlDeviceGetEnforcedPowerLimit", handle),
     }
-
-
-def _text(value: Any) -> str | None:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def git_commit() -> dict[str, Any] | None:
