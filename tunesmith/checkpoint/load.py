@@ -24,6 +24,7 @@ from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.hardware import pick_device
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.methods import quantise_model
 from tunesmith.model.quant import quantise_linears
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.recipe.schema import ModelSection
@@ -98,9 +99,10 @@ def load_language_model(
             raise
         if model.backend == "auto":
             _log.warning("%s: running it through the transformers backend", reason)
-    return TransformersModel.load(
-        directory, device=device, dtype=dtype, weights=model.weights, quantize=quantize, seed=seed
-    )
+    foreign = TransformersModel.load(directory, device=device, dtype=dtype, weights=model.weights, seed=seed)
+    if quantize is not None:
+        quantise_model(foreign, quantize == "nf4-double")
+    return foreign
 
 
 def load_decoder(

@@ -61,7 +61,6 @@ class TransformersModel(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         weights: Literal["checkpoint", "random"] = "checkpoint",
-        quantize: str | None = None,
         seed: int = 0,
     ) -> TransformersModel:
         """The model of a directory in `dtype` (None: the checkpoint's), or with random weights from its configuration.
@@ -69,11 +68,6 @@ class TransformersModel(nn.Module):
         Raises: ModelError when it can't be loaded whole; UnsupportedModelError when transformers doesn't know it, or
         it can't do what tunesmith asks of a language model.
         """
-        if quantize is not None:
-            raise UnsupportedModelError(
-                f"the transformers backend has no {quantize} weights yet: use method.kind lora, or a model type that "
-                f"is known natively"
-            )
         make = _random if weights == "random" else _from_checkpoint
         model = make(directory, dtype, torch.device(device), seed)
         return cls(model.to(device))
@@ -99,9 +93,9 @@ class TransformersModel(nn.Module):
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} has no gradient checkpointing: set train.checkpointing to none"
                 )
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _set_block_checkpointing(self.model, True)
         elif self._checkpointing == "block":
-            self.model.gradient_checkpointing_disable()
+            _set_block_checkpointing(self.model, False)
         self._checkpointing = kind
 
     def hidden(self, pack: PackedTokens) -> Tensor:
@@ -170,6 +164,16 @@ def length_groups(lengths: tuple[int, ...]) -> list[list[int]]:
     for index, length in enumerate(lengths):
         groups.setdefault((length - 1).bit_length(), []).append(index)
     return list(groups.values())
+
+
+def _set_block_checkpointing(model: Any, on: bool) -> None:
+    """Under either of the names that transformers 5 has for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        enable = getattr(model, f"{name}_checkpointing_enable")
+        enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _no_dropout(model: Any) -> None:
