@@ -1,0 +1,239 @@
+"""Adapters in PEFT's format, both ways: adapter_config.json and adapter_model.safetensors. Pickle is never read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tunesmith.checkpoint.adapter_config import CONFIG, build_adapter_config, options_for, read_adapter_config
+from tunesmith.checkpoint.fingerprint import base_fingerprint
+from tunesmith.checkpoint.names import LAYOUTS, module_name
+from tunesmith.errors import AdapterError, ModelError, nearest
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.lora import AdaptedLinear, AdapterOptions
+from tunesmith.model.methods import adapted_linears, add_adapters, block_linears
+from tunesmith.model.quant import NF4Linear
+from tunesmith.rundir.io import write_bytes_atomic, write_json_atomic
+
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KINDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base an adapter was trained on, as its file's metadata says; None where it doesn't.
+
+    `quantisation` is none, nf4 or nf4-double; `dtype` is what the base was held in before it was quantised.
+    """
+
+    fingerprint: str | None = None
+    quantisation: str | None = None
+    dtype: str | None = None
+
+
+def save_adapter(
+    model: LanguageModel, directory: Path, base_path: str | Path, base_directory: Path | None = None
+) -> None:
+    """Write the adapters of `model` as PEFT would, with a record of the base in the weights' metadata.
+
+    Args: base_path: what adapter_config.json names; base_directory: the base's weights, where `base_path` is no folder.
+    Raises: AdapterError when the model has no adapter.
+    """
+    linears = adapted_linears(model)
+    if not linears:
+        raise AdapterError("the model has no adapter to save: method.kind must be lora or qlora")
+    directory.mkdir(parents=True, exist_ok=True)
+    options = {hf_name(model, path, part): a.options for path, part, a in _adapters(linears)}
+    names = [*options, *(hf_name(model, t.path, part) for t in block_linears(model) for part in t.parts)]
+    names += [hf_name(model, path, part) for path, linear in linears.items() for part in linear.parts]
+    config = build_adapter_config(options, names, str(base_path), _is_transposed(model))
+    base = base_directory or Path(base_path)
+    record = BaseRecord(_fingerprint(base), *_quantisation(linears))
+    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in adapter_tensors(model).items()}
+    write_bytes_atomic(directory / WEIGHTS, save(tensors, metadata=_metadata(record)))
+    write_json_atomic(directory / CONFIG, config)
+
+
+def load_adapter(model: LanguageModel, directory: str | Path, *, trainable: bool = False) -> tuple[str, ...]:
+    """Put the adapter of `directory` on `model`, or into the adapters it already has (they must fit exactly).
+
+    Returns: the names of the adapted projections, "<module path>.<projection>".
+    Raises: AdapterError when it does not fit the model, naming what.
+    """
+    directory = Path(directory)
+    config = read_adapter_config(directory)
+    tensors, _ = read_adapter_tensors(directory)
+    places = _places(model)
+    wanted = _wanted(tensors, places, directory)
+    options = {f"{path}.{part}": options_for(config, name) for name, (path, part) in places.items() if name in wanted}
+    if adapted_linears(model):
+        _check_same(model, options, directory)
+        names = tuple(options)
+    else:
+        names = _add(model, [places[name] for name in wanted], options, trainable)
+    _copy(model, tensors, directory)
+    return names
+
+
+def adapter_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """The adapters' parameters by PEFT's tensor names."""
+    out = {}
+    for path, part, adapter in _adapters(adapted_linears(model)):
+        name = _PREFIX + hf_name(model, path, part)
+        for attribute, suffix in _KINDS.items():
+            parameter = getattr(adapter, attribute)
+            if parameter is not None:
+                out[f"{name}.{suffix}"] = parameter
+    return out
+
+
+def read_adapter_tensors(directory: Path) -> tuple[dict[str, Tensor], BaseRecord]:
+    """The tensors of an adapter directory by PEFT's names, and what its metadata says about the base."""
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise AdapterError(f"{directory} has no {WEIGHTS}{_pickle_hint(directory)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is torn or no safetensors file ({error}): save the adapter again") from None
+    named = {name.removeprefix(_PREFIX).replace(".default.", "."): tensor for name, tensor in tensors.items()}
+    fields = {key: metadata.get(f"tunesmith.base_{key}") for key in ("fingerprint", "quantisation", "dtype")}
+    return named, BaseRecord(**fields)
+
+
+def hf_name(model: LanguageModel, path: str, part: str) -> str:
+    """Hugging Face's name of the module that a projection of `model` is."""
+    if model.backend == "transformers":
+        return path.removeprefix("model.")
+    return module_name(cast(Any, model).config.family, path, part)
+
+
+def _pickle_hint(directory: Path) -> str:
+    if (directory / "adapter_model.bin").exists():
+        return ": adapter_model.bin is a pickle and never read; save the adapter again with safe_serialization=True"
+    return ""
+
+
+def _adapters(linears: Mapping[str, AdaptedLinear]) -> Iterator[tuple[str, str, Any]]:
+    for path, linear in linears.items():
+        for part in linear.adapters:
+            yield path, part, linear.adapter(part)
+
+
+def _is_transposed(model: LanguageModel) -> bool:
+    """Whether the projections are Conv1D in transformers, which PEFT calls fan_in_fan_out."""
+    if model.backend == "native":
+        return LAYOUTS[cast(Any, model).config.family].transposed
+    return any(type(linear.base).__name__ == "Conv1D" for linear in adapted_linears(model).values())
+
+
+def _metadata(record: BaseRecord) -> dict[str, str]:
+    known = {f"tunesmith.base_{key}": value for key, value in vars(record).items() if value is not None}
+    return {"format": "pt", **known}
+
+
+def _fingerprint(base: Path) -> str | None:
+    """The fingerprint of a base that is here; None where only its configuration is (random weights)."""
+    try:
+        return base_fingerprint(base)
+    except ModelError:
+        return None
+
+
+def _quantisation(linears: Mapping[str, AdaptedLinear]) -> tuple[str, str]:
+    for linear in linears.values():
+        if isinstance(linear.base, NF4Linear):
+            kind = "nf4-double" if linear.base.is_double else "nf4"
+            return kind, str(linear.base.dtype).removeprefix("torch.")
+    weight = next(iter(linears.values())).base.weight
+    return "none", str(cast(Tensor, weight).dtype).removeprefix("torch.")
+
+
+def _places(model: LanguageModel) -> dict[str, tuple[str, str]]:
+    """Hugging Face's module name -> (module path, projection) of everything that may carry an adapter."""
+    linears: dict[str, Mapping[str, int]] = {target.path: target.parts for target in block_linears(model)}
+    linears |= {path: linear.parts for path, linear in adapted_linears(model).items()}
+    return {hf_name(model, path, part): (path, part) for path, parts in linears.items() for part in parts}
+
+
+def _wanted(tensors: Mapping[str, Tensor], places: Mapping[str, tuple[str, str]], directory: Path) -> list[str]:
+    """The modules the file has adapters for, in its order."""
+    wanted: dict[str, None] = {}
+    for name in tensors:
+        suffix = next((suffix for suffix in _KINDS.values() if name.endswith("." + suffix)), None)
+        if suffix is None:
+            raise AdapterError(f"{directory / WEIGHTS} holds {name!r}, which is no part of a LoRA adapter")
+        module = name.removesuffix("." + suffix)
+        if module not in places:
+            raise AdapterError(
+                f"the adapter in {directory} is for {module!r}, which this model does not have{nearest(module, places)}"
+            )
+        wanted[module] = None
+    if not wanted:
+        raise AdapterError(f"{directory / WEIGHTS} holds no tensor")
+    return list(wanted)
+
+
+def _add(
+    model: LanguageModel,
+    chosen: list[tuple[str, str]],
+    options: Mapping[str, AdapterOptions],
+    trainable: bool,
+) -> tuple[str, ...]:
+    parts: dict[str, list[str]] = {}
+    for path, part in chosen:
+        parts.setdefault(path, []).append(part)
+    names = add_adapters(model, parts, options.__getitem__, seed=0)
+    for linear in adapted_linears(model).values():
+        cast(nn.Module, linear.adapters).requires_grad_(trainable)
+    return names
+
+
+def _check_same(model: LanguageModel, options: Mapping[str, AdapterOptions], directory: Path) -> None:
+    """The adapters already there must be what the file holds: the recipe says how they train."""
+    held = {f"{path}.{part}": adapter.options for path, part, adapter in _adapters(adapted_linears(model))}
+    for name in sorted(held.keys() ^ options.keys()):
+        raise AdapterError(
+            f"the adapter in {directory} {_has(name in options)} {name}, the model's {_has(name in held)}"
+        )
+    for name, mine in held.items():
+        theirs = options[name]
+        for field in ("rank", "alpha", "rslora", "dora"):
+            if getattr(mine, field) != getattr(theirs, field):
+                raise AdapterError(
+                    f"the adapter in {directory} has {field} {getattr(theirs, field)} for {name}, the recipe asks for "
+                    f"{getattr(mine, field)}: set method.{field} to {getattr(theirs, field)}"
+                )
+
+
+def _has(present: bool) -> str:
+    return "has" if present else "lacks"
+
+
+@torch.no_grad()
+def _copy(model: LanguageModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    wanted = {name.removeprefix(_PREFIX): parameter for name, parameter in adapter_tensors(model).items()}
+    for name, parameter in wanted.items():
+        if name not in tensors:
+            raise AdapterError(f"the adapter in {directory} lacks the tensor {name}")
+        if tensors[name].shape != parameter.shape:
+            raise AdapterError(
+                f"the adapter's {name} has shape {tuple(tensors[name].shape)}, its rank and this model ask for "
+                f"{tuple(parameter.shape)}"
+            )
+        parameter.copy_(tensors[name])
+    extra = sorted(tensors.keys() - wanted.keys())
+    if extra:
+        raise AdapterError(
+            f"the adapter in {directory} holds tensors that its configuration has no use for: {extra[0]}"
+        )
