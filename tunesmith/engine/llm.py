@@ -17,7 +17,7 @@ from tunesmith.engine.progress import GenerationProgress
 from tunesmith.engine.request import Completion, SamplingParams
 from tunesmith.engine.runner import NativeRunner, Runner, TransformersRunner
 from tunesmith.engine.source import ModelSource, find_source
-from tunesmith.errors import RequestError
+from tunesmith.errors import RequestError, TokenizerError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.text.chat import encode_prompt
@@ -57,12 +57,11 @@ class LLM:
         max_running: int = 1,
         tokenizer: Tokenizer | str | Path | None = None,
     ) -> None:
-        self.template_arguments: Mapping[str, Any] = {}
+        self.source: ModelSource | None = None
         if isinstance(model, str | Path):
-            source = find_source(str(model), adapter, quantize, revision)
-            self.template_arguments = source.template_arguments or {}
-            self.model = _load(source, dtype, device, backend)
-            tokenizer = tokenizer or source.tokenizer or resolve_model(source.path, source.revision)
+            self.source = find_source(str(model), adapter, quantize, revision)
+            self.model = _load(self.source, dtype, device, backend)
+            tokenizer = tokenizer or _load_tokenizer(self.source)
         else:
             if adapter is not None or quantize is not None:
                 raise RequestError("adapter and quantize go with a model's path; a loaded model is taken as it stands")
@@ -94,8 +93,18 @@ class LLM:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` can turn messages into a prompt."""
-        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+        """Whether the model speaks in turns: its tokenizer brings a template, or it was trained with one.
+
+        `chat` works with a family's usual template too, but a base model was never taught it.
+        """
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            return False
+        return self.tokenizer.own_chat_template or (self.source is not None and self.source.is_tuned)
+
+    @property
+    def system(self) -> str | None:
+        """The system message that the run's conversations were given."""
+        return None if self.source is None else self.source.system
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt: a text is tokenised, ids are checked against the vocabulary."""
@@ -109,7 +118,8 @@ class LLM:
 
     def encode_messages(self, messages: Messages, **template_arguments: Any) -> list[int]:
         """The token ids of a conversation, up to where the assistant begins to speak."""
-        arguments = {**self.template_arguments, **template_arguments}
+        own = {} if self.source is None else self.source.template_arguments or {}
+        arguments = {**own, **template_arguments}
         return encode_prompt(self._tokenizer(), messages, **arguments)
 
     def generate(
@@ -248,6 +258,16 @@ def _load(source: ModelSource, dtype: str | torch.dtype, device: str | torch.dev
         backend=cast(Any, backend),
         revision=source.revision,
     )
+
+
+def _load_tokenizer(source: ModelSource) -> Tokenizer:
+    tokenizer = load_tokenizer(source.tokenizer or resolve_model(source.path, source.revision))
+    if source.chat_template is None:
+        return tokenizer
+    try:
+        return tokenizer.with_chat_template(source.chat_template.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TokenizerError(f"the chat template {source.chat_template} of the run can't be read: {error}") from None
 
 
 def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -25,6 +25,13 @@ class ModelSource:
     revision: str | None = None
     tokenizer: Path | None = None
     template_arguments: dict[str, object] | None = None
+    chat_template: Path | None = None
+    system: str | None = None
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether something was trained on top: then its chat template is one it was trained with."""
+        return self.adapter is not None or self.template_arguments is not None
 
 
 def find_source(path: str, adapter: str | Path | None, quantize: str | None, revision: str | None) -> ModelSource:
@@ -56,15 +63,21 @@ def _adapter_directory(path: Path) -> Path:
 def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) -> ModelSource:
     recipe = load_recipe(run.recipe)
     outcome = _outcome(run)
-    arguments = dict(recipe.data.template_arguments)
+    is_adapter = _is_adapter(outcome)
+    base_revision = revision or recipe.model.revision
     tokenizer = _tokenizer_directory(outcome)
-    if not _is_adapter(outcome):
-        return ModelSource(str(outcome), None, quantize, None, tokenizer, arguments)
-    base, base_revision = recipe.model.path, revision or recipe.model.revision
-    if quantize is None:
-        quantize = _trained_on(recipe.method)
-    tokenizer = tokenizer or resolve_model(base, base_revision)
-    return ModelSource(base, outcome, quantize, base_revision, tokenizer, arguments)
+    template = recipe.data.chat_template
+    return ModelSource(
+        path=recipe.model.path if is_adapter else str(outcome),
+        adapter=outcome if is_adapter else None,
+        quantize=quantize or (_trained_on(recipe.method) if is_adapter else None),
+        revision=base_revision if is_adapter else None,
+        tokenizer=tokenizer or resolve_model(recipe.model.path, base_revision),
+        template_arguments=dict(recipe.data.template_arguments),
+        # A tokenizer that was saved with the outcome has the template already.
+        chat_template=Path(template) if template is not None and tokenizer is None else None,
+        system=recipe.data.system,
+    )
 
 
 def _trained_on(method: MethodSection) -> Quantize | None:

@@ -1,0 +1,293 @@
+"""`tunesmith chat`: talk to a model in the terminal, from a pipe, or with one question."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.text import Text
+
+from tunesmith.cli.console import emit, err
+from tunesmith.engine.conversation import Answer, Conversation, Mode
+from tunesmith.engine.llm import LLM
+from tunesmith.engine.request import Completion, SamplingParams
+from tunesmith.engine.runner import NativeRunner
+from tunesmith.errors import RequestError, TunesmithError, nearest
+from tunesmith.units import format_bytes, format_seconds
+
+app = typer.Typer(add_completion=False)
+BLOCK = '"""'
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="a model directory, builtin:tiny, a Hub id, or a run directory")],
+    adapter: Annotated[Path | None, typer.Option(help="an adapter directory, put on top of the model")] = None,
+    prompt: Annotated[str | None, typer.Option(help="ask this and leave; - reads all of stdin as one message")] = None,
+    system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    mode: Annotated[
+        str, typer.Option(help="auto, chat (use the chat template), complete (continue the text)")
+    ] = "auto",
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="keep the likeliest tokens up to this share")] = 0.9,
+    top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0: all")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: say less again")] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="longest answer in tokens")] = None,
+    seed: Annotated[int | None, typer.Option(help="makes sampled answers reproducible")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4 or nf4-double")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="context in tokens")] = None,
+) -> None:
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /exit leaves; from a pipe every line is a turn."""
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if mode not in ("auto", "chat", "complete"):
+        raise RequestError(
+            f"--mode must be auto, chat or complete, got {mode!r}{nearest(mode, ('auto', 'chat', 'complete'))}"
+        )
+    with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
+        llm = LLM(model, adapter=adapter, quantize=quantize, dtype=dtype, device=device, max_model_len=max_model_len)
+    conversation = Conversation(llm, params, system=system or llm.system, mode=choose_mode(llm, mode))
+    talk = Talk(conversation)
+    if prompt is not None:
+        talk.answer(sys.stdin.read().strip() if prompt == "-" else prompt)
+    elif sys.stdin.isatty():
+        talk.interactive()
+    else:
+        talk.follow(read_turns(_lines_of_stdin()))
+    emit({"messages": conversation.messages(), "mode": conversation.mode, "answers": talk.answers})
+
+
+def choose_mode(llm: LLM, wanted: str) -> Mode:
+    """Chat where the model has a template of its own or was trained with one, else plain completion; says so."""
+    if wanted == "complete" or (wanted == "auto" and not llm.has_chat_template):
+        if wanted == "auto":
+            err.print(
+                "This model has no chat template of its own: it continues your text, without history "
+                "(--mode chat uses its family's usual template).",
+                style="yellow",
+            )
+        return "complete"
+    return "chat"
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    return (line.rstrip("\r\n") for line in sys.stdin)
+
+
+def read_turns(lines: Iterator[str]) -> Iterator[str]:
+    """Messages and commands. A line that ends with a backslash goes on; lines of three quotes stand around a block."""
+    gathered: list[str] = []
+    in_block = False
+    for line in lines:
+        if line.strip() == BLOCK:
+            in_block = not in_block
+        elif in_block:
+            gathered.append(line)
+        elif line.endswith("\\"):
+            gathered.append(line[:-1])
+            continue
+        else:
+            gathered.append(line)
+        if not in_block and gathered:
+            turn = "\n".join(gathered).strip()
+            gathered = []
+            if turn:
+                yield turn
+    if gathered and (turn := "\n".join(gathered).strip()):
+        yield turn
+
+
+class Talk:
+    """The loop between a person (or a pipe) and a conversation. Answers go to stdout, all else to stderr."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self.answers: list[dict[str, Any]] = []
+        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
+            "/help": ("this list", self._help),
+            "/system": ("TEXT: set the system message and start anew; alone: show it", self._system),
+            "/reset": ("forget what was said", self._reset),
+            "/stats": ("speed of the last answer, and how full the context is", self._stats),
+            "/save": ("FILE: the conversation as a line of JSON that `tunesmith train --data` reads", self._save),
+            "/exit": ("leave (so does Ctrl-D)", self._exit),
+        }
+        self.left = False
+
+    def interactive(self) -> None:
+        """Read turns from the terminal until the person leaves."""
+        err.print(
+            f"Chat with {self._name()}. /help lists the commands; \\ at a line's end, or {BLOCK} lines, for more lines."
+        )
+        while not self.left:
+            try:
+                for turn in read_turns(_typed_lines()):
+                    self._take_safely(turn)
+                    if self.left:
+                        return
+                return
+            except KeyboardInterrupt:
+                err.print("\n(Ctrl-D or /exit leaves)", style="dim")
+
+    def follow(self, turns: Iterator[str]) -> None:
+        """Take turns from a pipe; a mistake ends it."""
+        for turn in turns:
+            self._take(turn)
+            if self.left:
+                return
+
+    def _name(self) -> str:
+        source = self.conversation.llm.source
+        return "the model" if source is None else source.path
+
+    def _take_safely(self, turn: str) -> None:
+        try:
+            self._take(turn)
+        except TunesmithError as error:
+            err.print(f"error: {error}", style="red", markup=False)
+
+    def _take(self, turn: str) -> None:
+        if not turn.startswith("/"):
+            self.answer(turn)
+            return
+        name, _, rest = turn.partition(" ")
+        if name not in self.commands:
+            raise RequestError(f"there is no command {name}{nearest(name, self.commands)}; /help lists them")
+        self.commands[name][1](rest.strip())
+
+    def answer(self, text: str) -> None:
+        """Say `text` and show the answer as it comes; Ctrl-C keeps what was said."""
+        answer = self.conversation.say(text)
+        if self.conversation.num_dropped:
+            err.print(
+                f"(the context of {self.conversation.llm.max_model_len} tokens is full: "
+                f"the {self.conversation.num_dropped} oldest messages were dropped)",
+                style="yellow",
+            )
+        try:
+            self._show(answer)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            err.print("(stopped)", style="dim")
+        finally:
+            answer.close()
+        self.answers.append(_facts(answer.text, self.conversation.last))
+
+    def _show(self, answer: Answer) -> None:
+        if not self.out.is_terminal:
+            for piece in answer:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            return
+        try:
+            with Live(console=self.out, transient=True, refresh_per_second=12) as live:
+                for _ in answer:
+                    live.update(Text(tail(answer.text, self.out.width, self.out.height - 2)))
+        finally:
+            self.out.print(Markdown(answer.text))
+
+    def _help(self, rest: str) -> None:
+        for name, (what, _) in self.commands.items():
+            err.print(f"  {name:<8} {what}", markup=False)
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self.conversation.system = rest
+            self.conversation.reset()
+        err.print(f"system: {self.conversation.system or '(none)'}", style="dim", markup=False)
+
+    def _reset(self, rest: str) -> None:
+        self.conversation.reset()
+        err.print("(forgotten)", style="dim")
+
+    def _stats(self, rest: str) -> None:
+        err.print(describe(self.conversation), style="dim", markup=False)
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise RequestError("/save needs a file name, for instance: /save talk.jsonl")
+        row = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False)
+        try:
+            Path(rest).expanduser().write_text(row + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"{rest} can't be written: {error.strerror}") from None
+        err.print(f"(saved {len(self.conversation.turns)} messages to {rest})", style="dim", markup=False)
+
+    def _exit(self, rest: str) -> None:
+        self.left = True
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines from the terminal, with editing and history where readline exists."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - gives input() its line editing
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            sys.stderr.write("\n")
+            return
+
+
+def tail(text: str, width: int, height: int) -> str:
+    """The end of `text` that fits a screen, so that a growing answer always shows its newest words."""
+    rows = 0
+    kept: list[str] = []
+    for line in reversed(text.split("\n")):
+        rows += max(1, -(-Text(line).cell_len // max(width, 1)))
+        if rows > max(height, 1) and kept:
+            break
+        kept.append(line)
+    return "\n".join(reversed(kept))
+
+
+def _facts(text: str, completion: Completion | None) -> dict[str, Any]:
+    if completion is None:
+        return {"text": text, "finish_reason": "abort"}
+    return {
+        "text": text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+        "timings": asdict(completion.timings),
+    }
+
+
+def describe(conversation: Conversation) -> str:
+    """Speed of the last answer and the state of context and cache, for people."""
+    llm, last = conversation.llm, conversation.last
+    if last is None:
+        return f"nothing said yet; the context holds {llm.max_model_len} tokens"
+    timings, num_tokens = last.timings, len(last.token_ids)
+    rate = "" if not timings.tpot_s else f", then {1 / timings.tpot_s:,.0f} tokens/s"
+    lines = [
+        f"last answer: {num_tokens} tokens in {format_seconds(timings.total_s)} "
+        f"(first after {format_seconds(timings.ttft_s)}{rate}); finished: {last.finish_reason}",
+        f"context: {last.prompt_tokens + num_tokens} of {llm.max_model_len} tokens",
+    ]
+    if isinstance(llm.runner, NativeRunner):
+        cache = llm.runner.cache
+        lines.append(
+            f"KV cache: {format_bytes(cache.token_bytes)} a token, {format_bytes(cache.capacity_bytes)} allocated"
+        )
+    return "\n".join(lines)
