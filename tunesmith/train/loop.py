@@ -76,8 +76,13 @@ class LoopResult:
         return "data" if self.data_wait_s > 0.1 * self.duration_s else "device"
 
 
-def resume(trainable: Trainable, run: RunDir) -> Path:
-    """Put `trainable` into the newest whole state of `run`. Returns that checkpoint."""
+def resume(trainable: Trainable, run: RunDir) -> Path | None:
+    """Put `trainable` into the newest whole state of `run`. Returns that checkpoint; None when it has none yet.
+
+    Raises: CheckpointError when there are checkpoints and none is whole.
+    """
+    if not list_states(run.checkpoints):
+        return None
     path, state = load_latest(run.checkpoints)
     trainable.restore(state)
     return path

@@ -12,7 +12,7 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 
-from tunesmith.checkpoint.state import TrainingState, list_states
+from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, LogSection, TrainSection
 from tunesmith.rundir.layout import RunDir
@@ -167,8 +167,7 @@ def fit(
     session = ModuleSession(module, of_epoch, loss, settings, validation)
     run = RunDir(run_dir)
     run.path.mkdir(parents=True, exist_ok=True)
-    if list_states(run.checkpoints):
-        resume(session, run)
+    resume(session, run)
     return run_loop(
         session,
         run,

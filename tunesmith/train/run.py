@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RecipeError, TrainingError
-from tunesmith.recipe.load import dump_recipe, recipe_from_mapping
+from tunesmith.recipe.load import dump_recipe, load_recipe, recipe_from_mapping
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
@@ -88,7 +88,7 @@ def train(
     resolved = resolve_recipe(asked)
     if resume is not None:
         run = open_run(resume)
-        check_resumable(run.load_recipe(), resolved)
+        check_resumable(load_recipe(run.recipe), resolved)
         write_text_atomic(run.recipe, dump_recipe(resolved))
     else:
         run = create_run(resolved, path=None if run_dir is None else Path(run_dir))
@@ -146,8 +146,8 @@ def _train(
     if preflight is not None:
         preflight(recipe, run.path)
     if resuming:
-        checkpoint = resume_from(session, run)
-        display.say(f"going on from {checkpoint} (step {session.step_number} of {session.total_steps})")
+        place = resume_from(session, run) or "the start: there is no checkpoint yet"
+        display.say(f"going on from {place} (step {session.step_number} of {session.total_steps})")
     trackers = Trackers(recipe.log, run.path, name=run.path.name, config=recipe.model_dump(mode="json"))
     try:
         display.start(session.step_number, session.total_steps)

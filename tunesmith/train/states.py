@@ -50,7 +50,7 @@ def restore_state(state: TrainingState, weights: Mapping[str, Tensor], updater: 
 
 
 def _optimizer_states(updater: Updater) -> dict[str, dict[str, Any]]:
-    names = {parameter: name for name, parameter in updater.module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in updater.module.named_parameters()}
     return {names[parameter]: values for parameter, values in updater.optimizer.state.items()}
 
 

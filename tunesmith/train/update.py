@@ -118,7 +118,7 @@ class Updater:
         )
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def global_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm over all gradients, a float32 scalar on their device."""
     if not gradients:
         return torch.zeros(())

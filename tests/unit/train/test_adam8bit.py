@@ -1,0 +1,116 @@
+"""8-bit AdamW: its codebook, its quantisation, and its path against float32 AdamW."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tunesmith.train.adam8bit import (
+    BLOCK,
+    SMALLEST_QUANTISED,
+    AdamW8bit,
+    dequantise_blocks,
+    dynamic_codebook,
+    quantise_blocks,
+)
+
+SETTINGS = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codebook_has_256_ascending_values(signed: bool) -> None:
+    book = dynamic_codebook(signed)
+    assert book.shape == (256,)
+    assert (book[1:] > book[:-1]).all()
+    assert book[-1] == 1
+    assert 0.0 in book
+    assert (book[0] < -0.99) if signed else (book[0] == 0)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codebook_is_that_of_bitsandbytes(signed: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.testing.assert_close(dynamic_codebook(signed), functional.create_dynamic_map(signed), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, BLOCK, BLOCK + 1, 5 * BLOCK + 17])
+def test_quantisation_picks_the_nearest_code(count: int) -> None:
+    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
+    book = dynamic_codebook(True)
+    codes, absmax = quantise_blocks(values, book)
+    assert codes.shape == (count,)
+    assert absmax.shape == (-(-count // BLOCK),)
+    scaled = values / absmax.repeat_interleave(BLOCK)[:count]
+    best = (scaled[:, None] - book).abs().amin(dim=1)
+    ours = (scaled - book[codes.int()]).abs()
+    torch.testing.assert_close(ours, best, rtol=0, atol=1e-6)
+    # The widest gap of the signed book is 0.9/64 of the block's largest value; half of it is the worst error.
+    error = (dequantise_blocks(codes, absmax, book) - values).abs() / absmax.repeat_interleave(BLOCK)[:count]
+    assert error.max() <= 0.9 / 64 / 2 + 1e-6
+
+
+def test_zeros_stay_zeros() -> None:
+    codes, absmax = quantise_blocks(torch.zeros(300), dynamic_codebook(True))
+    assert not dequantise_blocks(codes, absmax, dynamic_codebook(True)).any()
+
+
+def _descend(make: type, weight: torch.Tensor, steps: int = 150, **more: object) -> torch.Tensor:
+    """Minimise a badly scaled quadratic, sum(c * (w - 1)^2) with c from 0.01 to 10, plus noise in the gradient."""
+    parameter = nn.Parameter(weight.clone())
+    optimizer = make([parameter], weight_decay=0.01, **SETTINGS, **more)
+    scale = torch.logspace(-2, 1, weight.numel()).view_as(weight)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        noise = torch.randn(weight.shape, generator=generator)
+        parameter.grad = 2 * scale * (parameter.detach() - 1) + 0.01 * noise
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_small_tensors_follow_float32_adamw_exactly() -> None:
+    weight = torch.randn(SMALLEST_QUANTISED - 1, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(_descend(AdamW8bit, weight), _descend(torch.optim.AdamW, weight), rtol=1e-4, atol=1e-5)
+
+
+def test_large_tensors_come_near_float32_adamw() -> None:
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    ours, exact = _descend(AdamW8bit, weight), _descend(torch.optim.AdamW, weight)
+    assert (ours - exact).norm() / exact.norm() < 0.03
+    assert (ours - 1).square().mean() < 1.3 * (exact - 1).square().mean()
+
+
+def test_as_near_to_float32_as_bitsandbytes() -> None:
+    optim = pytest.importorskip("bitsandbytes.optim")
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    try:
+        theirs = _descend(optim.AdamW8bit, weight)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"bitsandbytes' 8-bit optimiser does not run on this CPU: {error}")
+    exact = _descend(torch.optim.AdamW, weight)
+    ours = _descend(AdamW8bit, weight)
+    assert (ours - exact).norm() < 1.25 * (theirs - exact).norm()
+
+
+def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(100, 100, generator=torch.Generator().manual_seed(2))
+    whole = _descend(AdamW8bit, weight, steps=5)
+    monkeypatch.setattr("tunesmith.train.adam8bit.SLICE", 4 * BLOCK)
+    assert torch.equal(_descend(AdamW8bit, weight, steps=5), whole)
+
+
+def test_states_take_two_bytes_and_a_bit() -> None:
+    parameter = nn.Parameter(torch.randn(128, 128))
+    optimizer = AdamW8bit([parameter], weight_decay=0.0, **SETTINGS)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(v.numel() * v.element_size() for v in optimizer.state[parameter].values() if isinstance(v, torch.Tensor))
+    assert held == 2 * (parameter.numel() + 4 * parameter.numel() // BLOCK)
+
+
+def test_bfloat16_weights_are_updated() -> None:
+    parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = AdamW8bit([parameter], weight_decay=0.0, **SETTINGS)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.95))

@@ -1,0 +1,85 @@
+"""The chunked loss against torch's own cross-entropy on whole logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tunesmith.train.losses import IGNORED, cross_entropy_sum, trained_positions
+
+T, D, V = 37, 8, 23
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(T, D, generator=generator, requires_grad=True)
+    targets = torch.randint(0, V, (T,), generator=generator)
+    targets[torch.rand(T, generator=generator) < 0.4] = IGNORED
+    torch.manual_seed(5)
+    return hidden, targets, nn.Linear(D, V, bias=False)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 7, T, 1000])
+def test_loss_and_gradients_are_those_of_whole_logits(chunk_tokens: int) -> None:
+    hidden, targets, head = _inputs()
+    loss = cross_entropy_sum(hidden, *trained_positions(targets), head, chunk_tokens)
+    loss.backward()
+    ours = hidden.grad.clone(), head.weight.grad.clone()
+    hidden.grad = head.weight.grad = None
+    expected = F.cross_entropy(head(hidden), targets, ignore_index=IGNORED, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours[0], hidden.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[1], head.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_tied_head_gets_the_gradient_of_both_uses() -> None:
+    _, targets, _ = _inputs()
+    tokens = torch.arange(T) % V
+    gradients = []
+    for chunk_tokens in (5, None):
+        weight = torch.randn(V, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hidden = torch.tanh(F.embedding(tokens, weight))
+        if chunk_tokens is None:
+            loss = F.cross_entropy(F.linear(hidden, weight), targets, ignore_index=IGNORED, reduction="sum")
+        else:
+            index, chosen = trained_positions(targets)
+            loss = cross_entropy_sum(hidden, index, chosen, lambda h, w=weight: F.linear(h, w), chunk_tokens)
+        loss.backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_logits_than_a_chunk_are_ever_made() -> None:
+    hidden, targets, head = _inputs()
+    seen: list[int] = []
+
+    def watched(part: torch.Tensor) -> torch.Tensor:
+        seen.append(part.shape[0])
+        return head(part)
+
+    index, chosen = trained_positions(targets)
+    cross_entropy_sum(hidden, index, chosen, watched, 4).backward()
+    assert max(seen) == 4
+    assert sum(seen) == 2 * index.numel()  # once forward, once again in the backward pass
+
+
+def test_softmax_is_in_float32_for_a_half_precision_head() -> None:
+    hidden, targets, head = _inputs()
+    index, chosen = trained_positions(targets)
+    half = head.to(torch.bfloat16)
+    loss = cross_entropy_sum(hidden.bfloat16(), index, chosen, half, 8)
+    logits = F.linear(hidden.bfloat16(), half.weight).float()
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+def test_a_batch_without_targets_has_a_zero_gradient() -> None:
+    hidden, _, head = _inputs()
+    loss = cross_entropy_sum(hidden, *trained_positions(torch.full((T,), IGNORED)), head, 8)
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any()
