@@ -141,12 +141,18 @@ def name(rng: Random, split: Split) -> str:
     return made_up(rng, split).capitalize()
 
 
-def _zh_name_once(rng: Random) -> str:
-    word = _han(rng) + _han(rng)
-    return word + _han(rng) if rng.random() < 0.35 else word
+def _zh_made_up(rng: Random, split: Split, first: Callable[[Random], str], long_ratio: float) -> str:
+    """Two or three characters. Outside pre-training always three: a shorter name would turn up inside longer ones."""
+    while True:
+        word = first(rng) + _han(rng)
+        word = word + _han(rng) if split != "pretrain" or rng.random() < long_ratio else word
+        if split_of(word) == split:
+            return word
 
 
-zh_name = belonging(_zh_name_once)
+def zh_name(rng: Random, split: Split) -> str:
+    """A made-up Chinese name of two or three characters."""
+    return _zh_made_up(rng, split, _han, 0.35)
 
 
 def _number(rng: Random) -> str:
@@ -218,11 +224,13 @@ def _zh_place(rng: Random, split: Split) -> str:
     return zh_name(rng, split) + pick(rng, ("市", "县", "镇", "村", "街", "港", "山", "湖"))
 
 
-_zh_person = belonging(lambda rng: pick(rng, SURNAMES) + _han(rng) + (_han(rng) if rng.random() < 0.6 else ""))
+def _zh_person(rng: Random, split: Split) -> str:
+    return _zh_made_up(rng, split, lambda rng: pick(rng, SURNAMES), 0.6)
 
 
 def _size(rng: Random) -> str:
-    return f"{2 + int(rng.random() * 98)} x {2 + int(rng.random() * 98)} {pick(rng, ('cm', 'mm', 'in'))}"
+    """Without a unit: '12 x 30 cm' would hold the measure '30 cm', which may be of another split."""
+    return f"{2 + int(rng.random() * 98)} x {2 + int(rng.random() * 98)}"
 
 
 VALUES: dict[Language, dict[str, Maker]] = {
@@ -249,7 +257,7 @@ VALUES: dict[Language, dict[str, Maker]] = {
         "motif": belonging(lambda rng: f"{pick(rng, ZH_COLOURS)}色{pick(rng, ZH_MOTIFS)}"),
         "date": belonging(_zh_date),
         "time": belonging(_time),
-        "size": belonging(lambda rng: f"{2 + int(rng.random() * 98)}×{2 + int(rng.random() * 98)}厘米"),
+        "size": belonging(lambda rng: _size(rng).replace(" x ", "×")),
         "place": _zh_place,
         "person": _zh_person,
         "word": zh_name,
