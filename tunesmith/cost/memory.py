@@ -10,8 +10,8 @@ from typing import Literal
 
 from tunesmith.arch import ModelConfig
 from tunesmith.cost.params import adapter_parameters, count_parameters, trained_base_parameters
-from tunesmith.cost.shapes import Method, linears
-from tunesmith.formats import FORMATS
+from tunesmith.cost.shapes import LinearShape, Method, linears
+from tunesmith.formats import FORMATS, NumberFormat
 from tunesmith.units import ceil_div
 
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
@@ -58,7 +58,7 @@ def state_bytes(
 
 
 def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DTypeName) -> int:
-    """Bytes of the weights that are not trained; with qlora each fused weight of the blocks is NF4."""
+    """Bytes of the weights that are not trained; with qlora the projections of the blocks are NF4."""
     frozen = count_parameters(config).total - trained_base_parameters(config, method)
     width = FORMATS[weight_dtype].bytes_for(1)
     if method.kind != "qlora":
@@ -66,7 +66,12 @@ def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DType
     quantised = [linear for linear in linears(config) if linear.owner != "router"]
     nf4 = FORMATS["nf4-double" if method.double_quantisation else "nf4"]
     rest = frozen - sum(linear.copies * linear.weight_size for linear in quantised)
-    return rest * width + sum(linear.copies * nf4.bytes_for(linear.weight_size) for linear in quantised)
+    return rest * width + sum(linear.copies * _part_bytes(linear, nf4) for linear in quantised)
+
+
+def _part_bytes(linear: LinearShape, nf4: NumberFormat) -> int:
+    """Bytes of one copy: every projection is quantised by itself."""
+    return sum(nf4.bytes_for(linear.in_features * size) for size in linear.parts.values())
 
 
 def optimizer_bytes(num_trained: int, optimizer: Optimizer, width: int) -> int:

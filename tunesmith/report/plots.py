@@ -215,7 +215,7 @@ def frontier_plot(rows: Sequence[Row], words: Words, key: str) -> str | None:
     with canvas(HALF, 280) as (figure, axes):
         best = frontier([(memory, time) for _, _, memory, time in points])
         axes.plot(*zip(*best, strict=True), color=RULE, linewidth=1.6, zorder=1)
-        for index, row, memory, time in points:
+        for index, _, memory, time in points:
             axes.scatter([memory], [time], s=64, color=colour_of(index), edgecolors=PAPER, linewidths=1.2, zorder=2)
         _frontier_frame(axes, points, words)
         figure.draw_without_rendering()
