@@ -25,6 +25,9 @@ class Dataset(Protocol):
     @property
     def lengths(self) -> NDArray[np.int64]: ...
 
+    @property
+    def hashes(self) -> NDArray[np.uint64]: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Document: ...
@@ -119,6 +122,7 @@ class RandomTokens:
 
     def __init__(self, count: int, length: int, vocab_size: int, seed: int, first: int = 0) -> None:
         self.lengths = np.full(count, length, dtype=np.int64)
+        self.hashes = np.array([seed, first, vocab_size], dtype=np.uint64)
         self._length, self._vocab_size, self._seed, self._first = length, vocab_size, seed, first
 
     def __len__(self) -> int:

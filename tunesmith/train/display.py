@@ -40,11 +40,11 @@ class Display:
 
     def say(self, text: str | Text) -> None:
         """A line above the progress line."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning above the progress line."""
-        self.console.print(Text(f"warning: {text}", style="yellow"))
+        self.console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
     def start(self, done: int, total: int) -> None:
         """Show the progress line."""

@@ -25,7 +25,7 @@ def export(session: Session, directory: Path) -> Path:
         if trains_base(session.recipe.method):
             _save_model(session, temporary)
         else:
-            save_adapter(session.model, temporary, session.recipe.model.path)
+            save_adapter(session.model, temporary, session.recipe.model.path, session.model_directory)
         if session.tokenizer is not None:
             session.tokenizer.save(temporary)
     return directory

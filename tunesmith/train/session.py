@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.arch import ModelConfig
+from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.load import load_language_model
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
@@ -44,11 +45,12 @@ DEFAULT_RANDOM_ROWS = 512
 
 @dataclass(frozen=True)
 class SessionData:
-    """What is trained on. validation and summary are None where there is none."""
+    """What is trained on. What there is none of is None; random tokens have no tokenizer."""
 
     train: Dataset
-    validation: Dataset | None
-    summary: DataSummary | None
+    validation: Dataset | None = None
+    summary: DataSummary | None = None
+    tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,6 @@ class Session:
         self,
         recipe: Recipe,
         model: LanguageModel,
-        tokenizer: Tokenizer | None,
         data: SessionData,
         method_summary: MethodSummary,
         model_directory: Path,
@@ -80,8 +81,8 @@ class Session:
         self.recipe = recipe
         self.model = model
         self.module = cast(nn.Module, model)
-        self.tokenizer = tokenizer
         self.data = data
+        self.tokenizer = data.tokenizer
         self.method_summary = method_summary
         self.model_directory = model_directory
         self.device = torch.device(recipe.model.device)
@@ -229,7 +230,9 @@ class Session:
             self.model.train(was_training)
 
     def _fingerprint(self) -> str:
-        return hashlib.sha256(self.data.train.lengths.tobytes()).hexdigest()
+        """What the training documents are, in their order."""
+        train = self.data.train
+        return hashlib.sha256(train.lengths.tobytes() + train.hashes.tobytes()).hexdigest()
 
 
 def language_model_loss(model: nn.Module, batch: MicroBatch, chunk_tokens: int) -> tuple[Tensor, int]:
@@ -256,11 +259,12 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
     randomness.seed_everything(resolved.train.seed)
     model = _load_model(resolved)
     summary = _apply_method(model, resolved)
-    tokenizer = None if resolved.data.format == "tokens" else load_tokenizer(directory)
-    data = _load_data(resolved, tokenizer, model, progress)
+    data = (
+        _random_data(resolved, model) if resolved.data.format == "tokens" else _load_data(resolved, directory, progress)
+    )
     _check_positions(model, resolved.data)
     randomness.seed_everything(resolved.train.seed)
-    return Session(resolved, model, tokenizer, data, summary, directory)
+    return Session(resolved, model, data, summary, directory)
 
 
 def _load_model(recipe: Recipe) -> LanguageModel:
@@ -282,6 +286,8 @@ def _load_model(recipe: Recipe) -> LanguageModel:
 
 def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
     summary = apply_method(model, recipe.method, seed=recipe.train.seed)
+    if recipe.method.adapter is not None:
+        load_adapter(model, recipe.method.adapter, trainable=True)
     wide, narrow = trained_dtype(recipe.train), DTYPES[recipe.train.precision]
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -291,16 +297,12 @@ def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
     return summary
 
 
-def _load_data(
-    recipe: Recipe, tokenizer: Tokenizer | None, model: LanguageModel, progress: Progress | None
-) -> SessionData:
+def _load_data(recipe: Recipe, directory: Path, progress: Progress | None) -> SessionData:
     data = recipe.data
-    if tokenizer is None:
-        return _random_data(recipe, model)
     if not data.train:
         raise RecipeError("data.train is empty: name a file, a folder, builtin:shop, or a Hub dataset id")
-    loaded = load_data(data, tokenizer, seed=recipe.train.seed, progress=progress)
-    return SessionData(loaded.train, loaded.validation, loaded.summary)
+    loaded = load_data(data, load_tokenizer(directory), seed=recipe.train.seed, progress=progress)
+    return SessionData(loaded.train, loaded.validation, loaded.summary, loaded.tokenizer)
 
 
 def _random_data(recipe: Recipe, model: LanguageModel) -> SessionData:
@@ -311,8 +313,8 @@ def _random_data(recipe: Recipe, model: LanguageModel) -> SessionData:
     train = RandomTokens(count, data.max_length, vocab_size, recipe.train.seed)
     held_out = math.ceil(min(count, 16) * data.validation_fraction)
     if not held_out:
-        return SessionData(train, None, None)
-    return SessionData(train, RandomTokens(held_out, data.max_length, vocab_size, recipe.train.seed, count), None)
+        return SessionData(train)
+    return SessionData(train, RandomTokens(held_out, data.max_length, vocab_size, recipe.train.seed, count))
 
 
 def _check_positions(model: LanguageModel, data: DataSection) -> None:

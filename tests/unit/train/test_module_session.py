@@ -58,14 +58,14 @@ def test_it_learns_and_validates(tmp_path: Path) -> None:
     assert result.bottleneck in ("data", "device")
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     pass
 
 
 def _stop_after(step: int) -> Hooks:
     def on_step(metrics: StepMetrics) -> None:
         if metrics.step == step:
-            raise _Stop
+            raise _StopError
 
     return Hooks(on_step=on_step)
 
@@ -75,7 +75,7 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(tmp_path: Pat
     whole, cut = _module(), _module()
     fit(whole, _batches(), _loss, run_dir=tmp_path / "whole", settings=SETTINGS)
     every = CheckpointSection(every_steps=2)
-    with pytest.raises(_Stop):
+    with pytest.raises(_StopError):
         fit(cut, _batches(), _loss, run_dir=tmp_path / "cut", settings=SETTINGS, checkpoint=every, hooks=_stop_after(7))
     assert len(_losses(tmp_path / "cut")) == 7
     fresh = _module()
