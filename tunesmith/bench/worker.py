@@ -61,7 +61,11 @@ class Worker:
                 env=_environment(),
                 start_new_session=True,
             )
-        self._answer()
+        try:
+            self._answer()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def run(self, job: Sequence[str], log: Path, timeout_s: float) -> Outcome:
@@ -85,11 +89,14 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._process is not None
-        self._process.terminate()
+        self._end()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        assert process is not None
+        process.terminate()
         with contextlib.suppress(BrokenPipeError):
-            self._process.communicate(timeout=10)
-        self._process = None
+            process.communicate(timeout=10)
 
 
 def _environment() -> dict[str, str]:
