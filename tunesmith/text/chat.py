@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any, Literal
 
 from tunesmith.errors import DataError, TokenizerError
@@ -115,7 +116,8 @@ def encode_chat_texts(
     encodings = tokenizer.encodings([chat.text for chat in chats], parse_special=True, offsets=train_on == "answers")
     if train_on == "all":
         return [EncodedChat(e.ids, [i > 0 for i in range(len(e.ids))]) for e in encodings]
-    return [_masked(tokenizer, chat, e.ids, e.offsets) for chat, e in zip(chats, encodings, strict=True)]
+    whole = [_masked(tokenizer, chat, e.ids, e.offsets) for chat, e in zip(chats, encodings, strict=True)]
+    return [_apart(tokenizer, c, chat) if c.straddling else c for c, chat in zip(whole, chats, strict=True)]
 
 
 def _rendered(
@@ -226,6 +228,22 @@ def _content(message: Message) -> str:
     """What must be seen of a message in the rendered text (templates trim it, and take thoughts off)."""
     content = message.get("content") or ""
     return str(content).split("</think>")[-1].strip()
+
+
+def _apart(tokenizer: Tokenizer, whole: EncodedChat, chat: ChatText) -> EncodedChat:
+    """The conversation cut before every answer, as serving cuts it, where a token reached across a cut.
+
+    An answer that starts with a line break, say, would merge with the prompt's last one; the served prompt has
+    no such token. Kept whole where the tokenizer writes a cut text differently (a space before every piece).
+    """
+    cuts = [0, *(start for start, _ in chat.spans), len(chat.text)]
+    pieces = [chat.text[start:end] for start, end in pairwise(cuts)]
+    encodings = tokenizer.encodings(pieces, parse_special=True)
+    ids = [token for encoding in encodings for token in encoding.ids]
+    if tokenizer.decode(ids) != tokenizer.decode(whole.tokens):
+        return whole
+    offsets = [(start + cut, end + cut) for cut, e in zip(cuts, encodings, strict=False) for start, end in e.offsets]
+    return _masked(tokenizer, chat, ids, offsets)
 
 
 def _masked(tokenizer: Tokenizer, chat: ChatText, ids: list[int], offsets: list[Span]) -> EncodedChat:

@@ -68,8 +68,8 @@ def plan_epoch(
     room = micro_batch_tokens if packing else min(max_length, micro_batch_tokens)
     if sizes.size and (int(sizes.max()) > room or int(sizes.min()) < 1):
         raise DataError(
-            f"documents must have 1 to {room} tokens to fit a micro-batch, got {int(sizes.min())} to {int(sizes.max())}; "
-            f"lower data.max_length or raise train.micro_batch_tokens"
+            f"documents must have 1 to {room} tokens to fit a micro-batch, got {int(sizes.min())} to "
+            f"{int(sizes.max())}; lower data.max_length or raise train.micro_batch_tokens"
         )
     order = np.arange(sizes.size)
     if shuffle:
@@ -140,8 +140,9 @@ def build_pack(
         if not packing and size < max_length:
             lengths.append(max_length - size)
             start += max_length - size
-    if start < micro_batch_tokens:
-        lengths.append(micro_batch_tokens - start)
+    while start < micro_batch_tokens:  # fillers are no longer than documents: positions may be learned
+        lengths.append(min(max_length, micro_batch_tokens - start))
+        start += lengths[-1]
     return Pack(
         torch.from_numpy(tokens),
         torch.from_numpy(targets),

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from tunesmith.errors import DataError, nearest
 from tunesmith.text.builtin import pretrain, shop
+from tunesmith.text.builtin.vocabulary import Split
+from tunesmith.text.workers import available_cores, ordered_map
 
 Row = dict[str, Any]
 
 
-def _pretrain(rows: int = 100_000, seed: int = 1, shard: int = 0, shards: int = 1) -> Iterator[Row]:
-    return pretrain.rows(seed, rows, shard, shards)
+_ROWS_OF_A_JOB = 2_000
+_JOBS_IN_PROCESS = 10
+
+
+def _pretrain(rows: int = 100_000, seed: int = 1) -> Iterator[Row]:
+    return _made_in_parallel("messages", rows, seed, "pretrain")
+
+
+def _pretrain_text(rows: int = 100_000, seed: int = 1) -> Iterator[Row]:
+    return _made_in_parallel("text", rows, seed, "pretrain")
 
 
 def _pretrain_validation(rows: int = 1_000, seed: int = 2) -> Iterator[Row]:
-    return pretrain.rows(seed, rows, split="validation")
+    return _made_in_parallel("messages", rows, seed, "validation")
+
+
+def _made_in_parallel(key: str, rows: int, seed: int, split: Split) -> Iterator[Row]:
+    """The rows below `rows` that are conversations ("messages") or plain texts ("text"): a source has one format."""
+    jobs = ((start, min(start + _ROWS_OF_A_JOB, rows)) for start in range(0, rows, _ROWS_OF_A_JOB))
+    shared = (seed, split, key)
+    made = ordered_map(pretrain.rows_between, shared, jobs, workers=available_cores(), in_process=_JOBS_IN_PROCESS)
+    return chain.from_iterable(made)
 
 
 def _shop(rows: int = 600, seed: int = 0, shop_number: int = 0) -> Iterator[Row]:
@@ -39,6 +58,7 @@ def _shop_shuffled(rows: int = 100, seed: int = 0, shop_number: int = 0) -> Iter
 # name (without "builtin:") -> a function that yields rows, each in one of the formats files may have.
 SOURCES: dict[str, Callable[..., Iterable[Row]]] = {
     "pretrain": _pretrain,
+    "pretrain-text": _pretrain_text,
     "pretrain-validation": _pretrain_validation,
     "shop": _shop,
     "shop-validation": _shop_validation,

@@ -83,6 +83,7 @@ def render_template(
     return _without_marks("".join(pieces))
 
 
+@lru_cache(maxsize=32)
 def has_generation_blocks(source: str) -> bool:
     """Whether the template marks the assistant's text itself."""
     check_template(source)

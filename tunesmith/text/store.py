@@ -1,0 +1,163 @@
+"""Tokenised documents on disk: flat arrays that are appended to, and afterwards mapped, never loaded whole.
+
+    tokens.bin int32 · trained.bin bool · offsets.bin int64 · lines.bin int64 · files.bin int32 · hashes.bin uint64
+    meta.json  what they are, their sizes and SHA-256, and whatever the writer adds
+
+A directory appears under its final name complete or not at all; several writers of the same key are welcome.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.errors import DataError
+from tunesmith.text.encoding import EncodedRows
+
+ARRAYS: dict[str, Any] = {
+    "tokens": np.int32, "trained": np.bool_, "lengths": np.int64,
+    "lines": np.int64, "files": np.int32, "hashes": np.uint64,
+}  # fmt: skip
+
+
+class DocumentStore:
+    """The arrays of a finished directory, memory-mapped, and its metadata."""
+
+    def __init__(self, arrays: dict[str, NDArray[Any]], meta: dict[str, Any]) -> None:
+        self.tokens, self.trained = arrays["tokens"], arrays["trained"]
+        self.lengths: NDArray[np.int64] = arrays["lengths"]
+        self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+        self.lines, self.files, self.hashes = arrays["lines"], arrays["files"], arrays["hashes"]
+        self.meta = meta
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class StoreWriter:
+    """Appends documents to the files of a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._streams: dict[str, IO[bytes]] = {name: (directory / f"{name}.bin").open("wb") for name in ARRAYS}
+
+    def append(self, rows: EncodedRows, file_number: int) -> None:
+        """Documents of one file."""
+        files = np.full(len(rows.lengths), file_number, dtype=np.int32)
+        for name, stream in self._streams.items():
+            values = files if name == "files" else getattr(rows, name)
+            stream.write(np.ascontiguousarray(values, dtype=ARRAYS[name]).data)
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Closes the files and writes meta.json with their checksums."""
+        self.close()
+        digests = {name: _sha256(self.directory / f"{name}.bin") for name in ARRAYS}
+        text = json.dumps({**meta, "sha256": digests}, ensure_ascii=False)
+        (self.directory / "meta.json").write_text(text, encoding="utf-8")
+
+    def close(self) -> None:
+        """Closes the files."""
+        for stream in self._streams.values():
+            stream.close()
+
+
+def cache_folder() -> Path:
+    """Where tokenised data is kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "tunesmith" / "data"
+
+
+def cached_store(key: str, write: Callable[[StoreWriter], dict[str, Any]]) -> tuple[DocumentStore, bool]:
+    """The store of a key, and whether it was there already; a torn or changed one is made anew.
+
+    Args: `write`: appends all documents and returns the metadata.
+    """
+    target = cache_folder() / key
+    store = open_store(target, verify=True)
+    if store is not None:
+        return store, True
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{key[:16]}.", suffix=".part", dir=target.parent))
+    except OSError:
+        return temporary_store(write), False  # a cache that can't be written is no reason to stop
+    try:
+        _write(temporary, write)
+        _move(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    store = open_store(target, verify=False)
+    if store is None:
+        raise DataError(f"the cache at {target} can't be read back; delete it, or set data.cache to false")
+    return store, False
+
+
+def temporary_store(write: Callable[[StoreWriter], dict[str, Any]]) -> DocumentStore:
+    """A store that goes when it is no longer used."""
+    directory = Path(tempfile.mkdtemp(prefix="tunesmith-data-"))
+    try:
+        _write(directory, write)
+        store = open_store(directory, verify=False)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    assert store is not None
+    weakref.finalize(store, shutil.rmtree, directory, ignore_errors=True)
+    return store
+
+
+def _write(directory: Path, write: Callable[[StoreWriter], dict[str, Any]]) -> None:
+    writer = StoreWriter(directory)
+    try:
+        meta = write(writer)
+        writer.finish(meta)
+    except OSError as error:
+        raise DataError(
+            f"tokenised data can't be written to {directory.parent}: {error.strerror}; free some space there"
+        ) from None
+    finally:
+        writer.close()
+
+
+def _move(temporary: Path, target: Path) -> None:
+    """To the final name; what another writer put there in the meantime is the same and may stay."""
+    try:
+        temporary.rename(target)
+    except OSError:
+        if open_store(target, verify=True) is None:
+            aside = temporary.with_suffix(".torn")
+            target.rename(aside)
+            temporary.rename(target)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def open_store(directory: Path, *, verify: bool) -> DocumentStore | None:
+    """The store in a directory, or None when there is none, or (with `verify`) its files are not what was written."""
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if verify and any(_sha256(directory / f"{name}.bin") != meta["sha256"][name] for name in ARRAYS):
+            return None
+        return DocumentStore({name: _mapped(directory / f"{name}.bin", dtype) for name, dtype in ARRAYS.items()}, meta)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(path: Path, dtype: Any) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,160 @@
+"""What happened to the rows: counted while they are read, shown before training, written into the run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.errors import DataError
+from tunesmith.text.encoding import EncodedRows
+from tunesmith.text.store import DocumentStore
+from tunesmith.units import format_count
+
+# progress(what, done, total): total 0 while it is not known.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Tally:
+    """Counts over all files. A bad row raises DataError when `stop` is set."""
+
+    stop: bool
+    too_long_stops: bool
+    max_length: int
+    rows: int = 0
+    skipped: int = 0
+    reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
+    too_long: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    untrained_turns: int = 0
+    straddling: int = 0
+    conversations: int = 0
+    ends_trained: int = 0
+
+    def add(self, file: str, rows: int, encoded: EncodedRows) -> None:
+        """Counts a batch of one file."""
+        self.rows += rows
+        for line, reason in encoded.problems:
+            if self.stop:
+                raise DataError(
+                    f"{file}:{line}: {reason} (to leave bad rows out and count them: --set data.bad_rows=skip)"
+                )
+            self.skipped += 1
+            kind = self.reasons.setdefault(reason, {"count": 0, "first": f"{file}:{line}"})
+            kind["count"] += 1
+        if encoded.too_long and self.too_long_stops:
+            raise DataError(
+                f"{file}:{encoded.too_long[0]}: the document is longer than data.max_length ({self.max_length}); "
+                f"raise it, or set data.too_long to truncate or skip"
+            )
+        self.too_long += len(encoded.too_long)
+        for name in ("truncated", "dropped", "untrained_turns", "straddling", "conversations", "ends_trained"):
+            setattr(self, name, getattr(self, name) + getattr(encoded, name))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts alone."""
+        return {k: v for k, v in asdict(self).items() if k not in ("stop", "too_long_stops", "max_length")}
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """The data of a run in numbers.
+
+    formats: file -> format. skipped_reasons: reason -> {count, first}. length_*: tokens of the training documents.
+    dropped: documents with no trained token within max_length. untrained_turns: answers that the template shows
+    differently once a conversation goes on. straddling: conversations whose prompt is tokenised differently when
+    served. ends_trained: conversations with a trained end-of-turn token. overlap: validation documents that are
+    also in the training data.
+    """
+
+    formats: dict[str, str]
+    rows: int
+    skipped: int
+    skipped_reasons: dict[str, dict[str, Any]]
+    documents: int
+    validation_documents: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    too_long: int
+    dropped: int
+    conversations: int
+    ends_trained: int
+    untrained_turns: int
+    straddling: int
+    overlap: int
+    length_p50: int
+    length_p90: int
+    length_p99: int
+    length_max: int
+    cached: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for the run directory."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """What a person reads before training."""
+        formats = sorted(set(self.formats.values()))
+        out = [
+            f"{self.rows} rows in {len(self.formats)} file(s), format {' and '.join(formats)}"
+            + (" (from the cache)" if self.cached else ""),
+            f"{self.documents} documents to train on, {self.validation_documents} to validate on; "
+            f"{format_count(self.tokens)} tokens, {format_count(self.trained_tokens)} trained "
+            f"({self.trained_tokens / max(self.tokens, 1):.0%})",
+            f"length in tokens: median {self.length_p50}, 90 % {self.length_p90}, 99 % {self.length_p99}, "
+            f"longest {self.length_max}",
+        ]
+        notes = {
+            f"{self.truncated} cut at data.max_length": self.truncated,
+            f"{self.too_long} left out as too long": self.too_long,
+            f"{self.dropped} left out with no trained token": self.dropped,
+            f"{self.untrained_turns} earlier answers not trained (the template changes them)": self.untrained_turns,
+            f"{self.straddling} conversations whose answer joins the prompt in one token": self.straddling,
+            f"{self.overlap} validation documents are in the training data too": self.overlap,
+        }
+        out += [note for note, count in notes.items() if count]
+        for reason, kind in sorted(self.skipped_reasons.items(), key=lambda item: -item[1]["count"])[:8]:
+            out.append(f"{kind['count']} rows skipped: {reason} (first: {kind['first']})")
+        return out
+
+
+def summarise(
+    store: DocumentStore,
+    train_hashes: NDArray[np.uint64],
+    validation_hashes: NDArray[np.uint64] | None,
+    train_lengths: NDArray[np.int64],
+    cached: bool,
+) -> DataSummary:
+    """The summary of a store and its split."""
+    tally = store.meta["tally"]
+    p50, p90, p99, most = (int(np.percentile(train_lengths, q, method="nearest")) for q in (50, 90, 99, 100))
+    overlap = 0 if validation_hashes is None else int(np.isin(validation_hashes, train_hashes).sum())
+    return DataSummary(
+        formats=store.meta["formats"],
+        rows=tally["rows"],
+        skipped=tally["skipped"],
+        skipped_reasons=tally["reasons"],
+        documents=len(train_lengths),
+        validation_documents=0 if validation_hashes is None else len(validation_hashes),
+        tokens=int(store.lengths.sum()),
+        trained_tokens=int(np.count_nonzero(store.trained)),
+        truncated=tally["truncated"],
+        too_long=tally["too_long"],
+        dropped=tally["dropped"],
+        conversations=tally["conversations"],
+        ends_trained=tally["ends_trained"],
+        untrained_turns=tally["untrained_turns"],
+        straddling=tally["straddling"],
+        overlap=overlap,
+        length_p50=p50,
+        length_p90=p90,
+        length_p99=p99,
+        length_max=most,
+        cached=cached,
+    )
