@@ -17,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.arch import ModelConfig, read_config
+from tunesmith.checkpoint.bnb import BnbFiles, check_bnb_config
 from tunesmith.checkpoint.files import WeightFiles
 from tunesmith.checkpoint.names import LAYOUTS, TensorName, tensor_names
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.hardware import pick_device
+from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.layers import Linear
 from tunesmith.model.methods import quantise_model
-from tunesmith.model.quant import quantise_linears
+from tunesmith.model.quant import NF4Linear, quantise_linears, quantised
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.recipe.schema import ModelSection
 
@@ -122,13 +125,13 @@ def load_decoder(
     or a quantisation that the decoder does not have.
     """
     config = read_config(directory)
-    method = _stored_quantisation(config)
     if weights == "random":
         source: Source = RandomWeights(config, dtype or _config_dtype(config), device, seed)
-    elif method is not None:
-        source = _quantised_source(directory, config, method, dtype, device)
+    elif config.raw.get("quantization_config"):
+        check_bnb_config(config.raw["quantization_config"], directory)
+        source = BnbWeights(BnbFiles(directory, device), config)
     else:
-        source = CheckpointWeights(directory, config, device)
+        source = CheckpointWeights(WeightFiles(directory, device), config)
     return fill_decoder(config, source, dtype or source.dtype, device, quantize, progress)
 
 
@@ -145,7 +148,9 @@ def fill_decoder(
         decoder = Decoder(config).to(dtype)
     wanted = list(tensor_names(decoder))
     source.check(wanted)
-    if quantize is not None:
+    if isinstance(source, BnbWeights):
+        source.quantise(decoder, wanted, quantize)
+    elif quantize is not None:
         quantise_linears(decoder, quantize == "nf4-double")
     decoder.to_empty(device=device)
     done = 0
@@ -159,9 +164,14 @@ def fill_decoder(
 
 
 @torch.no_grad()
-def _put(module: nn.Module, part: str | None, tensors: Mapping[Literal["weight", "bias"], Tensor]) -> None:
+def _put(module: nn.Module, part: str | None, tensors: Mapping[Literal["weight", "bias"], Any]) -> None:
     if part is not None:
-        cast(Any, module).load_part(part, tensors["weight"], tensors.get("bias"))
+        weight, bias = tensors["weight"], tensors.get("bias")
+        if isinstance(weight, NF4Weight) and isinstance(module, NF4Linear):
+            module.load_quantised(part, weight, bias)
+        else:
+            dense = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
+            cast(Any, module).load_part(part, dense, bias)
         return
     for kind, tensor in tensors.items():
         getattr(module, kind).copy_(tensor)
@@ -170,8 +180,8 @@ def _put(module: nn.Module, part: str | None, tensors: Mapping[Literal["weight",
 class CheckpointWeights:
     """The tensors of a Hugging Face directory, by our names."""
 
-    def __init__(self, directory: Path, config: ModelConfig, device: torch.device | str) -> None:
-        self.files = WeightFiles(directory, device)
+    def __init__(self, files: WeightFiles, config: ModelConfig) -> None:
+        self.files = files
         self.config = config
         self.layout = LAYOUTS[config.family]
         self._stored = {self._canonical(name): name for name in self.files.names()}
@@ -191,17 +201,17 @@ class CheckpointWeights:
         directory = self.files.directory
         _refuse(directory, "lacks tensors", sorted(set(expected) - set(self._stored)))
         _refuse(directory, "has unexpected tensors", sorted(self._unexpected(set(expected))))
-        wrong = [
-            f"{name} {self.files.shape(self._stored[name])} instead of {item.shape}"
-            for name, item in expected.items()
-            if self.files.shape(self._stored[name]) != item.shape
-        ]
+        shapes = {name: self._shape(item) for name, item in expected.items()}
+        wrong = [f"{n} {shapes[n]} instead of {item.shape}" for n, item in expected.items() if shapes[n] != item.shape]
         _refuse(directory, "has tensors whose shape does not fit config.json", wrong)
 
-    def read(self, item: TensorName) -> Tensor:
+    def read(self, item: TensorName) -> Tensor | NF4Weight:
         """The tensor as [out, in], on the device, in the file's dtype."""
         tensor = self.files.read(self._stored[item.name])
         return tensor.t() if item.transposed else tensor
+
+    def _shape(self, item: TensorName) -> tuple[int, ...]:
+        return self.files.shape(self._stored[item.name])
 
     def _canonical(self, name: str) -> str:
         """The name with the prefix that a bare base model leaves out."""
@@ -213,6 +223,42 @@ class CheckpointWeights:
         for canonical, name in self._stored.items():
             if canonical not in expected | tied and not re.search(self.layout.ignored, canonical):
                 yield name
+
+
+class BnbWeights(CheckpointWeights):
+    """The tensors of a checkpoint that bitsandbytes quantised."""
+
+    files: BnbFiles
+
+    def quantise(self, decoder: Decoder, wanted: list[TensorName], asked: Quantize | None) -> None:
+        """Put NF4 linears where every projection is quantised; a linear that is so in part only stays dense.
+
+        Raises: ModelError when other scales were asked for than the checkpoint has.
+        """
+        weights = [item for item in wanted if item.part is not None and item.kind == "weight"]
+        for path, group in groupby(weights, key=lambda item: item.module):
+            names = [self._stored[item.name] for item in group]
+            if not all(self.files.is_nf4(name) for name in names):
+                continue
+            double = self.files.is_double(names[0])
+            if asked is not None and double != (asked == "nf4-double"):
+                raise ModelError(
+                    f"{self.files.directory} holds NF4 with {'doubly quantised' if double else 'plain'} scales: "
+                    f"set method.double_quantisation to {str(double).lower()}"
+                )
+            parent, _, name = path.rpartition(".")
+            linear = cast(Linear, decoder.get_submodule(path))
+            setattr(decoder.get_submodule(parent), name, quantised(linear, double))
+
+    def read(self, item: TensorName) -> Tensor | NF4Weight:
+        """The tensor as [out, in]; a quantised one as it is."""
+        name = self._stored[item.name]
+        return self.files.read_nf4(name) if self.files.is_nf4(name) else super().read(item)
+
+    def _shape(self, item: TensorName) -> tuple[int, ...]:
+        shape = super()._shape(item)
+        quantised_here = self.files.is_nf4(self._stored[item.name])
+        return shape[::-1] if item.transposed and quantised_here else shape
 
 
 class RandomWeights:
@@ -244,20 +290,6 @@ def _refuse(directory: Path, problem: str, names: list[str]) -> None:
     if names:
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise ModelError(f"the checkpoint in {directory} {problem}: {shown}")
-
-
-def _stored_quantisation(config: ModelConfig) -> str | None:
-    """How the checkpoint itself is quantised, None when it is not."""
-    section = config.raw.get("quantization_config")
-    return None if not section else str(section.get("quant_method", "unknown"))
-
-
-def _quantised_source(
-    directory: Path, config: ModelConfig, method: str, dtype: torch.dtype | None, device: torch.device | str
-) -> Source:
-    raise UnsupportedModelError(
-        f"{directory} is quantised with {method!r}; natively only bitsandbytes' 4-bit checkpoints are read"
-    )
 
 
 def _config_dtype(config: ModelConfig) -> torch.dtype:
