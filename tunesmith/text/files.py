@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import DataError
-from tunesmith.text.sources import builtin_rows
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".bz2")
@@ -68,7 +67,6 @@ def find_sources(entries: Sequence[str]) -> list[Source]:
 
 def _sources_of(entry: str) -> list[Source]:
     if entry.startswith("builtin:"):
-        builtin_rows(entry.removeprefix("builtin:"))  # raises for a name or an argument that is not there
         return [Source("builtin", entry)]
     path = Path(entry).expanduser()
     if path.is_dir():
