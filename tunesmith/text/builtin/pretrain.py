@@ -67,3 +67,14 @@ def rows(
     for index in range(shard, count, num_shards):
         rng.seed((seed << 40) + index)
         yield row(rng, split)
+
+
+def rows_between(seed: int, split: Split, key: str, start: int, stop: int) -> list[Row]:
+    """Rows start to stop - 1 that have a key ("messages" or "text"): a job of one worker."""
+    rng, made = Random(), []
+    for index in range(start, stop):
+        rng.seed((seed << 40) + index)
+        one = row(rng, split)
+        if key in one:
+            made.append(one)
+    return made

@@ -236,6 +236,7 @@ def _size(rng: Random) -> str:
 VALUES: dict[Language, dict[str, Maker]] = {
     "en": {
         "measure": belonging(lambda rng: f"{_number(rng)} {pick(rng, UNITS)}"),
+        "weight": belonging(lambda rng: f"{_number(rng)} {pick(rng, ('kg', 'g', 'grams'))}"),
         "price": belonging(_price),
         "code": belonging(_code),
         "colour": belonging(lambda rng: f"{pick(rng, SHADES)} {pick(rng, COLOURS)}"),
@@ -250,6 +251,7 @@ VALUES: dict[Language, dict[str, Maker]] = {
     },
     "zh": {
         "measure": belonging(lambda rng: f"{_number(rng)}{pick(rng, ZH_UNITS)}"),
+        "weight": belonging(lambda rng: f"{_number(rng)}{pick(rng, ('公斤', '克'))}"),
         "price": belonging(lambda rng: f"{_number(rng)}元"),
         "code": belonging(_code),
         "colour": belonging(lambda rng: f"{pick(rng, ZH_SHADES)}{pick(rng, ZH_COLOURS)}色"),
