@@ -69,6 +69,16 @@ class TokenisedDataset:
         return self._store.tokens[start:end], self._store.trained[start:end]
 
     @property
+    def conversations(self) -> int:
+        """Conversations among the rows of the files (a split included)."""
+        return int(self._store.meta["tally"]["conversations"])
+
+    @property
+    def ends_trained(self) -> int:
+        """Conversations with an end-of-turn token that is trained."""
+        return int(self._store.meta["tally"]["ends_trained"])
+
+    @property
     def hashes(self) -> NDArray[np.uint64]:
         """A hash of every document's content."""
         return self._store.hashes[self._indices]

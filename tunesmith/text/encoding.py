@@ -151,7 +151,8 @@ def _add_chats(
         counts.conversations += 1
         counts.untrained_turns += chat.untrained_turns
         counts.straddling += chat.straddling
-        counts.ends_trained += bool(np.isin(ids[trained], stops).any())
+        kept = ids[: settings.max_length][trained[: settings.max_length]]
+        counts.ends_trained += bool(np.isin(kept, stops).any())
         _add_document(documents, counts, settings, line, ids, trained, content)
 
 

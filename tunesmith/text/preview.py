@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -9,19 +10,30 @@ import numpy as np
 from rich.text import Text
 
 from tunesmith.errors import DataError
-from tunesmith.text.dataset import Document, TrainingData
+from tunesmith.recipe.schema import DataSection
+from tunesmith.text.dataset import Document, TokenisedDataset
 from tunesmith.text.tokenizer import Tokenizer
 
 TRAINED_STYLE = "bold green"
 _SHOWN_TOKENS = 400  # of a long example: its beginning, and its end
 
 
-def mask_preview(document: Document, tokenizer: Tokenizer) -> Text:
-    """The document's text: what is trained bold and green, what is only read dim."""
-    text = Text(f"{document.row}  ({int(document.trained.sum())} of {len(document.tokens)} tokens are trained)\n")
-    for piece in mask_pieces(document, tokenizer):
+@dataclass(frozen=True)
+class MaskPreview:
+    """text: for a terminal, trained tokens bold and green, the rest dim. data: the same, for the run directory."""
+
+    text: Text
+    data: dict[str, Any]
+
+
+def mask_preview(document: Document, tokenizer: Tokenizer) -> MaskPreview:
+    """The document as training sees it."""
+    pieces, num_trained = mask_pieces(document, tokenizer), int(document.trained.sum())
+    text = Text(f"{document.row}  ({num_trained} of {len(document.tokens)} tokens are trained)\n")
+    for piece in pieces:
         text.append(piece["text"], style=TRAINED_STYLE if piece["trained"] else "dim")
-    return text
+    data = {"row": document.row, "tokens": len(document.tokens), "trained_tokens": num_trained, "pieces": pieces}
+    return MaskPreview(text, data)
 
 
 def mask_pieces(document: Document, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -51,23 +63,17 @@ def _pieces(tokens: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> li
     return pieces
 
 
-def example_document(data: TrainingData) -> Document:
-    """The document to show: the first with a trained token, as training has it."""
-    return next(document for document in data.train if document.trained.any())
-
-
-def check_trainable(data: TrainingData) -> None:
+def check_trainable(dataset: TokenisedDataset, tokenizer: Tokenizer, data: DataSection) -> None:
     """Refuses data that would teach nothing, or would teach a chat model never to stop.
 
     Raises: DataError.
     """
-    summary = data.summary
-    if summary.trained_tokens == 0:
-        raise DataError("no token of the data is trained; see data.train_on and the chat template's mask")
-    if summary.conversations and summary.ends_trained == 0:
-        end = data.tokenizer.end_of_turn_id
-        name = "none is known" if end is None else f"the template's is {data.tokenizer.token_text(end)!r}"
+    if not any(dataset.arrays(index)[1].any() for index in range(len(dataset))):
+        raise DataError(f"no token of the data is trained; data.train_on is {data.train_on!r}: see the template's mask")
+    if dataset.conversations and not dataset.ends_trained:
+        end = tokenizer.end_of_turn_id
+        name = "the template writes none" if end is None else f"the template's is {tokenizer.token_text(end)!r}"
         raise DataError(
-            f"no end-of-turn token is trained ({name}): the model would never learn to stop; "
-            f"raise data.max_length if answers are cut, or name another template with data.chat_template"
+            f"no end-of-turn token is trained ({name}): the model would never learn to stop; raise data.max_length "
+            f"({data.max_length}) if answers are cut, or name another template with data.chat_template"
         )
