@@ -180,10 +180,13 @@ def _hooks(display: Display, trackers: Trackers, on_step: Callable[[StepMetrics]
 
 def _show_example(session: Session, run: RunDir, display: Display) -> None:
     """One example with its mask, on the screen and in the run directory; nothing to learn is refused here."""
-    if session.tokenizer is None:
+    data = session.data.loaded
+    if data is None:
         return
-    check_trainable(session.data.train, session.tokenizer, session.recipe.data)
-    preview = mask_preview(session.data.train[0], session.tokenizer)
+    for line in data.summary.lines():
+        display.say(line)
+    check_trainable(data.train, data.tokenizer, session.recipe.data)
+    preview = mask_preview(data.train[0], data.tokenizer)
     display.say(preview.text)
     write_json_atomic(run.preview, preview.data)
 

@@ -25,7 +25,7 @@ from tunesmith.errors import CheckpointError, DataError, RecipeError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary, apply_method
 from tunesmith.recipe.schema import DataSection, Recipe
-from tunesmith.text.dataset import DataSummary, load_data
+from tunesmith.text.dataset import DataSummary, TrainingData, load_data
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.train import randomness
@@ -45,12 +45,16 @@ DEFAULT_RANDOM_ROWS = 512
 
 @dataclass(frozen=True)
 class SessionData:
-    """What is trained on. What there is none of is None; random tokens have no tokenizer."""
+    """What is trained on. `loaded` is what text made of files; None for random tokens."""
 
     train: Dataset
     validation: Dataset | None = None
-    summary: DataSummary | None = None
-    tokenizer: Tokenizer | None = None
+    loaded: TrainingData | None = None
+
+    @property
+    def summary(self) -> DataSummary | None:
+        """The data in numbers, where it came from files."""
+        return None if self.loaded is None else self.loaded.summary
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Session:
         self.model = model
         self.module = cast(nn.Module, model)
         self.data = data
-        self.tokenizer = data.tokenizer
+        self.tokenizer: Tokenizer | None = None if data.loaded is None else data.loaded.tokenizer
         self.method_summary = method_summary
         self.model_directory = model_directory
         self.device = torch.device(recipe.model.device)
@@ -302,7 +306,7 @@ def _load_data(recipe: Recipe, directory: Path, progress: Progress | None) -> Se
     if not data.train:
         raise RecipeError("data.train is empty: name a file, a folder, builtin:shop, or a Hub dataset id")
     loaded = load_data(data, load_tokenizer(directory), seed=recipe.train.seed, progress=progress)
-    return SessionData(loaded.train, loaded.validation, loaded.summary, loaded.tokenizer)
+    return SessionData(loaded.train, loaded.validation, loaded)
 
 
 def _random_data(recipe: Recipe, model: LanguageModel) -> SessionData:
