@@ -70,6 +70,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Text with the rarer line breaks goes in double quotes, where they are escaped: elsewhere they would be folded."""
+    style = '"' if any(break_ in text for break_ in "\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 for _tag, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
     _Dumper.add_implicit_resolver(_tag, _pattern, list(_first))
@@ -89,8 +96,8 @@ def parse_yaml_with_lines(text: str) -> tuple[Any, dict[Place, int]]:
 
 
 def _parse(text: str) -> tuple[Any, yaml.Node | None]:
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         return (None if node is None else loader.construct_document(node)), node
     except yaml.MarkedYAMLError as error:
@@ -100,8 +107,6 @@ def _parse(text: str) -> tuple[Any, yaml.Node | None]:
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError("not valid YAML: nested too deeply") from None
-    finally:
-        loader.dispose()
 
 
 def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
