@@ -71,8 +71,8 @@ def _question(row: Any, place: str) -> Question:
         raise DataError(f"{place}: a question must be an object, got {type(row).__name__}")
     if "answer" not in row:
         return _from_conversation(row, place)
-    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    answers = tuple(str(answer) if isinstance(answer, int | float) else answer for answer in answers)
+    accepted = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    answers = tuple(str(answer) if isinstance(answer, int | float) else answer for answer in accepted)
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise DataError(f"{place}: 'answer' must be a text, or a list of accepted texts, got {row['answer']!r}")
     if isinstance(row.get("messages"), list) and row["messages"]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from tunesmith.bench.answers import BASE_STOP, Comparison, Question, choose_comparison, is_right, read_questions
@@ -256,9 +257,9 @@ def _lay_out(dataset: TokenisedDataset, documents: Sequence[int]) -> tuple[torch
     """Tokens end to end, and for each the next token of its document where that one is trained."""
     tokens, targets, lengths = [], [], []
     for index in documents:
-        document = dataset[index]
-        ids = torch.as_tensor(document.tokens, dtype=torch.int64)
-        trained = torch.as_tensor(document.trained, dtype=torch.bool)
+        document_tokens, document_trained = dataset.arrays(index)
+        ids = torch.from_numpy(document_tokens.astype(np.int64))
+        trained = torch.from_numpy(document_trained.copy())
         following = torch.full_like(ids, IGNORED)
         following[:-1] = ids[1:].where(trained[1:], IGNORED)
         tokens.append(ids)
@@ -305,27 +306,42 @@ def _accuracy(
 
 def _ask(llm: LLM, asked: Sequence[Question], max_new_tokens: int, progress: Progress | None) -> list[Completion]:
     """Greedy answers, a few questions at a time so that progress shows."""
-    params = SamplingParams(max_tokens=max_new_tokens)
     completions: list[Completion] = []
     for start in range(0, len(asked), 4 * ANSWERS_TOGETHER):
         part = asked[start : start + 4 * ANSWERS_TOGETHER]
-        completions += _ask_part(llm, part, params)
+        completions += _ask_part(llm, part, max_new_tokens)
         if progress is not None:
             progress("questions", len(completions), len(asked))
     return completions
 
 
-def _ask_part(llm: LLM, part: Sequence[Question], params: SamplingParams) -> list[Completion]:
-    if all(question.messages for question in part) and llm.has_chat_template:
-        return llm.chat_many([question.messages for question in part], params, progress=False)
-    answers = []
-    for question in part:
-        if question.messages and llm.has_chat_template:
-            answers.append(llm.chat(question.messages, params))
-        else:
-            stop = () if question.prompt is not None else BASE_STOP
-            answers += llm.generate(question.plain_prompt(), params, progress=False, stop=stop)
-    return answers
+def _ask_part(llm: LLM, part: Sequence[Question], max_new_tokens: int) -> list[Completion]:
+    """Answers in order: by the chat template where question and model have one, else as a text to be continued."""
+    in_turns = [bool(question.messages) and llm.has_chat_template for question in part]
+    chats = [_messages(llm, q) for q, turns in zip(part, in_turns, strict=True) if turns]
+    texts = [q for q, turns in zip(part, in_turns, strict=True) if not turns]
+    chat_params = [_room(llm, llm.encode_messages(messages), max_new_tokens, ()) for messages in chats]
+    text_params = [
+        _room(llm, llm.encode(q.plain_prompt()), max_new_tokens, () if q.prompt is not None else BASE_STOP)
+        for q in texts
+    ]
+    said = iter(llm.chat_many(chats, chat_params, progress=False))
+    continued = iter(llm.generate([q.plain_prompt() for q in texts], text_params, progress=False))
+    return [next(said) if turns else next(continued) for turns in in_turns]
+
+
+def _messages(llm: LLM, question: Question) -> list[Mapping[str, Any]]:
+    """The question with the system message that the run trained with, where it has none of its own."""
+    messages = list(question.messages)
+    if llm.system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": llm.system})
+    return messages
+
+
+def _room(llm: LLM, ids: list[int], max_new_tokens: int, stop: tuple[str, ...]) -> SamplingParams:
+    """Greedy, up to `max_new_tokens`, or what the context has left (such answers count as cut)."""
+    room = max(1, llm.max_model_len - len(ids))
+    return SamplingParams(max_tokens=min(max_new_tokens, room), stop=stop)
 
 
 def _example(question: Question, completion: Completion, comparison: Comparison) -> Example:

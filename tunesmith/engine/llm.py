@@ -25,6 +25,7 @@ from tunesmith.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+Params = SamplingParams | Sequence[SamplingParams] | None
 # Tokens of the prompt that are enough to know how the answer's first characters join on.
 TEXT_CONTEXT_TOKENS = 16
 
@@ -125,7 +126,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         progress: bool | None = None,
         **options: Any,
@@ -134,20 +135,22 @@ class LLM:
 
         Args:
             prompts: one text, or several texts or lists of token ids.
+            params: for all prompts, or one for each.
             options: fields of SamplingParams (max_tokens=64, temperature=0.7, ...).
             progress: a bar on stderr; None: for several prompts when stderr is a terminal.
         Raises: RequestError, before anything runs, for a prompt or option that can't be served.
         """
         ids = [self.encode(prompt) for prompt in _as_list(prompts)]
-        return self._generate(ids, _params(params, options), progress, continues=True)
+        return self._generate(ids, _each(params, options, len(ids)), progress, continues=True)
 
     def _generate(
-        self, ids: Sequence[list[int]], params: SamplingParams, progress: bool | None, continues: bool
+        self, ids: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool | None, continues: bool
     ) -> list[Completion]:
         shown = len(ids) > 1 and sys.stderr.isatty() if progress is None else progress
         submitted: list[int] = []
         try:
-            submitted.extend(self._submit(prompt_ids, params, continues) for prompt_ids in ids)
+            for prompt_ids, own in zip(ids, params, strict=True):
+                submitted.append(self._submit(prompt_ids, own, continues))
             with GenerationProgress(len(ids), shown) as bar:
                 done = self._run(submitted, bar)
         finally:
@@ -175,14 +178,14 @@ class LLM:
     def chat_many(
         self,
         conversations: Sequence[Messages],
-        params: SamplingParams | None = None,
+        params: Params = None,
         *,
         progress: bool | None = None,
         **options: Any,
     ) -> list[Completion]:
         """The assistant's answers to several conversations, in order. Options as for `generate`."""
         ids = [self.encode_messages(messages) for messages in conversations]
-        return self._generate(ids, _params(params, options), progress, continues=False)
+        return self._generate(ids, _each(params, options, len(ids)), progress, continues=False)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> TextStream:
         """The answer's text, piece by piece; joined, the pieces are exactly the completion's text."""
@@ -298,6 +301,17 @@ def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> Sampli
         if name not in known:
             raise RequestError(f"{name!r} is not a sampling option; there are: {', '.join(known)}")
     return replace(params or SamplingParams(), **options)
+
+
+def _each(params: Params, options: Mapping[str, Any], num_prompts: int) -> list[SamplingParams]:
+    """Every prompt's own parameters."""
+    if params is None or isinstance(params, SamplingParams):
+        return [_params(params, options)] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(
+            f"give one SamplingParams for all prompts or one for each: got {len(params)}, {num_prompts} prompts"
+        )
+    return [_params(own, options) for own in params]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,0 +1,130 @@
+"""`tunesmith eval`: perplexity on text, exact-answer accuracy on a question file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.bench.quality import Progress as Report
+from tunesmith.bench.quality import QualityResult, evaluate
+from tunesmith.cli.console import emit, err
+from tunesmith.errors import DataError, nearest
+from tunesmith.units import format_seconds
+
+app = typer.Typer(add_completion=False)
+SHOWN_EXAMPLES = 5
+
+
+@app.command(name="eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="a model directory, builtin:tiny, a Hub id, or a run directory")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="text or conversations for perplexity (may be repeated)")
+    ] = None,
+    questions: Annotated[str | None, typer.Option(help="rows with question (or messages, prompt) and answer")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="an adapter directory, put on top of the model")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="so many rows and questions at most")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 256,
+    max_length: Annotated[int | None, typer.Option(min=2, help="tokens of a window of text")] = None,
+    train_on: Annotated[str, typer.Option(help="answers or all: which tokens of a conversation count")] = "answers",
+    comparison: Annotated[str, typer.Option(help="auto, exact, number (the last one, or after ####)")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="nf4 or nf4-double")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+    run_dir: Annotated[Path | None, typer.Option(help="write evaluations/NAME.json into this run directory")] = None,
+    name: Annotated[str, typer.Option(help="the evaluation's name")] = "quality",
+) -> None:
+    """Measure a model: perplexity on --data, accuracy with a 95 % interval on --questions. Answers are greedy."""
+    _check_choice("--train-on", train_on, ("answers", "all"))
+    _check_choice("--comparison", comparison, ("auto", "exact", "number"))
+    counted: Literal["answers", "all"] = "all" if train_on == "all" else "answers"
+    compared: Literal["exact", "number"] | None = None if comparison == "auto" else _comparison(comparison)
+    with _progress() as report:
+        result = evaluate(
+            model,
+            data=data or None,
+            questions=questions,
+            adapter=adapter,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            train_on=counted,
+            comparison=compared,
+            run_dir=run_dir,
+            name=name,
+            progress=report,
+            quantize=quantize,
+            dtype=dtype,
+            device=device,
+        )
+    show(result)
+    emit({**result.to_json(), "path": result.path})
+
+
+def _check_choice(option: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise DataError(f"{option} must be {', '.join(allowed)}, got {given!r}{nearest(given, allowed)}")
+
+
+def _comparison(name: str) -> Literal["exact", "number"]:
+    return "number" if name == "number" else "exact"
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Report | None]:
+    """A bar per kind of work on stderr, where it is a terminal."""
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        tasks = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def show(result: QualityResult) -> None:
+    """Print what was measured, and the first answers, on stderr."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    if (text := result.perplexity) is not None:
+        table.add_row(
+            "perplexity",
+            f"[bold]{text.perplexity:.4g}[/bold]",
+            f"loss {text.loss:.4f} over {text.num_tokens:,} tokens of {text.num_documents:,} documents, "
+            f"windows of {text.window_tokens}, {format_seconds(text.duration_s)}",
+        )
+    if (answers := result.accuracy) is not None:
+        cut = f", {answers.num_cut} cut at the token limit" if answers.num_cut else ""
+        table.add_row(
+            "accuracy",
+            f"[bold]{answers.accuracy:.1%}[/bold]",
+            f"{answers.num_right} of {answers.num_questions} right ({answers.comparison}; 95 % interval "
+            f"{answers.low:.1%} to {answers.high:.1%}){cut}, {answers.new_tokens_per_s:,.0f} tokens/s",
+        )
+    err.print(table)
+    for example in answers.examples[:SHOWN_EXAMPLES] if answers is not None else ():
+        mark = ("right", "green") if example.right else ("wrong", "red")
+        err.print(
+            Text.assemble(mark, "  ", _short(example.question), "\n       said ", (_short(example.said), "bold")),
+            Text(f"       expected {_short(example.expected[0])}", style="dim"),
+            sep="\n",
+        )
+    if result.path is not None:
+        err.print(f"written to {result.path}", markup=False)
+
+
+def _short(text: str, length: int = 160) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length // 2]} ... {line[-length // 2 :]}"
