@@ -95,6 +95,8 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
     command.epilog = "Everywhere: --json (the result as the last line of stdout), --debug (tracebacks, debug logs)"
     result = command.main(args=arguments, prog_name=f"tunesmith {verb}", standalone_mode=False)
     sys.stdout.flush()
+    if result == INTERRUPTED:  # typer turns Ctrl-C into this code
+        _say("interrupted")
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
@@ -124,6 +126,8 @@ def _explain(error: Exception) -> int:
         return INTERRUPTED
     if hasattr(error, "format_message"):  # typer's mistakes of use
         return _fail(_usage_message(error), int(getattr(error, "exit_code", 2)))
+    if isinstance(error, OSError) and error.strerror:
+        return _fail(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}", 1)
     hint = "" if console.is_debug() else "; run again with --debug for the traceback"
     return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}{hint}", 1)
 

@@ -1,0 +1,104 @@
+"""The command line as a person types it: help, recipes, doctor; each in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tunesmith.recipe.load import load_recipe
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+VERBS = ("demo", "doctor", "recipe", "data", "train", "eval", "chat", "verify", "merge", "bench", "report", "profile")
+
+
+def test_help_is_quick(tunesmith_cli: Cli) -> None:
+    """Under 0.3 s: the best of five, for the machine may be busy with something else."""
+    durations = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = tunesmith_cli("--help", check=True)
+        durations.append(time.perf_counter() - start)
+    assert min(durations) < 0.3
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(tunesmith_cli: Cli, verb: str) -> None:
+    done = tunesmith_cli(verb, "--help", check=True)
+    assert f"tunesmith {verb}" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_recipe_is_written_checked_and_shown(tunesmith_cli: Cli, tmp_path: Path) -> None:
+    done = tunesmith_cli("recipe", "init", "我的/商店.yaml", "--data", "问答.json", "--method", "qlora", check=True)
+    assert "tunesmith train 我的/商店.yaml" in done.stderr
+    recipe = load_recipe(tmp_path / "我的" / "商店.yaml")
+    assert (recipe.name, recipe.method.kind, recipe.data.train) == ("商店", "qlora", ["问答.json"])
+    again = tunesmith_cli("recipe", "init", "我的/商店.yaml")
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    shown = tunesmith_cli("recipe", "show", "我的/商店.yaml", "--set", "train.learning_rate=1e-4", "--json", check=True)
+    assert json.loads(shown.stdout.splitlines()[-1])["train"]["learning_rate"] == 1e-4
+    (tmp_path / "whole.yaml").write_text(tunesmith_cli("recipe", "show", "我的/商店.yaml").stdout, encoding="utf-8")
+    assert load_recipe(tmp_path / "whole.yaml") == recipe
+
+
+def test_a_wrong_recipe_is_one_line_and_code_2(tunesmith_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("train:\n  learning_rat: 2e-4\n", encoding="utf-8")
+    done = tunesmith_cli("recipe", "show", "r.yaml")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "tunesmith: error: r.yaml:2: train.learning_rat is not a key, did you mean 'learning_rate'?\n"
+    )
+
+
+def test_the_schema_is_json(tunesmith_cli: Cli) -> None:
+    assert (
+        "learning_rate"
+        in json.loads(tunesmith_cli("recipe", "schema", check=True).stdout)["$defs"]["TrainSection"]["properties"]
+    )
+
+
+def test_an_answer_can_be_piped_into_a_reader_that_stops(tmp_path: Path) -> None:
+    tunesmith = Path(sys.executable).with_name("tunesmith")
+    command = f"'{tunesmith}' recipe schema | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+def test_doctor_says_what_it_found(tunesmith_cli: Cli) -> None:
+    done = tunesmith_cli("doctor", "--json")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == (0 if result["ready"] else 1)
+    names = [finding["name"] for finding in result["findings"]]
+    assert {"driver", "torch", "compiler", "headers", "memory", "disk", "cpu"} <= set(names)
+    assert names.index("driver") < names.index("torch")
+    assert "driver" in done.stderr
+
+
+def test_doctor_fails_on_a_broken_torch(tunesmith_cli: Cli, tmp_path: Path) -> None:
+    """A torch that can't be imported is found by the probe, not by a traceback."""
+    broken = tmp_path / "broken" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open')\n", encoding="utf-8")
+    (broken / "version.py").write_text("__version__ = '2.13.0'\ncuda = None\n", encoding="utf-8")
+    done = tunesmith_cli("doctor", "--json", env={"PYTHONPATH": str(broken.parent)})
+    assert done.returncode == 1
+    assert "libgomp.so.1" in done.stderr
+    assert "pip install --force-reinstall torch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_environment_is_not_needed(tmp_path: Path) -> None:
+    """Help works without HOME, locale or colour."""
+    tunesmith = Path(sys.executable).with_name("tunesmith")
+    done = subprocess.run([tunesmith, "--help"], capture_output=True, env={"PATH": os.environ["PATH"]}, cwd=tmp_path)
+    assert done.returncode == 0

@@ -1,0 +1,175 @@
+"""The frame of the command line: verbs, exit codes, one line for an error, JSON as the last line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from tunesmith import __version__
+from tunesmith.cli import console, main
+from tunesmith.errors import DeviceError, RecipeError
+
+Verb = Callable[[Callable[..., Any]], None]
+
+
+@pytest.fixture(autouse=True)
+def _clean_mode() -> Iterator[None]:
+    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
+    console._console.cache_clear()
+    yield
+    console.mode.debug = console.mode.json = False
+    console._console.cache_clear()
+    logging.getLogger().handlers[:] = handlers
+    logging.getLogger().setLevel(level)
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Verb:
+    """A function that makes `tunesmith try` run the function it is given."""
+
+    def install(function: Callable[..., Any]) -> None:
+        module = ModuleType("try_verb")
+        module.app = typer.Typer(add_completion=False)  # type: ignore[attr-defined]
+        module.app.command()(function)
+        monkeypatch.setitem(sys.modules, "try_verb", module)
+        monkeypatch.setitem(main.VERBS, "try", ("try_verb", "a verb for tests"))
+
+    return install
+
+
+def _raise(error: BaseException) -> Callable[[], None]:
+    def function() -> None:
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {verb} " in text for verb in main.VERBS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"tunesmith {__version__}\n"
+    assert main.run(["--version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"version": __version__}
+
+
+@pytest.mark.parametrize(("typed", "near"), [("trian", "train"), ("reciep", "recipe"), ("--hlep", "--help")])
+def test_a_misspelt_verb_names_the_nearest(typed: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run([typed]) == 2
+    assert f"did you mean '{near}'?" in capsys.readouterr().err
+
+
+def test_what_a_verb_returns_is_the_exit_code(verb: Verb) -> None:
+    verb(lambda: None)
+    assert main.run(["try"]) == 0
+    verb(lambda: 3)
+    assert main.run(["try"]) == 3
+    verb(lambda: True)
+    assert main.run(["try"]) == 0
+    verb(_raise(typer.Exit(4)))
+    assert main.run(["try"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RecipeError("train.x is not a key"), 2, "tunesmith: error: train.x is not a key\n"),
+        (DeviceError("no such device"), 1, "tunesmith: error: no such device\n"),
+        (KeyboardInterrupt(), 130, "tunesmith: interrupted\n"),
+        (typer.Abort(), 130, "tunesmith: interrupted\n"),
+        (ZeroDivisionError("a\nb"), 1, "tunesmith: error: unexpected ZeroDivisionError: a b; run again with --debug"),
+        (OSError(28, "No space left on device", "/x"), 1, "tunesmith: error: No space left on device: '/x'\n"),
+        (typer.BadParameter("must be even"), 2, "must be even"),
+    ],
+)
+def test_an_error_is_one_line_and_a_code(
+    verb: Verb, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    verb(_raise(error))
+    assert main.run(["try"]) == code
+    captured = capsys.readouterr()
+    assert line in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_debug_shows_the_traceback(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(_raise(RecipeError("wrong")))
+    assert main.run(["try", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error
+    assert error.endswith("tunesmith: error: wrong\n")
+
+
+def test_json_is_the_last_line_also_of_an_error(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(lambda: console.emit({"loss": float("nan"), "名": "商店"}))
+    assert main.run(["--json", "try"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"loss": None, "名": "商店"}
+    verb(_raise(RecipeError("wrong")))
+    assert main.run(["try", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"error": "wrong", "exit_code": 2}
+
+
+def test_without_json_stdout_stays_silent(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(lambda: console.emit({"a": 1}))
+    assert main.run(["try"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_global_flags_after_two_dashes_belong_to_the_verb(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[str] = []
+
+    def collect(words: Annotated[list[str], typer.Argument()]) -> None:
+        seen.extend(words)
+
+    verb(collect)
+    assert main.run(["try", "a", "--", "--debug"]) == 0
+    assert seen == ["a", "--debug"]
+    assert not console.is_debug()
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-option"], ["surplus"]])
+def test_a_mistake_of_use_is_one_line_with_the_help_to_type(
+    verb: Verb, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    verb(lambda: None)
+    assert main.run(["try", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "see: tunesmith try --help" in error
+
+
+def test_a_verbs_help_tells_of_the_global_flags(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    verb(lambda: None)
+    assert main.run(["try", "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_logs_go_to_stderr_and_debug_shows_more(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+    def speak() -> None:
+        logging.getLogger("tunesmith.somewhere").info("news [1/2]")
+        logging.getLogger("tunesmith.somewhere").debug("detail")
+        logging.getLogger("another").info("noise")
+
+    verb(speak)
+    assert main.run(["try"]) == 0
+    captured = capsys.readouterr()
+    assert "news [1/2]" in captured.err
+    assert "detail" not in captured.err
+    assert "noise" not in captured.err
+    assert captured.out == ""
+    console._console.cache_clear()
+    assert main.run(["try", "--debug"]) == 0
+    assert "detail" in capsys.readouterr().err
