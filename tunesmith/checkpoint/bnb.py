@@ -17,10 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.checkpoint.files import WeightFiles
+from tunesmith.arch import ModelConfig, read_config
+from tunesmith.checkpoint.files import INDEX, WeightFiles
+from tunesmith.checkpoint.names import tensor_names
+from tunesmith.checkpoint.save import MAX_SHARD_BYTES, save_shard, shard_name
 from tunesmith.errors import ModelError, UnsupportedModelError
+from tunesmith.formats import FORMATS
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
-from tunesmith.kernels.nf4 import BLOCK, SCALE_BLOCK, NF4Weight, empty_nf4
+from tunesmith.kernels.nf4 import BLOCK, SCALE_BLOCK, NF4Weight, empty_nf4, quantize_nf4
+from tunesmith.model.decoder import Decoder
+from tunesmith.rundir.io import write_json_atomic
 
 _STATE = ".quant_state.bitsandbytes__nf4"
 _AUXILIARY = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", _STATE)
@@ -111,3 +117,89 @@ class BnbFiles(WeightFiles):
     def _check_table(self, name: str, expected: Tensor) -> None:
         if name not in self or not torch.equal(self.read(name).cpu().float(), expected):
             raise ModelError(f"{name} in {self.directory} is missing, or not the table of its format")
+
+
+def quantise_directory(source: Path, target: Path, *, double: bool) -> None:
+    """Write the model of `source` to `target` with the linears of its blocks in NF4, as bitsandbytes stores them.
+
+    Holds one shard at a time. Raises: UnsupportedModelError for a family that is not known natively.
+    """
+    config = read_config(source)
+    files = WeightFiles(source)
+    linears = _block_linears(config)
+    plan = _plan_shards(files, set(linears), double)
+    for index, names in enumerate(plan):
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            tensor = files.read(name)
+            if name in linears:
+                rows = tensor.t().contiguous() if linears[name] else tensor
+                shard |= _state_tensors(name, quantize_nf4(rows, double))
+            else:
+                shard[name] = tensor.contiguous()
+        save_shard(shard, target / shard_name(index, len(plan)))
+        if len(plan) > 1:
+            _extend_index(target / INDEX, shard, shard_name(index, len(plan)))
+    section = _section(double, str(config.raw.get("dtype", "float32")))
+    write_json_atomic(target / "config.json", {**config.raw, "quantization_config": section})
+
+
+def _block_linears(config: ModelConfig) -> dict[str, bool]:
+    """Names of the weights to quantise, and whether the file holds them as [in, out]."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    return {
+        item.name: item.transposed
+        for item in tensor_names(decoder)
+        if item.part is not None and item.kind == "weight" and "blocks." in item.module and "router" not in item.module
+    }
+
+
+def _plan_shards(files: WeightFiles, linears: set[str], double: bool) -> list[list[str]]:
+    plan: list[list[str]] = [[]]
+    used = 0
+    for name in files.names():
+        size = FORMATS["nf4-double" if double else "nf4"] if name in linears else FORMATS["float32"]
+        num_bytes = size.bytes_for(torch.Size(files.shape(name)).numel())
+        if plan[-1] and used + num_bytes > MAX_SHARD_BYTES:
+            plan.append([])
+            used = 0
+        plan[-1].append(name)
+        used += num_bytes
+    return plan
+
+
+def _state_tensors(name: str, weight: NF4Weight) -> dict[str, Tensor]:
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
+    }
+    tables = {f"{name}.quant_map": nf4_values(torch.device("cpu")).clone()}
+    if weight.scale_scales is not None and weight.offset is not None:
+        state |= {"nested_blocksize": SCALE_BLOCK, "nested_dtype": "float32", "nested_offset": weight.offset.item()}
+        tables[f"{name}.nested_quant_map"] = dynamic_values(torch.device("cpu")).clone()
+        tables[f"{name}.nested_absmax"] = weight.scale_scales
+    packed = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    codes = weight.codes.reshape(-1, 1)
+    return {name: codes, f"{name}.absmax": weight.scales, **tables, name + _STATE: packed}
+
+
+def _section(double: bool, dtype: str) -> dict[str, Any]:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def _extend_index(path: Path, shard: Mapping[str, Tensor], file: str) -> None:
+    index = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"metadata": {}, "weight_map": {}}
+    total = index["metadata"].get("total_size", 0) + sum(tensor.nbytes for tensor in shard.values())
+    places = {**index["weight_map"], **dict.fromkeys(shard, file)}
+    write_json_atomic(path, {"metadata": {"total_size": total}, "weight_map": places})

@@ -50,11 +50,11 @@ def save_decoder(
     tensors = tensors_of(decoder)
     for index, names in enumerate(plan):
         shard = {name: _on_host(tensor, dtype) for name, tensor in (next(tensors) for _ in names)}
-        _save_shard(shard, directory / _shard_name(index, len(plan)))
+        save_shard(shard, directory / shard_name(index, len(plan)))
     if len(plan) > 1:
         _write_index(directory, decoder, plan, dtype)
     write_json_atomic(directory / "config.json", saved_config(decoder, dtype))
-    _forget_others(directory, {_shard_name(index, len(plan)) for index in range(len(plan))})
+    _forget_others(directory, {shard_name(index, len(plan)) for index in range(len(plan))})
 
 
 def saved_config(decoder: Decoder, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -88,7 +88,8 @@ def _on_host(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _shard_name(index: int, num_shards: int) -> str:
+def shard_name(index: int, num_shards: int) -> str:
+    """The file name of one shard of a checkpoint."""
     return SINGLE if num_shards == 1 else f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
@@ -100,7 +101,8 @@ def _forget_others(directory: Path, kept: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
+def save_shard(shard: dict[str, Tensor], path: Path) -> None:
+    """Write one safetensors file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         save_file(shard, temporary, metadata={"format": "pt"})
@@ -112,7 +114,7 @@ def _save_shard(shard: dict[str, Tensor], path: Path) -> None:
 def _write_index(directory: Path, decoder: Decoder, plan: list[list[str]], dtype: torch.dtype | None) -> None:
     stored = dtype or decoder.embedding.weight.dtype
     total = sum(_num_bytes(item.shape, stored) for item in tensor_names(decoder))
-    weight_map = {name: _shard_name(index, len(plan)) for index, names in enumerate(plan) for name in names}
+    weight_map = {name: shard_name(index, len(plan)) for index, names in enumerate(plan) for name in names}
     write_json_atomic(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -154,7 +154,9 @@ def quantise_model(model: LanguageModel, double: bool) -> None:
     _refuse_fused_experts(model)
     for target in block_linears(model):
         if not isinstance(target.module, NF4Linear):
-            target.replace(quantised(_as_linear(target), double))
+            nf4 = quantised(_as_linear(target), double)
+            nf4.keep_shell(target.module)
+            target.replace(nf4)
 
 
 def _module(model: LanguageModel) -> nn.Module:

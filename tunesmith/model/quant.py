@@ -7,7 +7,7 @@ more, so what is held for it is the codes, which are there anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class NF4Linear(nn.Module):
         self.dtype = dtype
         for part, rows in self.parts.items():
             self._hold(part, empty_nf4((rows, in_features), dtype, double, device))
+        self.shell: tuple[nn.Module] | None = None
         self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
 
     def rows(self, part: str) -> slice:
@@ -77,6 +78,11 @@ class NF4Linear(nn.Module):
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dequantised fused weight_FD."""
         return dequantize_nf4([self.part_nf4(part) for part in self.parts], dtype)
+
+    def keep_shell(self, module: nn.Module) -> None:
+        """Remember the linear of another library that this one replaces, without its weight: merging gives it back."""
+        cast(Any, module).weight = None
+        self.shell = (module,)
 
     @property
     def weight_bytes(self) -> int:
