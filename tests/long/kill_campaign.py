@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tunesmith.rundir.environment import git_commit
 from tunesmith.rundir.io import read_jsonl, write_json_atomic
@@ -92,7 +93,12 @@ def wait(pid: int) -> int | None:
 def is_saving(run: Path) -> bool:
     """Whether a half-written checkpoint lies in the run directory."""
     folder = run / "checkpoints"
-    return folder.is_dir() and any(LEFTOVER.match(name) for name in os.listdir(folder))
+    return any(LEFTOVER.match(name) for name in names_in(folder))
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names in a folder that may not be there."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def wait_for_save(pid: int, run: Path, skip: int) -> bool:
@@ -113,8 +119,10 @@ def outcome(run: Path) -> tuple[list[tuple[Any, ...]], str]:
     rows = read_jsonl(run / "metrics.jsonl")
     names = ("event", "step", "loss", "grad_norm", "learning_rate", "validation_loss", "tokens_seen")
     kept = [tuple(row.get(name) for name in names) for row in rows]
-    weights = (run / "final" / "adapter_model.safetensors").read_bytes()
-    return kept, hashlib.sha256(weights).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(run / "final" / "adapter_model.safetensors").items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())  # the file's header may list them in any order
+    return kept, digest.hexdigest()
 
 
 def kill_once(
@@ -123,7 +131,7 @@ def kill_once(
     """Start or resume the run and kill it. Returns whether it was killed before it finished."""
     wanted_inside = campaign.kills % 4 == 0
     campaign.resumes_from_a_checkpoint += any((run / "checkpoints").glob("step-*")) if run.exists() else 0
-    before = set(os.listdir(run / "checkpoints")) if (run / "checkpoints").is_dir() else set()
+    before = names_in(run / "checkpoints")
     pid = fork_training(recipe, run)
     if wanted_inside:
         wait_for_save(pid, run, generator.randrange(3))
@@ -137,8 +145,7 @@ def kill_once(
             raise SystemExit(f"a run failed with exit code {code}")
         return False
     campaign.kills += 1
-    left = {name for name in os.listdir(run / "checkpoints")} - before if (run / "checkpoints").is_dir() else set()
-    campaign.inside_a_save += any(LEFTOVER.match(name) for name in left)
+    campaign.inside_a_save += any(LEFTOVER.match(name) for name in names_in(run / "checkpoints") - before)
     return True
 
 
