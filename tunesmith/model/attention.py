@@ -8,8 +8,10 @@ engine passes an object that owns pages. The layer's identity is bound in the ob
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -80,11 +82,21 @@ def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, 
     return torch.cat([attend_one(q, k, v, window) for q, k, v in parts])
 
 
+@cache
+def _varlen_asks_for_gqa() -> bool:
+    """Torch 2.11 and 2.12 take fewer key heads as they are; later versions want a flag."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackedTokens, window: int | None) -> Tensor:
     """FlashAttention's variable-length kernel through torch."""
     from torch.nn.attention.varlen import varlen_attn
 
     left = -1 if window is None else window - 1
+    grouped = query.shape[1] != key.shape[1]
+    options: dict[str, Any] = {"enable_gqa": True} if grouped and _varlen_asks_for_gqa() else {}
     out = varlen_attn(
         query,
         key,
@@ -94,7 +106,7 @@ def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackedTokens
         pack.max_length,
         pack.max_length,
         window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(out, Tensor)
     return out
