@@ -253,7 +253,7 @@ def tail(text: str, width: int, height: int) -> str:
     """The end of `text` that fits a screen, so that a growing answer always shows its newest words."""
     rows = 0
     kept: list[str] = []
-    for line in reversed(text.split("\n")):
+    for line in reversed(text[-width * height :].split("\n")):
         rows += max(1, -(-Text(line).cell_len // max(width, 1)))
         if rows > max(height, 1) and kept:
             break
