@@ -51,13 +51,23 @@ def folder_of(module: str) -> str:
 
 def imports_of(source: str, known: frozenset[str]) -> Iterator[str]:
     """The project's modules that `source` imports: at the top, lazily, for types only, or by name as text."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    labels = _schema_labels(tree)
+    for node in ast.walk(tree):
+        if node in labels:
+            continue
         if isinstance(node, ast.Import):
             yield from (_module(alias.name, known) for alias in node.names if alias.name.startswith("tunesmith"))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tunesmith"):
             yield from (_module(f"{node.module}.{alias.name}", known) for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _MODULE_NAME.match(node.value):
             yield from (name for name in [node.value] if name in known)
+
+
+def _schema_labels(tree: ast.Module) -> set[ast.AST]:
+    """The values of "schema" keys: they look like modules (tunesmith.bench.cell) and label JSON."""
+    pairs = [pair for d in ast.walk(tree) if isinstance(d, ast.Dict) for pair in zip(d.keys, d.values, strict=True)]
+    return {value for key, value in pairs if isinstance(key, ast.Constant) and key.value == "schema"}
 
 
 def _module(name: str, known: frozenset[str]) -> str:
@@ -130,10 +140,11 @@ def test_the_reader_sees_every_kind_of_import() -> None:
         "def f():\n    import tunesmith.engine.llm\n    return importlib.import_module('tunesmith.cli.main')\n"
         "if TYPE_CHECKING:\n    from tunesmith.model.decoder import Decoder\n"
         "from tunesmith import __version__\n"
+        "label = {'schema': 'tunesmith.bench.cell'}\n"
     )
     known = frozenset({"tunesmith", "tunesmith.train.loop", "tunesmith.engine.llm", "tunesmith.cli.main"})
     known |= {"tunesmith.model.decoder"}
-    assert set(imports_of(source, known)) == known
+    assert set(imports_of(source, known | {"tunesmith.bench.cell"})) == known
 
 
 def test_the_reader_finds_imports_up_and_sideways() -> None:
@@ -142,3 +153,11 @@ def test_the_reader_finds_imports_up_and_sideways() -> None:
     fine = {"tunesmith.train.loop": frozenset({"tunesmith.train.losses", "tunesmith.model.decoder", "tunesmith"})}
     assert len(violations(up)) == len(violations(sideways)) == 1
     assert violations(fine) == []
+
+
+def test_the_map_names_every_folder() -> None:
+    text = (ROOT / "docs" / "map.md").read_text(encoding="utf-8")
+    rows = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    folders = {path.name + "/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    files = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    assert {name for name in folders | files if f"`{name}`" not in rows} == set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -173,3 +174,15 @@ def test_logs_go_to_stderr_and_debug_shows_more(verb: Verb, capsys: pytest.Captu
     console._console.cache_clear()
     assert main.run(["try", "--debug"]) == 0
     assert "detail" in capsys.readouterr().err
+
+
+def test_no_verb_imports_torch_before_it_is_called() -> None:
+    """`tunesmith VERB --help` answers at once: what a verb needs it imports when it runs."""
+    program = (
+        "import importlib, sys; from tunesmith.cli.main import VERBS;"
+        "heavy = {m: v for v, (name, _) in VERBS.items() if importlib.import_module(name)"
+        " for m in ('torch', 'transformers', 'matplotlib', 'datasets') if m in sys.modules};"
+        "print(heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("{}", "")
