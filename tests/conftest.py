@@ -17,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+_PATH = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -119,6 +120,16 @@ def tiny_tokenizer() -> Any:
     )
 
 
+def _command_line() -> list[str]:
+    """The console script where tunesmith is installed; else what it does."""
+    script = Path(sys.executable).with_name("tunesmith")
+    return (
+        [str(script)]
+        if script.exists()
+        else [sys.executable, "-c", f"{_PATH}from tunesmith.cli.main import main; main()"]
+    )
+
+
 @pytest.fixture
 def tunesmith_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """A function that runs the command line in a fresh process, in a temporary folder, and returns what it did."""
@@ -130,11 +141,11 @@ def tunesmith_cli(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
         timeout: float = 120,
         env: dict[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).with_name("tunesmith")), *map(str, arguments)]
+        command = [*_command_line(), *map(str, arguments)]
         done = subprocess.run(
             command,
             cwd=cwd or tmp_path,
-            env={**os.environ, "COLUMNS": "120", **(env or {})},
+            env={**os.environ, "COLUMNS": "120", "PYTHONUTF8": "1", **(env or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

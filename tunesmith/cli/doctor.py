@@ -41,6 +41,9 @@ def doctor() -> int:
 def show(findings: Sequence[Finding]) -> None:
     """Print findings as a table on stderr, and the verdict."""
     table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # a command to copy is never cut
     for finding in findings:
         mark, style = _MARKS[finding.level]
         table.add_row(Text(mark, style=style), finding.name, Text(finding.detail))
