@@ -1,7 +1,6 @@
 """The recipe's schema, version 1. `tunesmith recipe schema` prints it: `description` has a key's meaning and unit.
 
-Values of "auto" are resolved once (by `recipe.resolve` and by the train station), into a new object that is
-written to the run directory.
+Values of "auto" are resolved once, by the train station, into a new object that is written to the run directory.
 """
 
 from __future__ import annotations
