@@ -176,7 +176,8 @@ def _compared(
         if end is not None and len(prompt) < end and full.startswith(prompt):
             spans.append((len(prompt), end))
         elif k == answers[-1]:
-            text = _spliced(prompt, full, messages[k])
+            asked = _content(messages[k - 1]) if k else ""
+            text = _spliced(prompt, full, asked, messages[k])
             spans = [(len(prompt), len(text))]
             untrained += len(answers) - 1 - untrained
         else:
@@ -200,19 +201,28 @@ def _turn_end(done: str, full: str, tokenizer: Tokenizer, message: Message) -> i
     return end if not left_over.strip() and content in done[:end] else None
 
 
-def _spliced(prompt: str, full: str, message: Message) -> str:
+def _spliced(prompt: str, full: str, asked: str, message: Message) -> str:
     """The prompt as it is served, followed by the answer as the template closes it.
 
-    Some templates open an answer differently when they ask for one (an empty thinking block, say) than when they
-    show one. The model is trained on what it will be served.
+    Some templates change what stands before an answer once it is there: they leave an empty thinking block out,
+    or a system message. The model is trained on what it will be served, if all that follows the last message is
+    the same, or more.
+    Args: `asked`: the content of the message before the answer.
     """
-    start = _common_length(prompt, full)
-    extra, answer = prompt[start:], full[start:]
     content = _content(message)
-    if not content or not answer.startswith(content) or extra.count("<think>") > extra.count("</think>"):
+    start = full.rfind(content)
+    head, answer = full[:start], full[start:]
+    more = prompt.removeprefix(head) if prompt.startswith(head) else ""
+    closing = prompt[prompt.rfind(asked) :] if asked and asked in prompt else ""
+    if (
+        not content
+        or start < 0
+        or more.count("<think>") > more.count("</think>")
+        or not (prompt.startswith(head) or (closing and head.endswith(closing)))
+    ):
         raise DataError(
-            f"the chat template asks for an answer with {prompt[-40:]!r} but shows this answer as "
-            f"{answer[:40]!r}: training and serving would differ; name another template with data.chat_template, "
+            f"the chat template asks for an answer with {prompt[-40:]!r} but shows this one as {full[-60:]!r}: "
+            f"training and serving would differ; name another template with data.chat_template, "
             f"or set its switches in data.template_arguments"
         )
     return prompt + answer
@@ -250,9 +260,9 @@ def _masked(tokenizer: Tokenizer, chat: ChatText, ids: list[int], offsets: list[
     """A token is trained when its characters lie in an answer, up to that answer's last end-of-turn token."""
     trained, straddling = [False] * len(ids), False
     cursor, previous_end = 0, 0
-    stops = set(tokenizer.stop_ids)
+    ends = {tokenizer.end_of_turn_id} & set(ids) or set(tokenizer.stop_ids)
     for start, end in chat.spans:
-        first = last_stop = last = None
+        first = last_end = last = None
         while cursor < len(ids):
             # Offsets may leave out the space before a word, which is the token's too.
             token_start, token_end = min(previous_end, offsets[cursor][0]), offsets[cursor][1]
@@ -262,10 +272,10 @@ def _masked(tokenizer: Tokenizer, chat: ChatText, ids: list[int], offsets: list[
             if token_start >= start and token_end > token_start:
                 first = cursor if first is None else first
                 last = cursor
-                last_stop = cursor if ids[cursor] in stops else last_stop
+                last_end = cursor if ids[cursor] in ends else last_end
             previous_end = max(previous_end, token_end)
             cursor += 1
         if first is not None and last is not None:
-            for i in range(first, (last if last_stop is None else last_stop) + 1):
+            for i in range(first, (last if last_end is None else last_end) + 1):
                 trained[i] = i > 0
     return EncodedChat(ids, trained, chat.untrained_turns, straddling)

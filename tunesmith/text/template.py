@@ -143,6 +143,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return tree
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`str.format` can pad to any width, and templates have `~`."""
+        if super().wrap_str_format(value) is not None:
+            raise limits.TemplateLimitError("it uses str.format")
+        return None
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """The four operators that can make a lot out of a little."""
         if operator == "**":
