@@ -110,9 +110,9 @@ class Decoder(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.checkpointing: Checkpointing = "none"
         self.noise_alpha = 0.0
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.positions = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
+            _embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
         )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config, config.hidden_size)
@@ -169,3 +169,8 @@ class Decoder(nn.Module):
         if self.head is not None:
             return self.head(hidden_TD)
         return F.linear(hidden_TD, self.embedding.weight.to(hidden_TD.dtype))
+
+
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    """Without torch's random start, which nothing uses: on the meta device it alone imports torch's whole compiler."""
+    return nn.Embedding(rows, columns, _weight=torch.empty(rows, columns))

@@ -165,7 +165,8 @@ def _source_state() -> str:
 def _key(recipe: Recipe, directory: Path, chip: str, versions: Mapping[str, str], full: bool) -> str:
     content = recipe.model_dump(mode="json", exclude=set(_IRRELEVANT))
     model = [(p.name, *_stamp(p)) for p in sorted(directory.glob("*")) if p.is_file()]
-    data = [(name, *_stamp(Path(name))) for name in (*recipe.data.train, recipe.data.chat_template or "")]
+    named = [*recipe.data.train, *([recipe.data.chat_template] if recipe.data.chat_template else [])]
+    data = [(name, *_stamp(Path(name))) for name in named]
     return _digest([content, model, data, chip, dict(versions), full, SCHEMA_VERSION])
 
 
