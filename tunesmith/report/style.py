@@ -100,3 +100,15 @@ def _inline(svg: str, title: str, description: str, key: str) -> str:
         f'<desc id="{key}-desc">{html.escape(description)}</desc>'
     )
     return head + svg[svg.index(">") + 1 :]
+
+
+def standalone(svg: str) -> str:
+    """An inline SVG made into a file of its own: with the namespace, the colours of the page, and its fonts."""
+    from pathlib import Path
+
+    css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    colours = css[: css.index("* {")].replace(":root", "svg")
+    font = 'svg { font-family: system-ui, "Noto Sans", "PingFang SC", "Noto Sans CJK SC", sans-serif; }'
+    start = svg.index(">") + 1
+    head = svg[: start - 1] + ' xmlns="http://www.w3.org/2000/svg">'
+    return f"{head}<style>{colours}{font} svg {{ background: var(--paper); }}</style>{svg[start:]}"

@@ -1,0 +1,41 @@
+"""`tunesmith profile RECIPE`: operators by device time, the trace, memory over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tunesmith.cli import console
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def profile(
+    recipe: Annotated[Path, typer.Argument(help="the recipe to profile")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe")] = None,
+    steps: Annotated[int, typer.Option(help="steps to profile")] = 3,
+    warmup: Annotated[int, typer.Option(help="steps before them")] = 2,
+    nvtx: Annotated[bool, typer.Option(help="NVTX ranges for Nsight Systems (CUDA only)")] = False,
+    output: Annotated[Path | None, typer.Option(help="the run directory (new or empty)")] = None,
+) -> None:
+    """Profile a few training steps: an operator table, a trace for Perfetto, and a memory timeline."""
+    from tunesmith.bench.profile import profile as run_profile
+    from tunesmith.recipe.load import load_recipe
+    from tunesmith.report.load import Node
+    from tunesmith.report.strings import words_for
+    from tunesmith.report.timeline import timeline_svg
+    from tunesmith.rundir.io import read_json, write_text_atomic
+
+    loaded = load_recipe(recipe, overrides or [])
+    result = run_profile(loaded, steps=steps, warmup_steps=warmup, nvtx=nvtx, run_dir=output)
+    folder = result.run_dir / "profile"
+    svg = timeline_svg(Node(read_json(folder / "memory.json")), words_for("en"))
+    if svg is not None:
+        write_text_atomic(folder / "memory.svg", svg)
+    table = (folder / "operators.txt").read_text(encoding="utf-8").splitlines()
+    console.err.print("\n".join(table[:16]), markup=False)
+    console.out.print(str(folder), markup=False)
+    console.emit({"run_dir": result.run_dir, "profile": folder, "operators": list(result.operators[:10])})
