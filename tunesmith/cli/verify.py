@@ -50,8 +50,9 @@ def certificate_table(certificate: Certificate) -> Table:
     table = Table(
         title=f"Certificate on {certificate.chip}, torch {certificate.versions['torch']}", title_justify="left"
     )
-    for name in ("check", "", "value", "limit", "time", "detail"):
-        table.add_column(name, justify="right" if name in ("value", "limit", "time") else "left", overflow="fold")
+    for name in ("check", "", "value", "limit", "time"):
+        table.add_column(name, justify="right" if name in ("value", "limit", "time") else "left", no_wrap=True)
+    table.add_column("detail", overflow="fold")
     for check in certificate.checks:
         table.add_row(*_cells(check))
     for name, reason in certificate.skipped.items():
