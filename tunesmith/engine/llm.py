@@ -18,6 +18,7 @@ from tunesmith.engine.request import Completion, SamplingParams
 from tunesmith.engine.runner import NativeRunner, Runner, TransformersRunner
 from tunesmith.engine.source import ModelSource, find_source
 from tunesmith.errors import RequestError, TokenizerError
+from tunesmith.hardware import pick_device
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.text.chat import encode_prompt
@@ -37,6 +38,7 @@ class LLM:
         model: a model directory, a Hub id, `builtin:tiny`, a run directory of `tunesmith train`, or a loaded model
             (also one that is training: it is sampled as it stands, in evaluation mode, and left as it was).
         adapter: an adapter directory (or the run it came from), put on top of `model`.
+        dtype: "auto" is the checkpoint's on a GPU, and float32 on a CPU, as training computes there.
         quantize: "nf4" or "nf4-double"; None: as stored, or as the run was trained.
         max_model_len: tokens of context, prompt and answer together; None: what the model was made for.
         max_running: requests that share a forward pass.
@@ -252,12 +254,15 @@ def _context(asked: int | None, limit: int) -> int:
 
 
 def _load(source: ModelSource, dtype: str | torch.dtype, device: str | torch.device, backend: str) -> LanguageModel:
+    chosen = pick_device(str(device))
+    if dtype == "auto" and chosen.type == "cpu":
+        dtype = torch.float32
     return load_model(
         source.path,
         adapter=source.adapter,
         quantize=source.quantize,
         dtype=dtype,
-        device=device,
+        device=chosen,
         backend=cast(Any, backend),
         revision=source.revision,
     )

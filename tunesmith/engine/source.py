@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
+from tunesmith.checkpoint.adapter import read_adapter_tensors
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
@@ -13,6 +14,7 @@ from tunesmith.recipe.schema import MethodSection
 from tunesmith.rundir.layout import RunDir, is_run, open_run
 
 Quantize = Literal["nf4", "nf4-double"]
+_OUTCOMES = ("final", "adapter", "model")
 
 
 @dataclass(frozen=True)
@@ -35,29 +37,44 @@ class ModelSource:
 
 
 def find_source(path: str, adapter: str | Path | None, quantize: str | None, revision: str | None) -> ModelSource:
-    """The model that `path` names; a run gives its adapter on its base (4-bit after QLoRA), or its whole model.
+    """The model that `path` names; a run gives its adapter on its base, or its whole model.
 
+    A base that an adapter was trained on in 4 bits is held in 4 bits unless asked otherwise.
     Raises: RunDirError for a run that has no outcome yet; AdapterError for a second adapter.
     """
     wanted = cast("Quantize | None", quantize)
-    if path.startswith("builtin:") or not is_run(Path(path).expanduser()):
-        return ModelSource(path, None if adapter is None else _adapter_directory(Path(adapter)), wanted, revision)
-    run = open_run(Path(path).expanduser())
-    if adapter is not None:
+    run = None if path.startswith("builtin:") else _run_of(Path(path).expanduser())
+    if run is not None:
+        if adapter is not None:
+            raise AdapterError(
+                f"{path} comes from a run and brings its own outcome: leave the adapter out, or name its base"
+            )
+        return _run_source(run, wanted, revision)
+    if adapter is None:
+        return ModelSource(path, None, wanted, revision)
+    return _adapted_source(path, Path(adapter).expanduser(), wanted, revision)
+
+
+def _run_of(path: Path) -> RunDir | None:
+    """The run that a directory is, or is the outcome of."""
+    if is_run(path):
+        return open_run(path)
+    parent = path.resolve().parent
+    return open_run(parent) if path.name in _OUTCOMES and is_run(parent) else None
+
+
+def _adapted_source(path: str, adapter: Path, quantize: Quantize | None, revision: str | None) -> ModelSource:
+    """A base and an adapter; where the adapter is a run's, the run says how it was trained."""
+    run = _run_of(adapter)
+    if run is None:
+        return ModelSource(path, adapter, quantize or _recorded(adapter), revision)
+    if not _is_adapter(_outcome(run)):
         raise AdapterError(
-            f"{path} is a run directory and brings its own outcome: leave the adapter out, or name its base"
+            f"the outcome of the run {adapter} is a whole model, not an adapter: name the run as the model"
         )
-    return _run_source(run, wanted, revision)
-
-
-def _adapter_directory(path: Path) -> Path:
-    """An adapter's directory; a run directory stands for the adapter that came out of it."""
-    if not is_run(path):
-        return path
-    outcome = _outcome(open_run(path))
-    if not _is_adapter(outcome):
-        raise AdapterError(f"the outcome of the run {path} is a whole model, not an adapter: name the run as the model")
-    return outcome
+    source = _run_source(run, quantize, None)
+    # The base is what was asked for; its tokenizer is the run's where the run has one of its own.
+    return replace(source, path=path, revision=revision)
 
 
 def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) -> ModelSource:
@@ -86,8 +103,17 @@ def _trained_on(method: MethodSection) -> Quantize | None:
     return "nf4-double" if method.double_quantisation else "nf4"
 
 
+def _recorded(adapter: Path) -> Quantize | None:
+    """How the base was held while the adapter was trained, where its file says so."""
+    if not _is_adapter(adapter):
+        return None
+    _, record = read_adapter_tensors(adapter)
+    return cast("Quantize | None", record.quantisation) if record.quantisation in ("nf4", "nf4-double") else None
+
+
 def _outcome(run: RunDir) -> Path:
-    for directory in (run.final, run.path / "adapter", run.path / "model"):
+    for name in _OUTCOMES:
+        directory = run.path / name
         if (directory / "config.json").is_file() or _is_adapter(directory):
             return directory
     raise RunDirError(
