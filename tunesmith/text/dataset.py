@@ -245,8 +245,8 @@ def _format_of(data: DataSection, source: Source, head: list[Row]) -> str:
     found = detect_format(good)
     if found is not None:
         return found
-    if head and not good:
-        return "text"  # every row is bad, and will be reported as such
+    if not good:
+        return "text"  # no rows, or bad ones that will be reported as such
     keys = sorted({str(key) for value in good if isinstance(value, dict) for key in value})
     raise DataError(
         f"{source.name}: the format can't be told from the keys {', '.join(keys) or '(none)'}; expected "

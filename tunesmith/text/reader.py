@@ -81,8 +81,9 @@ class _Lines:
         while raw := self._readline(MAX_ROW_BYTES + 1):
             number += 1
             self.number = number
-            if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
-                self._pass_over_line()
+            if len(raw) > MAX_ROW_BYTES:
+                if not raw.endswith(b"\n"):
+                    self._pass_over_line()
                 yield Row(number, None, f"the line is longer than {MAX_ROW_BYTES // 2**20} MiB")
                 continue
             try:
