@@ -1,0 +1,82 @@
+"""Attention against the formula written out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.arch import ModelConfig
+from tunesmith.model.attention import PackedAttention, attend_one, causal_mask
+from tunesmith.model.packed import pack_documents
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=32,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    norm_eps=1e-6,
+)
+
+
+def _formula(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """One query at a time, one head at a time: the softmax over the keys it may see."""
+    out = torch.zeros_like(query)
+    offset = key.shape[0] - query.shape[0]
+    for t in range(query.shape[0]):
+        last = offset + t + 1
+        first = 0 if window is None else max(0, last - window)
+        for head in range(query.shape[1]):
+            kv = head // (query.shape[1] // key.shape[1])
+            scores = key[first:last, kv] @ query[t, head] / query.shape[2] ** 0.5
+            out[t, head] = scores.softmax(0) @ value[first:last, kv]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (1, 6), (2, 6), (1, 1)])
+def test_one_document(window: int | None, queries: int, keys: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(queries, 4, 8), torch.randn(keys, 2, 8), torch.randn(keys, 2, 8)
+    torch.testing.assert_close(attend_one(query, key, value, window), _formula(query, key, value, window))
+
+
+def test_packed_documents_and_their_windows() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, sliding_window=2, sliding_layers=(1,))
+    pack = pack_documents([[1] * 5, [2], [3] * 4])
+    query, key, value = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
+    for layer, window in ((0, None), (1, 2)):
+        out = PackedAttention(config, pack)[layer](query, key, value)
+        parts = zip(*(x.split([5, 1, 4]) for x in (query, key, value)), strict=True)
+        expected = torch.cat([_formula(q, k, v, window) for q, k, v in parts])
+        torch.testing.assert_close(out, expected)
+
+
+def test_the_mask_of_the_last_queries() -> None:
+    assert causal_mask(2, 4, None, torch.device("cpu")).tolist() == [[True, True, True, False], [True] * 4]
+    assert causal_mask(2, 4, 2, torch.device("cpu")).tolist() == [
+        [False, True, True, False],
+        [False, False, True, True],
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_variable_length_kernel(window: int | None) -> None:
+    torch.manual_seed(0)
+    layers = (0,) if window else ()
+    config = replace(CONFIG, head_dim=64, sliding_window=window, sliding_layers=layers)
+    pack = pack_documents([[1] * 50, [2], [3] * 77], "cuda")
+    query = torch.randn(128, 4, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(128, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = PackedAttention(config, pack)[0](query, key, value)
+    wide = PackedAttention(config, pack)[0](query.float(), key.float(), value.float())
+    torch.testing.assert_close(out.float(), wide, rtol=2e-2, atol=2e-2)
