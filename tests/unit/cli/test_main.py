@@ -152,9 +152,12 @@ def test_a_mistake_of_use_is_one_line_with_the_help_to_type(
     assert "see: tunesmith try --help" in error
 
 
-def test_a_verbs_help_tells_of_the_global_flags(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [["try", "--help"], ["help", "try"]])
+def test_a_verbs_help_tells_of_the_global_flags(
+    verb: Verb, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
     verb(lambda: None)
-    assert main.run(["try", "--help"]) == 0
+    assert main.run(arguments) == 0
     assert "--json" in capsys.readouterr().out
 
 
