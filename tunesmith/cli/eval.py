@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from tunesmith.bench.quality import Progress as Report
@@ -97,23 +96,19 @@ def _progress() -> Iterator[Report | None]:
 
 def show(result: QualityResult) -> None:
     """Print what was measured, and the first answers, on stderr."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    if (text := result.perplexity) is not None:
-        table.add_row(
-            "perplexity",
-            f"[bold]{text.perplexity:.4g}[/bold]",
-            f"loss {text.loss:.4f} over {text.num_tokens:,} tokens of {text.num_documents:,} documents, "
-            f"windows of {text.window_tokens}, {format_seconds(text.duration_s)}",
+    text, answers = result.perplexity, result.accuracy
+    if text is not None:
+        err.print(
+            f"perplexity  [bold]{text.perplexity:.4g}[/bold]  loss {text.loss:.4f} over {text.num_tokens:,} tokens of "
+            f"{text.num_documents:,} documents, windows of {text.window_tokens}, {format_seconds(text.duration_s)}"
         )
-    if (answers := result.accuracy) is not None:
+    if answers is not None:
         cut = f", {answers.num_cut} cut at the token limit" if answers.num_cut else ""
-        table.add_row(
-            "accuracy",
-            f"[bold]{answers.accuracy:.1%}[/bold]",
-            f"{answers.num_right} of {answers.num_questions} right ({answers.comparison}; 95 % interval "
-            f"{answers.low:.1%} to {answers.high:.1%}){cut}, {answers.new_tokens_per_s:,.0f} tokens/s",
+        err.print(
+            f"accuracy    [bold]{answers.accuracy:.1%}[/bold]  {answers.num_right} of {answers.num_questions} right "
+            f"({answers.comparison}; 95 % interval {answers.low:.1%} to {answers.high:.1%}){cut}, "
+            f"{answers.new_tokens_per_s:,.0f} tokens/s"
         )
-    err.print(table)
     for example in answers.examples[:SHOWN_EXAMPLES] if answers is not None else ():
         mark = ("right", "green") if example.right else ("wrong", "red")
         err.print(
