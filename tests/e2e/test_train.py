@@ -20,9 +20,10 @@ import tunesmith
 from tunesmith.checkpoint.state import list_states
 from tunesmith.cli import main
 from tunesmith.errors import CheckpointError, DataError, NonFiniteError, RecipeError, TrainingError
-from tunesmith.recipe.load import load_recipe
+from tunesmith.recipe.load import load_recipe, recipe_from_mapping
 from tunesmith.rundir.io import read_jsonl
 from tunesmith.rundir.layout import open_run
+from tunesmith.train.loop import resume as resume_from
 from tunesmith.train.metrics import StepMetrics
 from tunesmith.train.session import build_session
 
@@ -99,8 +100,8 @@ def test_the_adapter_gives_the_logits_that_were_trained(recipe: Recipe) -> None:
     result = tunesmith.train(recipe, quiet=True)
     model = tunesmith.load_model(recipe["model"]["path"], adapter=result.final, device="cpu")
     base = tunesmith.load_model(recipe["model"]["path"], device="cpu")
-    session = build_session(tunesmith.train.run.recipe_from_mapping(recipe))
-    tunesmith.train.loop.resume(session, open_run(result.run_dir))
+    session = build_session(recipe_from_mapping(recipe))
+    resume_from(session, open_run(result.run_dir))
     session.model.eval()
     document = [[1, 2, 3, 40, 50, 60]]
     trained = tunesmith.logits(session.model, document)[0]
@@ -129,7 +130,7 @@ def test_a_whole_model_comes_out_and_transformers_loads_it(recipe: Recipe, kind:
 def test_every_method_learns_in_every_precision(recipe: Recipe, kind: str, precision: str) -> None:
     method = {"kind": kind, "dropout": 0.0}
     train = {"precision": precision, "neftune_alpha": 0.0, "checkpointing": "block"}
-    session = build_session(tunesmith.train.run.recipe_from_mapping(with_keys(recipe, method=method, train=train)))
+    session = build_session(recipe_from_mapping(with_keys(recipe, method=method, train=train)))
     measured = [session.step().loss for _ in range(12)]
     session.close()
     assert measured[-1] < measured[0] - 0.05
@@ -139,7 +140,7 @@ def test_every_method_learns_in_every_precision(recipe: Recipe, kind: str, preci
 
 def test_pure_bfloat16_holds_weights_and_states_in_bfloat16(recipe: Recipe) -> None:
     changed = with_keys(recipe, method={"kind": "full"}, train={"precision": "bfloat16", "master_weights": "compute"})
-    session = build_session(tunesmith.train.run.recipe_from_mapping(changed))
+    session = build_session(recipe_from_mapping(changed))
     session.step()
     session.close()
     assert {parameter.dtype for parameter in session.model.parameters()} == {torch.bfloat16}
@@ -226,10 +227,10 @@ def test_a_failed_preflight_stops_before_the_first_step(recipe: Recipe) -> None:
 
 def test_nothing_to_train_on_is_refused(recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match=r"data\.train is empty"):
-        build_session(tunesmith.train.run.recipe_from_mapping(with_keys(recipe, data={"train": []})))
+        build_session(recipe_from_mapping(with_keys(recipe, data={"train": []})))
     foreign = with_keys(recipe, data={"train": [recipe["data"]["train"][0] + ".missing"]})
     with pytest.raises(DataError):
-        build_session(tunesmith.train.run.recipe_from_mapping(foreign))
+        build_session(recipe_from_mapping(foreign))
 
 
 def test_random_tokens_need_no_tokenizer(recipe: Recipe, tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ def _files_limited_to(num_bytes: int) -> Iterator[None]:
 
 def test_a_disk_that_is_full_at_the_end_is_a_clear_error(recipe: Recipe) -> None:
     recipe = with_keys(recipe, train={"max_steps": 5})
-    build_session(tunesmith.train.run.recipe_from_mapping(recipe))  # the data goes into the cache
+    build_session(recipe_from_mapping(recipe))  # the data goes into the cache
     with (
         _files_limited_to(100_000),
         pytest.raises(TrainingError, match=r"the disk is full \(File too large.*There is no checkpoint yet"),
