@@ -331,7 +331,7 @@ def test_a_disk_that_is_full_at_the_end_is_a_clear_error(recipe: Recipe) -> None
     recipe = with_keys(recipe, train={"max_steps": 5})
     build_session(recipe_from_mapping(recipe))  # the data goes into the cache
     with (
-        _files_limited_to(100_000),
+        _files_limited_to(40_000),
         pytest.raises(TrainingError, match=r"the disk is full \(File too large.*There is no checkpoint yet"),
     ):
         tunesmith.train(recipe, quiet=True)
