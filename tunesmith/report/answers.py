@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,24 @@ def evaluation_of(node: Node, words: Words) -> Evaluation:
 
 
 def _accuracy(side: Node) -> float | None:
-    return side.number("accuracy")
+    """As `tunesmith eval` writes it, nested with its interval, or as a plain number."""
+    nested = side.number("accuracy", "accuracy")
+    return side.number("accuracy") if nested is None else nested
+
+
+def _perplexity(side: Node) -> float | None:
+    nested = side.number("perplexity", "perplexity")
+    return side.number("perplexity") if nested is None else nested
 
 
 def _facts(sides: Sequence[tuple[str, Node]], words: Words) -> list[tuple[str, str]]:
     facts = []
-    for name, value in (("accuracy", _accuracy), ("perplexity", lambda side: side.number("perplexity"))):
+    asked: tuple[tuple[str, Callable[[Node], float | None]], ...] = (
+        ("accuracy", _accuracy),
+        ("shuffled", lambda side: side.number("shuffled_accuracy")),
+        ("perplexity", _perplexity),
+    )
+    for name, value in asked:
         texts = [(_show(name, number)) for _, side in sides if (number := value(side)) is not None]
         if texts:
             facts.append((words(name), " → ".join(texts)))
@@ -54,7 +66,7 @@ def _facts(sides: Sequence[tuple[str, Node]], words: Words) -> list[tuple[str, s
 
 
 def _show(name: str, number: float) -> str:
-    return f"{number * 100:.1f} %" if name == "accuracy" else f"{number:.2f}"
+    return f"{number:.2f}" if name == "perplexity" else f"{number * 100:.0f} %"
 
 
 def _sentences(sides: Sequence[tuple[str, Node]], words: Words) -> list[str]:
@@ -66,19 +78,19 @@ def _sentences(sides: Sequence[tuple[str, Node]], words: Words) -> list[str]:
         found.append(words("eval_verdict", before=known[0], after=known[1], count=count))
     elif len(known) == 1:
         found.append(words("eval_verdict_one", after=known[0], count=count))
-    ppl = [number for _, side in sides if (number := side.number("perplexity")) is not None]
+    ppl = [number for _, side in sides if (number := _perplexity(side)) is not None]
     if len(ppl) == 2:
         found.append(words("ppl_verdict", before=f"{ppl[0]:.2f}", after=f"{ppl[1]:.2f}"))
     return found
 
 
 def _count(side: Node) -> int:
-    number = side.number("num_questions")
+    number = side.number("accuracy", "num_questions") or side.number("num_questions")
     return int(number) if number is not None else len(_items(side))
 
 
 def _items(side: Node) -> list[Any]:
-    items = side.get("answers")
+    items = side.get("accuracy", "examples") or side.get("answers")
     return items if isinstance(items, list) else []
 
 
@@ -92,11 +104,18 @@ def _examples(sides: Sequence[tuple[str, Node]]) -> tuple[tuple[Answer, ...], ..
     for items in list(zip(*(_items(side) for _, side in sides), strict=False))[:SHOWN]:
         nodes = [Node(item) for item in items]
         first = nodes[0]
-        row = [Answer(first.text("question") or ""), Answer(first.text("expected") or "")]
-        rows.append((*row, *(Answer(node.text("answer") or "", _right(node)) for node in nodes)))
+        row = [Answer(first.text("question") or ""), Answer(_expected(first))]
+        rows.append((*row, *(Answer(node.text("answer") or node.text("said") or "", _right(node)) for node in nodes)))
     return tuple(rows)
 
 
+def _expected(node: Node) -> str:
+    """The answer that is right, or the first of several."""
+    expected = node.get("expected")
+    first = expected[0] if isinstance(expected, list) and expected else expected
+    return first if isinstance(first, str) else ""
+
+
 def _right(node: Node) -> bool | None:
-    right = node.get("correct")
+    right = node.get("correct") if node.get("right") is None else node.get("right")
     return right if isinstance(right, bool) else None

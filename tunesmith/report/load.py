@@ -91,9 +91,14 @@ def read_run(path: Path) -> Run:
         metrics=tuple(Node(row) for row in read_jsonl(run.metrics)) if run.metrics.is_file() else (),
         environment=_read_optional(run.environment) or Node({}),
         certificate=_read_optional(run.certificate),
-        evaluations=tuple(Node(read_json(file)) for file in sorted(path.glob("eval*.json"))),
+        evaluations=tuple(Node(read_json(file)) for file in evaluation_files(path)),
         recipe=_read_recipe(run.recipe),
     )
+
+
+def evaluation_files(path: Path) -> list[Path]:
+    """The evaluations of a run: what `tunesmith eval` wrote, and comparisons of before and after."""
+    return [*sorted(path.glob("eval*.json")), *sorted((path / "evaluations").glob("*.json"))]
 
 
 def _read_cells(directory: Path) -> Iterator[Node]:

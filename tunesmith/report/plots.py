@@ -181,11 +181,11 @@ def _end_labels(figure: Any, axes: Any, curves: Sequence[Curve]) -> None:
     low, high = axes.get_ylim()
     gap = (high - low) * 0.075
     ends = sorted(((points[-1][1], colour, label) for colour, label, points in curves), reverse=True)
-    for y, (_, colour, label) in zip(_spread([end[0] for end in ends], gap), ends, strict=True):
+    for y, (_, colour, label) in zip(spread([end[0] for end in ends], gap), ends, strict=True):
         axes.annotate(_clip(label, 26), (last, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
 
 
-def _spread(values: Sequence[float], gap: float) -> list[float]:
+def spread(values: Sequence[float], gap: float) -> list[float]:
     """Descending values moved as little as needed so that neighbours are `gap` apart, around their own middle."""
     groups: list[list[float]] = []
     for value in values:

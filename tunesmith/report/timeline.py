@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunesmith.report.load import Node
-from tunesmith.report.plots import WIDE
+from tunesmith.report.plots import WIDE, spread
 from tunesmith.report.strings import Words
 from tunesmith.report.style import INK, MUTED, OWNER_COLOURS, RULE, SERIES, canvas, standalone, to_svg
 from tunesmith.units import format_bytes, format_seconds
@@ -36,21 +36,17 @@ def _pairs(value: Any) -> list[tuple[float, float]]:
 
 def _owners(axes: Any, memory: Node, end: float, words: Words) -> None:
     """Bands from the bottom: what each owner holds all the time."""
-    bottom = 0.0
-    for owner in HELD:
-        size = memory.number("owners", f"{owner}_bytes") or 0.0
-        if size:
-            axes.fill_between((0, end), bottom, bottom + size, color=OWNER_COLOURS[owner], alpha=0.55, linewidth=0)
-            axes.annotate(
-                f"{words(owner)} {format_bytes(size)}",
-                (end, bottom + size / 2),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-                color=OWNER_COLOURS[owner],
-                annotation_clip=False,
-            )
+    sizes = [(owner, memory.number("owners", f"{owner}_bytes") or 0.0) for owner in HELD]
+    held = [(owner, size) for owner, size in sizes if size]
+    middles, bottom = [], 0.0
+    for owner, size in held:
+        axes.fill_between((0, end), bottom, bottom + size, color=OWNER_COLOURS[owner], alpha=0.55, linewidth=0)
+        middles.append(bottom + size / 2)
         bottom += size
+    gap = (memory.number("peak_bytes") or bottom) * 0.055
+    for y, (owner, size) in zip(spread(middles[::-1], gap)[::-1], held, strict=True):
+        note = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(f"{words(owner)} {format_bytes(size)}", (end, y), color=OWNER_COLOURS[owner], **note)
 
 
 def _phases(axes: Any, memory: Node, peak: float) -> None:

@@ -63,18 +63,31 @@ def _about(row: Row, rows: Sequence[Row], words: Words) -> list[Sentence]:
         status = words.status(row.status)
         key = "did_not_run_why" if row.reason else "did_not_run"
         return [Sentence(words(key, label=label, status=status, reason=_short(row.reason)), row.name, "warning")]
-    parent = next((other for other in rows if other.name == row.parent), None)
-    if parent is None or not parent.ok or row.unequal or parent.unequal:
-        return []
+    if row.unequal:
+        return [Sentence(words("not_compared", label=_capital(label)), row.name, "warning")]
+    parent = _partner(row, rows)
+    return [] if parent is None else [_compared(row, parent, rows[0], words)]
+
+
+def _partner(row: Row, rows: Sequence[Row]) -> Row | None:
+    """What a row is compared with: its parent, else the first row that did the same work; None for the first itself."""
+    named = next((other for other in rows if other.name == row.parent), None)
+    if named is not None and named.ok and not named.unequal:
+        return named
+    first = next((other for other in rows if other.ok and not other.unequal), None)
+    return None if first is row else first
+
+
+def _compared(row: Row, parent: Row, baseline: Row, words: Words) -> Sentence:
     difference = change(row, parent)
-    parts = words("comma").join(change_parts(difference, words, quality=not row.random_weights))
-    baseline = next(iter(rows))
-    if parent is baseline and row.gain is None:
-        return [Sentence(words("sentence", label=label, parts=parts), row.name)]
+    quality = not (row.random_weights or parent.random_weights)
+    parts = words("comma").join(change_parts(difference, words, quality=quality))
+    names = {"label": words.data(row.label), "parent": words.data(parent.label), "parts": parts}
+    if row.gain is None or parent.name != row.parent:
+        return Sentence(words("sentence" if parent is baseline else "against", **names), row.name)
     useless = saves_nothing(difference)
-    gain = words.data(row.gain or row.label)
-    text = words("useless" if useless else "on_top", gain=_capital(gain), parent=words.data(parent.label), parts=parts)
-    return [Sentence(text, row.name, "warning" if useless else "fact")]
+    text = words("useless" if useless else "on_top", gain=_capital(words.data(row.gain)), **names)
+    return Sentence(text, row.name, "warning" if useless else "fact")
 
 
 def _short(reason: str | None) -> str:

@@ -1,0 +1,188 @@
+"""The page and the Markdown file: complete, self-contained, and safe against what the data says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.errors import RecipeError, RunDirError
+from tunesmith.report.write import write_report
+from tunesmith.rundir.io import write_json_atomic
+
+BenchRun = Callable[..., Path]
+Make = Callable[..., dict[str, Any]]
+HOSTILE = "</script><img src=x onerror=alert(1)>|`$x^2$` \"'&amp; 网店"
+VOID = {"meta", "img", "br", "i", "link", "input", "path", "use", "rect"}
+
+
+class Page(HTMLParser):
+    """Every tag and attribute of a page, and whether tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in {"meta", "img", "br", "link", "input"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def page_of(*runs: Path, **options: Any) -> str:
+    return write_report(list(runs), **options).html.read_text(encoding="utf-8")
+
+
+def test_page_is_one_well_formed_file_without_outside_addresses(methods_run: Path, train_run: Path) -> None:
+    text = page_of(methods_run, train_run)
+    page = Page(text)
+    assert page.open == []
+    assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL))
+    assert not any("src" in attributes or tag == "link" for tag, attributes in page.tags)
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    hrefs = [attributes["href"] for _, attributes in page.tags if attributes.get("href")]
+    assert all(href is not None and href.startswith("#") for href in hrefs)
+
+
+def test_every_plot_has_a_title_a_description_and_page_colours(methods_run: Path, train_run: Path) -> None:
+    text = page_of(methods_run, train_run)
+    plots = re.findall(r'<svg class="plot".*?</svg>', text, flags=re.DOTALL)
+    assert len(plots) == 7  # memory, resident, time, throughput, losses, frontier, the training run
+    for plot in plots:
+        assert re.search(r"<title id=\S+>[^<]+</title><desc id=\S+>[^<]+</desc>", plot)
+        assert "var(--" in plot
+        assert "<text" in plot
+    ids = re.findall(r'aria-labelledby="(\S+) ', text)
+    assert len(set(ids)) == len(ids)
+
+
+def test_hostile_texts_are_shown_and_do_nothing(bench_run: BenchRun, cell: Make, failed: Make) -> None:
+    run = bench_run(
+        cell(HOSTILE, label=HOSTILE, command=HOSTILE, gain=HOSTILE, device={"name": HOSTILE}),
+        cell("b", label=HOSTILE + "2", parent=HOSTILE),
+        failed("c", HOSTILE, HOSTILE),
+        name=HOSTILE,
+    )
+    page = Page(page_of(run))
+    assert page.open == []
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert sum(tag == "script" for tag, _ in page.tags) == 1
+    assert any(HOSTILE in text for text in page.texts)
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    assert "<img" not in re.sub(r"(`+).*?\1", "", markdown)
+
+
+def test_chinese_page_shows_chinese_in_plots(methods_run: Path) -> None:
+    text = page_of(methods_run, language="zh")
+    assert 'lang="zh-CN"' in text
+    assert re.search(r"<text[^>]*>[^<]*梯度检查点</text>", text)
+    assert "未测量" not in text
+
+
+def test_unknown_language_is_refused(methods_run: Path) -> None:
+    with pytest.raises(RecipeError, match="did you mean 'zh'"):
+        write_report([methods_run], language="zhh")
+
+
+def test_missing_values_are_not_measured_and_never_zero(bench_run: BenchRun, cell: Make) -> None:
+    bare = cell(
+        "bare", memory={}, owners={}, losses={}, throughput={"tokens_per_s": "fast"}, times={"steps_s": [1, None]}
+    )
+    markdown = write_report([bench_run(cell("whole"), bare)]).markdown.read_text(encoding="utf-8")
+    row = next(line for line in markdown.splitlines() if line.startswith("| bare"))
+    assert row.count("not measured") >= 5
+    assert " 0 " not in row
+
+
+def test_a_cell_of_nothing_but_its_name_does_not_break_the_page(bench_run: BenchRun) -> None:
+    assert "odd" in page_of(bench_run({"schema_version": 1, "name": "odd"}))
+
+
+def test_failed_cells_are_rows_with_their_reason(bench_run: BenchRun, cell: Make, failed: Make) -> None:
+    text = page_of(bench_run(cell("a"), failed("b", "out_of_memory", "Tried to allocate 24.00 GiB")))
+    assert "out of memory" in text
+    assert "Tried to allocate 24.00 GiB" in text
+
+
+def test_unequal_work_is_flagged(bench_run: BenchRun, cell: Make) -> None:
+    other = {"steps": 8, "tokens": 801, "trained_tokens": 300}
+    text = page_of(bench_run(cell("a"), cell("b"), cell("c", work=other)))
+    assert text.count(">unequal work<") == 1
+    assert "can&#39;t be compared" in text
+
+
+def test_equal_work_is_said(methods_run: Path) -> None:
+    assert "8 steps, 800 tokens, 300 of them trained" in page_of(methods_run)
+
+
+def test_random_weights_are_labelled(bench_run: BenchRun, cell: Make) -> None:
+    text = page_of(bench_run(cell("a", recipe={"model": {"weights": "random"}})))
+    assert "speed and memory only, not quality" in text
+
+
+def test_commands_are_there_to_copy(methods_run: Path) -> None:
+    text = page_of(methods_run)
+    assert "tunesmith bench train x.yaml --only qlora+gc</code><button" in text
+
+
+def test_answers_before_and_after_and_the_certificate(methods_run: Path) -> None:
+    answers = [{"question": "青竹茶杯多少钱？", "expected": "38 元", "answer": "不知道", "correct": False}]
+    before = {"accuracy": 0.1, "perplexity": 9.0, "num_questions": 50, "answers": answers}
+    after = {**before, "accuracy": 0.9, "answers": [{**answers[0], "answer": "38 元", "correct": True}]}
+    write_json_atomic(methods_run / "eval-heldout.json", {"before": before, "after": after})
+    checks = [{"name": "packing isolation", "passed": False, "value": 0.5, "limit": 0.0, "detail": "moved"}]
+    write_json_atomic(methods_run / "certificate.json", {"checks": checks})
+    text = page_of(methods_run)
+    assert "Exact answers went from 10 % to 90 % of 50 questions." in text
+    assert '<td class="wrong">不知道</td><td class="right">38 元</td>' in text
+    assert "packing isolation" in text
+
+
+def test_an_evaluation_as_the_eval_verb_writes_it(tmp_path: Path) -> None:
+    example = {"question": "2+2?", "expected": ["4"], "said": "4", "right": True}
+    accuracy = {"accuracy": 1.0, "num_questions": 1, "examples": [example]}
+    (tmp_path / "quality.json").write_text(json.dumps({"accuracy": accuracy, "perplexity": {"perplexity": 3.5}}))
+    files = write_report([tmp_path / "quality.json"])
+    assert files.headline == "100 % of 1 questions answered exactly."
+    assert '<td class="right">4</td>' in files.html.read_text(encoding="utf-8")
+
+
+def test_training_run_alone(train_run: Path) -> None:
+    assert write_report([train_run]).headline == "tuned: validation loss 1.250 after 3 steps."
+
+
+def test_output_may_be_a_folder_or_a_file(methods_run: Path, tmp_path: Path) -> None:
+    assert write_report([methods_run], tmp_path / "out").html == tmp_path / "out" / "report.html"
+    files = write_report([methods_run], tmp_path / "图" / "a.html")
+    assert files.markdown == tmp_path / "图" / "a.md"
+    assert files.markdown.exists()
+
+
+def test_the_same_run_gives_the_same_page(methods_run: Path) -> None:
+    assert page_of(methods_run) == page_of(methods_run)
+
+
+def test_newer_cells_and_foreign_folders_are_refused(bench_run: BenchRun, cell: Make, tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="version 99"):
+        write_report([bench_run(cell("a", schema_version=99))])
+    with pytest.raises(RunDirError, match="run directory"):
+        write_report([tmp_path / "none"])
+    with pytest.raises(RunDirError, match="at least one"):
+        write_report([])
