@@ -102,7 +102,8 @@ class Engine:
 
     def collect(self, wanted: Collection[int]) -> list[StepOutput]:
         """New outputs of the wanted requests, after a step if none wait; other requests' outputs are kept for them."""
-        found = [output for request_id in wanted for output in self.mail.pop(request_id, ())]
+        waiting = [request_id for request_id in self.mail if request_id in wanted]
+        found = [output for request_id in waiting for output in self.mail.pop(request_id)]
         if found:
             return found
         if not self.has_work:

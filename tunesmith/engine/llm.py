@@ -166,8 +166,9 @@ class LLM:
 
     def _run(self, submitted: Sequence[int], bar: GenerationProgress) -> dict[int, Completion]:
         done: dict[int, Completion] = {}
-        while len(done) < len(submitted):
-            outputs = self.engine.collect(submitted)
+        wanted = set(submitted)
+        while len(done) < len(wanted):
+            outputs = self.engine.collect(wanted)
             finished = {o.request_id: o.completion for o in outputs if o.completion is not None}
             done.update(finished)
             bar.advance(len(finished), len(outputs))
