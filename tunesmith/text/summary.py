@@ -65,11 +65,12 @@ class Tally:
 class DataSummary:
     """The data of a run in numbers.
 
-    tokens, trained_tokens: of all documents, a split's validation part included. formats: file -> format. skipped_reasons: reason -> {count, first}. length_*: tokens of the training documents.
-    dropped: documents with no trained token within max_length. untrained_turns: answers that the template shows
-    differently once a conversation goes on. straddling: conversations whose prompt is tokenised differently when
-    served. ends_trained: conversations with a trained end-of-turn token. overlap: validation documents that are
-    also in the training data.
+    formats: file -> format. skipped_reasons: reason -> {count, first}. length_*: tokens of the training documents.
+    tokens, trained_tokens: of all documents, those split off for validation included. dropped: documents with no
+    trained token within max_length. untrained_turns: answers that the template shows differently once a
+    conversation goes on. straddling: conversations whose prompt is tokenised differently when served.
+    ends_trained: conversations with a trained end-of-turn token. overlap: validation documents that are also in
+    the training data.
     """
 
     formats: dict[str, str]

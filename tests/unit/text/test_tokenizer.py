@@ -1,4 +1,4 @@
-"""Ids equal transformers', special tokens only where a template wrote them, and streams that never split a character."""
+"""Ids are those models were trained on, special ones only from templates; streams never split a character."""
 
 from __future__ import annotations
 

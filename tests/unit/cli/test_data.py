@@ -1,0 +1,35 @@
+"""`tunesmith data`: what training would see, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_shows_format_counts_and_mask(tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    file = write(tmp_path / "问答.jsonl", [{"instruction": "你好", "output": f"答案{i}"} for i in range(20)])
+    done = tunesmith_cli("data", file, "--model", tiny_model_dir(), "--json", check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["formats"].values()) == {"alpaca"}
+    assert (result["rows"], result["documents"]) == (20, 19)
+    assert [piece["text"] for piece in result["example"]["pieces"] if piece["trained"]][0].startswith("答案")
+    assert "format alpaca" in done.stderr
+    assert "你好" in done.stderr
+
+
+def test_mistake_is_one_line(tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [{"instruction": "a", "output": 3}])
+    done = tunesmith_cli("data", file, "--model", tiny_model_dir())
+    assert done.returncode == 2
+    assert "a.jsonl:1: 'output' must be a string" in done.stderr
+    assert "Traceback" not in done.stderr
