@@ -4,7 +4,8 @@
     scale   = plain float32, the block's largest magnitude
     or      = dynamic[byte] * scale_of_256 + offset     doubly quantised: one byte each
 
-Blocks run over the flattened weight. Codes and scales are bit for bit those of bitsandbytes on the same device.
+Blocks run over the flattened weight. Codes and scales are bit for bit those of bitsandbytes on the same device, and
+so differ between devices in a few weights of a million: where a weight lies on the edge between two codes.
 Source: arXiv 2305.14314, section 3.
 """
 
@@ -12,50 +13,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.kernels.codebooks import dynamic_values, midpoints, nf4_values
+from tunesmith.kernels.codebooks import dynamic_values, midpoints, nf4_bounds, nf4_values
+from tunesmith.kernels.nf4_weight import BLOCK as BLOCK
+from tunesmith.kernels.nf4_weight import SCALE_BLOCK as SCALE_BLOCK
+from tunesmith.kernels.nf4_weight import NF4Weight as NF4Weight
 from tunesmith.units import ceil_div
 
-BLOCK = 64
-SCALE_BLOCK = 256
 # Weights quantised at once: bounds the float32 copies, and is a multiple of the block.
 CHUNK = 2**24
 _SMALLEST = 1e-38
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class NF4Weight:
-    """A quantised [F, D] weight.
-
-    codes: uint8 [F, D / 2] (flat, rounded up, where D is odd).
-    scales: float32 [F * D / 64], or uint8 when they are doubly quantised; then `scale_scales` (float32, one for 256)
-    and `offset` (float32 scalar) undo that.
-    dtype: what the weight was; it is dequantised to this dtype before any other.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    scale_scales: Tensor | None = None
-    offset: Tensor | None = None
-
-    @property
-    def is_double(self) -> bool:
-        """Whether the scales are quantised too."""
-        return self.scale_scales is not None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held, scales of both levels included."""
-        held = (self.codes, self.scales, self.scale_scales, self.offset)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 def empty_nf4(
@@ -159,56 +133,80 @@ def _in_rows(codes: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _quantize_chunk(values: Tensor) -> tuple[Tensor, Tensor]:
     """Packed codes and scales of some whole blocks; the last may be short."""
-    num_whole = values.numel() // BLOCK * BLOCK
-    blocks = values[:num_whole].view(-1, BLOCK).float()
-    scales = blocks.abs().amax(dim=1)
-    codes = _nearest_code((blocks * (1.0 / scales.clamp(min=_SMALLEST))[:, None]).view(-1))
-    if num_whole < values.numel():
-        tail = values[num_whole:].float()
-        scale = tail.abs().max()
-        codes = torch.cat((codes, _nearest_code(_normalise_tail(tail, scale))))
-        scales = torch.cat((scales, scale[None] if tail.is_cuda else scale[None].clamp(min=_SMALLEST)))
+    codes, scales = _codes_on_cuda(values) if values.is_cuda else _codes_on_cpu(values)
     if codes.numel() % 2:
         # The idle half of the last byte holds the code of zero.
         codes = torch.cat((codes, codes.new_full((1,), 7)))
     return (codes[::2] << 4) | codes[1::2], scales
 
 
-def _normalise_tail(tail: Tensor, scale: Tensor) -> Tensor:
-    """bitsandbytes divides a short last block on a CPU, and multiplies by the reciprocal everywhere else."""
-    scale = scale.clamp(min=_SMALLEST)
-    return tail * (1.0 / scale) if tail.is_cuda else tail / scale
+def _codes_on_cpu(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A short last block is divided by its scale, the others are multiplied by the reciprocal, as bitsandbytes does."""
+    num_whole = values.numel() // BLOCK * BLOCK
+    blocks = values[:num_whole].view(-1, BLOCK).float()
+    scales = blocks.abs().amax(dim=1)
+    codes = _nearest_code((blocks * (1.0 / scales.clamp(min=_SMALLEST))[:, None]).view(-1))
+    if num_whole == values.numel():
+        return codes, scales
+    tail = values[num_whole:].float()
+    scale = tail.abs().max().clamp(min=_SMALLEST)
+    return torch.cat((codes, _nearest_code(tail / scale))), torch.cat((scales, scale[None]))
+
+
+def _codes_on_cuda(values: Tensor) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' CUDA kernel takes numbers below float32's normal range as zero; a block of zeros gets code 0."""
+    blocks = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK).float()
+    scales = _without_subnormals(blocks.abs().amax(dim=1))
+    codes = _nearest_code(blocks.mul_(_reciprocal(scales)[:, None]))
+    codes[scales == 0] = 0
+    # Two to a byte: where their number is odd, what pads the block fills the last byte.
+    return codes.view(-1)[: values.numel() + values.numel() % 2], scales
 
 
 def _nearest_code(normalised: Tensor) -> Tensor:
-    """The code whose value is nearest, the lower of two equally near: uint8."""
-    bounds = midpoints(nf4_values(normalised.device))
+    """The code whose value is nearest, the lower of two equally near: uint8. Overwrites its argument."""
+    bounds = nf4_bounds(normalised.device)
     return torch.bucketize(normalised.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8)
 
 
 def _quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     """The dynamic 8-bit codes of the scales less their mean, and the scale of every 256 of them."""
     num_scales = centred.numel()
-    padded = torch.nn.functional.pad(centred, (0, -num_scales % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
-    largest = padded.abs().amax(dim=1)
-    normalised = padded * (1.0 / largest)[:, None]
-    codes = _nearest_dynamic(normalised.view(-1)[:num_scales])
-    if not centred.is_cuda:
-        codes.view(-1)[(largest == 0).repeat_interleave(SCALE_BLOCK)[:num_scales]] = 0
-    return codes, largest
+    blocks = F.pad(centred, (0, -num_scales % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    largest = blocks.abs().amax(dim=1)
+    if centred.is_cuda:
+        largest = _without_subnormals(largest)
+    codes = _nearest_dynamic(blocks * _reciprocal(largest)[:, None])
+    codes[largest == 0] = 0
+    return codes.view(-1)[:num_scales], largest
 
 
 def _nearest_dynamic(normalised: Tensor) -> Tensor:
     """The dynamic code of values in [-1, 1]: uint8.
 
-    On a CPU bitsandbytes looks the value up in a grid of 2^16 points, and only elsewhere takes the nearest code.
+    The nearest, of two equally near the even one; on a CPU bitsandbytes looks the value up in a grid of 2^16 points.
     """
     bounds = midpoints(dynamic_values(normalised.device))
     if normalised.is_cuda:
-        return torch.bucketize(normalised, bounds, out_int32=True).to(torch.uint8)
+        lower = torch.bucketize(normalised, bounds, out_int32=True)
+        upper = torch.bucketize(normalised, bounds, out_int32=True, right=True)
+        return torch.where(lower % 2 == 0, lower, upper).to(torch.uint8)
     last = 2**16 - 1
     index = ((normalised.nan_to_num().clamp(-1, 1) + 1.0) * 0.5 * last + 0.5).to(torch.int32)
     return torch.bucketize(index * (2.0 / last) - 1.0, bounds, out_int32=True).to(torch.uint8)
+
+
+def _without_subnormals(scales: Tensor) -> Tensor:
+    return torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, scales)
+
+
+def _reciprocal(scales: Tensor) -> Tensor:
+    """1 / scales, as bitsandbytes computes it on this device: its CUDA kernel takes the chip's approximation."""
+    if not use_kernel(scales.device):
+        return 1.0 / scales
+    from tunesmith.kernels.nf4_triton import approximate_reciprocal
+
+    return approximate_reciprocal(scales)
 
 
 def _scale_blocks(values: Tensor, scales: Tensor, block: int) -> Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
-from tunesmith.kernels.nf4 import BLOCK, SCALE_BLOCK, NF4Weight
+from tunesmith.kernels.nf4_weight import BLOCK, SCALE_BLOCK, NF4Weight
 from tunesmith.units import ceil_div
 
 # Blocks of one program: 2^10 weights.
@@ -116,3 +116,21 @@ def _dequantize_kernel(
     values = tl.reshape(tl.join(high, low), [BLOCKS, BLOCK])
     index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(out + index, values.to(THROUGH).to(out.dtype.element_ty), mask=index < num_values)
+
+
+def approximate_reciprocal(values: Tensor) -> Tensor:
+    """1 / values by the chip's own approximation, off by one unit in the last place at most; float32."""
+    out = torch.empty_like(values)
+    count = values.numel()
+    _reciprocal_kernel[(ceil_div(count, 1024),)](values, out, count, SIZE=1024)
+    return out
+
+
+@triton.jit
+def _reciprocal_kernel(values, out, count, SIZE: tl.constexpr) -> None:
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(values + index, mask=index < count, other=1.0)
+    reciprocal = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
+    tl.store(out + index, reciprocal, mask=index < count)
