@@ -6,7 +6,8 @@ Per layer, keys and values are [P, S, K, H]: P pages of S slots. A request's tab
     page       table[0]   table[1]    table[2]       slot = page * S + position % S
 
 A request reserves its worst case in numbers only, and takes pages as it grows, so admitted requests always
-finish. Pages are taken side by side where they are free: then a request's keys are one view, not a gather.
+finish. Where a free stretch is long enough for all of a request it is the request's home: its pages are taken there
+side by side, and its keys are one view, not a gather. Another request takes a page of it only when it finds no better.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class PageTable:
     def __init__(self, cache: PagedCache, max_tokens: int) -> None:
         self.cache = cache
         self.max_pages = ceil_div(max_tokens, PAGE_SLOTS)
+        self.home: int | None = None
         self.pages: list[int] = []
         self.length = 0
         self.contiguous = True
@@ -106,7 +108,7 @@ class PageTable:
         needed = ceil_div(self.length + num_tokens, PAGE_SLOTS)
         while len(self.pages) < needed:
             last = self.pages[-1] if self.pages else None
-            page = self.cache.allocator.take(last)
+            page = self.cache.allocator.take(self.home - 1 if last is None and self.home is not None else last)
             self.contiguous = self.contiguous and (last is None or page == last + 1)
             self.pages.append(page)
         self.length += num_tokens
@@ -150,8 +152,22 @@ class PagedCache:
             return None
         if promised > self.allocator.num_pages:
             self._grow(min(self.max_pages, max(promised, 2 * self.allocator.num_pages)))
+        table.home = self._find_home(table.max_pages)
         self.tables.append(table)
         return table
+
+    def _find_home(self, num_pages: int) -> int | None:
+        """The start of the first stretch of free pages, outside all other homes, that is long enough."""
+        busy = [bool(count) for count in self.allocator.counts]
+        for table in self.tables:
+            if table.home is not None:
+                busy[table.home : table.home + table.max_pages] = [True] * table.max_pages
+        length = 0
+        for page, is_busy in enumerate(busy):
+            length = 0 if is_busy else length + 1
+            if length == num_pages:
+                return page + 1 - num_pages
+        return None
 
     def close(self, table: PageTable) -> None:
         """Take a table's pages back."""

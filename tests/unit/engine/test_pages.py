@@ -82,6 +82,17 @@ def test_a_request_reserves_its_worst_case() -> None:
     assert cache.open(3 * PAGE_SLOTS) is not None
 
 
+def test_requests_that_grow_in_turn_stay_contiguous() -> None:
+    cache = make_cache()
+    tables = [cache.open(5 * PAGE_SLOTS) for _ in range(3)]
+    for _ in range(5):
+        for table in tables:
+            assert table is not None
+            table.extend(PAGE_SLOTS)
+    assert [table.pages for table in tables if table] == [list(range(s, s + 5)) for s in (0, 5, 10)]
+    assert all(table.contiguous for table in tables if table)
+
+
 def test_bytes_are_counted_by_token_and_by_page() -> None:
     cache = make_cache()
     token_bytes = 2 * 2 * 1 * 4 * 4  # keys and values, layers, heads, head_dim, float32
