@@ -148,6 +148,17 @@ def test_pure_bfloat16_holds_weights_and_states_in_bfloat16(recipe: Recipe) -> N
     assert {value.dtype for value in states} == {torch.bfloat16}
 
 
+def test_the_transformers_backend_trains_in_the_same_loop(recipe: Recipe) -> None:
+    """Padded rows instead of packs, and all weights trained: the losses are those of our decoder."""
+    quiet = {"neftune_alpha": 0.0, "max_steps": 3, "precision": "float32"}
+    native = with_keys(recipe, method={"kind": "full"}, train={**quiet, "learning_rate": 1e-3})
+    foreign = with_keys(native, model={"backend": "transformers"})
+    results = [tunesmith.train(with_keys(chosen), quiet=True) for chosen in (native, foreign)]
+    ours, theirs = (losses(result.run_dir) for result in results)
+    assert [loss for _, loss in theirs] == pytest.approx([loss for _, loss in ours], rel=1e-4)
+    assert open_run(results[1].run_dir).info().facts["backend"] == "transformers"
+
+
 class _CutError(Exception):
     pass
 
@@ -215,7 +226,7 @@ def test_divergence_stops_before_the_update_and_names_the_rows(recipe: Recipe) -
 
 
 def test_a_failed_preflight_stops_before_the_first_step(recipe: Recipe) -> None:
-    def refuse(resolved: Any, run_dir: Path) -> None:
+    def refuse(resolved: Any, run_dir: Path) -> str:
         assert resolved.train.micro_batch_tokens == 192
         raise TrainingError("not this one")
 
@@ -255,7 +266,7 @@ def test_command_line_without_a_recipe(
     keys = ("data.max_length=96", "train.max_steps=2", "log.trackers=[]", "train.micro_batch_tokens=192")
     options = [part for key in keys for part in ("--set", key)]
     model, data = recipe["model"]["path"], recipe["data"]["train"][0]
-    code = main.run(["train", model, "--data", data, "--method", "qlora", *options, "--no-verify", "--json"])
+    code = main.run(["train", model, "--data", data, "--method", "qlora", *options, "--json"])
     captured = capsys.readouterr()
     assert code == 0, captured.err
     result = json.loads(captured.out.strip().splitlines()[-1])
@@ -263,6 +274,8 @@ def test_command_line_without_a_recipe(
     assert load_recipe(Path(result["run_dir"]) / "recipe.yaml").method.kind == "qlora"
     assert f"tunesmith chat {model} --adapter {result['final']}" in captured.err
     assert "It is" in captured.err  # the example with its mask
+    assert "checks passed" in captured.err
+    assert (Path(result["run_dir"]) / "certificate.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,9 @@ def _recipe(
     return recipe
 
 
-def _certify(recipe: Recipe, run_dir: Path) -> None:
+def _certify(recipe: Recipe, run_dir: Path) -> str:
     """The cheap part of the certificate, written into the run directory. Raises: VerificationError."""
+    from tunesmith.units import format_seconds
     from tunesmith.verify.certificate import certify
 
     certificate = certify(recipe, full=False, run_dir=run_dir)
@@ -81,3 +82,5 @@ def _certify(recipe: Recipe, run_dir: Path) -> None:
             f"the certificate failed ({', '.join(failed)}), so the run would be silently wrong: "
             f"see {run_dir}/certificate.json"
         )
+    how = "found in the cache" if certificate.cached else f"run in {format_seconds(certificate.duration_s)}"
+    return f"certificate: {len(certificate.checks)} checks passed ({how})"

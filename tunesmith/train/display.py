@@ -30,6 +30,7 @@ class Display:
             disable=quiet or not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._loading: dict[str, TaskID] = {}
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -46,8 +47,17 @@ class Display:
         """A warning above the progress line."""
         self.console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
+    def loading(self, what: str, done: int, total: int) -> None:
+        """How far something before the first step is; a total of 0 is not known."""
+        if what not in self._loading:
+            self._loading[what] = self._progress.add_task(what, total=total or None, news="")
+        self._progress.update(self._loading[what], completed=done, total=total or None)
+
     def start(self, done: int, total: int) -> None:
         """Show the progress line."""
+        for task in self._loading.values():
+            self._progress.remove_task(task)
+        self._loading.clear()
         self._task = self._progress.add_task("train", total=total, completed=done, news="")
 
     def step(self, metrics: StepMetrics) -> None:

@@ -24,7 +24,7 @@ from tunesmith.train.session import Session, build_session
 from tunesmith.train.stopping import exit_code
 from tunesmith.watch.trackers import Trackers
 
-Preflight = Callable[[Recipe, Path], None]
+Preflight = Callable[[Recipe, Path], str]
 # What a resumed run may change: where and how often things are written, not what is computed.
 FREE_KEYS = (
     "name",
@@ -78,7 +78,8 @@ def train(
         resume: a run directory to go on with, from its newest whole checkpoint.
         on_step: called with the metrics of every step.
         run_dir: the directory to make; None: <recipe.output>/<recipe.name>-<time>.
-        preflight: called with the resolved recipe and the run directory before the first step; it raises to stop.
+        preflight: called with the resolved recipe and the run directory before anything is loaded; it raises to stop,
+            and returns a line to show.
         quiet: print nothing.
 
     Raises: RecipeError for a resume with a changed recipe; NonFiniteError before the update of a bad batch;
@@ -140,11 +141,11 @@ def _train(
     preflight: Preflight | None,
 ) -> TrainResult:
     display.say(f"run directory: {run.path}")
-    session = build_session(recipe)
+    if preflight is not None:
+        display.say(preflight(recipe, run.path))
+    session = build_session(recipe, progress=display.loading)
     display.say(method_line(recipe, session.method_summary))
     _show_example(session, run, display)
-    if preflight is not None:
-        preflight(recipe, run.path)
     if resuming:
         place = resume_from(session, run) or "the start: there is no checkpoint yet"
         display.say(f"going on from {place} (step {session.step_number} of {session.total_steps})")

@@ -261,7 +261,7 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
     randomness.seed_everything(resolved.train.seed)
-    model = _load_model(resolved)
+    model = _load_model(resolved, progress)
     summary = _apply_method(model, resolved)
     data = (
         _random_data(resolved, model) if resolved.data.format == "tokens" else _load_data(resolved, directory, progress)
@@ -271,7 +271,7 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
     return Session(resolved, model, data, summary, directory)
 
 
-def _load_model(recipe: Recipe) -> LanguageModel:
+def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
     quantize = {True: "nf4-double", False: "nf4"}[recipe.method.double_quantisation]
     # Frozen layers: loaded wide, so that what stays trained loses nothing; the rest is narrowed afterwards.
     dtype = trained_dtype(recipe.train) if recipe.method.kind == "freeze" else DTYPES[recipe.model.dtype]
@@ -281,6 +281,7 @@ def _load_model(recipe: Recipe) -> LanguageModel:
         dtype=dtype,
         device=torch.device(recipe.model.device),
         seed=recipe.train.seed,
+        progress=None if progress is None else partial(progress, "loading weights"),
     )
     model.compute_dtype = DTYPES[recipe.train.precision]
     model.checkpointing = recipe.train.checkpointing
