@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,12 +17,13 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from tunesmith.cli.console import emit, err
-from tunesmith.engine.conversation import Answer, Conversation, Mode
-from tunesmith.engine.llm import LLM
-from tunesmith.engine.request import Completion, SamplingParams
-from tunesmith.engine.runner import NativeRunner
 from tunesmith.errors import RequestError, TunesmithError, nearest
 from tunesmith.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from tunesmith.engine.conversation import Answer, Conversation, Mode
+    from tunesmith.engine.llm import LLM
+    from tunesmith.engine.request import Completion
 
 app = typer.Typer(add_completion=False)
 BLOCK = '"""'
@@ -49,6 +50,10 @@ def chat(
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens")] = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /exit leaves; from a pipe every line is a turn."""
+    from tunesmith.engine.conversation import Conversation
+    from tunesmith.engine.llm import LLM
+    from tunesmith.engine.request import SamplingParams
+
     params = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -275,6 +280,8 @@ def _facts(text: str, completion: Completion | None) -> dict[str, Any]:
 
 def describe(conversation: Conversation) -> str:
     """Speed of the last answer and the state of context and cache, for people."""
+    from tunesmith.engine.runner import NativeRunner
+
     llm, last = conversation.llm, conversation.last
     if last is None:
         return f"nothing said yet; the context holds {llm.max_model_len} tokens"

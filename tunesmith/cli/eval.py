@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tunesmith.bench.quality import Progress as Report
-from tunesmith.bench.quality import QualityResult, evaluate
 from tunesmith.cli.console import emit, err
 from tunesmith.errors import DataError, nearest
 from tunesmith.units import format_seconds
+
+if TYPE_CHECKING:
+    from tunesmith.bench.quality import Progress as Report
+    from tunesmith.bench.quality import QualityResult
 
 app = typer.Typer(add_completion=False)
 SHOWN_EXAMPLES = 5
@@ -41,6 +43,8 @@ def evaluate_model(
     name: Annotated[str, typer.Option(help="the evaluation's name")] = "quality",
 ) -> None:
     """Measure a model: perplexity on --data, accuracy with a 95 % interval on --questions. Answers are greedy."""
+    from tunesmith.bench.quality import evaluate
+
     _check_choice("--train-on", train_on, ("answers", "all"))
     _check_choice("--comparison", comparison, ("auto", "exact", "number"))
     counted: Literal["answers", "all"] = "all" if train_on == "all" else "answers"
