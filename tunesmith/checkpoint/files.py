@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,19 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         """The tensor on the device, in the file's dtype."""
-        return self._open(self._places[name]).get_tensor(name)
+        with self._torn(name):
+            return self._open(self._places[name]).get_tensor(name)
 
     def _slice(self, name: str) -> Any:
-        return self._open(self._places[name]).get_slice(name)
+        with self._torn(name):
+            return self._open(self._places[name]).get_slice(name)
+
+    @contextlib.contextmanager
+    def _torn(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except SafetensorError as error:
+            raise ModelError(f"{self._places[name]} does not hold {name} whole ({error}): download it again") from None
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunesmith.arch import ModelConfig
 from tunesmith.kernels.nf4 import dequantize_nf4, dequantize_reference
@@ -246,7 +247,9 @@ def _each_document(pack: PackedTokens, window: int | None, *, exact: bool) -> Op
         key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
         mask = causal_mask(query.shape[1], key.shape[1], window, query.device)
         if not exact:
-            return F.scaled_dot_product_attention(query[None], key[None], value[None], mask)[0].transpose(0, 1)
+            # cuDNN's attention takes seconds to plan its first call.
+            with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+                return F.scaled_dot_product_attention(query[None], key[None], value[None], mask)[0].transpose(0, 1)
         scores = query @ key.transpose(1, 2) / query.shape[-1] ** 0.5
         return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(0, 1)
 

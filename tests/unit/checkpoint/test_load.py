@@ -129,6 +129,17 @@ def test_a_bad_index(file: str, problem: str, tiny_model_dir: Make, tmp_path: Pa
         load_decoder(directory)
 
 
+def test_an_index_that_names_what_a_file_lacks(tiny_model_dir: Make, tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    shutil.copytree(tiny_model_dir("llama"), directory)
+    _write_index(directory, "model.safetensors")
+    names = load_file(directory / "model.safetensors")
+    names.pop("model.norm.weight")
+    save_file(names, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"does not hold model\.norm\.weight"):
+        load_decoder(directory)
+
+
 def test_random_weights_are_a_function_of_the_seed(tiny_model_dir: Make, tmp_path: Path) -> None:
     for family in ("qwen2", "gpt2", "qwen3_moe"):
         directory = tmp_path / family
@@ -167,6 +178,15 @@ def test_quantised_as_it_arrives(quantize: str, tiny_model_dir: Make) -> None:
     assert 0 < float(error) < 0.2 * float(exact.weight.detach().abs().max())
     assert torch.equal(decoder.embedding.weight, plain.embedding.weight)
     assert not any(buffer.is_meta for buffer in decoder.buffers())
+
+
+def test_quantised_on_the_transformers_backend(tiny_model_dir: Make) -> None:
+    directory = str(tiny_model_dir("llama", hidden_size=64, intermediate_size=128))
+    foreign = load_model(directory, quantize="nf4", device="cpu", backend="transformers")
+    native = load_model(directory, quantize="nf4", device="cpu")
+    ours, theirs = logits(native, [DOCUMENT])[0], logits(foreign, [DOCUMENT])[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(ours, logits(load_model(directory, device="cpu"), [DOCUMENT])[0])
 
 
 def test_load_model_is_ready_to_evaluate(tiny_model_dir: Make) -> None:
