@@ -22,7 +22,7 @@ def test_shows_format_counts_and_mask(tunesmith_cli: Run, tiny_model_dir: Callab
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result["formats"].values()) == {"alpaca"}
     assert (result["rows"], result["documents"]) == (20, 19)
-    assert [piece["text"] for piece in result["example"]["pieces"] if piece["trained"]][0].startswith("答案")
+    assert next(p["text"] for p in result["example"]["pieces"] if p["trained"]).startswith("答案")
     assert "format alpaca" in done.stderr
     assert "你好" in done.stderr
 

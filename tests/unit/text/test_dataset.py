@@ -275,7 +275,7 @@ def test_refusals(byte_tokenizer: Tokenizer, write_rows: Write) -> None:
 @pytest.mark.parametrize(
     ("file", "format_name", "rows"),
     [
-        ("llamafactory_demos/alpaca_zh_demo.json", "alpaca", 1000),
+        ("llamafactory_demos/alpaca_zh_demo.json", "alpaca", 200),
         ("llamafactory_demos/glaive_toolcall_zh_demo.json", "sharegpt", 300),
         ("llamafactory_demos/v1_sft_demo.jsonl", "messages", 500),
         ("llamafactory_demos/reason_tool_use_demo_50.jsonl", "messages", 50),

@@ -213,3 +213,18 @@ def test_loading_tokenizer_json_imports_neither_torch_nor_transformers(byte_dire
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(byte_directory)], check=True, timeout=60)
+
+
+def test_sentencepiece_model_alone_is_converted(
+    real_directory: Callable[[str], Path], real_tokenizer: Callable[[str], Tokenizer], tmp_path: Path
+) -> None:
+    pytest.importorskip("sentencepiece")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((real_directory("mistral") / name).read_bytes())
+    converted, ours = load_tokenizer(tmp_path), real_tokenizer("mistral")
+    for text in ("Hello 世界 😀", "龘 a\n", "2 + 2 = 4"):
+        assert converted.encode(text) == ours.encode(text)
+        assert converted.decode(converted.encode(text)) == text
+    assert (converted.bos_id, converted.eos_id) == (1, 2)
+    converted.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").encode("Hello 世界") == ours.encode("Hello 世界")
