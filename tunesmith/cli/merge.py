@@ -85,7 +85,9 @@ def show(report: MergeReport) -> None:
     """Print what was merged, and a line for each hop."""
     from rich.table import Table
 
-    table = Table("step", "KL, nats a token", "logits, mean", "logits, max", "same best token", box=None)
+    table = Table(box=None)
+    for column in ("step", "KL, nats/token", "mean |logit|", "max |logit|", "same best token"):
+        table.add_column(column, no_wrap=True)
     for hop in report.hops:
         d = hop.divergence
         agreement = f"{100 * d.argmax_agreement_ratio:.2f} % of {d.num_tokens}"

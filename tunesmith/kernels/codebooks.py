@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import cache
 from statistics import NormalDist
 
@@ -47,7 +48,28 @@ def dynamic_values(device: torch.device, signed: bool = True) -> Tensor:
     return torch.tensor(sorted(values)).to(device)
 
 
-@cache
 def midpoints(values: Tensor) -> Tensor:
     """Halfway between neighbouring values: what separates one code from the next."""
     return (values[:-1] + values[1:]) / 2
+
+
+@cache
+def nf4_bounds(device: torch.device) -> Tensor:
+    """What separates NF4's codes: float32 [15].
+
+    Some midpoints lie halfway between two float32 numbers. On a CPU bitsandbytes computes them in float32; its CUDA
+    kernel has them as literals of 16 decimals, which break the tie.
+    """
+    values = nf4_values(torch.device("cpu"))
+    if device.type != "cuda":
+        return midpoints(values).to(device)
+    literals = [f"{middle:.16f}" for middle in midpoints(values.double()).tolist()]
+    return torch.tensor([_nearest_float32(literal) for literal in literals]).to(device)
+
+
+def _nearest_float32(literal: str) -> float:
+    """The float32 number nearest to a decimal, without rounding to float64 first."""
+    first = torch.tensor(float(literal), dtype=torch.float32)
+    ends = [torch.nextafter(first, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    candidates = [float(candidate) for candidate in (first, *ends)]
+    return min(candidates, key=lambda candidate: abs(Fraction(candidate) - Fraction(literal)))

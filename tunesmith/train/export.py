@@ -51,6 +51,6 @@ def next_commands(session: Session, run: Path, final: Path) -> list[str]:
     return [
         f"tunesmith chat {base} --adapter {final}",
         f"tunesmith eval {base} --adapter {final}",
-        f"tunesmith merge {base} {final} {run / 'merged'}",
+        f"tunesmith merge {run} --output {run / 'merged'}",
         f"tunesmith report {run}",
     ]
