@@ -1,0 +1,47 @@
+"""Micro-batches: what is counted, what is refused, how random tokens are made."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tunesmith.errors import DataError
+from tunesmith.recipe.schema import DataSection
+from tunesmith.train.batches import RandomTokens, build_micro_batch, describe_rows
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_fillers_are_counted_nowhere(packing: bool) -> None:
+    documents = RandomTokens(3, 20, 50, seed=1)
+    batch = build_micro_batch(documents, [2, 0], 100, DataSection(max_length=32, packing=packing), 50)
+    assert batch.pack.tokens_T.shape == (100,)
+    assert sum(batch.pack.lengths) == 100
+    assert max(batch.pack.lengths) <= 32
+    assert (batch.num_tokens, batch.num_trained, batch.lengths) == (40, 38, (20, 20))
+    # The target of a trained position is the token after it, in the same document.
+    assert torch.equal(batch.pack.tokens_T[batch.index + 1], batch.targets)
+    assert batch.to(torch.device("cpu")) is batch
+
+
+def test_a_token_outside_the_vocabulary_names_its_row() -> None:
+    documents = RandomTokens(3, 20, 50, seed=1)
+    largest = int(max(documents.arrays(1)[0]))
+    with pytest.raises(DataError, match=rf"random:\d: token \d+ is outside the model's vocabulary of {largest}"):
+        build_micro_batch(documents, [1], 64, DataSection(max_length=32), largest)
+
+
+def test_random_tokens_are_a_function_of_seed_and_index() -> None:
+    one, same, other = (RandomTokens(4, 16, 1000, seed=seed) for seed in (3, 3, 4))
+    assert np.array_equal(one[2].tokens, same[2].tokens)
+    assert not np.array_equal(one[2].tokens, other[2].tokens)
+    held_out = RandomTokens(2, 16, 1000, seed=3, first=4)
+    assert not any(np.array_equal(held_out[i].tokens, one[j].tokens) for i in range(2) for j in range(4))
+    assert not one[0].trained[0]
+    assert one[0].trained[1:].all()
+
+
+def test_rows_of_a_large_batch_are_named_briefly() -> None:
+    documents = RandomTokens(30, 4, 10, seed=0)
+    assert describe_rows(documents, range(2)) == "random:1, random:2"
+    assert describe_rows(documents, range(30)).endswith("random:8 and 22 more")
