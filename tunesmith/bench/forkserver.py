@@ -20,18 +20,20 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-PRELOAD = ("torch", "tunesmith.train.session", "tunesmith.bench.cell", "tunesmith.rundir.environment")
+# torch's optimisers import torch._dynamo when the first one is made, which takes longer than a small cell.
+PRELOAD = ("torch", "torch._dynamo", "tunesmith.train.session", "tunesmith.bench.cell", "tunesmith.rundir.environment")
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 POLL_S = 0.01
 _child = 0
 
 
 def main() -> None:
     """Import, say that we are ready, then serve until stdin closes."""
-    for module in sys.argv[1:] or PRELOAD:
-        importlib.import_module(module)
+    _preload(sys.argv[1:] or PRELOAD)
     # Libraries may hold idle threads of their own from import; the children run none of them.
     warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
     signal.signal(signal.SIGTERM, _stop)
@@ -40,6 +42,14 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         _say(_run(request["job"], Path(request["log"]), float(request["timeout_s"]), parent))
+
+
+def _preload(modules: Iterable[str]) -> None:
+    """Import, with torch asking NVML whether there is a GPU: asking the driver would spoil CUDA for the children."""
+    os.environ[_NVML_CHECK] = "1"
+    for module in modules:
+        importlib.import_module(module)
+    del os.environ[_NVML_CHECK]
 
 
 def _say(message: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ def test_methods_are_measured_in_equal_conditions(tiny_recipe: MakeRecipe) -> No
     events: list[Event] = []
     recipe = tiny_recipe(bench={"steps": 2}, method={"rank": 4})
     result = bench(recipe, command="tunesmith bench train x.yaml", progress=events.append)
-    assert [cell["status"] for cell in result.cells] == ["ok"] * 5
+    assert [(cell["name"], cell["reason"]) for cell in result.cells if cell["status"] != "ok"] == []
     assert len({json.dumps(cell["work"]) for cell in result.cells}) == 1
     rows = rows_of(read_run(result.run_dir))
     assert [row.name for row in rows] == ["full", "lora", "lora+gc", "qlora", "qlora+gc"]
