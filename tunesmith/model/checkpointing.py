@@ -15,9 +15,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 # What is dear to recompute: matrix products and attention. The rest (norms, activations, rope) is recomputed.
 # By name, because the variable-length kernel is registered only where it is first used.
+PRODUCTS = {"aten::mm": 0, "aten::addmm": 1}
+"""Products, and which argument is their left factor."""
+LOW_RANK = 16
+"""An output so many times wider than the inner dimension is cheaper to compute again than to hold: an adapter's."""
 DEAR = {
-    "aten::mm",
-    "aten::addmm",
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
@@ -28,8 +30,15 @@ DEAR = {
 
 
 def _keep_dear(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    dear = isinstance(operator, OpOverload) and operator.name() in DEAR
+    name = operator.name() if isinstance(operator, OpOverload) else ""
+    dear = name in DEAR or (name in PRODUCTS and _is_wide(*args[PRODUCTS[name] :][:2]))
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _is_wide(left: Tensor, right: Tensor) -> bool:
+    """Whether left @ right takes enough work for each value that is held."""
+    inner, columns = right.shape
+    return inner * LOW_RANK >= columns
 
 
 def run_checkpointed(kind: str, block: nn.Module, hidden_TD: Tensor, *args: Any) -> Tensor:

@@ -40,6 +40,25 @@ def _step(directory: Path, kind: Any, method: MethodSection) -> tuple[Counter[st
     return count.calls, [p.grad for p in decoder.parameters() if p.grad is not None]
 
 
+def test_an_adapters_wide_product_is_not_held() -> None:
+    """It was held beside the base's product, so that selective checkpointing of LoRA saved no memory at all."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    from tunesmith.model.checkpointing import _keep_dear
+
+    def is_held(operator: Any, *shapes: tuple[int, ...]) -> bool:
+        tensors = [torch.empty(shape, device="meta") for shape in shapes]
+        return _keep_dear(None, operator, *tensors) == CheckpointPolicy.MUST_SAVE
+
+    mm, addmm = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+    assert is_held(mm, (64, 3584), (3584, 37888))
+    assert is_held(mm, (64, 3584), (3584, 32))
+    assert is_held(addmm, (4608,), (64, 3584), (3584, 4608))
+    assert not is_held(addmm, (64, 37888), (64, 32), (32, 37888))
+    assert not is_held(addmm, (64, 3584), (64, 16), (16, 3584))
+    assert not is_held(torch.ops.aten.mul.Tensor, (64, 64), (64, 64))
+
+
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_what_is_computed_twice(kind: Any, tiny_model_dir: Callable[..., Path]) -> None:
     """2 layers and 2 documents are 4 attentions; selective runs norms again, but neither products nor attention."""
