@@ -18,7 +18,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,11 +112,29 @@ def load_state(path: Path, *, device: torch.device | str = "cpu") -> TrainingSta
             f"pip install --upgrade tunesmith"
         )
     try:
-        with safe_open(path / TENSORS, framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = FileTensors(path / TENSORS, device)
     except SafetensorError as error:
         raise CheckpointError(f"{path / TENSORS} can't be read: {error}") from None
     return TrainingState(int(facts["step"]), tensors, facts["facts"])
+
+
+class FileTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for: a state may be larger than memory."""
+
+    def __init__(self, path: Path, device: torch.device | str) -> None:
+        self._file = safe_open(path, framework="pt", device=str(device))
+        self._names = tuple(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _verify(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -38,15 +38,17 @@ def restore_state(state: TrainingState, weights: Mapping[str, Tensor], updater: 
 
     Raises: CheckpointError when the state's tensors are not those of this model.
     """
-    saved = _under(state.tensors, "model.")
-    _check_names(weights, saved)
+    _check_names(set(weights), set(_under(state.tensors, "model.")))
     with torch.no_grad():
         for name, tensor in weights.items():
-            tensor.copy_(saved[name])
+            saved = state.tensors[f"model.{name}"]
+            _check_kind(name, tensor, saved)
+            tensor.copy_(saved)
     _restore_optimizer(state, updater)
     if updater.scaler is not None and state.facts.get("scaler"):
         vars(updater.scaler).update(state.facts["scaler"])
-    randomness.restore(_under(state.tensors, "rng."), state.facts["rng"], device)
+    generators = {name: state.tensors[f"rng.{name}"] for name in _under(state.tensors, "rng.")}
+    randomness.restore(generators, state.facts["rng"], device)
 
 
 def _optimizer_states(updater: Updater) -> dict[str, dict[str, Any]]:
@@ -57,25 +59,28 @@ def _optimizer_states(updater: Updater) -> dict[str, dict[str, Any]]:
 def _restore_optimizer(state: TrainingState, updater: Updater) -> None:
     parameters = dict(updater.module.named_parameters())
     values: dict[str, dict[str, Any]] = {name: dict(scalars) for name, scalars in state.facts["optimizer"].items()}
-    for full_name, tensor in _under(state.tensors, "optimizer.").items():
+    for full_name in _under(state.tensors, "optimizer."):
         name, _, key = full_name.rpartition(".")
-        values.setdefault(name, {})[key] = tensor.to(parameters[name].device)
+        values.setdefault(name, {})[key] = state.tensors[f"optimizer.{full_name}"].to(parameters[name].device)
     updater.optimizer.state.clear()
     for name, entries in values.items():
         updater.optimizer.state[parameters[name]] = entries
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _under(names: Iterable[str], prefix: str) -> list[str]:
+    """The names that begin with `prefix`, without it."""
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
-def _check_names(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    differing = sorted(set(weights) ^ set(saved))
+def _check_names(here: set[str], saved: set[str]) -> None:
+    differing = sorted(here ^ saved)
     if differing:
         raise CheckpointError(f"the checkpoint is of another model or method: {differing[0]} is in one of the two only")
-    for name, tensor in weights.items():
-        if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
-            raise CheckpointError(
-                f"the checkpoint is of another model: {name} is {tuple(saved[name].shape)} {saved[name].dtype} there, "
-                f"{tuple(tensor.shape)} {tensor.dtype} here"
-            )
+
+
+def _check_kind(name: str, here: Tensor, saved: Tensor) -> None:
+    if here.shape != saved.shape or here.dtype != saved.dtype:
+        raise CheckpointError(
+            f"the checkpoint is of another model: {name} is {tuple(saved.shape)} {saved.dtype} there, "
+            f"{tuple(here.shape)} {here.dtype} here"
+        )
