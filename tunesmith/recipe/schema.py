@@ -51,8 +51,8 @@ class ModelSection(Section):
     dtype: DType = Field(
         "auto",
         description=(
-            "dtype the weights are held in; auto: the checkpoint's for frozen weights, float32 for trained ones "
-            "unless train.precision is pure bfloat16"
+            "dtype the weights are held in; auto: as train.precision for frozen weights, as train.master_weights says "
+            "for trained ones"
         ),
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
