@@ -154,10 +154,10 @@ def _codes_on_cpu(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _codes_on_cuda(values: Tensor) -> tuple[Tensor, Tensor]:
-    """bitsandbytes' CUDA kernel takes a scale below float32's normal range as zero, and a block of zeros gets code 0."""
+    """bitsandbytes' CUDA kernel takes a scale below float32's normal range as zero; a block of zeros has code 0."""
     blocks = F.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK).float()
     scales = _without_subnormals(blocks.abs().amax(dim=1))
-    codes = _nearest_code(blocks.mul_(_reciprocal(scales)[:, None]))
+    codes = _nearest_code(blocks * _reciprocal(scales)[:, None])
     codes[scales == 0] = 0
     # Two to a byte: where their number is odd, what pads the block fills the last byte.
     return codes.view(-1)[: values.numel() + values.numel() % 2], scales
