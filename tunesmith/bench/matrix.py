@@ -168,8 +168,8 @@ def _run_turn(worker: Worker, turn: Turn, start: dict[str, Any], cells: Path, lo
 
 
 def file_stem(name: str) -> str:
-    """A file name for a cell: its own name where that is plain, else with a short hash so that no two are alike."""
-    plain = re.sub(r"[^A-Za-z0-9+_=.-]+", "-", name)
-    return (
-        plain if plain == name and len(name) < 80 else f"{plain[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    )
+    """A file name for a cell: "lora+gc" becomes lora-gc; any other that is not plain gets a hash, so none are alike."""
+    if re.fullmatch(r"[A-Za-z0-9]{1,40}(\+[A-Za-z0-9]{1,20})*", name):
+        return name.replace("+", "-")
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:60].strip("-.")
+    return f"{plain or 'cell'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -71,8 +71,11 @@ def _profile_session(session: Session, steps: int, warmup_steps: int, nvtx: bool
         for index in range(steps):
             with record_function(f"step {index + 1}"):
                 session.step()
-    operators = operator_rows(profiler.key_averages(), on_cuda)
-    write_json_atomic(folder / "operators.json", {"steps": steps, "by": _by(on_cuda), "operators": operators})
+    averages = profiler.key_averages()
+    operators = operator_rows([event for event in averages if not _is_kernel(event)], on_cuda)
+    kernels = operator_rows([event for event in averages if _is_kernel(event)], on_cuda)
+    facts = {"steps": steps, "by": _by(on_cuda), "operators": operators, "kernels": kernels}
+    write_json_atomic(folder / "operators.json", facts)
     write_text_atomic(folder / "operators.txt", operator_table(operators, steps, on_cuda))
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     timeline = memory_timeline(session)
@@ -82,6 +85,11 @@ def _profile_session(session: Session, steps: int, warmup_steps: int, nvtx: bool
 
 def _by(on_cuda: bool) -> str:
     return "device" if on_cuda else "host"
+
+
+def _is_kernel(event: Any) -> bool:
+    """Whether this is a kernel on the device: its time is also that of the operator which launched it."""
+    return str(event.device_type).rpartition(".")[2] != "CPU"
 
 
 def operator_rows(averages: Any, on_cuda: bool) -> list[dict[str, Any]]:

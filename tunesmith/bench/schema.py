@@ -1,4 +1,4 @@
-"""The JSON of one measured cell, version 1: `cells/<name>-<repeat>.json` of a bench's run directory.
+"""The JSON of one measured cell, version 1: `cells/<name>-<repeat>.json` ("+" written "-") of a bench's run directory.
 
     name, label, parent, gain       which cell of the matrix; what it stands on, and what it adds to that
     repeat, order                   which repeat, and when in the shuffled order it ran

@@ -178,7 +178,7 @@ def _quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
         largest = _without_subnormals(largest)
     codes = _nearest_dynamic(blocks * _reciprocal(largest)[:, None])
     codes[largest == 0] = 0
-    return codes.view(-1)[:num_scales], largest
+    return codes.view(-1)[:num_scales].clone(), largest  # not a view that would hold the padding
 
 
 def _nearest_dynamic(normalised: Tensor) -> Tensor:
