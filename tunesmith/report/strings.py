@@ -49,7 +49,7 @@ _EN = {
     "epoch": "per epoch",
     "validation": "validation loss",
     "training": "training loss",
-    "trainable": "trained parameters",
+    "trainable": "trained",
     "status": "status",
     "ok": "ok",
     "failed": "failed",
@@ -57,7 +57,6 @@ _EN = {
     "timeout": "stopped: too long",
     "killed": "killed",
     "not_run": "not run",
-    "repeats": "repeats",
     "unequal": "unequal work",
     "unequal_note": (
         "Cells marked “unequal work” processed other tokens or steps than the rest: their times can't be compared."
@@ -94,7 +93,6 @@ _EN = {
     "gradients": "gradients",
     "optimizer": "optimiser",
     "activations": "activations and the rest",
-    "baseline": "baseline",
     "less_memory": "{x} less memory",
     "more_memory": "{x} more memory",
     "same_memory": "as much memory",
@@ -123,7 +121,6 @@ _EN = {
     "eval_verdict_one": "{after} of {count} questions answered exactly.",
     "ppl_verdict": "Perplexity went from {before} to {after}.",
     "comma": ", ",
-    "sep": " ",
 }
 
 _ZH = {
@@ -169,7 +166,6 @@ _ZH = {
     "timeout": "超时停止",
     "killed": "被终止",
     "not_run": "未运行",
-    "repeats": "重复",
     "unequal": "工作量不等",
     "unequal_note": "标有“工作量不等”的单元处理的词元或步数与其他单元不同，时间不可比较。",
     "equal_note": "所有测量单元的工作量相同：{steps} 步，{tokens} 个词元，其中训练 {trained} 个。",
@@ -204,7 +200,6 @@ _ZH = {
     "gradients": "梯度",
     "optimizer": "优化器",
     "activations": "激活及其他",
-    "baseline": "基准",
     "less_memory": "内存减少 {x}",
     "more_memory": "内存增加 {x}",
     "same_memory": "内存相同",
@@ -233,7 +228,6 @@ _ZH = {
     "eval_verdict_one": "{count} 个问题中完全答对 {after}。",
     "ppl_verdict": "困惑度从 {before} 变为 {after}。",
     "comma": "，",
-    "sep": "",
 }
 
 # Words that a bench run writes into its JSON in English (gains of a matrix), as the report says them in Chinese.
