@@ -43,7 +43,7 @@ def _session(folder: Path, **sections: dict[str, Any]) -> Session:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_it_learns(tmp_path: Path, kind: str, precision: str, optimizer: str) -> None:
-    rate = 3e-3 if kind == "full" else 3e-2
+    rate = 3e-3 if kind == "full" else 1e-2  # 3e-2 leaves float16's range on the way
     train = {"precision": precision, "optimizer": optimizer, "learning_rate": rate, "checkpointing": "selective"}
     session = _session(tmp_path, method={"kind": kind}, train=train)
     steps = [session.step() for _ in range(30)]

@@ -28,6 +28,7 @@ LAYERS = (
     ("report",),
     ("page",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {folder: level for level, folders in enumerate(LAYERS, start=1) for folder in folders}
 _MODULE_NAME = re.compile(r"^tunesmith(\.[a-z_0-9]+)+$")
