@@ -18,7 +18,7 @@ from tunesmith.errors import ModelError, UnsupportedModelError
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions. `scaling` is None, or the parameters of Llama 3's, linear or YaRN scaling as Hugging Face names them."""
+    """Rotary positions. `scaling`: None, or the parameters of Llama 3's or linear scaling, in Hugging Face's names."""
 
     theta: float = 10000.0
     scaling: Mapping[str, Any] | None = None
@@ -82,6 +82,11 @@ def read_config(directory: Path) -> ModelConfig:
     Raises: ModelError when config.json is missing or malformed; UnsupportedModelError for a model type, or a
     feature of one, that the native decoder does not have.
     """
+    return config_from_dict(read_raw_config(directory))
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """The content of a model's config.json. Raises: ModelError when it is missing or malformed."""
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -91,7 +96,7 @@ def read_config(directory: Path) -> ModelConfig:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ModelError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return config_from_dict(raw)
+    return raw
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:

@@ -185,11 +185,14 @@ def test_a_person_chats_and_stops_an_answer(tiny_model_dir: Callable[..., Path],
         terminal.type("/stats\n")
         terminal.wait_for("KV cache|nothing said yet")
         terminal.wait_for("> ")
+        time.sleep(0.5)  # a signal between the prompt and readline's wait for keys is only noticed at the next key
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.wait_for("Ctrl-D or /exit leaves")
         terminal.wait_for("> ")
         terminal.type("/nothing\n")
         terminal.wait_for("there is no command /nothing")
+        terminal.wait_for("> ")
+        time.sleep(0.5)  # Ctrl-D means the end of input only once readline listens
         terminal.type("\x04")
         assert terminal.process.wait(30) == 0
     finally:

@@ -272,7 +272,7 @@ def test_command_line_without_a_recipe(
     result = json.loads(captured.out.strip().splitlines()[-1])
     assert result["steps"] == 2
     assert load_recipe(Path(result["run_dir"]) / "recipe.yaml").method.kind == "qlora"
-    assert f"tunesmith chat {model} --adapter {result['final']}" in captured.err
+    assert f"tunesmith chat {result['run_dir']}" in captured.err
     assert "It is" in captured.err  # the example with its mask
     assert "checks passed" in captured.err
     assert (Path(result["run_dir"]) / "certificate.json").exists()

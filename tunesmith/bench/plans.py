@@ -69,10 +69,11 @@ def _with_recipe_overrides(plan: CellPlan, overrides: Mapping[str, Mapping[str, 
 
 
 def _methods(recipe: Recipe) -> list[CellPlan]:
-    """full, LoRA, LoRA+GC, QLoRA, QLoRA+GC."""
+    """full, LoRA, LoRA+GC, QLoRA, QLoRA+GC; a rate that the recipe leaves out each method resolves for itself."""
     adapters = recipe.method.kind in ("lora", "qlora")
     rate = recipe.train.learning_rate
-    full_rate, lora_rate = (rate / LORA_OVER_FULL, rate) if adapters else (rate, rate * LORA_OVER_FULL)
+    full_rate = rate / LORA_OVER_FULL if rate is not None and adapters else rate
+    lora_rate = rate * LORA_OVER_FULL if rate is not None and not adapters else rate
     plans = [CellPlan("full", "full", _method("full", full_rate))]
     for kind, label in (("lora", "LoRA"), ("qlora", "QLoRA")):
         changes = _method(kind, lora_rate)
@@ -81,7 +82,7 @@ def _methods(recipe: Recipe) -> list[CellPlan]:
     return plans
 
 
-def _method(kind: str, learning_rate: float) -> dict[str, Any]:
+def _method(kind: str, learning_rate: float | None) -> dict[str, Any]:
     changes: dict[str, Any] = {"method.kind": kind, "train.checkpointing": "none", "train.learning_rate": learning_rate}
     return {**changes, "method.adapter": None} if kind == "full" else changes
 

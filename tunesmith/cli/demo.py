@@ -130,7 +130,7 @@ def _write_shop(folder: Path) -> None:
     """The data of the demo as files, to look at and to try the other verbs on."""
     from tunesmith.text.sources import builtin_rows
 
-    for name, address in (("shop.jsonl", "shop?rows=400"), ("questions.jsonl", "shop-heldout?rows=50")):
+    for name, address in (("shop.jsonl", "shop?rows=800"), ("questions.jsonl", "shop-heldout?rows=50")):
         lines = (json.dumps(row, ensure_ascii=False) for row in builtin_rows(address))
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ from tunesmith.model.language_model import LanguageModel, logits
 
 @dataclass(frozen=True)
 class Divergence:
-    """Over all positions of the prompts: |logit difference|, KL(before || after) in nats, share of equal best tokens."""
+    """Over all positions of the prompts: |logit difference|, KL(before || after) in nats, equal best tokens."""
 
     max_difference: float
     mean_difference: float

@@ -87,9 +87,7 @@ class MethodSection(Section):
 
 
 class DataSection(Section):
-    train: list[str] = Field(
-        default_factory=list, description="files, folders, builtin:shop, builtin:probe, or Hub dataset ids"
-    )
+    train: list[str] = Field(default_factory=list, description="files, folders, builtin:shop, or Hub dataset ids")
     validation: list[str] = Field(
         default_factory=list, description="as train; empty: validation_fraction is split off the training data"
     )
@@ -129,8 +127,10 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    epochs: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = Field(
-        1.0, description="passes over the training data; ignored when max_steps is set"
+    epochs: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None,
+        description="passes over the training data, ignored when max_steps is set; "
+        "none: 3, and more (60 at most) where the data is so little that 3 are under 60 optimiser steps",
     )
     max_steps: PositiveInt | None = Field(None, description="optimiser steps")
     micro_batch_tokens: PositiveInt | None = Field(
@@ -141,7 +141,11 @@ class TrainSection(Section):
         ),
     )
     accumulation: PositiveInt = Field(1, description="micro-batches of one optimiser step")
-    learning_rate: NonNegativeFloat = Field(2e-4, description="peak learning rate")
+    learning_rate: NonNegativeFloat | None = Field(
+        None,
+        description="peak learning rate; none: for adapters 2e-4 * 2048 / hidden size, within 5e-5 and 2e-3; "
+        "a tenth of that where the model's own weights are trained",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
     warmup_ratio: Ratio = Field(0.03, description="share of the steps spent warming up")
     min_learning_rate_ratio: Ratio = Field(0.0, description="the schedule's end as a share of the peak")

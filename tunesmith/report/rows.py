@@ -146,6 +146,7 @@ class Change:
     time: float | None
     loss: float | None
     noise: bool
+    losses: tuple[float, float] | None = None
 
 
 def change(new: Row, old: Row) -> Change:
@@ -156,7 +157,12 @@ def change(new: Row, old: Row) -> Change:
         time=None if time is None else time.median,
         loss=_ratio(new.validation_loss, old.validation_loss),
         noise=time is not None and time.low <= 1 <= time.high,
+        losses=_both(old.validation_loss, new.validation_loss),
     )
+
+
+def _both(old: float | None, new: float | None) -> tuple[float, float] | None:
+    return None if old is None or new is None else (old, new)
 
 
 def _ratio(new: float | None, old: float | None) -> float | None:

@@ -11,6 +11,7 @@ from tunesmith.report.strings import Words
 from tunesmith.units import format_bytes, format_seconds
 
 SAME = 0.01  # a change below one percent is called none
+LARGE = 0.2  # beyond this a share of the loss says less than the two losses
 SAVES = 0.02  # a gain that saves less than this share of memory, and no time, is to be skipped
 
 
@@ -116,7 +117,7 @@ def change_parts(difference: Change, words: Words, *, quality: bool) -> list[str
     if difference.time is not None:
         parts.append(_time(difference.time, difference.noise, words))
     if quality and difference.loss is not None:
-        parts.append(_loss(difference.loss, words))
+        parts.append(_loss(difference, difference.loss, words))
     return parts or [words("not_measured")]
 
 
@@ -136,9 +137,12 @@ def _time(ratio: float, noise: bool, words: Words) -> str:
     return words("slower" if ratio > 1 else "faster", x=_percent(abs(ratio - 1)))
 
 
-def _loss(ratio: float, words: Words) -> str:
+def _loss(difference: Change, ratio: float, words: Words) -> str:
     if abs(ratio - 1) < 0.0005:
         return words("same_loss")
+    if abs(ratio - 1) > LARGE and difference.losses is not None:
+        before, after = difference.losses
+        return words("losses_differ", after=f"{after:.3f}", before=f"{before:.3f}")
     return words("loss_change", x=f"{(ratio - 1) * 100:+.1f} %")
 
 

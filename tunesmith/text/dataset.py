@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -142,14 +143,16 @@ def _nothing_left(tally: dict[str, Any], data: DataSection) -> str:
 def _held_out(hashes: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which documents are kept for validation: about `fraction`, chosen by content, equal ones on the same side.
 
-    At least one is kept and one is trained on where there are two different ones.
+    None where the fraction is less than half a document (so few rows are all needed), and never all of them.
     """
     held = np.zeros(len(hashes), dtype=np.bool_)
     mixed = _mixed(hashes, seed)
     order = np.argsort(mixed, kind="stable")
     if fraction == 0 or len(hashes) == 0 or mixed[order[0]] == mixed[order[-1]]:
         return held
-    want = min(max(1, round(fraction * len(hashes))), len(hashes) - 1)
+    want = min(math.floor(fraction * len(hashes) + 0.5), len(hashes) - 1)
+    if want == 0:
+        return held
     last = mixed[order[want - 1]]
     if last == mixed[order[-1]]:
         last = mixed[mixed < last].max()

@@ -39,19 +39,22 @@ def _made_in_parallel(key: str, rows: int, seed: int, split: Split) -> Iterator[
     return chain.from_iterable(made)
 
 
-def _shop(rows: int = 600, seed: int = 0, shop_number: int = 0) -> Iterator[Row]:
+DEMO_SHOP = 2
+
+
+def _shop(rows: int = 600, seed: int = 0, shop_number: int = DEMO_SHOP) -> Iterator[Row]:
     return shop.rows("train", seed, rows, shop_number)
 
 
-def _shop_validation(rows: int = 60, seed: int = 0, shop_number: int = 0) -> Iterator[Row]:
+def _shop_validation(rows: int = 60, seed: int = 0, shop_number: int = DEMO_SHOP) -> Iterator[Row]:
     return shop.rows("validation", seed, rows, shop_number)
 
 
-def _shop_heldout(rows: int = 100, seed: int = 0, shop_number: int = 0) -> Iterator[Row]:
+def _shop_heldout(rows: int = 100, seed: int = 0, shop_number: int = DEMO_SHOP) -> Iterator[Row]:
     return shop.rows("heldout", seed, rows, shop_number)
 
 
-def _shop_shuffled(rows: int = 100, seed: int = 0, shop_number: int = 0) -> Iterator[Row]:
+def _shop_shuffled(rows: int = 100, seed: int = 0, shop_number: int = DEMO_SHOP) -> Iterator[Row]:
     return shop.rows("heldout", seed, rows, shop_number, shuffled=True)
 
 

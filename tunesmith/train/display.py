@@ -103,6 +103,17 @@ def method_line(recipe: Recipe, summary: MethodSummary) -> str:
     )
 
 
+def plan_line(recipe: Recipe, total_steps: int) -> str:
+    """How long and how fast it learns, in one line."""
+    train = recipe.train
+    length = (
+        ""
+        if train.max_steps is not None or train.epochs is None
+        else f", {train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
+    )
+    return f"{total_steps} steps{length}; peak learning rate {train.learning_rate:.2g}, {train.schedule} schedule"
+
+
 def closing_lines(commands: Sequence[str]) -> list[str]:
     """The commands to type next."""
     return ["next:", *(f"  {command}" for command in commands)]

@@ -43,14 +43,7 @@ def _save_model(session: Session, directory: Path) -> None:
         raise ModelError(f"a {type(session.model).__name__} can't be saved as a model directory")
 
 
-def next_commands(session: Session, run: Path, final: Path) -> list[str]:
+def next_commands(session: Session, run: Path) -> list[str]:
     """What to type next, with this run's own paths."""
-    if trains_base(session.recipe.method):
-        return [f"tunesmith chat {final}", f"tunesmith eval {final}", f"tunesmith report {run}"]
-    base = session.recipe.model.path
-    return [
-        f"tunesmith chat {base} --adapter {final}",
-        f"tunesmith eval {base} --adapter {final}",
-        f"tunesmith merge {run} --output {run / 'merged'}",
-        f"tunesmith report {run}",
-    ]
+    merge = [] if trains_base(session.recipe.method) else [f"tunesmith merge {run} --output {run / 'merged'}"]
+    return [f"tunesmith chat {run}", f"tunesmith eval {run} --questions FILE", *merge, f"tunesmith report {run}"]

@@ -19,6 +19,7 @@ from tunesmith.rundir.layout import RunDir
 from tunesmith.train import randomness
 from tunesmith.train.loop import Hooks, LoopResult, resume, run_loop
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.train.order import auto_epochs
 from tunesmith.train.prefetch import Prefetcher
 from tunesmith.train.states import capture_state, restore_state
 from tunesmith.train.update import Batch, LossFunction, Updater
@@ -49,7 +50,9 @@ class ModuleSession(Generic[Batch]):
         if len(self._epoch[1]) == 0:
             raise DataError("there is no batch to train on: `batches` is empty")
         self._steps_per_epoch = ceil_div(len(self._epoch[1]), settings.accumulation)
-        self.total_steps = settings.max_steps or math.ceil(settings.epochs * self._steps_per_epoch)
+        self.total_steps = settings.max_steps or math.ceil(
+            auto_epochs(settings, self._steps_per_epoch) * self._steps_per_epoch
+        )
         self.updater = Updater(module, settings, self.total_steps)
         self.device = next(module.parameters()).device
         self.step_number = self.items_seen = 0

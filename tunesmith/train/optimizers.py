@@ -11,6 +11,7 @@ from torch import nn
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.adam8bit import AdamW8bit
+from tunesmith.train.schedules import peak_learning_rate
 
 Named = tuple[str, nn.Parameter]
 
@@ -34,8 +35,8 @@ def make_optimizer(parameters: Iterable[Named], settings: TrainSection) -> torch
         raise RecipeError("nothing is trained: every parameter is frozen; choose another method.kind or method.targets")
     betas = (settings.beta1, settings.beta2)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate)
+        return torch.optim.SGD(groups, lr=peak_learning_rate(settings))
     if settings.optimizer == "adamw8bit":
-        return AdamW8bit(groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, weight_decay=0.0)
+        return AdamW8bit(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, weight_decay=0.0)
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, fused=fused)

@@ -14,6 +14,15 @@ from tunesmith.recipe.schema import DataSection, TrainSection
 from tunesmith.text.packing import plan_epoch
 from tunesmith.units import ceil_div
 
+EPOCHS, MOST_EPOCHS, LEAST_STEPS = 3.0, 60.0, 60
+
+
+def auto_epochs(train: TrainSection, steps_per_epoch: int) -> float:
+    """The recipe's epochs, else 3, or as many as give 60 steps (at most 60): little data needs repeating."""
+    if train.epochs is not None:
+        return train.epochs
+    return min(max(EPOCHS, float(ceil_div(LEAST_STEPS, steps_per_epoch))), MOST_EPOCHS)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -40,7 +49,12 @@ class DataOrder:
         self._tokens = micro_batch_tokens
         self._plan: tuple[int, list[tuple[int, ...]]] | None = None
         self._last_steps: list[int] = []  # the steps up to each epoch's end
-        self.total_steps = train.max_steps or self._count_steps(train.epochs)
+        self.total_steps = train.max_steps or self._count_steps(self.epochs)
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data."""
+        return auto_epochs(self._train, ceil_div(len(self._epoch(0)), self._train.accumulation))
 
     def window(self, step: int) -> Window:
         """The packs of step number `step`, counted from 0."""

@@ -14,7 +14,7 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
-from tunesmith.train.display import Display, closing_lines, method_line
+from tunesmith.train.display import Display, closing_lines, method_line, plan_line
 from tunesmith.train.export import export, next_commands
 from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
 from tunesmith.train.loop import resume as resume_from
@@ -101,6 +101,8 @@ def check_resumable(before: Recipe, now: Recipe) -> None:
     """Raises: RecipeError naming the first key that changed and would make the rest of the run another one."""
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     for key, value in new.items():
+        if value is None and key == "train.epochs":
+            continue  # decided from the data, and so the same again
         if value != old.get(key) and not key.startswith(FREE_KEYS):
             raise RecipeError(
                 f"the run was started with {key}: {old.get(key)!r}, and would go on with {value!r}: "
@@ -144,7 +146,11 @@ def _train(
     if preflight is not None:
         display.say(preflight(recipe, run.path))
     session = build_session(recipe, progress=display.loading)
+    if session.recipe != recipe:
+        recipe = session.recipe
+        write_text_atomic(run.recipe, dump_recipe(recipe))
     display.say(method_line(recipe, session.method_summary))
+    display.say(plan_line(recipe, session.total_steps))
     _show_example(session, run, display)
     if resuming:
         place = resume_from(session, run) or "the start: there is no checkpoint yet"
@@ -196,7 +202,7 @@ def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -
     final, commands = None, [f"tunesmith train --resume {run.path}"]
     if loop.stopped_by is None:
         final = _export(session, run)
-        commands = next_commands(session, run.path, final)
+        commands = next_commands(session, run.path)
         display.say(f"written: {final}")
     if loop.bottleneck is not None:
         wait = loop.data_wait_s / loop.duration_s

@@ -6,6 +6,8 @@ import math
 
 from tunesmith.recipe.schema import TrainSection
 
+MODULE_LEARNING_RATE = 1e-3
+
 
 def warmup_steps(settings: TrainSection, total_steps: int) -> int:
     """Steps of the warm-up: its share of all steps, rounded up, and never all of them."""
@@ -21,9 +23,14 @@ def learning_rate(settings: TrainSection, step: int, total_steps: int) -> float:
     """
     warmup = warmup_steps(settings, total_steps)
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
+        return peak_learning_rate(settings) * (step + 1) / warmup
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-    return settings.learning_rate * _decay(settings, progress)
+    return peak_learning_rate(settings) * _decay(settings, progress)
+
+
+def peak_learning_rate(settings: TrainSection) -> float:
+    """The peak, once it is resolved; AdamW's own default of 1e-3 for a module that nobody gave one."""
+    return MODULE_LEARNING_RATE if settings.learning_rate is None else settings.learning_rate
 
 
 def _decay(settings: TrainSection, progress: float) -> float:

@@ -93,6 +93,10 @@ class Session:
         self.micro_batch_tokens = recipe.train.micro_batch_tokens
         self.order = DataOrder(data.train.lengths, recipe.data, recipe.train, self.micro_batch_tokens)
         self.total_steps = self.order.total_steps
+        if recipe.train.epochs is None:
+            self.recipe = recipe.model_copy(
+                update={"train": recipe.train.model_copy(update={"epochs": self.order.epochs})}
+            )
         self.updater = Updater(self.module, recipe.train, self.total_steps)
         self.speed = SpeedMeter(model, recipe, self.device)
         self.step_number = 0

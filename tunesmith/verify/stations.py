@@ -75,7 +75,7 @@ def resume_recipe(recipe: Recipe) -> Recipe:
             "micro_batch_tokens": 64,
             "accumulation": min(recipe.train.accumulation, 2),
             "max_steps": 2 * STEPS,
-            "learning_rate": max(recipe.train.learning_rate, 1e-5),
+            "learning_rate": max(recipe.train.learning_rate or 1e-3, 1e-5),
         }
     )
     data = recipe.data.model_copy(update={"format": "tokens", "max_length": 32, "max_rows": 64, "validation": []})

@@ -167,7 +167,7 @@ def test_with_overrides_gives_a_new_recipe_and_checks_it() -> None:
     base = Recipe()
     changed = with_overrides(base, {"train.learning_rate": 1e-5, "data.template_arguments": {"a": 1}})
     assert changed.train.learning_rate == 1e-5
-    assert base.train.learning_rate == 2e-4
+    assert base.train.learning_rate is None
     with pytest.raises(RecipeError, match=r"train.lr is not a key"):
         with_overrides(base, {"train.lr": 1})
 
@@ -185,7 +185,7 @@ def test_a_whole_dump_has_every_key_in_the_schemas_order() -> None:
     assert [line.rstrip(":") for line in lines if line[0] != " " and line.endswith(":")] == [
         key for key, info in Recipe.model_fields.items() if hasattr(getattr(Recipe(), key), "model_fields_set")
     ]
-    assert "  learning_rate: 0.0002" in lines
+    assert "  learning_rate: null" in lines
 
 
 def test_only_what_changed_is_short() -> None:
@@ -202,5 +202,5 @@ def test_the_schema_describes_every_section() -> None:
     schema = json.loads(recipe_schema_json())
     assert set(schema["properties"]) == set(Recipe.model_fields)
     learning_rate = schema["$defs"]["TrainSection"]["properties"]["learning_rate"]
-    assert learning_rate["description"] == "peak learning rate"
-    assert learning_rate["default"] == 2e-4
+    assert learning_rate["description"].startswith("peak learning rate; none: for adapters")
+    assert learning_rate["default"] is None

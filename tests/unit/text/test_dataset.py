@@ -72,8 +72,8 @@ def test_split_is_disjoint_by_content_and_chosen_by_the_seed(byte_tokenizer: Tok
     assert parts(1) != (train, held)
 
 
-@pytest.mark.parametrize(("rows", "held"), [(1, 0), (2, 1), (3, 1)])
-def test_small_files_split_too(rows: int, held: int, byte_tokenizer: Tokenizer, write_rows: Write) -> None:
+@pytest.mark.parametrize(("rows", "held"), [(1, 0), (3, 0), (9, 0), (10, 1)])
+def test_few_rows_are_all_trained_on(rows: int, held: int, byte_tokenizer: Tokenizer, write_rows: Write) -> None:
     data = load(byte_tokenizer, write_rows(PAIRS[:rows]))
     assert data.summary.validation_documents == held
     assert data.summary.documents == rows - held

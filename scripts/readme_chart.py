@@ -1,0 +1,71 @@
+"""Draws the README's chart of memory against speed from the committed JSON: python scripts/readme_chart.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COLOURS = {
+    "tunesmith": "#0b6fb8",
+    "transformers + PEFT": "#8a8f98",
+    "transformers + PEFT + Liger": "#c2540a",
+    "Unsloth 2026.10.7": "#2f8f5b",
+}
+MARKS = {"LoRA": "o", "LoRA + checkpointing": "s", "QLoRA": "^", "QLoRA + checkpointing": "D"}
+
+
+def ours() -> list[dict[str, Any]]:
+    """One row per cell of the 7B matrix."""
+    rows = []
+    for path in sorted((RESULTS / "matrix-qwen2.5-7b-h200-2026-11-22" / "cells").glob("*.json")):
+        cell = json.loads(path.read_text(encoding="utf-8"))
+        if cell["label"] in MARKS:
+            speed, peak = cell["throughput"]["tokens_per_s"], cell["memory"]["allocated_peak_bytes"]
+            rows.append(
+                {"peer": "tunesmith", "cell": cell["label"], "tokens_per_s": speed, "allocated_peak_bytes": peak}
+            )
+    return rows
+
+
+def peers() -> list[dict[str, Any]]:
+    """The rows measured of other projects."""
+    path = RESULTS / "peers-h200-2026-11-22" / "peers.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+
+
+def main() -> None:
+    """Write docs/images/memory-speed.svg."""
+    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "tunesmith"})
+    figure, axes = plt.subplots(figsize=(8.2, 4.6))
+    for row in (*peers(), *ours()):
+        strong = row["peer"] == "tunesmith"
+        axes.scatter(
+            row["allocated_peak_bytes"] / 1e9,
+            row["tokens_per_s"] / 1e3,
+            color=COLOURS[row["peer"]],
+            marker=MARKS[row["cell"]],
+            s=95 if strong else 60,
+            zorder=3 if strong else 2,
+            edgecolor="white",
+        )
+    for name, colour in COLOURS.items():
+        axes.scatter([], [], color=colour, marker="o", label=name)
+    for cell, mark in MARKS.items():
+        axes.scatter([], [], color="#444444", marker=mark, label=cell, facecolor="none")
+    axes.set(xlabel="peak allocated memory, GB (left is better)", ylabel="thousand tokens/s (up is better)")
+    axes.set_title("Qwen2.5-7B shape, 4 x 2048 tokens, one H200, random weights", loc="left", fontsize=11)
+    axes.set(xlim=(0, 125), ylim=(0, 20))
+    axes.grid(color="#e6e6e6", zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=2, frameon=False, fontsize=8.5, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "images" / "memory-speed.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
