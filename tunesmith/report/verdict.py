@@ -55,7 +55,10 @@ def _headline(rows: Sequence[Row], words: Words) -> str:
         return words("only_one", label=names["fast"], time=time, memory=memory)
     if small is fast:
         return words("wins_both", label=names["fast"], memory=memory)
-    return words("wins_each", small=words.data(small.label), memory=memory, **names)
+    tied = [row for row in timed if row is fast or change(row, fast).noise]
+    if len(tied) > 1:
+        names["fast"] = words("comma").join(words.data(row.label) for row in tied)
+    return words("wins_each" if len(tied) == 1 else "wins_tied", small=words.data(small.label), memory=memory, **names)
 
 
 def _about(row: Row, rows: Sequence[Row], words: Words) -> list[Sentence]:
