@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -187,18 +190,20 @@ class Talk:
                 style="yellow",
             )
         try:
-            self._show(answer)
-        except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
-            err.print("(stopped)", style="dim")
+            with interruptible() as interrupted:
+                self._show(answer, interrupted)
         finally:
             answer.close()
+        if interrupted():
+            if not sys.stdin.isatty():
+                raise KeyboardInterrupt
+            err.print("(stopped)", style="dim")
         self.answers.append(_facts(answer.text, self.conversation.last))
 
-    def _show(self, answer: Answer) -> None:
+    def _show(self, answer: Answer, interrupted: Callable[[], bool]) -> None:
+        pieces = takewhile(lambda _: not interrupted(), answer)
         if not self.out.is_terminal:
-            for piece in answer:
+            for piece in pieces:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             sys.stdout.write("\n")
@@ -206,7 +211,7 @@ class Talk:
             return
         try:
             with Live(console=self.out, transient=True, refresh_per_second=12) as live:
-                for _ in answer:
+                for _ in pieces:
                     live.update(Text(tail(answer.text, self.out.width, self.out.height - 2)))
         finally:
             self.out.print(Markdown(answer.text))
@@ -240,6 +245,27 @@ class Talk:
 
     def _exit(self, rest: str) -> None:
         self.left = True
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C is only noted, for the loop to ask about; the second one interrupts.
+
+    An exception in the middle of anything (a finaliser, the display's thread) may be swallowed there; a note is not.
+    """
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _typed_lines() -> Iterator[str]:
