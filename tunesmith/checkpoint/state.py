@@ -61,7 +61,7 @@ class TrainingState:
 
 
 def save_state(checkpoints: Path, state: TrainingState, *, keep: int) -> Path:
-    """Write `state` under `checkpoints`, then drop all but the newest `keep`. Returns its directory.
+    """Write `state` under `checkpoints`, then drop all but the newest `keep` up to it. Returns its directory.
 
     Raises: OSError when the disk is full; what was there before is untouched then.
     """
@@ -70,7 +70,8 @@ def save_state(checkpoints: Path, state: TrainingState, *, keep: int) -> Path:
     path = checkpoints / f"step-{state.step:08d}"
     with atomic_directory(path, replace=True) as directory:
         _write(directory, state)
-    for old in list_states(checkpoints)[:-keep]:
+    # A later state is one that was damaged, and gone back from: it must not crowd out the one just written.
+    for old in [known for known in list_states(checkpoints) if known.name <= path.name][:-keep]:
         _remove(old)
     return path
 

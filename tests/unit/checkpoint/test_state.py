@@ -137,3 +137,15 @@ def test_bytes_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
     assert digest == sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     loaded = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_state_does_not_crowd_out_the_one_just_written(tmp_path: Path, keep: int) -> None:
+    """With keep 1 the state just written was dropped at once in favour of a damaged one of a later step."""
+    save_state(tmp_path, _state(1), keep=2)
+    (save_state(tmp_path, _state(9), keep=2) / STATE).write_text("torn", encoding="utf-8")
+    for step in (3, 5):
+        save_state(tmp_path, _state(step), keep=keep)
+    assert load_latest(tmp_path)[1].step == 5
+    whole = [path.name for path in list_states(tmp_path) if path.name != "step-00000009"]
+    assert whole == ["step-00000003", "step-00000005"][-keep:]
