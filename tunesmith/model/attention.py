@@ -69,7 +69,7 @@ class PackedAttention:
         window = self.config.window(layer)
 
         def attend(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> Tensor:
-            if query_TNH.is_cuda and query_TNH.dtype in (torch.float16, torch.bfloat16):
+            if query_TNH.is_cuda and fits_varlen(query_TNH, _capability(query_TNH.device)):
                 return _attend_varlen(query_TNH, key_TKH, value_TKH, self.pack, window)
             return _attend_each(query_TNH, key_TKH, value_TKH, self.pack.lengths, window)
 
@@ -80,6 +80,18 @@ def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, 
     """One document after the other: the reference, and the path of devices without a variable-length kernel."""
     parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
     return torch.cat([attend_one(q, k, v, window) for q, k, v in parts])
+
+
+def fits_varlen(query_TNH: Tensor, capability: tuple[int, int]) -> bool:
+    """Whether the variable-length kernel takes these heads on a GPU of this capability: FlashAttention 2's limits."""
+    head_dim = query_TNH.shape[-1]
+    in_16_bits = query_TNH.dtype in (torch.float16, torch.bfloat16)
+    return in_16_bits and capability >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @cache

@@ -110,6 +110,7 @@ class Decoder(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.checkpointing: Checkpointing = "none"
         self.noise_alpha = 0.0
+        self._rope_frequencies: dict[torch.device, Tensor] = {}
         self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.positions = (
             _embedding(config.max_position_embeddings, config.hidden_size) if config.learned_positions else None
@@ -161,7 +162,12 @@ class Decoder(nn.Module):
         """cos and sin for these positions, or None where positions are learned."""
         if self.config.rope is None:
             return None
-        inverse = rope_frequencies(self.config.rope, self.config.head_dim).to(positions_T.device)
+        inverse = self._rope_frequencies.get(positions_T.device)
+        if inverse is None:
+            # Copied once: a copy waits for the device. Never as an inference tensor, which training could not use.
+            with torch.inference_mode(False):
+                inverse = rope_frequencies(self.config.rope, self.config.head_dim).to(positions_T.device)
+            self._rope_frequencies[positions_T.device] = inverse
         return rope_tables(inverse, positions_T, dtype)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:

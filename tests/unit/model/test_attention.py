@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.arch import ModelConfig
-from tunesmith.model.attention import PackedAttention, attend_one, causal_mask
+from tunesmith.model.attention import PackedAttention, attend_one, causal_mask, fits_varlen
 from tunesmith.model.packed import pack_documents
 
 CONFIG = ModelConfig(
@@ -80,3 +80,21 @@ def test_the_variable_length_kernel(window: int | None) -> None:
     out = PackedAttention(config, pack)[0](query, key, value)
     wide = PackedAttention(config, pack)[0](query.float(), key.float(), value.float())
     torch.testing.assert_close(out.float(), wide, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "capability", "fits"),
+    [
+        (128, torch.bfloat16, (9, 0), True),
+        (128, torch.float16, (8, 0), True),
+        (128, torch.float16, (7, 5), False),
+        (128, torch.float32, (9, 0), False),
+        (20, torch.bfloat16, (9, 0), False),
+        (512, torch.bfloat16, (9, 0), False),
+    ],
+)
+def test_where_the_variable_length_kernel_runs(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], fits: bool
+) -> None:
+    """A GPU before sm_80, or heads that FlashAttention does not take, once ended in the kernel's own error."""
+    assert fits_varlen(torch.empty(2, 1, head_dim, dtype=dtype), capability) is fits

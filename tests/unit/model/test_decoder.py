@@ -13,6 +13,7 @@ import torch
 from tunesmith.arch import RopeConfig, read_config
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.errors import ModelError
+from tunesmith.model import decoder as decoder_module
 from tunesmith.model.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 from tunesmith.model.packed import pack_documents
 
@@ -109,3 +110,23 @@ def test_building_a_model_does_not_import_the_compiler(tiny_model_dir: Make) -> 
 def test_a_config_survives(tiny_model_dir: Make) -> None:
     config = read_config(tiny_model_dir("qwen2"))
     assert load_decoder(tiny_model_dir("qwen2")).config == config
+
+
+def test_rope_frequencies_are_copied_to_the_device_once(tiny_model_dir: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were computed on the host and copied in every forward pass, and each copy waited for the device."""
+    calls: list[RopeConfig] = []
+    real = decoder_module.rope_frequencies
+
+    def counted(rope: RopeConfig, head_dim: int) -> torch.Tensor:
+        calls.append(rope)
+        return real(rope, head_dim)
+
+    monkeypatch.setattr(decoder_module, "rope_frequencies", counted)
+    decoder = load_decoder(tiny_model_dir("llama"))
+    pack = pack_documents(DOCUMENTS)
+    with torch.inference_mode():
+        expected = decoder.hidden(pack).clone()
+    hidden = decoder.hidden(pack)
+    hidden.sum().backward()  # what inference made must serve training
+    assert torch.equal(hidden, expected)
+    assert len(calls) == 1
