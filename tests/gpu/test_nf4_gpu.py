@@ -169,3 +169,12 @@ def test_moving_to_the_device_keeps_the_bits() -> None:
     linear.to("cuda", torch.bfloat16)
     assert_equal(linear.part_nf4("x"), here, ("codes", "scales", "scale_scales", "offset"))
     assert torch.equal(linear.part_weight("x").cpu(), dequantize_reference(here))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_weights_on_another_than_the_current_gpu() -> None:
+    """The kernels were launched on the current GPU, also for weights that lie on another."""
+    dense = weight((128, 256), torch.bfloat16)
+    here, there = quantize_nf4(dense), quantize_nf4(dense.to("cuda:1"))
+    assert torch.equal(here.codes.cpu(), there.codes.cpu())
+    assert torch.equal(dequantize_nf4(here).cpu(), dequantize_nf4(there).cpu())

@@ -50,25 +50,26 @@ def dequantize_operator(
     """Dequantised rows [sum(rows), columns] in `dtype`, rounded to `through` before. Empty `scale_scales`: plain."""
     out = torch.empty(sum(rows), columns, dtype=dtype, device=codes[0].device)
     table, dynamic = nf4_values(out.device), dynamic_values(out.device)
-    for part, part_out in enumerate(out.split(list(rows))):
-        num_values = part_out.numel()
-        grid = (ceil_div(num_values, BLOCKS * BLOCK),)
-        _dequantize_kernel[grid](
-            codes[part],
-            scales[part],
-            scale_scales[part],
-            offsets[part],
-            table,
-            dynamic,
-            part_out,
-            num_values,
-            DOUBLE=scale_scales[part].numel() > 0,
-            THROUGH=_TYPES[through],
-            BLOCK=BLOCK,
-            SCALE_BLOCK=SCALE_BLOCK,
-            BLOCKS=BLOCKS,
-            enable_fp_fusion=False,  # a scale is rounded twice, after the product and after the sum
-        )
+    with torch.cuda.device(out.device):  # Triton launches on the current GPU, wherever the tensors are
+        for part, part_out in enumerate(out.split(list(rows))):
+            num_values = part_out.numel()
+            grid = (ceil_div(num_values, BLOCKS * BLOCK),)
+            _dequantize_kernel[grid](
+                codes[part],
+                scales[part],
+                scale_scales[part],
+                offsets[part],
+                table,
+                dynamic,
+                part_out,
+                num_values,
+                DOUBLE=scale_scales[part].numel() > 0,
+                THROUGH=_TYPES[through],
+                BLOCK=BLOCK,
+                SCALE_BLOCK=SCALE_BLOCK,
+                BLOCKS=BLOCKS,
+                enable_fp_fusion=False,  # a scale is rounded twice, after the product and after the sum
+            )
     return out
 
 
@@ -122,7 +123,8 @@ def approximate_reciprocal(values: Tensor) -> Tensor:
     """1 / values by the chip's own approximation, off by one unit in the last place at most; float32."""
     out = torch.empty_like(values)
     count = values.numel()
-    _reciprocal_kernel[(ceil_div(count, 1024),)](values, out, count, SIZE=1024)
+    with torch.cuda.device(out.device):
+        _reciprocal_kernel[(ceil_div(count, 1024),)](values, out, count, SIZE=1024)
     return out
 
 

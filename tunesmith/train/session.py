@@ -211,7 +211,10 @@ class Session:
     def _build(self, dataset: Dataset, documents: tuple[int, ...]) -> MicroBatch:
         vocab_size = model_vocab_size(self.model)
         batch = build_micro_batch(dataset, documents, self.micro_batch_tokens, self.recipe.data, vocab_size)
-        return batch.pinned() if self.device.type == "cuda" else batch
+        if self.device.type != "cuda":
+            return batch
+        with torch.cuda.device(self.device):  # a thread begins on the first GPU, and pinning would take memory there
+            return batch.pinned()
 
     def _validation_batches(self, dataset: Dataset) -> Iterator[MicroBatch]:
         data = self.recipe.data
