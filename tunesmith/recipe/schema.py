@@ -152,8 +152,8 @@ class TrainSection(Section):
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
         "adamw", description="adamw: torch's, fused where it can be; adamw8bit: block-wise 8-bit states"
     )
-    beta1: Ratio = 0.9
-    beta2: Ratio = 0.999
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1e-8
     weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="gradient clipping by global norm; 0: none")
@@ -259,6 +259,11 @@ class Recipe(Section):
             raise ValueError("method.kind 'freeze' needs method.trainable, for instance ['last:2', 'head']")
         if self.method.kind in ("full", "freeze") and self.method.adapter is not None:
             raise ValueError(f"method.adapter goes with lora or qlora, not with {self.method.kind}")
+        if self.train.precision == "float16" and self.train.master_weights == "compute":
+            raise ValueError(
+                "train.master_weights 'compute' goes with bfloat16 or float32: gradients of float16 weights "
+                "round to zero; set train.master_weights to float32"
+            )
         if self.bench.matrix == "grid" and not self.bench.grid:
             raise ValueError("bench.matrix 'grid' needs bench.grid, for instance {train.checkpointing: [none, block]}")
         return self

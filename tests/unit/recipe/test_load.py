@@ -103,6 +103,9 @@ def test_a_missing_file_names_its_neighbour_and_the_next_command(tmp_path: Path)
         ("train: {seed: 1, seed: 2}", "line 1: 'seed' is given twice"),
         ("method: {kind: freeze}", "needs method.trainable"),
         ("train: {micro_batch_tokens: 3}", "must be at least data.max_length (1024)"),
+        # 1 got through to torch's own ValueError, and float16 weights lost their gradients to rounding.
+        ("train: {beta2: 1}", "train.beta2"),
+        ("train: {precision: float16, master_weights: compute}", "goes with bfloat16 or float32"),
     ],
 )
 def test_a_mistake_is_named_in_plain_words(tmp_path: Path, text: str, message: str) -> None:
