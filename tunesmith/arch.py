@@ -110,6 +110,10 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
         return family(raw)
     except KeyError as error:
         raise ModelError(f"config.json of a {model_type} model lacks the key {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"config.json of a {model_type} model has a value of the wrong kind: {error}") from None
 
 
 def _eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
@@ -117,6 +121,12 @@ def _eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:
     if eos is None:
         return ()
     return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+_SCALING_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
@@ -129,16 +139,20 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         return RopeConfig(theta)
     if kind not in ("llama3", "linear"):
         raise UnsupportedModelError(f"rope scaling {kind!r} is not known natively (known: default, linear, llama3)")
-    return RopeConfig(theta, {**scaling, "rope_type": kind})
+    numbers = {key: float(scaling[key]) for key in _SCALING_NUMBERS[kind]}
+    return RopeConfig(theta, {**scaling, **numbers, "rope_type": kind})
+
+
+def _activation(name: Any) -> Any:
+    if name not in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"):
+        raise UnsupportedModelError(f"activation {name!r} is not known natively")
+    return name
 
 
 def _llama_like(raw: Mapping[str, Any], **overrides: Any) -> ModelConfig:
     """The common ground of Llama, Mistral, Qwen and their mixtures of experts."""
     num_heads = int(raw["num_attention_heads"])
     hidden_size = int(raw["hidden_size"])
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"):
-        raise UnsupportedModelError(f"activation {activation!r} is not known natively")
     values: dict[str, Any] = {
         "family": str(raw["model_type"]),
         "vocab_size": int(raw["vocab_size"]),
@@ -150,7 +164,7 @@ def _llama_like(raw: Mapping[str, Any], **overrides: Any) -> ModelConfig:
         "head_dim": int(raw.get("head_dim") or hidden_size // num_heads),
         "max_position_embeddings": int(raw.get("max_position_embeddings", 2048)),
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-        "activation": activation,
+        "activation": _activation(raw.get("hidden_act", "silu")),
         "rope": _rope(raw),
         "qkv_bias": bool(raw.get("attention_bias", False)),
         "output_bias": bool(raw.get("attention_bias", False)),
@@ -226,7 +240,7 @@ def _gpt2(raw: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=int(raw.get("n_positions", 1024)),
         norm_eps=float(raw.get("layer_norm_epsilon", 1e-5)),
         norm="layer",
-        activation=raw.get("activation_function", "gelu_new"),
+        activation=_activation(raw.get("activation_function", "gelu_new")),
         gated_mlp=False,
         rope=None,
         learned_positions=True,

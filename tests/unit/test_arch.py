@@ -69,6 +69,28 @@ def test_what_the_decoder_lacks_is_unsupported(change: dict[str, Any], problem: 
         config_from_dict({**_LLAMA, **change})
 
 
+def test_an_activation_of_gpt2_that_the_decoder_lacks() -> None:
+    """It passed, and building the decoder ended in a KeyError instead of on the transformers backend."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_head": 4, "n_layer": 2}
+    with pytest.raises(UnsupportedModelError, match="activation 'swish'"):
+        config_from_dict({**gpt2, "activation_function": "swish"})
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": None}, "wrong kind"),
+        ({"num_attention_heads": 0}, "wrong kind"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "two"}}, "wrong kind"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_a_model_error(change: dict[str, Any], problem: str) -> None:
+    """Such values ended in a TypeError, ValueError or KeyError, the rope's only in the first forward pass."""
+    with pytest.raises(ModelError, match=problem):
+        config_from_dict({**_LLAMA, **change})
+
+
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ModelError, match="vocab_size"):
         config_from_dict({key: value for key, value in _LLAMA.items() if key != "vocab_size"})
