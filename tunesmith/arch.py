@@ -8,12 +8,25 @@ and the caller may then choose the transformers backend.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.errors import ModelError, UnsupportedModelError
+
+MAX_LAYERS = 10_000  # no model comes near; a corrupted number would keep the machine busy for hours
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,10 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"{directory} has no config.json: name a Hugging Face model directory") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise ModelError(f"{path} is no model configuration: it is nested too deeply") from None
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {error.strerror}") from None
     if not isinstance(raw, dict):
         raise ModelError(f"{path} must hold a JSON object, got {type(raw).__name__}")
     return raw
@@ -107,13 +124,37 @@ def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModelError(f"model type {model_type!r} is not known natively (known: {known})")
     try:
-        return family(raw)
+        config = family(raw)
     except KeyError as error:
         raise ModelError(f"config.json of a {model_type} model lacks the key {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"config.json of a {model_type} model has a value of the wrong kind: {error}") from None
+    _check_sizes(config)
+    return config
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """Refuse sizes that no model has, before anything is built from them. Raises: ModelError."""
+    where = f"config.json of a {config.family} model"
+    for name in _SIZES:
+        if getattr(config, name) < 1:
+            raise ModelError(f"{where} must have a positive {name}, got {getattr(config, name)}")
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ModelError(f"{where} has {config.num_hidden_layers} layers; at most {MAX_LAYERS} are taken")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ModelError(
+            f"{where} has {config.num_attention_heads} heads, which {config.num_key_value_heads} key-value heads "
+            f"can't share evenly"
+        )
+    if not (math.isfinite(config.norm_eps) and config.norm_eps >= 0):
+        raise ModelError(f"{where} has a norm epsilon of {config.norm_eps}; it must be a number of at least 0")
+    if config.moe is not None and not 0 < config.moe.num_experts_per_tok <= config.moe.num_experts:
+        raise ModelError(
+            f"{where} sends a token to {config.moe.num_experts_per_tok} of {config.moe.num_experts} experts; "
+            f"it must be at least 1 and at most all"
+        )
 
 
 def _eos_ids(raw: Mapping[str, Any]) -> tuple[int, ...]:

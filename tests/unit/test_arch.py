@@ -118,3 +118,29 @@ def test_sliding_windows_by_layer() -> None:
 def test_end_of_text_may_be_a_list() -> None:
     assert config_from_dict({**_LLAMA, "eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
     assert config_from_dict({**_LLAMA, "eos_token_id": 5}).eos_token_ids == (5,)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"hidden_size": -32, "head_dim": 8}, "positive hidden_size, got -32"),
+        ({"num_hidden_layers": 0}, "positive num_hidden_layers, got 0"),
+        ({"num_hidden_layers": 10**7}, "10000000 layers; at most"),
+        ({"num_attention_heads": -4}, "positive num_attention_heads"),
+        ({"num_key_value_heads": 3}, "3 key-value heads can't share evenly"),
+        ({"max_position_embeddings": 0}, "positive max_position_embeddings"),
+        ({"rms_norm_eps": float("nan")}, "norm epsilon of nan"),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "3 of 2 experts"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_anything_is_built(change: dict[str, Any], problem: str) -> None:
+    """Was: a negative size escaped as torch's RuntimeError, and ten million layers were built for hours."""
+    with pytest.raises(ModelError, match=problem):
+        config_from_dict({**_LLAMA, **change})
+
+
+def test_a_configuration_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    """Was: a RecursionError escaped."""
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="nested too deeply"):
+        read_config(tmp_path)

@@ -68,12 +68,16 @@ def find_sources(entries: Sequence[str]) -> list[Source]:
 def _sources_of(entry: str) -> list[Source]:
     if entry.startswith("builtin:"):
         return [Source("builtin", entry)]
+    if not entry.strip():
+        raise DataError("an entry of data.train is empty: name a file, a folder, builtin:NAME, or a Hub id")
     path = Path(entry).expanduser()
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if _is_rows(p, path)]
         if not files:
             raise DataError(f"the folder {entry} holds no data files; looked for {', '.join(ROW_SUFFIXES)}")
         return [Source("file", str(file), file) for file in files]
+    if path.exists() and not path.is_file():
+        raise DataError(f"{entry} is a pipe or a device, not a file: data is read more than once; write it to a file")
     if path.exists():
         if split_suffixes(path)[0] not in ROW_SUFFIXES:
             raise DataError(

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -243,3 +244,16 @@ def test_no_text_breaks_the_readers(text: str) -> None:
     stream = io.StringIO("[" + text)
     for line, _, _ in ArrayReader(lambda _: stream.read(3)):
         assert line >= 1
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    """Was: opening a named pipe with no writer waited for ever."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="is a pipe or a device, not a file"):
+        find_sources([str(tmp_path / "rows.jsonl")])
+
+
+def test_an_empty_entry_is_refused() -> None:
+    """Was: an empty name meant the current folder, whatever lay there."""
+    with pytest.raises(DataError, match="is empty"):
+        find_sources([" "])
