@@ -121,7 +121,15 @@ class _Metered(NodeTransformer):
         node.body.insert(0, nodes.Output([tick], lineno=node.lineno))
         return node
 
-    visit_For = visit_Macro = visit_CallBlock = _ticking
+    visit_Macro = visit_CallBlock = _ticking
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        """A loop's `if` runs for every item, also where the body never does: it ticks first."""
+        metered: nodes.For = self._ticking(node)
+        if metered.test is not None:
+            tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None, lineno=node.lineno)
+            metered.test = nodes.Or(tick, metered.test, lineno=node.lineno)
+        return metered
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)

@@ -109,9 +109,10 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that changes ids: the vocabulary, the rules, special tokens and the template."""
+        """SHA-256 over everything that changes ids or masks: vocabulary, rules, special and end tokens, template."""
         digest = hashlib.sha256(self._backend.to_str().encode())
-        extra = [self.special_tokens, self.chat_template, self.adds_bos]
+        ends = [_ids(self._config.get(key)) for key in ("eos_token_id", "generation_eos_token_id")]
+        extra = [self.special_tokens, self.chat_template, self.adds_bos, self.eos_id, ends]
         digest.update(json.dumps(extra, sort_keys=True).encode())
         return digest.hexdigest()
 

@@ -37,6 +37,12 @@ def test_loop_controls_and_macros() -> None:
     assert text_of("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(1) ~ f('a') }}") == "[1][a]"
 
 
+def test_a_loop_with_a_filter_is_what_jinja_makes_of_it() -> None:
+    source = "{% for i in range(9) if i is odd %}{{ loop.index }}:{{ i }}/{{ loop.length }} {% else %}none{% endfor %}"
+    assert text_of(source) == "1:1/4 2:3/4 3:5/4 4:7/4 "
+    assert text_of(source.replace("i is odd", "i > 9")) == "none"
+
+
 def test_filters_that_are_metered_do_what_jinja_s_do() -> None:
     assert text_of("{{ 'a\nb\n\nc' | indent(2) }}") == "a\n  b\n\n  c"
     assert text_of("{{ 'a\nb' | indent(2, true) }}") == "  a\n  b"
@@ -67,6 +73,8 @@ def test_broken_template_names_the_line() -> None:
     "source",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        # A loop whose filter lets nothing through never ticked.
+        "{% for i in range(99) %}{% for j in range(99999) if j < 0 %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 'a' * 1000000000 }}",

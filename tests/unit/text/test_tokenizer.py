@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,6 +162,16 @@ def test_template_given_is_saved(byte_tokenizer: Tokenizer, tmp_path: Path) -> N
     assert changed.fingerprint != byte_tokenizer.fingerprint
     changed.save(tmp_path)
     assert load_tokenizer(tmp_path).chat_template == "{{ messages[0].content }}\n"
+
+
+def test_other_end_tokens_are_another_fingerprint(byte_directory: Path, tmp_path: Path) -> None:
+    """They decide where a mask ends; cached masks were once used on after generation_config.json had changed."""
+    changed = tmp_path / "changed"
+    shutil.copytree(byte_directory, changed)
+    (changed / "generation_config.json").write_text('{"eos_token_id": [0, 1]}', encoding="utf-8")
+    before, after = load_tokenizer(byte_directory), load_tokenizer(changed)
+    assert before.stop_ids != after.stop_ids
+    assert before.fingerprint != after.fingerprint
 
 
 def test_pickle_gives_the_same_tokenizer(byte_tokenizer: Tokenizer) -> None:
