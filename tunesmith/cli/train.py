@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +60,9 @@ def _recipe(
     if target is None:
         raise RecipeError("name a recipe or a model: tunesmith train RECIPE.yaml, or tunesmith train MODEL --data FILE")
     if target.endswith((".yaml", ".yml")):
-        more = ([f"data.train={data}"] if data else []) + ([f"method.kind={method}"] if method else [])
+        more = ([f"data.train={json.dumps(data, ensure_ascii=False)}"] if data else []) + (
+            [f"method.kind={method}"] if method else []
+        )
         return load_recipe(target, [*more, *overrides])
     mapping: dict[str, Any] = {"model": {"path": target}, "data": {"train": data}}
     if method is not None:

@@ -56,6 +56,12 @@ def test_a_hub_id_downloads_no_pickle(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert not any("bin" in pattern or "pt" in pattern or "py" in pattern for pattern in asked["patterns"])
 
 
+def test_a_name_that_the_hub_does_not_allow() -> None:
+    """It ended in huggingface_hub's own ValueError."""
+    with pytest.raises(ModelError, match="can't be had from the Hub"):
+        resolve_model("some--body/no..model")
+
+
 def test_an_unreachable_hub_is_one_line() -> None:
     """The tests run offline, so any download fails."""
     with pytest.raises(ModelError, match="can't be had from the Hub") as caught:
