@@ -100,7 +100,8 @@ def train(
 def check_resumable(before: Recipe, now: Recipe) -> None:
     """Raises: RecipeError naming the first key that changed and would make the rest of the run another one."""
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    for key, value in new.items():
+    for key in (*new, *(key for key in old if key not in new)):
+        value = new.get(key)
         if value is None and key == "train.epochs":
             continue  # decided from the data, and so the same again
         if value != old.get(key) and not key.startswith(FREE_KEYS):

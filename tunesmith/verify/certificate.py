@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,16 @@ def _untouched(device: torch.device) -> Iterator[None]:
 
 
 def _versions() -> dict[str, str]:
-    return {"tunesmith": tunesmith.__version__, "torch": torch.__version__, "source": _source_state()}
+    """Of what the checks run: tunesmith, torch, and the libraries whose kernels or models a run may use."""
+    others = {name: _version(name) for name in ("triton", "transformers", "tokenizers")}
+    return {"tunesmith": tunesmith.__version__, "torch": torch.__version__, **others, "source": _source_state()}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _source_state() -> str:

@@ -13,7 +13,6 @@ import torch
 from tunesmith.arch import RopeConfig, read_config
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.errors import ModelError
-from tunesmith.model import decoder as decoder_module
 from tunesmith.model.layers import Linear, RMSNorm, apply_rope, rope_frequencies, rope_tables
 from tunesmith.model.packed import pack_documents
 
@@ -115,13 +114,12 @@ def test_a_config_survives(tiny_model_dir: Make) -> None:
 def test_rope_frequencies_are_copied_to_the_device_once(tiny_model_dir: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """They were computed on the host and copied in every forward pass, and each copy waited for the device."""
     calls: list[RopeConfig] = []
-    real = decoder_module.rope_frequencies
 
     def counted(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         calls.append(rope)
-        return real(rope, head_dim)
+        return rope_frequencies(rope, head_dim)
 
-    monkeypatch.setattr(decoder_module, "rope_frequencies", counted)
+    monkeypatch.setattr("tunesmith.model.decoder.rope_frequencies", counted)
     decoder = load_decoder(tiny_model_dir("llama"))
     pack = pack_documents(DOCUMENTS)
     with torch.inference_mode():

@@ -62,3 +62,10 @@ def test_only_keys_that_change_nothing_may_change_at_a_resume() -> None:
     ):
         with pytest.raises(RecipeError, match=f"the run was started with {key}"):
             check_resumable(before, _resolved(**changed))
+
+
+def test_a_switch_of_the_template_that_is_gone_is_a_change() -> None:
+    """Only the keys that the new recipe has were compared."""
+    before = _resolved(data={"template_arguments": {"a": 1, "b": 2}})
+    with pytest.raises(RecipeError, match=r"started with data\.template_arguments\.b"):
+        check_resumable(before, _resolved(data={"template_arguments": {"a": 1}}))

@@ -17,7 +17,7 @@ from tunesmith.model.lora import AdaptedLinear
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.resolve import resolve_recipe
-from tunesmith.verify.certificate import Certificate, certify
+from tunesmith.verify.certificate import Certificate, _versions, certify
 from tunesmith.verify.check import Outcome, run_check
 from tunesmith.verify.invariance import accumulation_invariance, packing_isolation
 from tunesmith.verify.kernels import Case, compare
@@ -137,6 +137,14 @@ def test_a_passed_certificate_is_kept_until_the_recipe_changes(
     assert again.checks == first.checks
     monkeypatch.setattr("tunesmith.verify.certificate._versions", lambda: {"torch": "0", "tunesmith": "0"})
     assert not certify(recipe("lora"), full=False).cached
+
+
+def test_a_certificate_is_of_the_libraries_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Triton or transformers, whose kernels and models a run uses, once found the old certificate."""
+    before = _versions()
+    monkeypatch.setattr("tunesmith.verify.certificate.metadata.version", lambda name: "0.0")
+    after = _versions()
+    assert {name for name in before if before[name] != after[name]} >= {"transformers", "tokenizers"}
 
 
 def test_a_failed_certificate_is_not_kept(
