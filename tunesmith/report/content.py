@@ -90,5 +90,7 @@ def _device(runs: Sequence[Run]) -> str | None:
 
 
 def _random_weights(runs: Sequence[Run]) -> bool:
-    recipes = [run.recipe for run in runs] + [Node(cell.get("recipe")) for run in runs for cell in run.cells]
+    """Whether a bench, or a training on random tokens, had random weights: pre-training on text only starts so."""
+    recipes = [run.recipe for run in runs if run.kind != "train" or run.recipe.get("data", "format") == "tokens"]
+    recipes += [Node(cell.get("recipe")) for run in runs for cell in run.cells]
     return any(recipe.get("model", "weights") == "random" for recipe in recipes)

@@ -137,6 +137,14 @@ def test_random_weights_are_labelled(bench_run: BenchRun, cell: Make) -> None:
     assert "speed and memory only, not quality" in text
 
 
+@pytest.mark.parametrize(("data", "labelled"), [("messages", False), ("tokens", True)])
+def test_pretraining_on_text_is_no_random_weights_run(train_run: Path, data: str, labelled: bool) -> None:
+    """The bug: a run that pre-trained a model from random weights was labelled as saying nothing about quality."""
+    recipe = f"model: {{weights: random}}\ndata: {{format: {data}}}\n"
+    (train_run / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    assert ("speed and memory only, not quality" in page_of(train_run)) is labelled
+
+
 def test_commands_are_there_to_copy(methods_run: Path) -> None:
     text = page_of(methods_run)
     assert "tunesmith bench train x.yaml --only qlora+gc</code><button" in text
