@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from tunesmith.errors import RecipeError
 
 Place = tuple[str | int, ...]
+MAX_VALUES = 100_000  # a recipe has hundreds; a few lines of nested aliases can mean billions
 _INT = re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
@@ -99,6 +100,8 @@ def _parse(text: str) -> tuple[Any, yaml.Node | None]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is not None:
+            _check_size(node, {})
         return (None if node is None else loader.construct_document(node)), node
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
@@ -107,6 +110,25 @@ def _parse(text: str) -> tuple[Any, yaml.Node | None]:
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError("not valid YAML: nested too deeply") from None
+    except ValueError as error:  # !!int abc, a number of 5000 digits
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"not valid YAML: {error}") from None
+
+
+def _check_size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """How many values `node` has with its aliases written out. Raises: RecipeError for a bomb or a circle of them."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 0  # being counted
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = (child if isinstance(child, tuple) else (child,) for child in children)
+        sizes[id(node)] = 1 + sum(_check_size(child, sizes) for pair in pairs for child in pair)
+    size, line = sizes[id(node)], node.start_mark.line + 1
+    if size == 0:
+        raise RecipeError(f"line {line}: an alias (*name) stands inside what it names: write the value out")
+    if size > MAX_VALUES:
+        raise RecipeError(f"line {line}: with its aliases written out this is more than {MAX_VALUES} values")
+    return size
 
 
 def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:

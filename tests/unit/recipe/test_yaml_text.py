@@ -108,3 +108,29 @@ def test_text_that_any_yaml_takes_for_something_else_is_quoted(text: str) -> Non
     written = to_yaml({"key": text})
     assert parse_yaml(written) == {"key": text}
     assert yaml.safe_load(written) == {"key": text}
+
+
+def _bomb(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+def test_aliases_that_multiply_are_refused() -> None:
+    """Was: nine lines of aliases meant billions of values, and reading the recipe never ended."""
+    with pytest.raises(RecipeError, match="with its aliases written out"):
+        parse_yaml_with_lines(_bomb(12))
+    assert len(parse_yaml_with_lines(_bomb(3))[0]["a2"]) == 10
+
+
+def test_an_alias_inside_what_it_names_is_refused() -> None:
+    """Was: a RecursionError escaped."""
+    with pytest.raises(RecipeError, match="stands inside what it names"):
+        parse_yaml("data: &d {x: *d}")
+
+
+@pytest.mark.parametrize("text", ["a: !!int abc", f"a: {'9' * 5000}"])
+def test_a_number_that_is_none_is_refused(text: str) -> None:
+    """Was: a bare ValueError escaped."""
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        parse_yaml(text)
