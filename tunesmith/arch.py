@@ -219,8 +219,8 @@ def _llama_like(raw: Mapping[str, Any], **overrides: Any) -> ModelConfig:
     return ModelConfig(**{**values, **overrides})
 
 
-def _all_layers_slide(raw: Mapping[str, Any]) -> dict[str, Any]:
-    window = raw.get("sliding_window")
+def _all_layers_slide(raw: Mapping[str, Any], default: int | None = None) -> dict[str, Any]:
+    window = raw.get("sliding_window", default)
     layers = tuple(range(int(raw["num_hidden_layers"]))) if window else ()
     return {"sliding_window": window, "sliding_layers": layers}
 
@@ -229,12 +229,11 @@ def _qwen_window(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen slides only when asked to, and only above `max_window_layers` (or as `layer_types` says)."""
     if not raw.get("use_sliding_window") or not raw.get("sliding_window"):
         return {}
-    num_layers = int(raw["num_hidden_layers"])
     types = raw.get("layer_types")
     if types:
         layers = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
     else:
-        layers = tuple(range(int(raw.get("max_window_layers", num_layers)), num_layers))
+        layers = tuple(range(int(raw.get("max_window_layers", 28)), int(raw["num_hidden_layers"])))
     return {"sliding_window": int(raw["sliding_window"]), "sliding_layers": layers}
 
 
@@ -260,7 +259,9 @@ def _qwen3_moe(raw: Mapping[str, Any]) -> ModelConfig:
         norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
         layers=layers,
     )
-    return _llama_like(raw, moe=moe, qk_norm=True, **_qwen_window(raw))
+    # Unlike the dense Qwens, it slides in every layer or in none.
+    window = _all_layers_slide(raw) if raw.get("use_sliding_window") else {}
+    return _llama_like(raw, moe=moe, qk_norm=True, **window)
 
 
 def _gpt2(raw: Mapping[str, Any]) -> ModelConfig:
@@ -298,7 +299,7 @@ def _gpt2(raw: Mapping[str, Any]) -> ModelConfig:
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelConfig]] = {
     "llama": _llama_like,
-    "mistral": lambda raw: _llama_like(raw, qkv_bias=False, output_bias=False, **_all_layers_slide(raw)),
+    "mistral": lambda raw: _llama_like(raw, qkv_bias=False, output_bias=False, **_all_layers_slide(raw, 4096)),
     "qwen2": lambda raw: _llama_like(raw, qkv_bias=True, output_bias=False, **_qwen_window(raw)),
     "qwen3": lambda raw: _llama_like(raw, qk_norm=True, **_qwen_window(raw)),
     "mixtral": _mixtral,

@@ -60,6 +60,16 @@ CASES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [0],
     },
+    # Once only layers from max_window_layers on slid here; transformers' Qwen3-MoE has the window in every layer.
+    "qwen3_moe-sliding": {
+        **_LLAMA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
     "gpt2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1},
     "gpt2-untied": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
 }

@@ -144,3 +144,13 @@ def test_a_configuration_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="nested too deeply"):
         read_config(tmp_path)
+
+
+def test_a_window_left_out_is_the_familys_default() -> None:
+    """Mistral without the key was once taken to have no window, where transformers gives it one of 4096 tokens."""
+    common = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    mistral = {"model_type": "mistral", "num_hidden_layers": 2, **common}
+    assert config_from_dict(mistral).window(1) == 4096
+    assert config_from_dict({**mistral, "sliding_window": None}).window(1) is None
+    qwen = {"model_type": "qwen2", "num_hidden_layers": 29, "use_sliding_window": True, "sliding_window": 16, **common}
+    assert [layer for layer in range(29) if config_from_dict(qwen).window(layer)] == [28]
