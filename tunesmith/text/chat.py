@@ -117,7 +117,7 @@ def encode_chat_texts(
     if train_on == "all":
         return [EncodedChat(e.ids, [i > 0 for i in range(len(e.ids))]) for e in encodings]
     whole = [_masked(tokenizer, chat, e.ids, e.offsets) for chat, e in zip(chats, encodings, strict=True)]
-    return [_apart(tokenizer, c, chat) if c.straddling else c for c, chat in zip(whole, chats, strict=True)]
+    return [cut_before_answers(tokenizer, c, chat) if c.straddling else c for c, chat in zip(whole, chats, strict=True)]
 
 
 def _rendered(
@@ -240,7 +240,7 @@ def _content(message: Message) -> str:
     return str(content).split("</think>")[-1].strip()
 
 
-def _apart(tokenizer: Tokenizer, whole: EncodedChat, chat: ChatText) -> EncodedChat:
+def cut_before_answers(tokenizer: Tokenizer, whole: EncodedChat, chat: ChatText) -> EncodedChat:
     """The conversation cut before every answer, as serving cuts it, where a token reached across a cut.
 
     An answer that starts with a line break, say, would merge with the prompt's last one; the served prompt has

@@ -52,7 +52,7 @@ class EncodedRows:
 
 
 @dataclass
-class _Documents:
+class Documents:
     """Documents being gathered."""
 
     tokens: list[NDArray[np.int32]] = field(default_factory=list)
@@ -61,12 +61,14 @@ class _Documents:
     hashes: list[int] = field(default_factory=list)
 
     def add(self, line: int, tokens: Any, trained: NDArray[np.bool_], content: bytes) -> None:
+        """One more; `content` is what its hash is made of."""
         self.tokens.append(np.asarray(tokens, dtype=np.int32))
         self.trained.append(trained)
         self.lines.append(line)
         self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
 
     def finished(self) -> EncodedRows:
+        """All of them, end to end."""
         return EncodedRows(
             np.concatenate([np.empty(0, np.int32), *self.tokens]),
             np.concatenate([np.empty(0, np.bool_), *self.trained]),
@@ -86,15 +88,14 @@ def encode_rows(tokenizer: Tokenizer, settings: EncodeSettings, format_name: str
             if row.problem is not None:
                 raise RowError(row.problem)
             example = to_example(row.value, format_name)
-            if isinstance(example, Preference):
-                raise RowError("preference pairs are for DPO, which tunesmith does not have yet")
+            assert not isinstance(example, Preference), "text/pairs.py encodes the format 'preference'"
             if isinstance(example, PlainText):
                 texts.append((row.line, example))
             else:
-                chats.append((row.line, *_rendered(tokenizer, settings, example)))
+                chats.append((row.line, *render_conversation(tokenizer, settings, example)))
         except (RowError, DataError) as error:
             problems.append((row.line, str(error)))
-    documents, counts = _Documents(), EncodedRows(*[np.empty(0)] * 5)  # type: ignore[arg-type]
+    documents, counts = Documents(), EncodedRows(*[np.empty(0)] * 5)  # type: ignore[arg-type]
     _add_texts(documents, counts, tokenizer, settings, texts)
     _add_chats(documents, counts, tokenizer, settings, chats)
     encoded = documents.finished()
@@ -104,7 +105,11 @@ def encode_rows(tokenizer: Tokenizer, settings: EncodeSettings, format_name: str
     return encoded
 
 
-def _rendered(tokenizer: Tokenizer, settings: EncodeSettings, chat: Conversation) -> tuple[ChatText, bytes]:
+def render_conversation(tokenizer: Tokenizer, settings: EncodeSettings, chat: Conversation) -> tuple[ChatText, bytes]:
+    """The conversation as text with its answers' spans, and its content for hashing.
+
+    Raises: DataError when the template refuses it.
+    """
     messages = chat.messages
     if settings.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": settings.system}, *messages]
@@ -116,7 +121,7 @@ def _rendered(tokenizer: Tokenizer, settings: EncodeSettings, chat: Conversation
 
 
 def _add_texts(
-    documents: _Documents,
+    documents: Documents,
     counts: EncodedRows,
     tokenizer: Tokenizer,
     settings: EncodeSettings,
@@ -138,7 +143,7 @@ def _add_texts(
 
 
 def _add_chats(
-    documents: _Documents,
+    documents: Documents,
     counts: EncodedRows,
     tokenizer: Tokenizer,
     settings: EncodeSettings,
@@ -157,7 +162,7 @@ def _add_chats(
 
 
 def _add_document(
-    documents: _Documents,
+    documents: Documents,
     counts: EncodedRows,
     settings: EncodeSettings,
     line: int,

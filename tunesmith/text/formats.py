@@ -54,11 +54,12 @@ class PlainText:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt with the better and the worse answer."""
+    """A prompt (which may hold earlier turns) with the better and the worse answer."""
 
     prompt: list[Message]
     chosen: Message
     rejected: Message
+    tools: list[Any] | None = None
 
 
 Example = Conversation | PlainText | Preference
@@ -79,7 +80,7 @@ def _looks_like(row: Any) -> str | None:
     if {"chosen", "rejected"} <= keys or {"chosen_messages", "rejected_messages"} <= keys:
         return "preference"
     if "messages" in keys:
-        return "messages" if not isinstance(row.get("label"), bool) else "preference"
+        return "messages"
     if "conversations" in keys or "conversation" in keys:
         return "sharegpt"
     if keys & set(_QUESTIONS) and keys & set(_ANSWERS):
@@ -108,6 +109,11 @@ def to_example(row: Any, format_name: str) -> Example:
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
     question, answer = _first_of(row, _QUESTIONS), _first_of(row, _ANSWERS)
+    return _conversation([*_asked(row, question), {"role": "assistant", "content": _string(row, answer)}], None)
+
+
+def _asked(row: Mapping[str, Any], question: str) -> list[Message]:
+    """System message, history and question of an alpaca row."""
     instruction, more = _string(row, question), _string(row, "input", required=False)
     if not (instruction or more).strip():
         raise RowError(f"{question!r} is empty")
@@ -116,11 +122,8 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise RowError("'history' must be a list of [question, answer] pairs of strings")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages.append(
-        {"role": "user", "content": f"{instruction}\n{more}" if instruction and more else instruction + more}
-    )
-    messages.append({"role": "assistant", "content": _string(row, answer)})
-    return _conversation(messages, None)
+    text = f"{instruction}\n{more}" if instruction and more else instruction + more
+    return [*messages, {"role": "user", "content": text}]
 
 
 def _messages(row: Mapping[str, Any]) -> Conversation:
@@ -224,36 +227,57 @@ def _text(row: Mapping[str, Any]) -> PlainText:
 
 
 def _preference(row: Mapping[str, Any]) -> Preference:
-    if "chosen_messages" in row:
-        chosen = [_message(turn) for turn in _list(row, "chosen_messages", required=True)]
-        rejected = [_message(turn) for turn in _list(row, "rejected_messages", required=True)]
-        return Preference(chosen[:-1], chosen[-1], rejected[-1])
-    if "chosen" not in row or "rejected" not in row:
+    keys = ("chosen_messages", "rejected_messages") if "chosen_messages" in row else ("chosen", "rejected")
+    if not all(key in row for key in keys):
         raise RowError("a preference needs 'chosen' and 'rejected' (feedback rows with a label are not supported)")
-    prompt = _preference_prompt(row)
-    chosen, rejected = (_preferred(row, key, prompt) for key in ("chosen", "rejected"))
-    return Preference(prompt or chosen[:-1], chosen[-1], rejected[-1])
+    asked = _preference_prompt(row)
+    (prompt, chosen), (other, rejected) = (_preferred(row, key, asked) for key in keys)
+    if prompt != other:
+        raise RowError(f"{keys[0]!r} and {keys[1]!r} answer different prompts")
+    if not any(message["role"] in ("user", "tool") for message in prompt):
+        raise RowError("the pair has no prompt")
+    if chosen == rejected:
+        raise RowError(f"{keys[0]!r} and {keys[1]!r} are the same answer; there is nothing to prefer")
+    tools = _tools(row)
+    for answer in (chosen, rejected):
+        _conversation([*prompt, answer], tools)
+    return Preference(prompt, chosen, rejected, tools)
 
 
 def _preference_prompt(row: Mapping[str, Any]) -> list[Message]:
-    for key in ("conversations", "messages"):
-        if key in row:
-            return _with_system(row, _sharegpt_turns(_list(row, key)))
-    question = next((key for key in _QUESTIONS if key in row), None)
-    if question is None:
-        return []
-    more = _string(row, "input", required=False)
-    return [*_system(row), {"role": "user", "content": _string(row, question) + (f"\n{more}" if more else "")}]
+    """The prompt beside the answers: a conversation, a question, or nothing but a system message."""
+    keys = ("conversations", "messages", *_QUESTIONS)
+    key = next((key for key in keys if row.get(key) is not None), None)
+    if key is None:
+        return _system(row)
+    if key in ("conversations", "messages") or isinstance(row[key], list):
+        return _unweighted(_with_system(row, _sharegpt_turns(_list(row, key))))
+    return _asked(row, key)
 
 
-def _preferred(row: Mapping[str, Any], key: str, prompt: list[Message]) -> list[Message]:
+def _preferred(row: Mapping[str, Any], key: str, asked: list[Message]) -> tuple[list[Message], Message]:
+    """Prompt and answer; a list of messages may repeat what is asked, or hold all of it."""
     value = row[key]
-    if isinstance(value, str) and prompt:
-        return [{"role": "assistant", "content": value}]
+    if isinstance(value, str):
+        if not any(message["role"] != "system" for message in asked):
+            raise RowError(f"{key!r} is a text without a prompt; add 'prompt', or give lists of messages")
+        return asked, {"role": "assistant", "content": value}
     turns = _sharegpt_turns(value if isinstance(value, list) else [value])
     if not turns or turns[-1]["role"] != "assistant":
         raise RowError(f"{key!r} must end with an assistant's answer")
-    return turns
+    if turns[-1].get("weight") == 0:
+        raise RowError(f"{key!r} has an answer of weight 0; both answers of a pair are trained")
+    before = _unweighted(turns[:-1])
+    if not before:
+        return asked, turns[-1]
+    if any(message not in before for message in asked if message["role"] != "system"):
+        raise RowError(f"{key!r} answers another prompt than the row's")
+    system = [] if before[0]["role"] == "system" else [message for message in asked if message["role"] == "system"]
+    return system + before, turns[-1]
+
+
+def _unweighted(messages: list[Message]) -> list[Message]:
+    return [{k: v for k, v in message.items() if k != "weight"} for message in messages]
 
 
 def _conversation(messages: list[Message], tools: list[Any] | None) -> Conversation:

@@ -1,4 +1,4 @@
-"""One example with its mask, for eyes before the first step; and the refusal of a mask that teaches nothing."""
+"""One example or pair with its mask, for eyes before the first step; and the refusal of a mask that teaches nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
 from tunesmith.text.dataset import Document, TokenisedDataset
+from tunesmith.text.preferences import PreferencePair
 from tunesmith.text.tokenizer import Tokenizer
 
 TRAINED_STYLE = "bold green"
@@ -34,6 +35,14 @@ def mask_preview(document: Document, tokenizer: Tokenizer) -> MaskPreview:
         text.append(piece["text"], style=TRAINED_STYLE if piece["trained"] else "dim")
     data = {"row": document.row, "tokens": len(document.tokens), "trained_tokens": num_trained, "pieces": pieces}
     return MaskPreview(text, data)
+
+
+def pair_preview(pair: PreferencePair, tokenizer: Tokenizer) -> MaskPreview:
+    """Both documents of a pair, the chosen one first."""
+    sides = {"chosen": mask_preview(pair.chosen, tokenizer), "rejected": mask_preview(pair.rejected, tokenizer)}
+    text = Text("\n\n").join(Text(f"{name}: ").append_text(side.text) for name, side in sides.items())
+    data = {"row": pair.chosen.row, "prompt_tokens": pair.prompt_tokens}
+    return MaskPreview(text, {**data, **{name: side.data for name, side in sides.items()}})
 
 
 def mask_pieces(document: Document, tokenizer: Tokenizer) -> list[dict[str, Any]]:

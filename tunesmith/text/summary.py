@@ -120,9 +120,13 @@ class DataSummary:
             f"{self.overlap} validation documents are in the training data too": self.overlap,
         }
         out += [note for note, count in notes.items() if count]
-        for reason, kind in sorted(self.skipped_reasons.items(), key=lambda item: -item[1]["count"])[:8]:
-            out.append(f"{kind['count']} rows skipped: {reason} (first: {kind['first']})")
-        return out
+        return out + skipped_lines(self.skipped_reasons)
+
+
+def skipped_lines(reasons: dict[str, dict[str, Any]]) -> list[str]:
+    """The commonest reasons that rows were skipped for, a line each."""
+    commonest = sorted(reasons.items(), key=lambda item: -item[1]["count"])[:8]
+    return [f"{kind['count']} rows skipped: {reason} (first: {kind['first']})" for reason, kind in commonest]
 
 
 def summarise(

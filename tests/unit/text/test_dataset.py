@@ -13,7 +13,7 @@ import pytest
 
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
-from tunesmith.text import dataset as dataset_module
+from tunesmith.text import tokenise as tokenise_module
 from tunesmith.text.dataset import TrainingData, load_data
 from tunesmith.text.packing import build_pack
 from tunesmith.text.preview import check_trainable, mask_preview
@@ -224,8 +224,8 @@ def test_failed_writer_leaves_nothing() -> None:
 def test_processes_give_what_one_process_gives(
     byte_tokenizer: Tokenizer, write_rows: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_module, "_BATCH_ROWS", 7)
-    monkeypatch.setattr(dataset_module, "_IN_PROCESS_BATCHES", 1)
+    monkeypatch.setattr(tokenise_module, "_BATCH_ROWS", 7)
+    monkeypatch.setattr(tokenise_module, "_IN_PROCESS_BATCHES", 1)
     path = write_rows([*PAIRS, {"instruction": "bad"}])
     alone = load(byte_tokenizer, path, workers=0, cache=False, bad_rows="skip")
     together = load(byte_tokenizer, path, workers=2, cache=False, bad_rows="skip")
@@ -296,7 +296,7 @@ def test_real_files(
         assert data.summary.ends_trained >= 0.9 * data.summary.conversations
 
 
-def test_real_preferences_and_pictures_are_refused(data_dir: Path, byte_tokenizer: Tokenizer) -> None:
+def test_real_preferences_feedback_and_pictures_are_refused(data_dir: Path, byte_tokenizer: Tokenizer) -> None:
     demos = data_dir / "llamafactory_demos"
     for file, reason in (
         ("dpo_zh_demo.json.xz", "DPO"), ("v1_dpo_demo.jsonl", "DPO"), ("kto_en_demo.json.xz", "not supported"),
