@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,8 @@ def load_model(
         device: "auto" is the GPU where there is one.
     Raises: ModelError, AdapterError or DeviceError.
     """
+    _check_choice("backend", backend, get_args(Backend))
+    _check_choice("weights", weights, ("checkpoint", "random"))
     section = ModelSection(path=str(path_or_id), backend=backend, weights=weights, revision=revision)
     model = load_language_model(
         section, quantize=quantize, dtype=_dtype(dtype), device=torch.device(pick_device(str(device))), seed=seed
@@ -69,6 +71,11 @@ def load_model(
 
         load_adapter(model, Path(adapter))
     return model.eval()
+
+
+def _check_choice(what: str, given: str | None, allowed: Sequence[str | None]) -> None:
+    if given not in allowed:
+        raise ModelError(f"{what} must be one of {', '.join(filter(None, allowed))}, got {given!r}")
 
 
 def load_language_model(
@@ -84,6 +91,7 @@ def load_language_model(
 
     The choice is announced by a warning, and recorded in the model's `backend`.
     """
+    _check_choice("quantize", quantize, (None, *get_args(Quantize)))
     directory = resolve_model(model.path, model.revision)
     try:
         if model.backend == "transformers":
@@ -189,7 +197,10 @@ class CheckpointWeights:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding."""
-        name = self._stored[f"{self.layout.top['embedding']}.weight"]
+        embedding = f"{self.layout.top['embedding']}.weight"
+        if embedding not in self._stored:
+            _refuse(self.files.directory, "lacks tensors", [embedding])
+        name = self._stored[embedding]
         dtype = self.files.dtype(name)
         if dtype is None:
             raise UnsupportedModelError(f"{name} of {self.files.directory} is not in a floating-point dtype")

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,13 @@ def test_a_missing_tensor_is_named(tiny_model_dir: Make, tmp_path: Path) -> None
     directory = _edited(tiny_model_dir("llama"), tmp_path / "m", lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ModelError, match=r"lacks tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
         load_decoder(directory)
+
+
+def test_a_checkpoint_without_embedding_is_refused(tiny_model_dir: Make, tmp_path: Path) -> None:
+    """With the checkpoint's own dtype, which is the embedding's, this was a KeyError before anything was checked."""
+    directory = _edited(tiny_model_dir("llama"), tmp_path / "m", lambda t: t.pop("model.embed_tokens.weight"))
+    with pytest.raises(ModelError, match=r"lacks tensors: model\.embed_tokens\.weight"):
+        load_model(directory, device="cpu")
 
 
 def test_an_unexpected_tensor_is_named(tiny_model_dir: Make, tmp_path: Path) -> None:
@@ -227,3 +235,13 @@ def test_a_foreign_quantisation_is_refused(tiny_model_dir: Make, tmp_path: Path)
     (directory / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(UnsupportedModelError, match="'awq'"):
         load_decoder(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("quantize", "nf5"), ("quantize", "int8"), ("backend", "mine"), ("weights", "no")]
+)
+def test_a_choice_that_there_is_not_is_refused(name: str, given: str, tiny_model_dir: Make) -> None:
+    """Any other quantize was taken for plain NF4 without a word, the others ended in pydantic's error."""
+    choice: dict[str, Any] = {name: given}
+    with pytest.raises(ModelError, match=f"{name} must be one of .*, got '{given}'"):
+        load_model(tiny_model_dir("llama"), **choice)
