@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -41,4 +42,5 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-        self._announce(f"{self.received.name}: finishing this step, then saving{again}")
+        with contextlib.suppress(RuntimeError):  # Python does not write in the middle of its own writing
+            self._announce(f"{self.received.name}: finishing this step, then saving{again}")

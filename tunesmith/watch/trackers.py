@@ -1,6 +1,6 @@
 """Trackers besides metrics.jsonl: TensorBoard, Weights & Biases, MLflow, SwanLab; each an optional package.
 
-A tracker that fails while a run goes on is dropped with a warning: measurements are in metrics.jsonl anyway.
+A tracker that fails, at the start or later, is dropped with a warning: measurements are in metrics.jsonl anyway.
 """
 
 from __future__ import annotations
@@ -129,6 +129,8 @@ class Trackers:
                 raise MissingExtraError(kind, kind) from None
             self.left_out.append(kind)
             log.warning("TensorBoard is not installed, so it is left out: pip install 'tunesmith[tensorboard]'")
+        except _FAILURES as error:
+            self._drop(kind, error)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Hand the numbers among `values` to every tracker; text, lists and None stay in metrics.jsonl."""
@@ -146,9 +148,12 @@ class Trackers:
         try:
             action(self._running[kind])
         except _FAILURES as error:
-            self.failed[kind] = f"{type(error).__name__}: {error}"
-            del self._running[kind]
-            log.warning("%s failed and is dropped (metrics.jsonl has everything): %s", kind, self.failed[kind])
+            self._drop(kind, error)
+
+    def _drop(self, kind: str, error: Exception) -> None:
+        self.failed[kind] = f"{type(error).__name__}: {error}"
+        self._running.pop(kind, None)
+        log.warning("%s failed and is dropped (metrics.jsonl has everything): %s", kind, self.failed[kind])
 
 
 def _is_number(value: Any) -> bool:

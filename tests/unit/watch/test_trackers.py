@@ -83,6 +83,23 @@ def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(
     assert caplog.text.count("wandb failed and is dropped") == 1
 
 
+def test_a_tracker_that_can_not_start_is_dropped(
+    recorder: list[_Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A service that was not reachable ended the run before its first step, after everything had been loaded."""
+
+    def refuse(*_: Any) -> _Recorder:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(trackers, "TRACKERS", {**trackers.TRACKERS, "wandb": refuse})
+    watched = Trackers(LogSection(trackers=["wandb", "mlflow"]), tmp_path)
+    watched.log(1, {"loss": 2.0})
+    watched.close()
+    assert watched.failed == {"wandb": "ConnectionError: no network"}
+    assert [made.rows for made in recorder] == [[(1, {"loss": 2.0})]]
+    assert "wandb failed" in caplog.text
+
+
 def test_tensorboard_that_is_missing_is_left_out_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
