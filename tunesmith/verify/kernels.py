@@ -97,7 +97,7 @@ def _error(result: Tensor, truth: Tensor) -> float:
 
 
 def model_cases(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """Norm, rope, attention (and its window) and experts of the native decoder."""
+    """Norm, rope and attention (and its window) of the native decoder."""
     make = _Random(device, dtype)
     yield _norm_case(shapes, make)
     if shapes.config.rope is not None:
