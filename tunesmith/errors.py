@@ -25,6 +25,13 @@ import difflib
 from collections.abc import Iterable
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is an allocator's: Python's, torch's on a GPU, or torch's on the CPU (a bare RuntimeError)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "memory: you tried to allocate" in str(error)
+
+
 class TunesmithError(Exception):
     """The root: whatever tunesmith raises on purpose."""
 

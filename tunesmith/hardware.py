@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tunesmith.errors import DeviceError
+from tunesmith.errors import DeviceError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,7 @@ def describe_device(device: str | torch.device) -> DeviceInfo:
 def pick_device(asked: str = "auto") -> torch.device:
     """The device that a recipe's model.device names: auto (a GPU where torch can use one), cpu, cuda or cuda:N.
 
-    Raises: DeviceError for a device that does not exist, or one that torch can't use.
+    Raises: RecipeError for a name that no device has; DeviceError for one that is not there, or that torch can't use.
     """
     import torch
 
@@ -118,7 +118,7 @@ def pick_device(asked: str = "auto") -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, index = asked.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or (kind == "cpu" and index not in ("", "0")):
-        raise DeviceError(f"model.device must be auto, cpu, cuda or cuda:N, got {asked!r}")
+        raise RecipeError(f"model.device must be auto, cpu, cuda or cuda:N, got {asked!r}")
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tunesmith import hardware
-from tunesmith.errors import DeviceError
+from tunesmith.errors import DeviceError, RecipeError
 from tunesmith.hardware import CHIPS, describe_device, driver_version, nvml_devices, pick_device, supports_bf16
 
 
@@ -25,7 +25,7 @@ def test_a_cpu_has_a_name_cores_and_memory_but_no_peak() -> None:
 
 @pytest.mark.parametrize("asked", ["gpu", "cuda:x", "cpu:1", "", "tpu"])
 def test_a_device_that_is_no_device_is_refused(asked: str) -> None:
-    with pytest.raises(DeviceError, match="must be auto, cpu, cuda or cuda:N"):
+    with pytest.raises(RecipeError, match="must be auto, cpu, cuda or cuda:N"):
         pick_device(asked)
 
 

@@ -15,6 +15,7 @@ import torch
 from tunesmith.bench.counting import count_live_bytes
 from tunesmith.bench.owners import owner_bytes, with_activations
 from tunesmith.bench.schema import Status
+from tunesmith.errors import is_out_of_memory
 from tunesmith.hardware import describe_device
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.rundir.io import read_json, write_json_atomic
@@ -43,8 +44,7 @@ def run_cell(plan_file: str, result_file: str) -> None:
 def explain(error: BaseException) -> tuple[Status, str]:
     """The status of a cell that ended with `error`, and the reason in a line or two."""
     text = " ".join(str(error).split()) or "no message"
-    allocator = "not enough memory: you tried to allocate" in text
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or allocator:
+    if is_out_of_memory(error):
         return "out_of_memory", text[:500]
     return "failed", f"{type(error).__name__}: {text}"[:500]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tunesmith import __version__
 from tunesmith.cli import console
-from tunesmith.errors import TunesmithError, nearest
+from tunesmith.errors import TunesmithError, is_out_of_memory, nearest
 
 VERBS = {
     "demo": ("tunesmith.cli.demo", "five ways of fine-tuning a small model, measured and compared, in minutes"),
@@ -130,6 +130,10 @@ def _explain(error: Exception) -> int:
         return _fail(_usage_message(error), int(getattr(error, "exit_code", 2)))
     if isinstance(error, OSError) and error.strerror:
         return _fail(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}", 1)
+    if is_out_of_memory(error):
+        reason = str(error).split("DefaultCPUAllocator: ")[-1].split("\n")[0]
+        advice = "lower train.micro_batch_tokens, or set train.checkpointing=block or method.kind=qlora"
+        return _fail(f"out of memory: {reason or 'no more to be had'}; {advice}", 1)
     hint = "" if console.is_debug() else "; run again with --debug for the traceback"
     return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}{hint}", 1)
 

@@ -22,8 +22,10 @@ def _no_boolean(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_no_boolean)]
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+_TEMPLATE_NAMES = {"tokenizer", "messages", "train_on", "now", "add_generation_prompt"}
+_MAX_INT = 2**31 - 1  # of every count and seed: what lies above is a slip, and overflows somewhere
+PositiveInt = Annotated[int, Field(gt=0, le=_MAX_INT, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_MAX_INT, strict=True)]
 NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
@@ -249,6 +251,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        taken = sorted(_TEMPLATE_NAMES & self.data.template_arguments.keys())
+        if taken:
+            raise ValueError(
+                f"data.template_arguments can't set {taken[0]!r}: tunesmith gives it to the template itself"
+            )
         tokens = self.train.micro_batch_tokens
         if tokens is not None and tokens < self.data.max_length:
             raise ValueError(

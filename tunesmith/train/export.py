@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -45,5 +46,6 @@ def _save_model(session: Session, directory: Path) -> None:
 
 def next_commands(session: Session, run: Path) -> list[str]:
     """What to type next, with this run's own paths."""
-    merge = [] if trains_base(session.recipe.method) else [f"tunesmith merge {run} --output {run / 'merged'}"]
-    return [f"tunesmith chat {run}", f"tunesmith eval {run} --questions FILE", *merge, f"tunesmith report {run}"]
+    path, merged = shlex.quote(str(run)), shlex.quote(str(run / "merged"))
+    merge = [] if trains_base(session.recipe.method) else [f"tunesmith merge {path} --output {merged}"]
+    return [f"tunesmith chat {path}", f"tunesmith eval {path} --questions FILE", *merge, f"tunesmith report {path}"]

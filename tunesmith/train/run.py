@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ def _show_example(session: Session, run: RunDir, display: Display) -> None:
 
 
 def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -> TrainResult:
-    final, commands = None, [f"tunesmith train --resume {run.path}"]
+    final, commands = None, [f"tunesmith train --resume {shlex.quote(str(run.path))}"]
     if loop.stopped_by is None:
         final = _export(session, run)
         commands = next_commands(session, run.path)

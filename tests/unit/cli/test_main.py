@@ -88,6 +88,14 @@ def test_what_a_verb_returns_is_the_exit_code(verb: Verb) -> None:
     [
         (RecipeError("train.x is not a key"), 2, "tunesmith: error: train.x is not a key\n"),
         (DeviceError("no such device"), 1, "tunesmith: error: no such device\n"),
+        (
+            RuntimeError(
+                "[enforce fail at x.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+            ),
+            1,
+            "tunesmith: error: out of memory: can't allocate memory: you tried to allocate 8; lower "
+            "train.micro_batch_tokens, or set train.checkpointing=block or method.kind=qlora\n",
+        ),
         (KeyboardInterrupt(), 130, "tunesmith: interrupted\n"),
         (typer.Abort(), 130, "tunesmith: interrupted\n"),
         (ZeroDivisionError("a\nb"), 1, "tunesmith: error: unexpected ZeroDivisionError: a b; run again with --debug"),

@@ -207,3 +207,18 @@ def test_the_schema_describes_every_section() -> None:
     learning_rate = schema["$defs"]["TrainSection"]["properties"]["learning_rate"]
     assert learning_rate["description"].startswith("peak learning rate; none: for adapters")
     assert learning_rate["default"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.seed=99999999999999999999", "train.seed must be at most 2147483647"),
+        ("data.max_length=99999999999999999999", "data.max_length must be at most 2147483647"),
+        ("method.rank=1000000000000", "method.rank must be at most 2147483647"),
+        ("data.template_arguments={messages: 5}", "can't set 'messages'"),
+    ],
+)
+def test_what_would_overflow_or_collide_later_is_refused_at_once(override: str, problem: str) -> None:
+    """Was: these were taken, and escaped later as a bare ValueError, RuntimeError or TypeError."""
+    with pytest.raises(RecipeError, match=problem):
+        recipe_from_mapping({}, [override])
