@@ -21,7 +21,7 @@ from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
 from tunesmith.train.loop import resume as resume_from
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.resolve import resolve_recipe
-from tunesmith.train.session import Session, build_session
+from tunesmith.train.session import Session, build_session, configure_cublas
 from tunesmith.train.stopping import exit_code
 from tunesmith.watch.trackers import Trackers
 
@@ -145,6 +145,7 @@ def _train(
     preflight: Preflight | None,
 ) -> TrainResult:
     display.say(f"run directory: {run.path}")
+    configure_cublas(recipe.train)
     if preflight is not None:
         display.say(preflight(recipe, run.path))
     session = build_session(recipe, progress=display.loading)

@@ -24,7 +24,7 @@ from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, DataError, RecipeError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary, apply_method
-from tunesmith.recipe.schema import DataSection, Recipe
+from tunesmith.recipe.schema import DataSection, Recipe, TrainSection
 from tunesmith.text.dataset import DataSummary, TrainingData, load_data
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
@@ -340,6 +340,11 @@ def _check_positions(model: LanguageModel, data: DataSection) -> None:
 def _set_determinism(recipe: Recipe) -> None:
     if not recipe.model.device.startswith("cuda"):
         return
+    configure_cublas(recipe.train)
     torch.use_deterministic_algorithms(recipe.train.deterministic)
-    if recipe.train.deterministic:
+
+
+def configure_cublas(train: TrainSection) -> None:
+    """Give cuBLAS the workspace that determinism needs; torch looks once, at the process's first matrix product."""
+    if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
