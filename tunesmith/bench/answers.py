@@ -19,6 +19,7 @@ Comparison = Literal["exact", "number"]
 FINAL = "####"
 # A sign counts when nothing stands before it that it could be subtracted from.
 _NUMBER = re.compile(r"(?:(?<![\w)])-\s?)?[$€£¥]?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?)")
+_BULLET = re.compile(r"^\s*-\s+", re.MULTILINE)
 _BASE_PROMPT = "Question: {question}\nAnswer:"
 BASE_STOP = ("\nQuestion:",)
 
@@ -116,8 +117,11 @@ def normalise(text: str) -> str:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The answer of a worked solution: the first number after the last '####', else the last number in the text."""
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    """The answer of a worked solution: the first number after the last '####', else the last number in the text.
+
+    A hyphen and a space that begin a line are a list's, not a sign.
+    """
+    text = _BULLET.sub("", unicodedata.normalize("NFKC", text).replace("−", "-"))
     before, mark, after = text.rpartition(FINAL)
     if mark and (number := next(_numbers(after), None)) is not None:
         return number

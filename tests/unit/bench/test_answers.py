@@ -36,6 +36,8 @@ def write(path: Path, rows: list[object]) -> str:
         ("it costs $3,450.50!", "3450.5"),
         ("16-3=13 and 5-3", "3"),
         ("minus: -7", "-7"),
+        ("-7", "-7"),
+        ("The answers are\n- 3 apples\n- 42", "42"),
         ("of −7 degrees", "-7"),
         ("a debt of -$20", "-20"),
         ("答案是１２个", "12"),
@@ -46,6 +48,7 @@ def write(path: Path, rows: list[object]) -> str:
     ],
 )
 def test_the_final_number(text: str, number: str) -> None:
+    """The hyphen of a list was once taken for a sign: 42 as the last item of a list was -42, and wrong."""
     assert final_number(text) == Decimal(number)
 
 
