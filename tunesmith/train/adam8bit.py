@@ -107,6 +107,9 @@ def _update_slice(
     _adamw(parameter, grad.float(), moments["exp_avg"], moments["exp_avg_sq"], state["step"], group)
     for name, book in books.items():
         codes, absmax = quantise_blocks(moments[name], book)
+        if name == "exp_avg_sq":
+            # Rounded to zero, it would leave eps alone to divide by: a step of thousands of learning rates.
+            codes.clamp_(min=1).mul_(moments[name] > 0)
         state[f"{name}_codes"][part] = codes
         state[f"{name}_absmax"][blocks] = absmax
 

@@ -114,3 +114,20 @@ def test_bfloat16_weights_are_updated() -> None:
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, 0.95))
+
+
+def test_beside_a_large_gradient_a_small_one_makes_no_huge_step() -> None:
+    """Second moments far below their block's largest were rounded to zero; where the gradient then was zero, as rare
+    tokens' is, the update was the first moment divided by eps: thousands of learning rates."""
+    parameter = nn.Parameter(torch.zeros(8192))
+    optimizer = AdamW8bit([parameter], lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.full((8192,), 1e-4)
+    scale[::BLOCK] = 1.0
+    for step in range(60):
+        parameter.grad = torch.randn(8192, generator=generator) * scale
+        if step % 10 == 9:
+            parameter.grad[1::2] = 0
+        before = parameter.detach().clone()
+        optimizer.step()
+        assert float((parameter.detach() - before).abs().max()) < 5e-3
