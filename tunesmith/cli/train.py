@@ -37,6 +37,10 @@ def train(
     Exit codes: 0 done, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
     """
     recipe = _recipe(target, data or [], method, overrides or [], resume)
+    if recipe.data.train and recipe.data.format != "tokens":
+        from tunesmith.text.tokenise import refuse_pairs
+
+        refuse_pairs(recipe.data)  # before a run directory, and the certificate's "mask shown", are made of them
     from tunesmith.train.run import train as run_training
 
     result = run_training(recipe, resume=resume, preflight=_certify if verify else None)
@@ -79,11 +83,11 @@ def _certify(recipe: Recipe, run_dir: Path) -> str:
     from tunesmith.verify.certificate import certify
 
     certificate = certify(recipe, full=False, run_dir=run_dir)
-    failed = [check.name for check in certificate.checks if not check.passed]
+    failed = [check for check in certificate.checks if not check.passed]
     if failed:
         raise VerificationError(
-            f"the certificate failed ({', '.join(failed)}), so the run would be silently wrong: "
-            f"see {run_dir}/certificate.json"
+            f"the certificate failed ({', '.join(check.name for check in failed)}), so the run would be silently "
+            f"wrong: {failed[0].detail}; see {run_dir}/certificate.json"
         )
     how = "found in the cache" if certificate.cached else f"run in {format_seconds(certificate.duration_s)}"
     return f"certificate: {len(certificate.checks)} checks passed ({how})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import chain, islice
@@ -128,6 +129,12 @@ def _encode_all(
     return {"files": [source.name for source in sources], "formats": formats, "tally": tally.as_dict()}
 
 
+def refuse_pairs(data: DataSection) -> None:
+    """Raises: DataError when data.train's first source holds preference pairs, or can't be read."""
+    if first_format(data) == "preference":
+        _check_kind(data.train[0], "preference", pairs=False)
+
+
 def _check_kind(file: str, format_name: str, pairs: bool) -> None:
     if pairs and format_name != "preference":
         raise DataError(
@@ -137,7 +144,7 @@ def _check_kind(file: str, format_name: str, pairs: bool) -> None:
     if not pairs and format_name == "preference":
         raise DataError(
             f"{file} holds preference pairs (chosen/rejected), and preference training (DPO) isn't there yet; "
-            f"see the pairs with: tunesmith data {file}"
+            f"see the pairs with: tunesmith data {shlex.quote(file)}"
         )
 
 

@@ -33,3 +33,35 @@ def test_mistake_is_one_line(tunesmith_cli: Run, tiny_model_dir: Callable[..., P
     assert done.returncode == 2
     assert "a.jsonl:1: 'output' must be a string" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+PAIRS = [{"prompt": "你好", "chosen": f"好答案{i}", "rejected": f"坏{i}"} for i in range(20)]
+
+
+def test_shows_a_preference_pair_with_both_masks(
+    tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "偏好.jsonl", PAIRS)
+    done = tunesmith_cli("data", file, "--model", tiny_model_dir(), "--example", "3", "--json", check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["formats"].values()) == {"preference"}
+    assert (result["rows"], result["pairs"], result["validation_pairs"]) == (20, 19, 1)
+    assert set(result["lengths"]) == {"prompt", "chosen", "rejected"}
+    for side, start in (("chosen", "好答案"), ("rejected", "坏")):
+        (trained,) = (piece["text"] for piece in result["example"][side]["pieces"] if piece["trained"])
+        assert trained.startswith(start)
+        assert trained.endswith("<|im_end|>")
+    for shown in ("format preference", "19 pairs to train on, 1 to validate on", "chosen: ", "rejected: "):
+        assert shown in done.stderr
+
+
+def test_training_on_preference_pairs_is_refused_in_a_line(
+    tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = write(tmp_path / "偏好.jsonl", PAIRS)
+    done = tunesmith_cli("train", tiny_model_dir(), "--data", file, "--set", "data.bad_rows=skip", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "preference training (DPO) isn't there yet" in " ".join(done.stderr.split())
+    assert "tunesmith data" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
