@@ -40,11 +40,16 @@ class BaseRecord:
 
 
 def save_adapter(
-    model: LanguageModel, directory: Path, base_path: str | Path, base_directory: Path | None = None
+    model: LanguageModel,
+    directory: Path,
+    base_path: str | Path,
+    base_directory: Path | None = None,
+    revision: str | None = None,
 ) -> None:
     """Write the adapters of `model` as PEFT would, with a record of the base in the weights' metadata.
 
-    Args: base_path: what adapter_config.json names; base_directory: the base's weights, where `base_path` is no folder.
+    Args: base_path, revision: what adapter_config.json names; base_directory: the base's weights, where `base_path` is
+    no folder.
     Raises: AdapterError when the model has no adapter.
     """
     linears = adapted_linears(model)
@@ -54,7 +59,7 @@ def save_adapter(
     options = {hf_name(model, path, part): a.options for path, part, a in _adapters(linears)}
     names = [*options, *(hf_name(model, t.path, part) for t in block_linears(model) for part in t.parts)]
     names += [hf_name(model, path, part) for path, linear in linears.items() for part in linear.parts]
-    config = build_adapter_config(options, names, str(base_path), _is_transposed(model))
+    config = build_adapter_config(options, names, str(base_path), _is_transposed(model), revision)
     base = base_directory or Path(base_path)
     record = BaseRecord(_fingerprint(base), *_quantisation(linears))
     tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in adapter_tensors(model).items()}

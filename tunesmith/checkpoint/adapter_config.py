@@ -121,6 +121,7 @@ def build_adapter_config(
     all_modules: Iterable[str],
     base_path: str,
     fan_in_fan_out: bool,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """adapter_config.json for adapters by Hugging Face's module names; `all_modules` are those without one, too."""
     first = next(iter(options.values()))
@@ -130,6 +131,7 @@ def build_adapter_config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_path,
+        "revision": revision,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": first.dropout,

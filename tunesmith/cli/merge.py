@@ -108,14 +108,14 @@ def _torch_dtype(dtype: DTypeName | None) -> torch.dtype | None:
 
 def _tokens(path: Path, adapter: Path, base: str | None) -> list[list[int]]:
     """The prompts of a file as token ids, by the tokenizer beside the adapter or the base's."""
-    from tunesmith.checkpoint.adapter_config import read_adapter_config
     from tunesmith.checkpoint.source import resolve_model
+    from tunesmith.compress.merge import named_base
     from tunesmith.errors import DataError
     from tunesmith.text.tokenizer import load_tokenizer
 
     beside = (adapter / "tokenizer.json").is_file()
-    named = base or str(read_adapter_config(adapter)["base_model_name_or_path"])
-    tokenizer = load_tokenizer(adapter if beside else resolve_model(named))
+    named = (base, None) if base else named_base(adapter)
+    tokenizer = load_tokenizer(adapter if beside else resolve_model(*named))
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -100,11 +100,11 @@ def merge_to_directory(
     force: merge into another base than the one trained, and keep a result whose divergence is over the limit.
     Raises: AdapterError for another base; VerificationError when a hop's KL is above `kl_limit` (nothing is written).
     """
-    base = str(base_path or _named_base(adapter_dir))
-    directory = resolve_model(base)
+    base, revision = (str(base_path), None) if base_path else named_base(adapter_dir)
+    directory = resolve_model(base, revision)
     record = read_adapter_tensors(adapter_dir)[1]
     checked = _check_base(record, directory, adapter_dir, force)
-    model = _trained_model(base, adapter_dir, record, device)
+    model = _trained_model(directory, adapter_dir, record, device)
     prompts = prompts or random_prompts(int(cast(Any, model).config.vocab_size))
     before = prompt_logits(model, prompts)
     stored = dtype or _stored_dtype(directory)
@@ -197,11 +197,13 @@ def _dequantise_foreign(model: TransformersModel, dtype: torch.dtype) -> None:
                 setattr(parent, name, _dense(child, {part: child.part_weight(part) for part in child.parts}, dtype))
 
 
-def _named_base(adapter_dir: Path) -> str:
-    base = read_adapter_config(adapter_dir).get("base_model_name_or_path")
+def named_base(adapter_dir: Path) -> tuple[str, str | None]:
+    """The base that an adapter names, and its revision. Raises: AdapterError when it names none."""
+    config = read_adapter_config(adapter_dir)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not base:
         raise AdapterError(f"the adapter in {adapter_dir} does not name its base: say which with --base MODEL")
-    return str(base)
+    return str(base), str(revision) if revision else None
 
 
 def _check_base(record: BaseRecord, directory: Path, adapter_dir: Path, force: bool) -> bool | None:
@@ -216,7 +218,7 @@ def _check_base(record: BaseRecord, directory: Path, adapter_dir: Path, force: b
     return same
 
 
-def _trained_model(base: str, adapter_dir: Path, record: BaseRecord, device: str) -> LanguageModel:
+def _trained_model(base: Path, adapter_dir: Path, record: BaseRecord, device: str) -> LanguageModel:
     """The base as it was trained on, with the adapter."""
     quantize = None if record.quantisation in (None, "none") else cast(Quantize, record.quantisation)
     # The weights trained on were those of this dtype, rounded or quantised from it, not the checkpoint's.

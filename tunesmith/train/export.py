@@ -26,7 +26,8 @@ def export(session: Session, directory: Path) -> Path:
         if trains_base(session.recipe.method):
             _save_model(session, temporary)
         else:
-            save_adapter(session.model, temporary, session.recipe.model.path, session.model_directory)
+            base = session.recipe.model
+            save_adapter(session.model, temporary, base.path, session.model_directory, base.revision)
         if session.tokenizer is not None:
             session.tokenizer.save(temporary)
     return directory

@@ -223,3 +223,21 @@ def test_quantised_linears_of_transformers_keep_their_place(tiny_model_dir: Call
     after = logits(model, DOCUMENTS)
     assert relative(after, before) > 1e-3
     assert relative(after, logits(native, DOCUMENTS)) < 1e-4
+
+
+def test_the_revision_of_the_base_is_remembered(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was forgotten: an adapter trained on a revision of a Hub model was refused as one of another base."""
+    base = tiny_model_dir("qwen2")
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repo: str, revision: str | None) -> Path:
+        asked.append((repo, revision))
+        return base
+
+    monkeypatch.setattr("tunesmith.checkpoint.source._download", download)
+    save_adapter(adapted(load_decoder(base), {"kind": "lora"}), tmp_path / "a", "org/name", base, "v2")
+    report = merge_to_directory(None, tmp_path / "a", tmp_path / "m", device="cpu")
+    assert asked == [("org/name", "v2")]
+    assert (report.base, report.base_checked) == ("org/name", True)
