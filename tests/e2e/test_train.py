@@ -190,6 +190,17 @@ def test_a_resumed_run_has_the_same_remaining_losses_bit_for_bit(
     assert open_run(run).info().status == "finished"
 
 
+def test_a_finished_run_that_is_resumed_keeps_what_it_recorded(recipe: Recipe) -> None:
+    """Its losses became null and its duration 0."""
+    result = tunesmith.train(recipe, quiet=True)
+    before = open_run(result.run_dir).info()
+    tunesmith.train(recipe, resume=result.run_dir, quiet=True)
+    after = open_run(result.run_dir).info()
+    assert after.status == "finished"
+    assert after.facts == before.facts
+    assert after.facts["loss"] == result.loss
+
+
 def test_a_run_cut_before_its_first_checkpoint_starts_again(recipe: Recipe, tmp_path: Path) -> None:
     whole = tunesmith.train({**recipe, "output": str(tmp_path / "whole")}, quiet=True)
     run = _cut(recipe, after=2)

@@ -39,6 +39,7 @@ FREE_KEYS = (
     "data.cache",
     "train.detect_anomaly",
 )
+_MEASURED = ("duration_s", "skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,10 @@ def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -
         exit_code=exit_code(loop.stopped_by),
         next_commands=tuple(commands),
     )
-    run.set_status("finished" if loop.stopped_by is None else "interrupted", **result.facts(), **_method_facts(session))
+    facts = {**result.facts(), **_method_facts(session)}
+    if loop.duration_s == 0:  # nothing was left to do: what the process that did it has recorded stays
+        facts = {key: value for key, value in facts.items() if value is not None and key not in _MEASURED}
+    run.set_status("finished" if loop.stopped_by is None else "interrupted", **facts)
     for line in closing_lines(commands):
         display.say(line)
     return result
