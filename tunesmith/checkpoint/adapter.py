@@ -79,6 +79,7 @@ def load_adapter(model: LanguageModel, directory: str | Path, *, trainable: bool
     places = _places(model)
     wanted = _wanted(tensors, places, directory)
     options = {f"{path}.{part}": options_for(config, name) for name, (path, part) in places.items() if name in wanted}
+    _check_ranks(tensors, {name: options[".".join(places[name])].rank for name in wanted}, directory)
     if adapted_linears(model):
         _check_same(model, options, directory)
         names = tuple(options)
@@ -219,6 +220,16 @@ def _check_same(model: LanguageModel, options: Mapping[str, AdapterOptions], dir
                     f"the adapter in {directory} has {field} {getattr(theirs, field)} for {name}, the recipe asks for "
                     f"{getattr(mine, field)}: set method.{field} to {getattr(theirs, field)}"
                 )
+
+
+def _check_ranks(tensors: Mapping[str, Tensor], ranks: Mapping[str, int], directory: Path) -> None:
+    """Before anything is built: a configuration may claim any rank, and memory would be taken for it."""
+    for name, rank in ranks.items():
+        down = tensors.get(f"{name}.{_KINDS['A']}")
+        if down is not None and down.shape[:1] != (rank,):
+            raise AdapterError(
+                f"the adapter in {directory} has rank {rank} in {CONFIG}, but {name} has shape {tuple(down.shape)}"
+            )
 
 
 def _has(present: bool) -> str:
