@@ -104,6 +104,8 @@ class ModuleSession(Generic[Batch]):
             for batch in self.validation:
                 loss, items = self.loss(self.module, batch)
                 total, count = total + float(loss), count + items
+        if count == 0:
+            raise DataError("no item of the validation batches is counted in the loss")
         mean = total / count
         return EvalMetrics(
             self.step_number, mean, math.exp(min(mean, 700.0)), count, count, time.perf_counter() - began

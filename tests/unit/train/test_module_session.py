@@ -185,3 +185,14 @@ def test_validation_can_follow_steps(tmp_path: Path) -> None:
     )
     steps = [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if row["event"] == "validation"]
     assert steps == [5, 10, 12]
+
+
+def test_a_validation_that_counts_nothing_is_refused(tmp_path: Path) -> None:
+    """It ended in a division by zero."""
+
+    def loss(module: nn.Module, batch: Rows) -> tuple[torch.Tensor, int]:
+        total, count = _loss(module, batch)
+        return total, count if module.training else 0
+
+    with pytest.raises(DataError, match="no item of the validation"):
+        fit(_module(), _batches(), loss, run_dir=tmp_path, settings=SETTINGS, validation=_batches(1))
