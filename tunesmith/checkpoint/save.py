@@ -15,7 +15,7 @@ from tunesmith.checkpoint.files import INDEX, SINGLE
 from tunesmith.checkpoint.names import LAYOUTS, tensor_names
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import Decoder
-from tunesmith.rundir.io import write_json_atomic
+from tunesmith.rundir.io import system_errors, write_json_atomic
 from tunesmith.units import GB
 
 MAX_SHARD_BYTES = 4 * GB
@@ -105,7 +105,8 @@ def save_shard(shard: dict[str, Tensor], path: Path) -> None:
     """Write one safetensors file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
     try:
-        save_file(shard, temporary, metadata={"format": "pt"})
+        with system_errors():
+            save_file(shard, temporary, metadata={"format": "pt"})
         _publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,9 +6,12 @@ Works on the native decoder and on the transformers backend alike.
 
 from __future__ import annotations
 
+import inspect
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 from torch import nn
@@ -20,9 +23,10 @@ from tunesmith.model.lora import AdaptedLinear, AdapterOptions
 from tunesmith.model.quant import NF4Linear, quantise_linears, quantised
 from tunesmith.recipe.schema import MethodSection
 
+_log = logging.getLogger(__name__)
 # Linears inside the blocks that choose among experts rather than project.
 ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
-_FOREIGN = ("Linear", "Conv1D")
+_FOREIGN = ("Linear", "Conv1D", "FalconLinear")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def summarise(model: LanguageModel, adapted: tuple[str, ...] = ()) -> MethodSumm
 
 
 def block_linears(model: LanguageModel) -> list[Target]:
-    """Every linear of the blocks but routers, in the order of the model's modules; adapted ones are left out."""
+    """Every linear of the blocks, in the order of the model's modules, but routers, linears whose weight their
+    module reads directly, and those that are adapted already."""
     return list(_linears_below(_module(model), "", _output_head(model)))
 
 
@@ -179,9 +184,24 @@ def _linears_below(module: nn.Module, path: str, head: nn.Module | None) -> Iter
         if isinstance(child, Linear | NF4Linear):
             yield Target(inner, module, name, child, child.parts, child.in_features)
         elif type(child).__name__ in _FOREIGN and getattr(child, "weight", None) is not None:
-            yield _foreign(inner, module, name, child)
+            if name not in _read_directly(type(module)):  # type: ignore[arg-type]  # a class is hashable
+                yield _foreign(inner, module, name, child)
         else:
             yield from _linears_below(child, inner, head)
+
+
+@cache
+def _read_directly(parent: Hashable) -> frozenset[str]:
+    """Names of children whose weight this class of module multiplies by itself, past their forward (Mamba's dt_proj,
+    for speed): they can't be replaced."""
+    try:
+        source = inspect.getsource(cast(type, parent))
+    except (OSError, TypeError):
+        return frozenset()
+    names = frozenset(re.findall(r"\bself\.(\w+)\.weight\b", source))
+    if names:
+        _log.debug("%s reads the weights of %s itself", parent, ", ".join(sorted(names)))
+    return names
 
 
 def _foreign(path: str, parent: nn.Module, name: str, child: nn.Module) -> Target:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.model.packed import PackedTokens, pack_documents
+from tunesmith.rundir.io import system_errors
 
 Checkpointing = Literal["none", "block", "selective"]
 _PROBE = ([5, 3, 8, 1, 7, 2, 6, 4], [9, 2, 4], [1, 6, 3, 5, 2])
@@ -119,7 +120,8 @@ class TransformersModel(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write a directory that transformers (and tunesmith) load: config.json and safetensors."""
-        self.model.save_pretrained(directory)
+        with system_errors():
+            self.model.save_pretrained(directory)
 
     def _rows(self, rows: list[Tensor]) -> Iterator[Tensor]:
         """The hidden states of each document, computed side by side."""

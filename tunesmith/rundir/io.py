@@ -33,6 +33,19 @@ def jsonable(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
+@contextlib.contextmanager
+def system_errors() -> Iterator[None]:
+    """Writers that are not Python raise errors of their own (safetensors): what the system said becomes an OSError."""
+    try:
+        yield
+    except Exception as error:
+        found = None if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
+
+
 def write_text_atomic(path: Path, text: str) -> None:
     """Write `text` as UTF-8 so that `path` holds either its old content or all of the new."""
     write_bytes_atomic(path, text.encode("utf-8"))

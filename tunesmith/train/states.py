@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.state import TrainingState
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, NonFiniteError
 from tunesmith.train import randomness
 from tunesmith.train.update import Updater
 
@@ -17,7 +17,11 @@ from tunesmith.train.update import Updater
 def capture_state(
     step: int, weights: Mapping[str, Tensor], updater: Updater, device: torch.device, facts: Mapping[str, Any]
 ) -> TrainingState:
-    """The complete state after `step` steps: weights, optimiser, scaler, generators, and the caller's facts."""
+    """The complete state after `step` steps: weights, optimiser, scaler, generators, and the caller's facts.
+
+    Raises: NonFiniteError when a weight is NaN or Inf: such a state must not take the place of a good one.
+    """
+    _check_finite(step, weights)
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     scalars: dict[str, dict[str, Any]] = {}
     for name, values in _optimizer_states(updater).items():
@@ -31,6 +35,15 @@ def capture_state(
     scaler = None if updater.scaler is None else vars(updater.scaler).copy()
     own = {"optimizer": scalars, "rng": generator_facts, "scaler": scaler}
     return TrainingState(step, tensors, {**facts, **own})
+
+
+def _check_finite(step: int, weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(
+                f"the update of step {step} made {name} NaN or infinite, so nothing of it is saved; checkpoints before "
+                f"it are as they were. Lower train.learning_rate or train.weight_decay, and start again"
+            )
 
 
 def restore_state(state: TrainingState, weights: Mapping[str, Tensor], updater: Updater, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tunesmith.checkpoint.load import load_decoder, load_model
 from tunesmith.errors import RecipeError, UnsupportedModelError
@@ -16,6 +17,7 @@ from tunesmith.model.language_model import LanguageModel, logits
 from tunesmith.model.methods import adapted_linears, apply_method, block_linears
 from tunesmith.model.packed import pack_documents
 from tunesmith.model.quant import NF4Linear
+from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.recipe.schema import MethodSection
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -175,3 +177,32 @@ def test_fused_experts_of_transformers_are_refused(tiny_model_dir: Callable[...,
             apply_method(foreign, MethodSection.model_validate({"kind": kind}), seed=0)
     summary = apply_method(foreign, MethodSection(kind="lora", targets=["q_proj"]), seed=0)
     assert len(summary.adapted) == 2
+
+
+FOREIGN = {
+    "mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "falcon": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+@pytest.mark.parametrize(
+    ("family", "adapted", "left_alone"),
+    [
+        ("mamba", {"in_proj"}, {"dt_proj", "out_proj", "x_proj"}),
+        ("falcon", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}, set()),
+    ],
+)
+def test_families_whose_linears_are_peculiar(kind: str, family: str, adapted: set[str], left_alone: set[str]) -> None:
+    """Was: Mamba multiplies by dt_proj's weight itself, so a linear in its place ended in an AttributeError; Falcon's
+    linears are a class of their own, so none was found and nothing could be trained."""
+    config = transformers.AutoConfig.for_model(family, **FOREIGN[family])
+    model = TransformersModel(transformers.AutoModelForCausalLM.from_config(config))
+    summary = apply_method(model, MethodSection(kind=kind, rank=2), seed=0)
+    assert {name.rsplit(".", 1)[1] for name in summary.adapted} == adapted
+    pack = pack_documents([[5, 9, 20, 31, 7], [3, 25, 8]])
+    model.logits(model.train().hidden(pack)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    if left_alone:
+        with pytest.raises(RecipeError, match="no linear of this model is called"):
+            apply_method(model, MethodSection(targets=sorted(left_alone)), seed=0)

@@ -25,6 +25,7 @@ from tunesmith.rundir.io import (
     read_jsonl,
     remove_leftovers,
     sha256_file,
+    system_errors,
     write_json_atomic,
 )
 
@@ -189,3 +190,12 @@ def test_a_row_that_fits_only_in_part_is_taken_back(tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="No space"):
         append_jsonl(path, {"step": 2})
     assert path.read_text(encoding="utf-8") == json.dumps({"step": 1}) + "\n"
+
+
+def test_what_the_system_said_to_a_foreign_writer_is_an_oserror() -> None:
+    """Was: a full disk during safetensors' own writing was an unexpected SafetensorError, not a full disk."""
+    with pytest.raises(OSError, match="No space left") as caught, system_errors():
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="else"), system_errors():
+        raise RuntimeError("something else")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tunesmith.checkpoint.state import TrainingState, load_state, save_state
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, NonFiniteError
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train import randomness
 from tunesmith.train.states import capture_state, restore_state
@@ -75,3 +75,12 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     renamed = {f"inner.{name}": tensor for name, tensor in small.module.named_parameters()}
     with pytest.raises(CheckpointError, match="another model or method: bias"):
         restore_state(state, renamed, small, CPU)
+
+
+def test_a_state_with_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    """Was: the last update could overflow, and the broken weights were saved and exported as a finished run."""
+    updater = _updater(learning_rate=1e20, weight_decay=1e20)
+    _step(updater, 5)
+    with pytest.raises(NonFiniteError, match="made weight NaN or infinite"):
+        _saved(updater, tmp_path, 7)
+    assert not list(tmp_path.iterdir())
