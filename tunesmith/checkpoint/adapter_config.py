@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"{directory} has no {CONFIG}: name a directory with an adapter in PEFT's format") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise AdapterError(f"{path} is no adapter's configuration: it is nested too deeply") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path} must hold a JSON object, got {type(config).__name__}")
     _refuse_unsupported(config, path)
@@ -82,14 +85,20 @@ def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: init_lora_weights {init!r} changed the base as well: convert the adapter to plain LoRA with "
             f"PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    _positive(config, "r", path)
-    _positive(config, "lora_alpha", path)
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        found = config.get(patterns) or {}
+        if not isinstance(found, dict):
+            raise AdapterError(f"{path}: {patterns} must be a mapping, got {type(found).__name__}")
+        for name, value in [(key, config.get(key)), *((f"{patterns} of {module}", v) for module, v in found.items())]:
+            _positive(name, value, path)
+    dropout = config.get("lora_dropout") or 0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise AdapterError(f"{path}: lora_dropout must be a number from 0 to below 1, got {dropout!r}")
 
 
-def _positive(config: Mapping[str, Any], key: str, path: Path) -> None:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise AdapterError(f"{path}: {key} must be a positive number, got {value!r}")
+def _positive(name: str, value: Any, path: Path) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise AdapterError(f"{path}: {name} must be a positive number, got {value!r}")
 
 
 def options_for(config: Mapping[str, Any], module: str) -> AdapterOptions:

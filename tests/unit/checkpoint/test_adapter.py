@@ -207,6 +207,10 @@ def test_a_model_without_adapter_is_refused(tiny_model_dir: Callable[..., Path],
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"r": 0}, "r must be a positive number"),
         ({"lora_alpha": "8"}, "lora_alpha must be a positive number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a positive number"),  # was: merged, and diverged
+        ({"rank_pattern": [1]}, "rank_pattern must be a mapping"),  # was: an AttributeError escaped
+        ({"rank_pattern": {"q_proj": "x"}}, "rank_pattern of q_proj must be a positive number"),
+        ({"lora_dropout": "a"}, "lora_dropout must be a number"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
         ({"r": 5}, "has shape"),
         # Adapters of the rank that the configuration claims were once built before any tensor was looked at.
