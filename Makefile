@@ -4,8 +4,10 @@
 setup:
 	@scripts/setup
 
-demo: setup
-	.venv/bin/tunesmith demo
+demo:
+	@scripts/setup demo
+	@.venv/bin/tunesmith demo
+	@echo "(the commands above want: source .venv/bin/activate)"
 
 check: setup
 	scripts/check

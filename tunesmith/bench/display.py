@@ -47,6 +47,7 @@ def cell_line(event: Event) -> Text:
     cell = event.cell or {}
     ok = cell.get("status") == "ok"
     line = Text("✓ " if ok else "✗ ", style="green" if ok else "red")
+    line.append(f"{event.position + 1:>2}/{event.count}  ", style="dim")
     line.append(f"{event.plan.label:<24}", style="bold" if ok else "red")
     line.append(_facts(cell) if ok else f"{cell.get('status', '?')}: {cell.get('reason') or ''}", style="default")
     return line

@@ -45,11 +45,12 @@ def save_adapter(
     base_path: str | Path,
     base_directory: Path | None = None,
     revision: str | None = None,
+    random_seed: int | None = None,
 ) -> None:
     """Write the adapters of `model` as PEFT would, with a record of the base in the weights' metadata.
 
     Args: base_path, revision: what adapter_config.json names; base_directory: the base's weights, where `base_path` is
-    no folder.
+    no folder; random_seed: the base's weights were drawn with this seed, so that no checkpoint is the base.
     Raises: AdapterError when the model has no adapter.
     """
     linears = adapted_linears(model)
@@ -61,7 +62,8 @@ def save_adapter(
     names += [hf_name(model, path, part) for path, linear in linears.items() for part in linear.parts]
     config = build_adapter_config(options, names, str(base_path), _is_transposed(model), revision)
     base = base_directory or Path(base_path)
-    record = BaseRecord(_fingerprint(base), *_quantisation(linears))
+    fingerprint = _fingerprint(base) if random_seed is None else f"random weights of seed {random_seed}"
+    record = BaseRecord(fingerprint, *_quantisation(linears))
     tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in adapter_tensors(model).items()}
     write_bytes_atomic(directory / WEIGHTS, save(tensors, metadata=_metadata(record)))
     write_json_atomic(directory / CONFIG, config)

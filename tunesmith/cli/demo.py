@@ -149,8 +149,9 @@ def _matrix(folder: Path, model: str, size: Size) -> tuple[Path, int]:
     _stage(
         2,
         "Five methods, equal conditions",
-        "Each trains the same model on the same rows for a few steps, in a process of its own. GC is gradient",
-        "checkpointing. Memory is what the tensors hold: on so small a model torch itself outweighs them by far.",
+        "Each trains the same model on the same rows for a few steps, in a process of its own, twice, in shuffled",
+        "order. Allocated is what the tensors hold; resident is the whole process: torch itself outweighs so small a",
+        "model by far. Checkpointing recomputes activations instead of keeping them.",
     )
     recipe = _recipe("demo", model, size.matrix)
     with BenchDisplay(console.err) as display:

@@ -185,7 +185,9 @@ class TrainSection(Section):
 
 class EvaluationSection(Section):
     every_steps: PositiveInt | None = Field(
-        None, description="validate every so many steps; none: once an epoch and at the end"
+        None,
+        description="validate every so many steps; none: once an epoch (ten times in all where epochs are under 20 "
+        "steps) and at the end",
     )
     max_batches: PositiveInt | None = Field(None, description="at most so many validation micro-batches")
 

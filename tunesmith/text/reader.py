@@ -257,8 +257,8 @@ def _encoding_problem(raw: bytes, error: UnicodeDecodeError) -> str:
         except UnicodeDecodeError:
             pass
         else:
-            return f"{byte} is not UTF-8; it may be GBK: set data.encoding to gb18030"
-    return f"{byte} is not {error.encoding}: set data.encoding to the file's encoding"
+            return f"{byte} is not UTF-8; it may be GBK: try --set data.encoding=gb18030"
+    return f"{byte} is not {error.encoding}: name the file's encoding: --set data.encoding=NAME"
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

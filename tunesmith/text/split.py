@@ -52,14 +52,14 @@ def _whole(store: DocumentStore, pairs: bool) -> Part:
 def held_out(hashes: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which documents are kept for validation: about `fraction`, chosen by content, equal ones on the same side.
 
-    None where the fraction is less than half a document (so few rows are all needed), and never all of them.
+    None where the fraction is less than one document (so few rows are all needed), and never all of them.
     """
     held = np.zeros(len(hashes), dtype=np.bool_)
     mixed = _mixed(hashes, seed)
     order = np.argsort(mixed, kind="stable")
     if fraction == 0 or len(hashes) == 0 or mixed[order[0]] == mixed[order[-1]]:
         return held
-    want = min(math.floor(fraction * len(hashes) + 0.5), len(hashes) - 1)
+    want = min(math.floor(fraction * len(hashes) + 1e-9), len(hashes) - 1)
     if want == 0:
         return held
     last = mixed[order[want - 1]]

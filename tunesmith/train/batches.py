@@ -67,6 +67,13 @@ class MicroBatch:
         index, targets = (tensor.to(device, non_blocking=True) for tensor in (self.index, self.targets))
         return replace(self, pack=pack, index=index, targets=targets)
 
+    def without_tail(self) -> MicroBatch:
+        """The same without the fillers at its end: shapes need not be constant where nothing is compiled for them."""
+        real = sum(self.lengths)
+        if self.pack.lengths[: len(self.lengths)] != self.lengths or real == self.pack.tokens_T.numel():
+            return self  # padded slots have fillers between their documents, which keep their places
+        return replace(self, pack=packed(self.pack.tokens_T[:real], self.lengths))
+
     def pinned(self) -> MicroBatch:
         """The same in page-locked memory, which a GPU copies from by itself."""
         pack = PackedTokens(

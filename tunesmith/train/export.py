@@ -27,7 +27,8 @@ def export(session: Session, directory: Path) -> Path:
             _save_model(session, temporary)
         else:
             base = session.recipe.model
-            save_adapter(session.model, temporary, base.path, session.model_directory, base.revision)
+            seed = session.recipe.train.seed if base.weights == "random" else None
+            save_adapter(session.model, temporary, base.path, session.model_directory, base.revision, seed)
         if session.tokenizer is not None:
             session.tokenizer.save(temporary)
     return directory

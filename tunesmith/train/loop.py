@@ -19,6 +19,7 @@ from tunesmith.rundir.layout import RunDir
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.stopping import StopSignals
 
+VALIDATIONS, LONG_EPOCH = 10, 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger(__name__)
 
@@ -135,11 +136,12 @@ class _Loop:
         self.result = LoopResult(trainable.step_number)
         self.saved_step = trainable.step_number
         self.saved_at = time.monotonic()
+        self._epoch = 0.0
 
     def run(self, metrics: MetricsWriter, signals: StopSignals) -> None:
         while self.trainable.step_number < self.trainable.total_steps and signals.received is None:
             self._step(metrics)
-            if self._evaluation_due():
+            if signals.received is None and self._evaluation_due():
                 self._evaluate(metrics)
             if signals.received is None and self._checkpoint_due():
                 self._save_or_warn()
@@ -151,6 +153,7 @@ class _Loop:
         step = self.trainable.step()
         result = self.result
         result.steps, result.loss = step.step, step.loss
+        self._epoch = step.epoch
         result.duration_s += step.duration_s
         result.data_wait_s += step.data_wait_s
         result.skipped_steps += int(step.skipped)
@@ -162,7 +165,19 @@ class _Loop:
         number, every = self.trainable.step_number, self.evaluation.every_steps
         if number == self.trainable.total_steps:
             return True
-        return number % every == 0 if every is not None else self.trainable.epoch_ended
+        if every is not None:
+            return number % every == 0
+        return self.trainable.epoch_ended and self._is_worth_validating()
+
+    def _is_worth_validating(self) -> bool:
+        """Whether the epoch had many steps, or another tenth of the run is done: little data has epochs of a step.
+
+        A function of step and epoch alone, so that a resumed run decides the same.
+        """
+        number, total = self.trainable.step_number, self.trainable.total_steps
+        in_epoch = number / self._epoch if self._epoch else 0.0
+        before = round(number - in_epoch)
+        return in_epoch >= LONG_EPOCH or number * VALIDATIONS // total > before * VALIDATIONS // total
 
     def _evaluate(self, metrics: MetricsWriter) -> None:
         measured = self.trainable.evaluate()

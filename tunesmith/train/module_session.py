@@ -165,7 +165,8 @@ def fit(
     Args:
         batches: the batches of an epoch (every epoch as long as the first), or a function from the epoch to them.
         loss: loss(module, batch) -> (sum of the losses, number of items), the sum a float32 scalar.
-        validation: batches that `loss` is averaged over without training, once an epoch unless `evaluation` says else.
+        validation: batches that `loss` is averaged over without training, once an epoch (ten times in all where epochs
+            are under 20 steps) unless `evaluation` says else.
     """
     of_epoch = batches if callable(batches) else lambda _: batches
     randomness.seed_everything(settings.seed)

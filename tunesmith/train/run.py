@@ -22,7 +22,7 @@ from tunesmith.train.loop import resume as resume_from
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session import Session, build_session, configure_cublas
-from tunesmith.train.stopping import exit_code
+from tunesmith.train.stopping import exit_code, sigterm_exits
 from tunesmith.watch.trackers import Trackers
 
 Preflight = Callable[[Recipe, Path], str]
@@ -128,8 +128,9 @@ def _recorded(run: RunDir) -> Iterator[None]:
     """run.json says how the run stands, also when it fails."""
     run.set_status("running")
     try:
-        yield
-    except KeyboardInterrupt:
+        with sigterm_exits():
+            yield
+    except (KeyboardInterrupt, SystemExit):
         run.set_status("interrupted")
         raise
     except BaseException as error:

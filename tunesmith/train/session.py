@@ -212,7 +212,7 @@ class Session:
         vocab_size = model_vocab_size(self.model)
         batch = build_micro_batch(dataset, documents, self.micro_batch_tokens, self.recipe.data, vocab_size)
         if self.device.type != "cuda":
-            return batch
+            return batch.without_tail()
         with torch.cuda.device(self.device):  # a thread begins on the first GPU, and pinning would take memory there
             return batch.pinned()
 

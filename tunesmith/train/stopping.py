@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +15,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def exit_code(received: signal.Signals | None) -> int:
     """128 + the signal's number, as shells count: 143 for SIGTERM, 130 for Ctrl-C; 0 for none."""
     return 0 if received is None else 128 + int(received)
+
+
+@contextlib.contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143), so that what is open is closed: while loading there is nothing to save."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(exit_code(signal.Signals(number)))
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignals:

@@ -214,7 +214,7 @@ def test_a_model_without_adapter_is_refused(tiny_model_dir: Callable[..., Path],
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
         ({"r": 5}, "has shape"),
         # Adapters of the rank that the configuration claims were once built before any tensor was looked at.
-        ({"r": 10**12}, "has rank 1000000000000"),
+        ({"r": 60_000}, "has rank 60000"),
         ({"use_dora": True}, "lacks the tensor"),
     ],
 )

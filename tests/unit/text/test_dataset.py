@@ -72,7 +72,7 @@ def test_split_is_disjoint_by_content_and_chosen_by_the_seed(byte_tokenizer: Tok
     assert parts(1) != (train, held)
 
 
-@pytest.mark.parametrize(("rows", "held"), [(1, 0), (3, 0), (9, 0), (10, 1)])
+@pytest.mark.parametrize(("rows", "held"), [(1, 0), (3, 0), (19, 0), (20, 1)])
 def test_few_rows_are_all_trained_on(rows: int, held: int, byte_tokenizer: Tokenizer, write_rows: Write) -> None:
     data = load(byte_tokenizer, write_rows(PAIRS[:rows]))
     assert data.summary.validation_documents == held

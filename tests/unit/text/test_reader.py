@@ -77,9 +77,9 @@ def test_other_encoding(tmp_path: Path) -> None:
     raw = LINES.decode().encode("gb18030")
     assert [row.value for row in rows_of_bytes(tmp_path, "a.jsonl", raw, "gb18030")] == ROWS
     raw = '{"text": "今天天气很好"}'.encode("gb18030")
-    assert "data.encoding to gb18030" in (rows_of_bytes(tmp_path, "a.jsonl", raw)[0].problem or "")
+    assert "data.encoding=gb18030" in (rows_of_bytes(tmp_path, "a.jsonl", raw)[0].problem or "")
     array = b"[" + raw + b"]"
-    assert "data.encoding to gb18030" in (rows_of_bytes(tmp_path, "a.json", array)[-1].problem or "")
+    assert "data.encoding=gb18030" in (rows_of_bytes(tmp_path, "a.json", array)[-1].problem or "")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])

@@ -24,6 +24,16 @@ def test_fillers_are_counted_nowhere(packing: bool) -> None:
     assert batch.to(torch.device("cpu")) is batch
 
 
+@pytest.mark.parametrize(("packing", "tokens"), [(True, 40), (False, 96)])
+def test_without_tail_keeps_what_is_trained(packing: bool, tokens: int) -> None:
+    documents = RandomTokens(3, 20, 50, seed=1)
+    batch = build_micro_batch(documents, [2, 0], 96, DataSection(max_length=32, packing=packing), 50)
+    short = batch.without_tail()
+    assert short.pack.tokens_T.numel() == sum(short.pack.lengths) == tokens
+    assert torch.equal(short.pack.tokens_T[short.index + 1], short.targets)
+    assert (short.num_tokens, short.num_trained, short.lengths) == (40, 38, (20, 20))
+
+
 def test_a_token_outside_the_vocabulary_names_its_row() -> None:
     documents = RandomTokens(3, 20, 50, seed=1)
     largest = int(max(documents.arrays(1)[0]))

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tunesmith.train.stopping import StopSignals, exit_code
+from tunesmith.train.stopping import StopSignals, exit_code, sigterm_exits
 
 
 def test_the_first_signal_is_noted_and_the_handlers_come_back() -> None:
@@ -38,3 +38,12 @@ def test_a_signal_in_the_middle_of_a_line_that_is_written() -> None:
     with StopSignals(reentrant) as signals:
         signal.raise_signal(signal.SIGTERM)
     assert signals.received is signal.SIGTERM
+
+
+def test_sigterm_while_loading_leaves_with_its_code() -> None:
+    """The bug: SIGTERM before the loop killed the process, and run.json said "running" for ever."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left, sigterm_exits():
+        signal.raise_signal(signal.SIGTERM)
+    assert left.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
