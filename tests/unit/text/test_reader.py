@@ -47,7 +47,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
         ("a.json", LINES),
         ("a.json", json.dumps(ROWS, indent=2).encode()),
         ("a.json", b"\xef\xbb\xbf\n" + json.dumps(ROWS, ensure_ascii=False).encode()),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.json.xz", lzma.compress(json.dumps(ROWS).encode())),
         ("a.ndjson.bz2", bz2.compress(LINES)),
         ("a.csv", "text\r\n一\n二\nthree\n".encode()),
