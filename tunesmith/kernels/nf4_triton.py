@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -36,6 +37,11 @@ def dequantize_parts(parts: Sequence[NF4Weight], dtype: torch.dtype) -> Tensor:
     )
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, wherever the tensors are; its interpreter takes tensors of the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 @torch.library.custom_op("tunesmith::nf4_dequantize", mutates_args=())
 def dequantize_operator(
     codes: Sequence[Tensor],
@@ -50,7 +56,7 @@ def dequantize_operator(
     """Dequantised rows [sum(rows), columns] in `dtype`, rounded to `through` before. Empty `scale_scales`: plain."""
     out = torch.empty(sum(rows), columns, dtype=dtype, device=codes[0].device)
     table, dynamic = nf4_values(out.device), dynamic_values(out.device)
-    with torch.cuda.device(out.device):  # Triton launches on the current GPU, wherever the tensors are
+    with _current(out.device):
         for part, part_out in enumerate(out.split(list(rows))):
             num_values = part_out.numel()
             grid = (ceil_div(num_values, BLOCKS * BLOCK),)
