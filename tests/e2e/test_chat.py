@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -157,6 +158,15 @@ class Terminal:
             return False
         return True
 
+    def interrupt_until(self, pattern: str) -> None:
+        """Press Ctrl-C, again and again as a person does: one between readline's waits is noticed at the next key."""
+        for _ in range(20):
+            os.kill(self.process.pid, signal.SIGINT)
+            with contextlib.suppress(AssertionError):
+                self.wait_for(pattern, timeout_s=2)
+                return
+        raise AssertionError(f"{pattern!r} did not come after twenty times Ctrl-C")
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -185,9 +195,7 @@ def test_a_person_chats_and_stops_an_answer(tiny_model_dir: Callable[..., Path],
         terminal.type("/stats\n")
         terminal.wait_for("KV cache|nothing said yet")
         terminal.wait_for("> ")
-        time.sleep(0.5)  # a signal between the prompt and readline's wait for keys is only noticed at the next key
-        os.kill(terminal.process.pid, signal.SIGINT)
-        terminal.wait_for("Ctrl-D or /exit leaves")
+        terminal.interrupt_until("Ctrl-D or /exit leaves")
         terminal.wait_for("> ")
         terminal.type("/nothing\n")
         terminal.wait_for("there is no command /nothing")
