@@ -13,6 +13,7 @@ from typing import Any, Literal
 from tunesmith.errors import DataError
 from tunesmith.text.files import find_sources
 from tunesmith.text.formats import Conversation, RowError, detect_format, to_example
+from tunesmith.text.places import name_place
 from tunesmith.text.reader import read_rows
 
 Comparison = Literal["exact", "number"]
@@ -56,7 +57,7 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
     questions: list[Question] = []
     for source in find_sources([path]):
         for row in read_rows(source):
-            place = f"{source.name}:{row.line}"
+            place = name_place(source.name, row.place)
             if row.problem is not None:
                 raise DataError(f"{place}: {row.problem}")
             questions.append(_question(row.value, place))

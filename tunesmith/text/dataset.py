@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
+from tunesmith.text.places import name_place
 from tunesmith.text.split import load_parts
 from tunesmith.text.store import DocumentStore
 from tunesmith.text.summary import DataSummary, Progress, summarise
@@ -21,7 +22,7 @@ __all__ = ["DataSummary", "Document", "TokenisedDataset", "TrainingData", "load_
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens (int32) of one document; trained[i] tells whether token i is a target. row: "file:line"."""
+    """Tokens (int32) of one document; trained[i] tells whether token i is a target. row: its place in words."""
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
@@ -43,7 +44,7 @@ class TokenisedDataset:
         tokens, trained = self.arrays(index)
         at = int(self._indices[index])
         file = self._store.meta["files"][int(self._store.files[at])]
-        return Document(tokens, trained, f"{file}:{int(self._store.lines[at])}")
+        return Document(tokens, trained, name_place(file, int(self._store.places[at])))
 
     def __iter__(self) -> Iterator[Document]:
         return (self[i] for i in range(len(self)))

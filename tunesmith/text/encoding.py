@@ -33,13 +33,13 @@ class EncodeSettings:
 class EncodedRows:
     """Documents laid end to end, and what was left out and why.
 
-    problems: (line, reason) of rows that are wrong, in order; too_long: lines of documents over max_length.
+    problems: (place, reason) of rows that are wrong, in order; too_long: places of documents over max_length.
     """
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
     lengths: NDArray[np.int64]
-    lines: NDArray[np.int64]
+    places: NDArray[np.int64]
     hashes: NDArray[np.uint64]
     problems: list[tuple[int, str]] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
@@ -57,14 +57,14 @@ class Documents:
 
     tokens: list[NDArray[np.int32]] = field(default_factory=list)
     trained: list[NDArray[np.bool_]] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
 
-    def add(self, line: int, tokens: Any, trained: NDArray[np.bool_], content: bytes) -> None:
+    def add(self, place: int, tokens: Any, trained: NDArray[np.bool_], content: bytes) -> None:
         """One more; `content` is what its hash is made of."""
         self.tokens.append(np.asarray(tokens, dtype=np.int32))
         self.trained.append(trained)
-        self.lines.append(line)
+        self.places.append(place)
         self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
 
     def finished(self) -> EncodedRows:
@@ -73,7 +73,7 @@ class Documents:
             np.concatenate([np.empty(0, np.int32), *self.tokens]),
             np.concatenate([np.empty(0, np.bool_), *self.trained]),
             np.array([len(tokens) for tokens in self.tokens], dtype=np.int64),
-            np.array(self.lines, dtype=np.int64),
+            np.array(self.places, dtype=np.int64),
             np.array(self.hashes, dtype=np.uint64),
         )
 
@@ -90,11 +90,11 @@ def encode_rows(tokenizer: Tokenizer, settings: EncodeSettings, format_name: str
             example = to_example(row.value, format_name)
             assert not isinstance(example, Preference), "text/pairs.py encodes the format 'preference'"
             if isinstance(example, PlainText):
-                texts.append((row.line, example))
+                texts.append((row.place, example))
             else:
-                chats.append((row.line, *render_conversation(tokenizer, settings, example)))
+                chats.append((row.place, *render_conversation(tokenizer, settings, example)))
         except (RowError, DataError) as error:
-            problems.append((row.line, str(error)))
+            problems.append((row.place, str(error)))
     documents, counts = Documents(), EncodedRows(*[np.empty(0)] * 5)  # type: ignore[arg-type]
     _add_texts(documents, counts, tokenizer, settings, texts)
     _add_chats(documents, counts, tokenizer, settings, chats)
@@ -131,15 +131,15 @@ def _add_texts(
     encodings = tokenizer.encodings([text.text for _, text in texts], offsets=False)
     begin = [tokenizer.bos_id] if tokenizer.adds_bos else []
     end = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-    for (line, text), encoding in zip(texts, encodings, strict=True):
+    for (place, text), encoding in zip(texts, encodings, strict=True):
         ids = np.array((begin if text.begins else []) + encoding.ids + (end if text.ends else []), dtype=np.int32)
         if text.pieces:
             for start in range(0, len(ids), settings.max_length):
                 piece = ids[start : start + settings.max_length]
                 if len(piece) > 1:
-                    documents.add(line, piece, np.arange(len(piece)) > 0, piece.tobytes())
+                    documents.add(place, piece, np.arange(len(piece)) > 0, piece.tobytes())
         else:
-            _add_document(documents, counts, settings, line, ids, np.arange(len(ids)) > 0, text.text.encode())
+            _add_document(documents, counts, settings, place, ids, np.arange(len(ids)) > 0, text.text.encode())
 
 
 def _add_chats(
@@ -151,21 +151,21 @@ def _add_chats(
 ) -> None:
     encoded = encode_chat_texts(tokenizer, [chat for _, chat, _ in chats], settings.train_on)
     stops = np.array(tokenizer.stop_ids, dtype=np.int32)
-    for (line, _, content), chat in zip(chats, encoded, strict=True):
+    for (place, _, content), chat in zip(chats, encoded, strict=True):
         ids, trained = np.array(chat.tokens, dtype=np.int32), np.array(chat.trained, dtype=np.bool_)
         counts.conversations += 1
         counts.untrained_turns += chat.untrained_turns
         counts.straddling += chat.straddling
         kept = ids[: settings.max_length][trained[: settings.max_length]]
         counts.ends_trained += bool(np.isin(kept, stops).any())
-        _add_document(documents, counts, settings, line, ids, trained, content)
+        _add_document(documents, counts, settings, place, ids, trained, content)
 
 
 def _add_document(
     documents: Documents,
     counts: EncodedRows,
     settings: EncodeSettings,
-    line: int,
+    place: int,
     ids: NDArray[np.int32],
     trained: NDArray[np.bool_],
     content: bytes,
@@ -173,11 +173,11 @@ def _add_document(
     """A whole document, cut or left out when it is too long, left out when nothing of it is trained."""
     if len(ids) > settings.max_length:
         if settings.too_long != "truncate":
-            counts.too_long.append(line)
+            counts.too_long.append(place)
             return
         counts.truncated += 1
         ids, trained = ids[: settings.max_length], trained[: settings.max_length]
     if not trained.any():
         counts.dropped += 1
         return
-    documents.add(line, ids, trained, content)
+    documents.add(place, ids, trained, content)

@@ -26,14 +26,14 @@ _Chats = tuple[EncodedChat, EncodedChat]
 
 @dataclass(frozen=True)
 class _RenderedPair:
-    line: int
+    place: int
     chosen: ChatText
     rejected: ChatText
     content: bytes
 
 
 def encode_pairs(tokenizer: Tokenizer, settings: EncodeSettings, format_name: str, rows: Sequence[Row]) -> EncodedRows:
-    """Documents of these pairs, in order: 2i is chosen, 2i + 1 rejected, with one hash (of the pair) and line.
+    """Documents of these pairs, in order: 2i is chosen, 2i + 1 rejected, with one hash (of the pair) and place.
 
     The counts are of pairs; ends_trained counts those with a trained end-of-turn token in both answers. A row that
     is wrong becomes a problem, never an exception.
@@ -44,7 +44,7 @@ def encode_pairs(tokenizer: Tokenizer, settings: EncodeSettings, format_name: st
         try:
             rendered.append(_rendered_pair(tokenizer, settings, format_name, row))
         except (RowError, DataError) as error:
-            problems.append((row.line, str(error)))
+            problems.append((row.place, str(error)))
     chats = encode_chat_texts(
         tokenizer, [text for pair in rendered for text in (pair.chosen, pair.rejected)], "answers"
     )
@@ -53,7 +53,7 @@ def encode_pairs(tokenizer: Tokenizer, settings: EncodeSettings, format_name: st
         try:
             gathered.add(pair, _with_one_prompt(tokenizer, pair, (chosen, rejected)))
         except RowError as error:
-            problems.append((pair.line, str(error)))
+            problems.append((pair.place, str(error)))
     return gathered.finished(sorted(problems))
 
 
@@ -71,7 +71,7 @@ def _rendered_pair(tokenizer: Tokenizer, settings: EncodeSettings, format_name: 
             raise RowError("the chat template marks no answer; name another one with data.chat_template")
         texts.append(replace(text, spans=text.spans[-1:]))
         contents.append(content)
-    return _RenderedPair(row.line, texts[0], texts[1], b"\0".join(contents))
+    return _RenderedPair(row.place, texts[0], texts[1], b"\0".join(contents))
 
 
 def _with_one_prompt(tokenizer: Tokenizer, pair: _RenderedPair, chats: _Chats) -> _Chats:
@@ -116,7 +116,7 @@ class _Pairs:
         self._pairs += 1
         self._straddling += any(chat.straddling for chat in chats)
         if over and self._settings.too_long != "truncate":
-            self._too_long.append(pair.line)
+            self._too_long.append(pair.place)
             return
         self._truncated += over
         ids = [np.array(chat.tokens[:most], dtype=np.int32) for chat in chats]
@@ -127,7 +127,7 @@ class _Pairs:
             return
         self._ends_trained += all(bool(np.isin(answer, self._stops).any()) for answer in (chosen, rejected))
         for tokens, mask in zip(ids, masks, strict=True):
-            self._documents.add(pair.line, tokens, mask, pair.content)
+            self._documents.add(pair.place, tokens, mask, pair.content)
 
     def finished(self, problems: list[tuple[int, str]]) -> EncodedRows:
         """The pairs end to end, with what was left out."""

@@ -21,6 +21,7 @@ from typing import IO, Any
 from tunesmith.errors import DataError, MissingExtraError
 from tunesmith.text.files import Source, split_suffixes
 from tunesmith.text.formats import PlainText
+from tunesmith.text.places import make_place
 from tunesmith.text.sources import builtin_rows
 from tunesmith.text.strict_json import ArrayReader, StrictJSONError, parse
 
@@ -32,12 +33,21 @@ _TORN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
 
 @dataclass(frozen=True)
 class Row:
-    """A row and its line (from 1), or what is wrong with it. `last`: nothing more can be read of the file."""
+    """A row and its line (from 1), or what is wrong with it. `last`: nothing more can be read of the file.
+
+    row: its number (from 1) where the line alone would not find it; line 0: the file has no lines.
+    """
 
     line: int
     value: Any = None
     problem: str | None = None
     last: bool = False
+    row: int = 0
+
+    @property
+    def place(self) -> int:
+        """Line and row as one number; `name_place` makes words of it."""
+        return make_place(self.line, self.row)
 
 
 def read_rows(source: Source, encoding: str = "utf-8") -> Iterator[Row]:
@@ -139,9 +149,9 @@ def _json_lines(lines: _Lines) -> Iterator[Row]:
 def _json_array(lines: _Lines) -> Iterator[Row]:
     reader = ArrayReader(lines.characters())
     try:
-        for line, value, problem in reader:
+        for number, (line, value, problem) in enumerate(reader, 1):
             lines.number = line
-            yield Row(line, value, problem, last=reader.broken)
+            yield Row(line, value, problem, last=reader.broken, row=number)
     except UnicodeDecodeError as error:
         yield Row(lines.number, None, _encoding_problem(error.object, error), last=True)
 
@@ -273,9 +283,9 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(number, value)
+                    yield Row(0, value, row=number)
     except (OSError, pyarrow.ArrowException) as error:
-        yield Row(number + 1, None, f"the file is torn: {error}", last=True)
+        yield Row(0, None, f"the file is torn: {error}", last=True, row=number + 1)
 
 
 def _hub_rows(name: str) -> Iterator[Row]:
@@ -291,4 +301,4 @@ def _hub_rows(name: str) -> Iterator[Row]:
         raise DataError(
             f"the Hub data set {name} can't be loaded: {reason}; without a network, name a local file in data.train"
         ) from None
-    yield from (Row(i, value) for i, value in enumerate(data, 1))
+    yield from (Row(0, value, row=i) for i, value in enumerate(data, 1))

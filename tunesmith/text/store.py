@@ -1,6 +1,6 @@
 """Tokenised documents on disk: flat arrays that are appended to, and afterwards mapped, never loaded whole.
 
-    tokens.bin int32 · trained.bin bool · offsets.bin int64 · lines.bin int64 · files.bin int32 · hashes.bin uint64
+    tokens.bin int32 · trained.bin bool · offsets.bin int64 · places.bin int64 · files.bin int32 · hashes.bin uint64
     meta.json  what they are, their sizes and SHA-256, and whatever the writer adds
 
 A directory appears under its final name complete or not at all; several writers of the same key are welcome.
@@ -26,7 +26,7 @@ from tunesmith.text.encoding import EncodedRows
 
 ARRAYS: dict[str, Any] = {
     "tokens": np.int32, "trained": np.bool_, "lengths": np.int64,
-    "lines": np.int64, "files": np.int32, "hashes": np.uint64,
+    "places": np.int64, "files": np.int32, "hashes": np.uint64,
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ class DocumentStore:
         self.tokens, self.trained = arrays["tokens"], arrays["trained"]
         self.lengths: NDArray[np.int64] = arrays["lengths"]
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
-        self.lines, self.files, self.hashes = arrays["lines"], arrays["files"], arrays["hashes"]
+        self.places, self.files, self.hashes = arrays["places"], arrays["files"], arrays["hashes"]
         self.meta = meta
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tunesmith.errors import DataError
 from tunesmith.text.encoding import EncodedRows
+from tunesmith.text.places import name_place
 from tunesmith.text.store import DocumentStore
 from tunesmith.units import format_count
 
@@ -39,18 +40,19 @@ class Tally:
     def add(self, file: str, rows: int, encoded: EncodedRows) -> None:
         """Counts a batch of one file."""
         self.rows += rows
-        for line, reason in encoded.problems:
+        for place, reason in encoded.problems:
             if self.stop:
                 raise DataError(
-                    f"{file}:{line}: {reason} (to leave bad rows out and count them: --set data.bad_rows=skip)"
+                    f"{name_place(file, place)}: {reason} "
+                    f"(to leave bad rows out and count them: --set data.bad_rows=skip)"
                 )
             self.skipped += 1
-            kind = self.reasons.setdefault(reason, {"count": 0, "first": f"{file}:{line}"})
+            kind = self.reasons.setdefault(reason, {"count": 0, "first": name_place(file, place)})
             kind["count"] += 1
         if encoded.too_long and self.too_long_stops:
             raise DataError(
-                f"{file}:{encoded.too_long[0]}: the document is longer than data.max_length ({self.max_length}); "
-                f"raise it, or set data.too_long to truncate or skip"
+                f"{name_place(file, encoded.too_long[0])}: the document is longer than data.max_length "
+                f"({self.max_length}); raise it, or set data.too_long to truncate or skip"
             )
         self.too_long += len(encoded.too_long)
         for name in ("truncated", "dropped", "untrained_turns", "straddling", "conversations", "ends_trained"):
