@@ -87,9 +87,17 @@ class Linear(nn.Module):
         """weight_FD of one projection (a view)."""
         return self.weight[self.rows(part)]
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def product(self, x_TD: Tensor) -> Tensor:
+        """y_TF = x @ weight.T + bias in the dtype of x: what `forward` computes."""
         bias = None if self.bias is None else self.bias.to(x_TD.dtype)
         return F.linear(x_TD, self.weight.to(x_TD.dtype), bias)
+
+    def input_grad(self, g_TF: Tensor) -> Tensor:
+        """dx_TD = g @ weight in the dtype of g: the gradient of `product` to x, for backward passes written out."""
+        return g_TF @ self.weight.to(g_TF.dtype)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.product(x_TD)
 
 
 def part_rows(parts: Mapping[str, int], part: str) -> slice:

@@ -1,21 +1,26 @@
 """Linears whose weight is held in NF4, put in place of the linears of the blocks.
 
-The product dequantises the weight to the dtype of its input and lets it go again; the backward pass dequantises once
-more, so what is held for it is the codes, which are there anyway.
+The product dequantises the weight to the dtype of its input, or to fp8 for a product in fp8, and lets it go again; the
+backward pass dequantises once more, so what is held for it is the codes, which are there anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.kernels.fp8 import fp8_product, quantize_rows_fp8
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, quantize_nf4
+from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
+from tunesmith.model.fp8 import Fp8Linear
+from tunesmith.model.frozen import FrozenProduct
 from tunesmith.model.layers import Linear, part_rows
 
+Compute = Literal["weights", "fp8"]
 _STATE = ("codes", "scales", "scale_scales", "offset")
 
 
@@ -23,6 +28,8 @@ class NF4Linear(nn.Module):
     """Projections of one input in NF4, each with its own scales: y_TF = x_TD @ weight_FD.T + bias_F in the dtype of x.
 
     The face of `Linear`; `dtype` is that of the weights that were quantised. The bias stays as it is.
+    `compute`: "weights" multiplies by the weights dequantised to the dtype of x; "fp8" by an fp8 form made of the codes
+    for the one product, x quantised by rows.
     """
 
     def __init__(
@@ -41,6 +48,8 @@ class NF4Linear(nn.Module):
         self.out_features = sum(parts.values())
         self.is_double = double
         self.dtype = dtype
+        self.compute: Compute = "weights"
+        self._row_scales: Tensor | None = None
         for part, rows in self.parts.items():
             self._hold(part, empty_nf4((rows, in_features), dtype, double, device))
         self.shell: tuple[nn.Module] | None = None
@@ -77,7 +86,7 @@ class NF4Linear(nn.Module):
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dequantised fused weight_FD."""
-        return dequantize_nf4([self.part_nf4(part) for part in self.parts], dtype)
+        return dequantize_nf4(self._all_parts(), dtype)
 
     def keep_shell(self, module: nn.Module) -> None:
         """Remember the linear of another library that this one replaces, without its weight: merging gives it back."""
@@ -87,10 +96,43 @@ class NF4Linear(nn.Module):
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight as held, scales included, the bias not."""
-        return sum(self.part_nf4(part).num_bytes for part in self.parts)
+        return sum(part.num_bytes for part in self._all_parts())
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """y_TF = x @ weight.T + bias in the dtype of x, without gradients."""
+        if self.compute == "fp8":
+            return self._product_fp8(x_TD)
+        return F.linear(x_TD, self.weight(x_TD.dtype), None if self.bias is None else self.bias.to(x_TD.dtype))
+
+    def input_grad(self, g_TF: Tensor) -> Tensor:
+        """dx_TD = g @ weight in the dtype of g."""
+        if self.compute == "fp8":
+            return self._input_grad_fp8(g_TF)
+        return g_TF @ self.weight(g_TF.dtype)
+
+    def _product_fp8(self, x_TD: Tensor) -> Tensor:
+        weight = nf4_to_fp8(self._all_parts(), scale_F=self.row_scales())
+        x_codes, x_scale = quantize_rows_fp8(x_TD.flatten(0, -2))
+        y_TF = fp8_product(x_codes, x_scale, weight.codes, weight.scale, self.bias, x_TD.dtype)
+        return y_TF.view(*x_TD.shape[:-1], self.out_features)
+
+    def _input_grad_fp8(self, g_TF: Tensor) -> Tensor:
+        weight = nf4_to_fp8(self._all_parts(), transposed=True, scale_F=self.row_scales())
+        g_codes, g_scale = quantize_rows_fp8(g_TF.flatten(0, -2), weight.scale)
+        dx_TD = fp8_product(g_codes, g_scale, weight.codes, None, None, g_TF.dtype)
+        return dx_TD.view(*g_TF.shape[:-1], self.in_features)
+
+    def row_scales(self) -> Tensor:
+        """The fp8 scale of every output row, float32 [F]: made at the first product in fp8, and kept."""
+        if self._row_scales is None:
+            self._row_scales = nf4_row_scales(self._all_parts())
+        return self._row_scales
+
+    def _all_parts(self) -> list[NF4Weight]:
+        return [self.part_nf4(part) for part in self.parts]
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return _Product.apply(x_TD, self.bias, self)
+        return FrozenProduct.apply(x_TD, self.bias, self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.parts}, double={self.is_double}"
@@ -98,11 +140,13 @@ class NF4Linear(nn.Module):
     def _hold(self, part: str, weight: NF4Weight) -> None:
         self.is_double = weight.is_double
         self.dtype = weight.dtype
+        self._row_scales = None
         for name in _STATE:
             self.register_buffer(f"{part}_{name}", getattr(weight, name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Move as any module does, but never convert the scales: `.to(torch.bfloat16)` would spoil them."""
+        self._row_scales = None
         held = {id(buffer) for buffer in self.buffers()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -112,23 +156,6 @@ class NF4Linear(nn.Module):
 
         super()._apply(keep_dtype, recurse)
         return self
-
-
-class _Product(torch.autograd.Function):
-    """x @ weight.T + bias for a frozen NF4 weight: nothing is saved, the weight is dequantised in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, linear: NF4Linear) -> Tensor:
-        ctx.linear = linear
-        return F.linear(x, linear.weight(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
-        bias = ctx.linear.bias
-        grad_x = grad @ ctx.linear.weight(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0).to(bias.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None
 
 
 def quantise_linears(model: nn.Module, double: bool) -> None:
@@ -156,11 +183,20 @@ def quantised(linear: Linear, double: bool) -> NF4Linear:
 
 
 def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The fused weight_FD of any linear in `dtype`: ours, NF4, torch's, or GPT-2's Conv1D of transformers."""
-    if isinstance(linear, NF4Linear):
+    """The fused weight_FD of any linear in `dtype`: ours, NF4, fp8, torch's, or GPT-2's Conv1D of transformers."""
+    if isinstance(linear, NF4Linear | Fp8Linear):
         return linear.weight(dtype)
     weight = linear.weight
     assert isinstance(weight, Tensor)
     if type(linear).__name__ == "Conv1D":
         weight = weight.t()
     return weight.to(dtype)
+
+
+def set_compute(model: nn.Module, compute: Compute) -> None:
+    """What the products of a model's quantised linears are taken in: "weights" dequantised, or "fp8"."""
+    for child in model.modules():
+        if isinstance(child, NF4Linear | Fp8Linear):
+            child.compute = compute
+        if isinstance(child, NF4Linear) and compute == "fp8":
+            child.row_scales()
