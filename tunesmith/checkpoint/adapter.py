@@ -24,6 +24,7 @@ from tunesmith.rundir.io import write_bytes_atomic, write_json_atomic
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_RANDOM = "random weights"
 _KINDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
@@ -62,22 +63,32 @@ def save_adapter(
     names += [hf_name(model, path, part) for path, linear in linears.items() for part in linear.parts]
     config = build_adapter_config(options, names, str(base_path), _is_transposed(model), revision)
     base = base_directory or Path(base_path)
-    fingerprint = _fingerprint(base) if random_seed is None else f"random weights of seed {random_seed}"
-    record = BaseRecord(fingerprint, *_quantisation(linears))
+    record = BaseRecord(_identity(base, random_seed), *_quantisation(linears))
     tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in adapter_tensors(model).items()}
     write_bytes_atomic(directory / WEIGHTS, save(tensors, metadata=_metadata(record)))
     write_json_atomic(directory / CONFIG, config)
 
 
-def load_adapter(model: LanguageModel, directory: str | Path, *, trainable: bool = False) -> tuple[str, ...]:
+def load_adapter(
+    model: LanguageModel,
+    directory: str | Path,
+    *,
+    trainable: bool = False,
+    base_directory: Path | None = None,
+    random_seed: int | None = None,
+) -> tuple[str, ...]:
     """Put the adapter of `directory` on `model`, or into the adapters it already has (they must fit exactly).
 
+    Args: base_directory: where the model's weights came from: must be the base that the adapter has on record (None:
+    not looked at); random_seed: they were drawn with this seed instead.
     Returns: the names of the adapted projections, "<module path>.<projection>".
-    Raises: AdapterError when it does not fit the model, naming what.
+    Raises: AdapterError when it does not fit the model, naming what, or was trained on another base.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
-    tensors, _ = read_adapter_tensors(directory)
+    tensors, record = read_adapter_tensors(directory)
+    if base_directory is not None and is_same_base(record, base_directory, random_seed) is False:
+        raise _other_base(record, directory, base_directory, config.get("base_model_name_or_path"))
     places = _places(model)
     wanted = _wanted(tensors, places, directory)
     options = {f"{path}.{part}": options_for(config, name) for name, (path, part) in places.items() if name in wanted}
@@ -89,6 +100,19 @@ def load_adapter(model: LanguageModel, directory: str | Path, *, trainable: bool
         names = _add(model, [places[name] for name in wanted], options, trainable)
     _copy(model, tensors, directory)
     return names
+
+
+def is_same_base(record: BaseRecord, base_directory: Path, random_seed: int | None = None) -> bool | None:
+    """Whether these are the weights an adapter was trained on, wherever they lie; None where it has none on record."""
+    return None if record.fingerprint is None else record.fingerprint == _identity(base_directory, random_seed)
+
+
+def _other_base(record: BaseRecord, directory: Path, base: Path, named: object) -> AdapterError:
+    trained_on = record.fingerprint if str(record.fingerprint).startswith(_RANDOM) else named or "another model"
+    return AdapterError(
+        f"the adapter in {directory} was trained on another base than {base} (their weights differ): name the one it "
+        f"was trained on ({trained_on}), or fold it into this one with: tunesmith merge --force"
+    )
 
 
 def adapter_tensors(model: LanguageModel) -> dict[str, Tensor]:
@@ -150,8 +174,10 @@ def _metadata(record: BaseRecord) -> dict[str, str]:
     return {"format": "pt", **known}
 
 
-def _fingerprint(base: Path) -> str | None:
-    """The fingerprint of a base that is here; None where only its configuration is (random weights)."""
+def _identity(base: Path, random_seed: int | None) -> str | None:
+    """The seed of random weights, else the fingerprint of a base; None where only its configuration is there."""
+    if random_seed is not None:
+        return f"{_RANDOM} of seed {random_seed}"
     try:
         return base_fingerprint(base)
     except ModelError:

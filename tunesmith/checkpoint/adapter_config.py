@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tunesmith.checkpoint.module_patterns import matches_end
 from tunesmith.errors import AdapterError
 from tunesmith.model.lora import AdapterOptions
 
@@ -117,11 +118,8 @@ def options_for(config: Mapping[str, Any], module: str) -> AdapterOptions:
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module's name, as PEFT matches them."""
     for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise AdapterError(f"{CONFIG}: the pattern {pattern!r} is no regular expression: {error}") from None
+        if matches_end(pattern, module):
+            return value
     return default
 
 

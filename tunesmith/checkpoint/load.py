@@ -54,7 +54,7 @@ def load_model(
 
     Args:
         path_or_id: a model directory, `builtin:tiny`, or a Hub id.
-        adapter: an adapter directory in PEFT's format, put on top.
+        adapter: an adapter directory in PEFT's format, put on top; refused where it has another base on record.
         quantize: hold the linears of the blocks in NF4, the scales too with "nf4-double".
         dtype: "auto" is the checkpoint's.
         device: "auto" is the GPU where there is one.
@@ -69,7 +69,8 @@ def load_model(
     if adapter is not None:
         from tunesmith.checkpoint.adapter import load_adapter
 
-        load_adapter(model, Path(adapter))
+        base = resolve_model(section.path, revision)
+        load_adapter(model, Path(adapter), base_directory=base, random_seed=seed if weights == "random" else None)
     return model.eval()
 
 

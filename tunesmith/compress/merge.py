@@ -17,10 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tunesmith.checkpoint.adapter import BaseRecord, load_adapter, read_adapter_tensors
+from tunesmith.checkpoint.adapter import BaseRecord, is_same_base, load_adapter, read_adapter_tensors
 from tunesmith.checkpoint.adapter_config import read_adapter_config
 from tunesmith.checkpoint.bnb import quantise_directory
-from tunesmith.checkpoint.fingerprint import base_fingerprint
 from tunesmith.checkpoint.load import DTYPES, Quantize, load_model
 from tunesmith.checkpoint.save import save_decoder
 from tunesmith.checkpoint.source import resolve_model
@@ -207,10 +206,8 @@ def named_base(adapter_dir: Path) -> tuple[str, str | None]:
 
 
 def _check_base(record: BaseRecord, directory: Path, adapter_dir: Path, force: bool) -> bool | None:
-    if record.fingerprint is None:
-        return None
-    same = record.fingerprint == base_fingerprint(directory)
-    if not same and not force:
+    same = is_same_base(record, directory)
+    if same is False and not force:
         raise AdapterError(
             f"the adapter in {adapter_dir} was trained on another base than {directory} (their weights differ): "
             f"name the right one with --base, or merge anyway with --force"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tunesmith.checkpoint.adapter import load_adapter, read_adapter_tensors, save_adapter
+from tunesmith.checkpoint.adapter_config import options_for
 from tunesmith.checkpoint.fingerprint import base_fingerprint
 from tunesmith.checkpoint.load import load_decoder, load_model
 from tunesmith.checkpoint.save import save_decoder
@@ -269,3 +271,87 @@ def test_files_that_are_missing_torn_or_pickles(tiny_model_dir: Callable[..., Pa
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match="not valid JSON"):
         load_adapter(load_decoder(base), tmp_path)
+
+
+def _other_base(base: Path, directory: Path) -> Path:
+    """The same architecture with one weight moved, as after more training."""
+    model = load_decoder(base)
+    with torch.no_grad():
+        model.blocks[0].get_parameter("mlp_norm.weight")[0] += 1e-3
+    save_decoder(model, directory)
+    return directory
+
+
+@pytest.mark.parametrize("backend", ["native", "transformers"])
+def test_another_base_than_the_one_on_record_is_refused(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, backend: str
+) -> None:
+    """It was put on whatever had the right shapes, and answered nonsense."""
+    base = tiny_model_dir("qwen2")
+    other = _other_base(base, tmp_path / "other")
+    save_adapter(with_adapter(base), tmp_path / "adapter", "org/name", base_directory=base)
+    with pytest.raises(AdapterError, match=r"another base than .*other .*\(org/name\), or fold it .*merge --force"):
+        load_model(other, adapter=tmp_path / "adapter", device="cpu", backend=backend)  # type: ignore[arg-type]
+    assert adapted_linears(load_model(base, adapter=tmp_path / "adapter", device="cpu"))
+
+
+def test_the_same_base_elsewhere_and_adapters_without_a_record_load(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_model_dir("qwen2")
+    save_adapter(with_adapter(base), tmp_path / "ours", base)
+    save_decoder(load_decoder(base), tmp_path / "moved", max_shard_bytes=20_000)
+    assert adapted_linears(load_model(tmp_path / "moved", adapter=tmp_path / "ours", device="cpu"))
+    make_with_peft(base, tmp_path / "theirs", target_modules=["q_proj"])
+    other = _other_base(base, tmp_path / "other")
+    assert adapted_linears(load_model(other, adapter=tmp_path / "theirs", device="cpu"))
+
+
+def test_random_weights_are_known_by_their_seed(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    base = tiny_model_dir("qwen2")
+    save_adapter(with_adapter(base), tmp_path, base, random_seed=3)
+    assert adapted_linears(load_model(base, adapter=tmp_path, weights="random", seed=3, device="cpu"))
+    for options in ({"weights": "random", "seed": 4}, {}):
+        with pytest.raises(AdapterError, match="random weights of seed 3"):
+            load_model(base, adapter=tmp_path, device="cpu", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(l+)+x",
+        "(.*a)*b",
+        "(.?){60}q",
+        "(l|l)" * 40,
+        ".*.*.*.*.*.*q",
+        "[a-z_.]*" * 8 + "q",
+        "(?:(?:[a-z]|.)+)+X",
+        "(" * 2_000,
+        ".?" * 60,
+        "(?x:(l+) +X)",
+        "(l" + "|l" * 3 + r")\1" + "(a*)" * 9,
+    ],
+)
+def test_patterns_that_would_take_for_ever_are_refused(pattern: str) -> None:
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {pattern: 2}}
+    began = time.perf_counter()
+    with pytest.raises(AdapterError, match=r"pattern .* (repeat|regular expression)"):
+        options_for(config, "model.layers.0.self_attn." + "l" * 60)
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "matches"),
+    [
+        ("q_proj", "model.layers.3.self_attn.q_proj", True),
+        ("q_proj", "model.layers.3.self_attn.seq_proj", False),
+        (r"model\.layers\.1\.self_attn\.q_proj", "model.layers.1.self_attn.q_proj", True),
+        (r".*\.layers\.(0|1|2|3)\.(mlp|self_attn)\..*_proj", "model.layers.3.mlp.up_proj", True),
+        (r"layers\.[0-9]+\..*", "model.layers.12.mlp.up_proj", True),
+        (r"(model\.)?layers\.\d{1,2}\.mlp\.(?:up|down)_proj", "model.layers.12.mlp.up_proj", True),
+        (r"[*+?{}()|]+", "model.x", False),
+    ],
+)
+def test_patterns_match_as_pefts_do(pattern: str, module: str, matches: bool) -> None:
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": {pattern: 2}}
+    assert options_for(config, module).rank == (2 if matches else 4)
