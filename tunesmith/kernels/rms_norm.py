@@ -52,8 +52,8 @@ def rms_norm_backward(
         return rms_norm_backward_reference(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
     from tunesmith.kernels.rms_norm_triton import rms_norm_backward_operator
 
-    grad_x, partial = rms_norm_backward_operator(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
-    return grad_x, partial.sum(0) if weight_grad else None
+    grad_x, grad_weight = rms_norm_backward_operator(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
+    return grad_x, grad_weight if weight_grad else None
 
 
 def rms_norm_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,43 @@
+"""What the launches of row-wise kernels share: the current GPU, the strides of rows, tiles and warps by width."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Values of one tile where rows are narrow: enough 16-byte loads in flight, few enough registers.
+TILE = 2048
+_VALUES_PER_WARP = 512
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU, wherever the tensors are; its interpreter takes tensors of the CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """x as kernels read it: two or three dimensions, the last contiguous. Copies only where no view does."""
+    if x.dim() not in (2, 3):
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def row_strides(x: Tensor) -> tuple[int, int]:
+    """Strides of the outer and the inner index of a row of [T, D] (whose inner index is always 0) or [T, N, D]."""
+    return x.stride(0), x.stride(1) if x.dim() == 3 else 0
+
+
+def tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of one program's tile, powers of two, and its warps; a row is never cut."""
+    columns = 1 << max(width - 1, 0).bit_length()
+    rows = max(1, TILE // columns)
+    return rows, columns, max(1, min(16, rows * columns // _VALUES_PER_WARP))
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """The GPU's streaming multiprocessors; for Triton's interpreter a small number."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
