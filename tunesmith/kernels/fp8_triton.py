@@ -48,6 +48,7 @@ def quantize_rows_operator(x: Tensor, fold: Tensor | None = None) -> tuple[Tenso
             INVERSE_LARGEST=1 / LARGEST,
             SMALLEST=SMALLEST_SCALE,
             num_warps=max(1, min(8, columns // _COLUMNS_PER_WARP)),
+            enable_fp_fusion=False,  # nothing is multiplied and added
         )
     return codes, scale
 
@@ -74,6 +75,7 @@ def transpose_operator(codes: Tensor) -> Tensor:
                 codes.stride(0),
                 TILE=TILE,
                 num_warps=4,
+                enable_fp_fusion=False,
             )
     return out
 

@@ -80,12 +80,34 @@ class MethodSection(Section):
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
     dora: bool = Field(False, description="DoRA: magnitude and direction apart")
+    base: Literal["checkpoint", "fp8"] = Field(
+        "checkpoint",
+        description="lora: how the frozen base is held; checkpoint: in model.dtype; fp8: e4m3 codes with a scale for "
+        "each output row, its products in fp8 (GPUs from sm_89 on; on a CPU a slow reference)",
+    )
     double_quantisation: bool = Field(True, description="qlora: quantise the scales too")
+    fp8_compute: bool = Field(
+        False,
+        description="qlora: NF4 weights are taken to fp8, not to the compute dtype, and products are in fp8 "
+        "(GPUs from sm_89 on; on a CPU a slow reference)",
+    )
     trainable: list[str] = Field(
         default_factory=list,
         description="freeze: what stays trainable: last:N (blocks), first:N, head, embedding, norms",
     )
     adapter: str | None = Field(None, description="an adapter directory to continue from (PEFT's format)")
+
+    @property
+    def quantisation(self) -> Literal["nf4", "nf4-double", "fp8"] | None:
+        """How the frozen base is held; None: in model.dtype."""
+        if self.kind == "qlora":
+            return "nf4-double" if self.double_quantisation else "nf4"
+        return "fp8" if self.base == "fp8" else None
+
+    @property
+    def uses_fp8(self) -> bool:
+        """Whether products of the base are in fp8."""
+        return self.fp8_compute or self.base == "fp8"
 
 
 class DataSection(Section):
@@ -268,6 +290,12 @@ class Recipe(Section):
             raise ValueError("method.kind 'freeze' needs method.trainable, for instance ['last:2', 'head']")
         if self.method.kind in ("full", "freeze") and self.method.adapter is not None:
             raise ValueError(f"method.adapter goes with lora or qlora, not with {self.method.kind}")
+        if self.method.base == "fp8" and self.method.kind != "lora":
+            instead = ": set method.fp8_compute to true" if self.method.kind == "qlora" else ", whose base is frozen"
+            raise ValueError(f"method.base 'fp8' goes with method.kind lora, not with {self.method.kind}{instead}")
+        if self.method.fp8_compute and self.method.kind != "qlora":
+            instead = ": set method.base to fp8" if self.method.kind == "lora" else ", whose base is frozen"
+            raise ValueError(f"method.fp8_compute goes with method.kind qlora, not with {self.method.kind}{instead}")
         if self.train.precision == "float16" and self.train.master_weights == "compute":
             raise ValueError(
                 "train.master_weights 'compute' goes with bfloat16 or float32: gradients of float16 weights "
