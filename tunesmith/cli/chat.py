@@ -20,6 +20,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from tunesmith.cli.console import emit, err
+from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import RequestError, TunesmithError, nearest
 from tunesmith.units import format_bytes, format_seconds
 
@@ -69,6 +70,7 @@ def chat(
         raise RequestError(
             f"--mode must be auto, chat or complete, got {mode!r}{nearest(mode, ('auto', 'chat', 'complete'))}"
         )
+    use_checkpoint(model, adapter)
     with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
         llm = LLM(model, adapter=adapter, quantize=quantize, dtype=dtype, device=device, max_model_len=max_model_len)
     conversation = Conversation(llm, params, system=system or llm.system, mode=choose_mode(llm, mode))

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from tunesmith.cli.console import emit, err
+from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import DataError, nearest
 from tunesmith.units import format_seconds
 
@@ -49,6 +50,7 @@ def evaluate_model(
     _check_choice("--comparison", comparison, ("auto", "exact", "number"))
     counted: Literal["answers", "all"] = "all" if train_on == "all" else "answers"
     compared: Literal["exact", "number"] | None = None if comparison == "auto" else _comparison(comparison)
+    use_checkpoint(model, adapter)
     with _progress() as report:
         result = evaluate(
             model,

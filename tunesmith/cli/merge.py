@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli import console
+from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import AdapterError
+from tunesmith.rundir.layout import is_run
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +59,7 @@ def merge(
     """
     from tunesmith.compress.merge import KL_LIMIT, merge_to_directory
 
-    adapter = adapter_directory(source)
+    adapter = adapter_directory(use_checkpoint(source) or source)
     report = merge_to_directory(
         base,
         adapter,
@@ -78,6 +81,11 @@ def adapter_directory(source: Path) -> Path:
     for candidate in (source, source / "final"):
         if (candidate / "adapter_config.json").is_file():
             return candidate
+    if is_run(source) and not (source / "final").is_dir():
+        raise AdapterError(
+            f"the run {source} has not finished, and has no checkpoint yet: go on with: "
+            f"tunesmith train --resume {shlex.quote(str(source))}"
+        )
     raise AdapterError(f"{source} is neither an adapter (adapter_config.json) nor a run that made one (final/)")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
 from tunesmith.checkpoint.adapter import read_adapter_tensors
 from tunesmith.checkpoint.source import resolve_model
+from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import MethodSection
@@ -112,13 +114,13 @@ def _recorded(adapter: Path) -> Quantize | None:
 
 
 def _outcome(run: RunDir) -> Path:
-    for name in _OUTCOMES:
-        directory = run.path / name
+    interim = [run.outcome_of(state) for state in reversed(list_states(run.checkpoints))]
+    for directory in [*(run.path / name for name in _OUTCOMES), *interim]:
         if (directory / "config.json").is_file() or _is_adapter(directory):
             return directory
     raise RunDirError(
         f"the run {run.path} has no trained model yet (no {run.final.name}/): let it finish, "
-        f"or go on with: tunesmith train --resume {run.path}"
+        f"or go on with: tunesmith train --resume {shlex.quote(str(run.path))}"
     )
 
 

@@ -9,6 +9,7 @@
       preview.json        one example with its mask
       checkpoints/        complete training states
       final/              the adapter or the model that came out
+      outcome-step-N/     the same from a checkpoint, when it was asked for before the end
       cells/              a bench's measurements, one JSON per cell
       profile/            operator table, trace, memory timeline
 
@@ -93,6 +94,10 @@ class RunDir:
     def final(self) -> Path:
         """The adapter or the model that came out."""
         return self.path / "final"
+
+    def outcome_of(self, checkpoint: Path) -> Path:
+        """Where the adapter or model of a checkpoint goes when it is asked for before the run has finished."""
+        return self.path / f"outcome-{checkpoint.name}"
 
     @property
     def cells(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,39 +12,56 @@ from tunesmith.checkpoint.adapter import save_adapter
 from tunesmith.checkpoint.save import save_decoder
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.transformers_backend import TransformersModel
+from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import atomic_directory
+from tunesmith.rundir.layout import RunDir
+from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.train.resolve import DTYPES, trains_base
 from tunesmith.train.session import Session
 
 
 def export(session: Session, directory: Path) -> Path:
-    """Write the outcome of `session` as `directory`, whole or not at all.
+    """Write the outcome of `session` as `directory`; see `write_outcome`."""
+    return write_outcome(session.recipe, session.model, session.model_directory, session.tokenizer, directory)
+
+
+def write_outcome(
+    recipe: Recipe, model: LanguageModel, base_directory: Path, tokenizer: Tokenizer | None, directory: Path
+) -> Path:
+    """Write what was trained as `directory`, whole or not at all: the model, or the adapter on its base.
 
     Weights that were trained as float32 masters are stored in the compute dtype, as checkpoints of models are.
     """
     with atomic_directory(directory, replace=True) as temporary:
-        if trains_base(session.recipe.method):
-            _save_model(session, temporary)
+        if trains_base(recipe.method):
+            _save_model(recipe, model, temporary)
         else:
-            base = session.recipe.model
-            seed = session.recipe.train.seed if base.weights == "random" else None
-            save_adapter(session.model, temporary, base.path, session.model_directory, base.revision, seed)
-        if session.tokenizer is not None:
-            session.tokenizer.save(temporary)
+            base = recipe.model
+            seed = recipe.train.seed if base.weights == "random" else None
+            save_adapter(model, temporary, base.path, base_directory, base.revision, seed)
+        if tokenizer is not None:
+            tokenizer.save(temporary)
     return directory
 
 
-def _save_model(session: Session, directory: Path) -> None:
-    dtype = DTYPES[session.recipe.train.precision]
+def _save_model(recipe: Recipe, model: LanguageModel, directory: Path) -> None:
+    dtype = DTYPES[recipe.train.precision]
     if dtype is torch.float16:
         dtype = torch.float32  # masters may lie outside float16's range
-    if isinstance(session.model, Decoder):
-        save_decoder(session.model, directory, dtype=dtype)
-    elif isinstance(session.model, TransformersModel):
-        session.model.save(directory)
+    if isinstance(model, Decoder):
+        save_decoder(model, directory, dtype=dtype)
+    elif isinstance(model, TransformersModel):
+        model.save(directory)
     else:
-        raise ModelError(f"a {type(session.model).__name__} can't be saved as a model directory")
+        raise ModelError(f"a {type(model).__name__} can't be saved as a model directory")
+
+
+def remove_interim(run: RunDir) -> None:
+    """Drop what was written from checkpoints of `run` while it had not finished."""
+    for directory in run.path.glob(run.outcome_of(Path("step-*")).name):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def next_commands(session: Session, run: Path) -> list[str]:

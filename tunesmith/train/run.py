@@ -16,7 +16,7 @@ from tunesmith.rundir.io import write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
 from tunesmith.train.display import Display, closing_lines, method_line, plan_line
-from tunesmith.train.export import export, next_commands
+from tunesmith.train.export import export, next_commands, remove_interim
 from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
 from tunesmith.train.loop import resume as resume_from
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
@@ -247,7 +247,7 @@ def _method_facts(session: Session) -> dict[str, Any]:
 
 def _export(session: Session, run: RunDir) -> Path:
     try:
-        return export(session, run.final)
+        final = export(session, run.final)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -255,3 +255,5 @@ def _export(session: Session, run: RunDir) -> Path:
             f"the disk is full ({error.strerror}): {run.final} was not written. The trained state is safe in "
             f"{run.checkpoints}: free space, then: tunesmith train --resume {run.path}"
         ) from error
+    remove_interim(run)
+    return final

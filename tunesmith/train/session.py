@@ -170,7 +170,7 @@ class Session:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What is trained, by logical name."""
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        return trained_weights(self.model)
 
     def state(self) -> TrainingState:
         """The complete state after the steps done so far."""
@@ -254,6 +254,11 @@ def language_model_loss(model: nn.Module, batch: MicroBatch, chunk_tokens: int) 
     return loss, batch.num_trained
 
 
+def trained_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """What of `model` is trained, by logical name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def model_vocab_size(model: LanguageModel) -> int | None:
     """Rows of the embedding, where the model says."""
     return getattr(getattr(model, "config", None), "vocab_size", None)
@@ -267,15 +272,20 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
     resolved = resolve_recipe(recipe)
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
-    randomness.seed_everything(resolved.train.seed)
-    model = _load_model(resolved, progress)
-    summary = _apply_method(model, resolved)
+    model, summary = load_trainable(resolved, progress)
     data = (
         _random_data(resolved, model) if resolved.data.format == "tokens" else _load_data(resolved, directory, progress)
     )
     _check_positions(model, resolved.data)
     randomness.seed_everything(resolved.train.seed)
     return Session(resolved, model, data, summary, directory)
+
+
+def load_trainable(recipe: Recipe, progress: Progress | None = None) -> tuple[LanguageModel, MethodSummary]:
+    """The model of a resolved recipe with its method applied: what training begins with."""
+    randomness.seed_everything(recipe.train.seed)
+    model = _load_model(recipe, progress)
+    return model, _apply_method(model, recipe)
 
 
 def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:

@@ -51,17 +51,25 @@ def restore_state(state: TrainingState, weights: Mapping[str, Tensor], updater: 
 
     Raises: CheckpointError when the state's tensors are not those of this model.
     """
+    restore_weights(state, weights)
+    _restore_optimizer(state, updater)
+    if updater.scaler is not None and state.facts.get("scaler"):
+        vars(updater.scaler).update(state.facts["scaler"])
+    generators = {name: state.tensors[f"rng.{name}"] for name in _under(state.tensors, "rng.")}
+    randomness.restore(generators, state.facts["rng"], device)
+
+
+def restore_weights(state: TrainingState, weights: Mapping[str, Tensor]) -> None:
+    """Put the trained weights alone back.
+
+    Raises: CheckpointError when the state's tensors are not those of this model.
+    """
     _check_names(set(weights), set(_under(state.tensors, "model.")))
     with torch.no_grad():
         for name, tensor in weights.items():
             saved = state.tensors[f"model.{name}"]
             _check_kind(name, tensor, saved)
             tensor.copy_(saved)
-    _restore_optimizer(state, updater)
-    if updater.scaler is not None and state.facts.get("scaler"):
-        vars(updater.scaler).update(state.facts["scaler"])
-    generators = {name: state.tensors[f"rng.{name}"] for name in _under(state.tensors, "rng.")}
-    randomness.restore(generators, state.facts["rng"], device)
 
 
 def _optimizer_states(updater: Updater) -> dict[str, dict[str, Any]]:
