@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,8 @@ BLOCK = 256
 SMALLEST_QUANTISED = 4096
 # A large tensor is updated slice by slice, so that its states are never dequantised as a whole.
 SLICE = BLOCK * 2**16
+# Updates that may be under way when it turns out that one did not happen.
+MOST_TAKEN_BACK = 4
 
 
 @lru_cache
@@ -51,36 +54,59 @@ def dequantise_blocks(codes: Tensor, absmax: Tensor, codebook: Tensor) -> Tensor
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose two moments are held in 8 bits, with a float32 scale for each block of 256."""
+    """AdamW whose two moments are held in 8 bits, with a float32 scale for each block of 256.
+
+    Takes `grad_scale` and `found_inf` as torch's fused optimisers do: gradients are divided by the one, and nothing
+    is updated where the other is 1. Step counters are kept on the host, which doesn't know of the latter:
+    `take_back_steps` puts them right.
+    """
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._counted: deque[list[Tensor]] = deque(maxlen=MOST_TAKEN_BACK)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        chosen = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in chosen:
+            state = self.state[parameter]
+            if not state:
+                state.update(_initial_state(parameter))
+            state["step"] += 1
+        self._counted.append([parameter for parameter, _ in chosen])
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        for parameter, group in chosen:
+            self._update(parameter, group)
+
+    def take_back_steps(self, count: int) -> None:
+        """The last `count` updates (at most 4) did not happen: their parameters' step counters go back."""
+        for _ in range(min(count, len(self._counted))):
+            for parameter in self._counted.pop():
+                self.state[parameter]["step"] -= 1
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        if not state:
-            state.update(_initial_state(parameter))
-        state["step"] += 1
         flat, grad = parameter.view(-1), parameter.grad
         assert grad is not None
         flat_grad = grad.reshape(-1)
+        divisor: Tensor | None = getattr(self, "grad_scale", None)
         if "exp_avg" in state:
-            _adamw(flat, flat_grad.float(), state["exp_avg"], state["exp_avg_sq"], state["step"], group)
+            _adamw(flat, _divided(flat_grad, divisor), state["exp_avg"], state["exp_avg_sq"], state["step"], group)
             return
         for start in range(0, flat.numel(), SLICE):
             part = slice(start, min(start + SLICE, flat.numel()))
             blocks = slice(start // BLOCK, -(-part.stop // BLOCK))
-            _update_slice(flat[part], flat_grad[part], state, part, blocks, group)
+            _update_slice(flat[part], _divided(flat_grad[part], divisor), state, part, blocks, group)
+
+
+def _divided(grad: Tensor, divisor: Tensor | None) -> Tensor:
+    """The gradient in float32."""
+    return grad.float() if divisor is None else grad.float() / divisor
 
 
 def _initial_state(parameter: Tensor) -> dict[str, Any]:
@@ -104,7 +130,7 @@ def _update_slice(
         name: dequantise_blocks(state[f"{name}_codes"][part], state[f"{name}_absmax"][blocks], book)
         for name, book in books.items()
     }
-    _adamw(parameter, grad.float(), moments["exp_avg"], moments["exp_avg_sq"], state["step"], group)
+    _adamw(parameter, grad, moments["exp_avg"], moments["exp_avg_sq"], state["step"], group)
     for name, book in books.items():
         codes, absmax = quantise_blocks(moments[name], book)
         if name == "exp_avg_sq":

@@ -17,6 +17,7 @@ from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, LogSec
 from tunesmith.rundir.io import MetricsWriter
 from tunesmith.rundir.layout import RunDir
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.train.pending import Pending
 from tunesmith.train.stopping import StopSignals
 
 VALIDATIONS, LONG_EPOCH = 10, 20
@@ -29,9 +30,10 @@ class Trainable(Protocol):
 
     step_number: int
     total_steps: int
+    epoch_position: float
     epoch_ended: bool
 
-    def step(self) -> StepMetrics: ...
+    def submit(self) -> Pending[StepMetrics]: ...
 
     def evaluate(self) -> EvalMetrics | None: ...
 
@@ -100,6 +102,7 @@ def run_loop(
 ) -> LoopResult:
     """Train to the last step, or until SIGTERM or Ctrl-C; the state is saved at the end of both.
 
+    On a GPU a step's numbers are read while the next step runs; validations, checkpoints and the end wait for them.
     metrics.jsonl gets a row per logged step and per validation; rows after the step that `trainable` is at are dropped
     first, so that a resumed run has none twice.
 
@@ -136,7 +139,7 @@ class _Loop:
         self.result = LoopResult(trainable.step_number)
         self.saved_step = trainable.step_number
         self.saved_at = time.monotonic()
-        self._epoch = 0.0
+        self._pending: Pending[StepMetrics] | None = None
 
     def run(self, metrics: MetricsWriter, signals: StopSignals) -> None:
         while self.trainable.step_number < self.trainable.total_steps and signals.received is None:
@@ -144,16 +147,33 @@ class _Loop:
             if signals.received is None and self._evaluation_due():
                 self._evaluate(metrics)
             if signals.received is None and self._checkpoint_due():
+                self._settle(metrics)
                 self._save_or_warn()
+        self._settle(metrics)
         self.result.stopped_by = signals.received
         if self.saved_step < self.trainable.step_number:
             self._save()
 
     def _step(self, metrics: MetricsWriter) -> None:
-        step = self.trainable.step()
+        """Queue a step, then take the numbers of the one before: the device is never without work meanwhile."""
+        try:
+            following = self.trainable.submit()
+        except Exception:
+            self._settle(metrics)  # the step before is whole, or the reason
+            raise
+        self._settle(metrics)
+        self._pending = following
+        if following.is_ready:
+            self._settle(metrics)
+
+    def _settle(self, metrics: MetricsWriter) -> None:
+        """Wait for the step that is under way, if there is one, and write its row. Raises: what the step raises."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        step = pending.read()
         result = self.result
         result.steps, result.loss = step.step, step.loss
-        self._epoch = step.epoch
         result.duration_s += step.duration_s
         result.data_wait_s += step.data_wait_s
         result.skipped_steps += int(step.skipped)
@@ -174,12 +194,13 @@ class _Loop:
 
         A function of step and epoch alone, so that a resumed run decides the same.
         """
-        number, total = self.trainable.step_number, self.trainable.total_steps
-        in_epoch = number / self._epoch if self._epoch else 0.0
+        number, total, epoch = self.trainable.step_number, self.trainable.total_steps, self.trainable.epoch_position
+        in_epoch = number / epoch if epoch else 0.0
         before = round(number - in_epoch)
         return in_epoch >= LONG_EPOCH or number * VALIDATIONS // total > before * VALIDATIONS // total
 
     def _evaluate(self, metrics: MetricsWriter) -> None:
+        self._settle(metrics)
         measured = self.trainable.evaluate()
         if measured is not None:
             self.result.validation = measured

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tunesmith.train.clock import StepTime
+from tunesmith.train.update import Update
+
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One optimiser step. Unknown is None, never zero.
 
     loss: mean over the trained tokens of the global batch. tokens: real tokens, fillers left out.
-    duration_s: wall time of the step, the wait for data included. skipped: the update was left out (float16 overflow).
+    duration_s: of the step, the wait for data included; on a GPU from the end of the step before, by its own events.
+    data_wait_s: the part in which the device had nothing to do for want of data. skipped: the update was left out
+    (float16 overflow).
     """
 
     step: int
@@ -49,6 +54,20 @@ class StepMetrics:
         """The row of metrics.jsonl."""
         rates = {"tokens_per_s": self.tokens_per_s, "samples_per_s": self.samples_per_s}
         return {"event": "step", **asdict(self), **rates}
+
+
+def step_metrics(update: Update, time: StepTime, **facts: Any) -> StepMetrics:
+    """The row of a step from what the update and the clock say, and the other fields as `facts`."""
+    return StepMetrics(
+        loss=update.loss,
+        grad_norm=update.grad_norm,
+        learning_rate=update.learning_rate,
+        trained_tokens=update.count,
+        skipped=update.skipped,
+        duration_s=time.duration_s,
+        data_wait_s=time.data_wait_s,
+        **facts,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import TrainSection
@@ -35,8 +35,27 @@ def make_optimizer(parameters: Iterable[Named], settings: TrainSection) -> torch
         raise RecipeError("nothing is trained: every parameter is frozen; choose another method.kind or method.targets")
     betas = (settings.beta1, settings.beta2)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=peak_learning_rate(settings))
+        return torch.optim.SGD(groups, lr=peak_learning_rate(settings), fused=True)
     if settings.optimizer == "adamw8bit":
         return AdamW8bit(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, weight_decay=0.0)
-    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, fused=fused)
+    # Fused is one pass in place, and the only kind that takes its guard from the device.
+    return torch.optim.AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, fused=True)
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, stopped: Tensor) -> None:
+    """One update by gradient / `divisor`; none at all, step counters included, where `stopped` is 1.
+
+    Both are float32 scalars on the parameters' device, which the host does not read. torch's fused optimisers take
+    them from these two attributes, as its own loss scaler hands them over, and so does AdamW8bit.
+    """
+    optimizer.grad_scale, optimizer.found_inf = divisor, stopped  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def take_back_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """The last `count` updates did not happen: step counters that are kept on the host go back."""
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.take_back_steps(count)

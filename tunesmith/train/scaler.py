@@ -1,4 +1,7 @@
-"""Dynamic loss scaling for float16. Source: arXiv 1710.03740, section 3.2."""
+"""Dynamic loss scaling for float16. Source: arXiv 1710.03740, section 3.2.
+
+The scale lives on the host, so a float16 run waits for the device once a step; no other precision does.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.load import load_language_model
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
-from tunesmith.errors import CheckpointError, DataError, RecipeError
+from tunesmith.errors import CheckpointError, DataError, NonFiniteError, RecipeError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary, apply_method
 from tunesmith.recipe.schema import DataSection, Recipe, TrainSection
@@ -30,14 +30,16 @@ from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.train import randomness
 from tunesmith.train.batches import Dataset, MicroBatch, RandomTokens, build_micro_batch, describe_rows
-from tunesmith.train.losses import cross_entropy_sum
-from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.train.clock import StepClock, StepTime
+from tunesmith.train.losses import cross_entropy_sum, head_of
+from tunesmith.train.metrics import EvalMetrics, StepMetrics, step_metrics
 from tunesmith.train.order import DataOrder, Window
+from tunesmith.train.pending import Pending
 from tunesmith.train.prefetch import Prefetcher
 from tunesmith.train.resolve import DTYPES, resolve_recipe, trained_dtype
 from tunesmith.train.speed import SpeedMeter
 from tunesmith.train.states import capture_state, restore_state
-from tunesmith.train.update import Updater
+from tunesmith.train.update import Update, Updater
 
 Progress = Callable[[str, int, int], None]
 DEFAULT_RANDOM_ROWS = 512
@@ -101,8 +103,9 @@ class Session:
         self.speed = SpeedMeter(model, recipe, self.device)
         self.step_number = 0
         self.tokens_seen = 0
-        self.data_wait_s = 0.0
+        self.epoch_position = 0.0
         self.epoch_ended = False
+        self.clock = StepClock(self.device)
         self._prefetcher: Prefetcher[HostWindow] | None = None
 
     @property
@@ -111,50 +114,60 @@ class Session:
         return self.updater.optimizer
 
     def step(self) -> StepMetrics:
-        """One optimiser step on the next window of data.
+        """One optimiser step on the next window of data, waited for.
 
-        Raises: NonFiniteError before the update when the loss or a gradient is NaN or Inf; DataError.
+        Raises: NonFiniteError, with nothing updated, when the loss or a gradient is NaN or Inf; DataError.
         """
-        began = time.perf_counter()
+        self.clock.interrupt()
+        try:
+            return self.submit().read()
+        except NonFiniteError:
+            self.updater.forget_failure()
+            raise
+
+    def submit(self) -> Pending[StepMetrics]:
+        """Queue one optimiser step on the next window of data. On a GPU the host does not wait for it.
+
+        Raises: DataError; and when the result is read, NonFiniteError (see `Updater.submit`).
+        """
+        self.clock.start()
         host, wait_s = self._next_window()
+        self.clock.data_ready(wait_s)
         self.model.train()
         batches = [batch.to(self.device) for batch in host.batches]
         with torch.autograd.set_detect_anomaly(self.recipe.train.detect_anomaly):
-            update = self.updater.step(
+            update = self.updater.submit(
                 self.step_number,
                 batches,
                 partial(language_model_loss, chunk_tokens=self.recipe.train.loss_chunk_tokens),
                 denominator=host.num_trained,
                 describe=lambda batch: describe_rows(self.data.train, batch.documents),
             )
+        timing = self.clock.stop()
         self.step_number += 1
         tokens = sum(batch.num_tokens for batch in batches)
         self.tokens_seen += tokens
-        self.data_wait_s += wait_s
-        self.epoch_ended = host.window.ends_epoch
-        duration_s = time.perf_counter() - began
-        return StepMetrics(
-            step=self.step_number,
-            epoch=host.window.epoch_position,
-            loss=update.loss,
-            grad_norm=update.grad_norm,
-            learning_rate=update.learning_rate,
-            tokens=tokens,
-            trained_tokens=update.count,
-            samples=sum(len(batch.documents) for batch in batches),
-            duration_s=duration_s,
-            data_wait_s=wait_s,
-            tokens_seen=self.tokens_seen,
-            micro_batches=len(batches),
-            skipped=update.skipped,
-            loss_scale=None if self.updater.scaler is None else self.updater.scaler.scale,
-            **self.speed.measure(batches, duration_s),
-        )
+        self.epoch_position, self.epoch_ended = host.window.epoch_position, host.window.ends_epoch
+        facts = {
+            "step": self.step_number,
+            "epoch": self.epoch_position,
+            "tokens": tokens,
+            "samples": sum(len(batch.documents) for batch in batches),
+            "tokens_seen": self.tokens_seen,
+            "micro_batches": len(batches),
+            "loss_scale": None if self.updater.scaler is None else self.updater.scaler.scale,
+        }
+        machine = self.speed.look(batches)
+        return Pending(lambda: self._metrics(update.read(), timing(), facts, machine), is_ready=update.is_ready)
+
+    def _metrics(self, update: Update, time: StepTime, facts: dict[str, Any], machine: dict[str, Any]) -> StepMetrics:
+        return step_metrics(update, time, **facts, **self.speed.with_rates(machine, time.duration_s))
 
     def evaluate(self) -> EvalMetrics | None:
         """Loss and perplexity on the validation data; None where there is none."""
         if self.data.validation is None:
             return None
+        self.clock.interrupt()
         began = time.perf_counter()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tokens = trained = 0
@@ -174,6 +187,7 @@ class Session:
 
     def state(self) -> TrainingState:
         """The complete state after the steps done so far."""
+        self.clock.interrupt()
         facts = {
             "tokens_seen": self.tokens_seen,
             "total_steps": self.total_steps,
@@ -189,6 +203,7 @@ class Session:
         if state.facts["data"]["fingerprint"] != self._fingerprint():
             raise CheckpointError("the training data is not what the checkpoint was trained on: start a new run")
         self.close()
+        self.clock.interrupt()
         restore_state(state, self.trained_weights(), self.updater, self.device)
         self.step_number, self.tokens_seen = state.step, int(state.facts["tokens_seen"])
 
@@ -250,7 +265,7 @@ def language_model_loss(model: nn.Module, batch: MicroBatch, chunk_tokens: int) 
     """The sum of the losses of a micro-batch, and how many tokens it is over."""
     language_model = cast(LanguageModel, model)
     hidden = language_model.hidden(batch.pack)
-    loss = cross_entropy_sum(hidden, batch.index, batch.targets, language_model.logits, chunk_tokens)
+    loss = cross_entropy_sum(hidden, batch.index, batch.targets, head_of(language_model), chunk_tokens)
     return loss, batch.num_trained
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,16 +30,21 @@ class SpeedMeter:
 
     def measure(self, batches: Sequence[MicroBatch], duration_s: float) -> dict[str, Any]:
         """The machine's part of StepMetrics."""
-        flops = self.model_flops(batches)
-        rate = None if flops is None else flops / duration_s
-        known = rate is not None and self._peak_flops_per_s is not None
+        return self.with_rates(self.look(batches), duration_s)
+
+    def look(self, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """What is known before a step's duration is: its operations, and the memory as it is now."""
         return {
-            "model_flops": flops,
-            "model_flops_per_s": rate,
-            "mfu_ratio": rate / self._peak_flops_per_s if known and rate and self._peak_flops_per_s else None,
+            "model_flops": self.model_flops(batches),
             "host_resident_bytes": resident_bytes(),
             **self._device_memory(),
         }
+
+    def with_rates(self, facts: Mapping[str, Any], duration_s: float) -> dict[str, Any]:
+        """What `look` saw, and the rates that a duration makes of it."""
+        flops, peak = facts["model_flops"], self._peak_flops_per_s
+        rate = None if flops is None else flops / duration_s
+        return {**facts, "model_flops_per_s": rate, "mfu_ratio": rate / peak if rate and peak else None}
 
     def model_flops(self, batches: Sequence[MicroBatch]) -> int | None:
         """Forward and backward operations of the real tokens; None for an architecture that is not counted."""

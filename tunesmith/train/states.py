@@ -53,6 +53,7 @@ def restore_state(state: TrainingState, weights: Mapping[str, Tensor], updater: 
     """
     restore_weights(state, weights)
     _restore_optimizer(state, updater)
+    updater.forget_failure()
     if updater.scaler is not None and state.facts.get("scaler"):
         vars(updater.scaler).update(state.facts["scaler"])
     generators = {name: state.tensors[f"rng.{name}"] for name in _under(state.tensors, "rng.")}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +23,7 @@ from tunesmith.train.loop import Hooks
 from tunesmith.train.metrics import StepMetrics
 from tunesmith.train.module_session import fit
 from tunesmith.train.stopping import exit_code
+from tunesmith.train.windows import BatchWindows
 
 SETTINGS = TrainSection(epochs=4, accumulation=2, learning_rate=0.02, seed=5, optimizer="adamw")
 Rows = tuple[torch.Tensor, torch.Tensor]
@@ -83,6 +87,50 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(tmp_path: Pat
     assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def _drawn(epoch: int) -> list[Rows]:
+    """Batches from the global generators, as a data loader shuffles and augments."""
+    assert threading.current_thread() is threading.main_thread()
+    rows = [(x + 0.1 * torch.randn(x.shape) + random.random(), y * float(np.random.rand())) for x, y in _batches()]
+    random.shuffle(rows)
+    return rows
+
+
+def test_batches_drawn_from_the_global_generators_are_the_same_when_resumed(tmp_path: Path) -> None:
+    """They were drawn in the background, between the draws of the module's own dropout."""
+    whole, cut = _module(), _module()
+    fit(whole, _drawn, _loss, run_dir=tmp_path / "whole", settings=SETTINGS)
+    every = CheckpointSection(every_steps=1)
+    for stop in (2, 7):  # in the middle of the first epoch, at the first step of the third
+        with pytest.raises(_StopError):
+            fit(
+                cut,
+                _drawn,
+                _loss,
+                run_dir=tmp_path / "cut",
+                settings=SETTINGS,
+                checkpoint=every,
+                hooks=_stop_after(stop),
+            )
+        cut = _module()
+    fit(cut, _drawn, _loss, run_dir=tmp_path / "cut", settings=SETTINGS)
+    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
+    assert len(set(_losses(tmp_path / "whole"))) == 12
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, cut.state_dict()[name]), name
+
+
+def test_epochs_draw_different_batches() -> None:
+    windows = BatchWindows(_drawn, SETTINGS, torch.device("cpu"))
+    first, second = windows.take(0)[0].batches[0], windows.take(3)[0].batches[0]
+    windows.close()
+    assert not torch.equal(first[0], second[0])
+    before = torch.get_rng_state()
+    again = BatchWindows(_drawn, SETTINGS, torch.device("cpu"))
+    assert torch.equal(again.take(3)[0].batches[0][0], second[0])
+    again.close()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -196,3 +244,113 @@ def test_a_validation_that_counts_nothing_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="no item of the validation"):
         fit(_module(), _batches(), loss, run_dir=tmp_path, settings=SETTINGS, validation=_batches(1))
+
+
+def _late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: a step's numbers are read while the next one runs."""
+    monkeypatch.setattr("tunesmith.train.update.reads_late", lambda device: True)
+
+
+def test_reading_late_changes_no_number_and_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(run: Path) -> list[tuple[object, ...]]:
+        keys = ("event", "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_seen", "validation_loss")
+        return [tuple(row.get(key) for key in keys) for row in read_jsonl(run / "metrics.jsonl")]
+
+    more = {
+        "settings": SETTINGS,
+        "validation": _batches()[:1],
+        "evaluation": EvaluationSection(every_steps=5),
+        "checkpoint": CheckpointSection(every_steps=4),
+    }
+    fit(_module(), _batches(), _loss, run_dir=tmp_path / "at once", **more)
+    _late(monkeypatch)
+    heard: list[int] = []
+    hooks = Hooks(on_step=lambda metrics: heard.append(metrics.step))
+    result = fit(_module(), _batches(), _loss, run_dir=tmp_path / "late", hooks=hooks, **more)
+    assert rows(tmp_path / "late") == rows(tmp_path / "at once")
+    assert heard == list(range(1, 13))
+    assert result.steps == 12
+    states = [
+        [(path / "tensors.safetensors").read_bytes() for path in list_states(tmp_path / run / "checkpoints")]
+        for run in ("at once", "late")
+    ]
+    assert states[0] == states[1]
+
+
+def test_read_late_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _late(monkeypatch)
+    whole, fresh = _module(), _module()
+    every = CheckpointSection(every_steps=2)
+    fit(whole, _batches(), _loss, run_dir=tmp_path / "whole", settings=SETTINGS)
+    with pytest.raises(_StopError):
+        fit(
+            _module(),
+            _batches(),
+            _loss,
+            run_dir=tmp_path / "cut",
+            settings=SETTINGS,
+            checkpoint=every,
+            hooks=_stop_after(7),
+        )
+    fit(fresh, _batches(), _loss, run_dir=tmp_path / "cut", settings=SETTINGS, checkpoint=every)
+    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_read_late_a_nan_is_named_and_nothing_after_it_is_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 5 is the first with the bad batch; step 6 was queued before that was known."""
+    _late(monkeypatch)
+    module = _module()
+    states: list[list[torch.Tensor]] = []
+
+    def of_epoch(epoch: int) -> list[Rows]:
+        batches = _batches()
+        if epoch == 1:
+            batches[2][0][0, 0] = float("nan")
+        return batches
+
+    def on_step(metrics: StepMetrics) -> None:
+        states.append([parameter.detach().clone() for parameter in module.parameters()])
+
+    with pytest.raises(NonFiniteError, match="step 5: the loss is nan; nothing was updated"):
+        fit(module, of_epoch, _loss, run_dir=tmp_path, settings=SETTINGS, hooks=Hooks(on_step=on_step))
+    assert [step for step, _ in _losses(tmp_path)] == [1, 2, 3, 4]
+    for parameter, last in zip(module.parameters(), states[-1], strict=True):
+        assert torch.equal(parameter, last)
+
+
+def test_read_late_a_failing_step_leaves_the_row_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _late(monkeypatch)
+    calls = 0
+
+    def loss(module: nn.Module, batch: Rows) -> tuple[torch.Tensor, int]:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise DataError("this row is broken")
+        return _loss(module, batch)
+
+    with pytest.raises(DataError, match="this row is broken"):
+        fit(_module(), _batches(), loss, run_dir=tmp_path, settings=SETTINGS)
+    assert [step for step, _ in _losses(tmp_path)] == [1, 2, 3]
+
+
+def test_read_late_a_signal_ends_with_the_step_that_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _late(monkeypatch)
+
+    def on_step(metrics: StepMetrics) -> None:
+        if metrics.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hooks = Hooks(on_step=on_step, on_warning=lambda _: None)
+    result = fit(_module(), _batches(), _loss, run_dir=tmp_path, settings=SETTINGS, hooks=hooks)
+    assert (result.steps, result.stopped_by) == (2, signal.SIGTERM)
+    assert [path.name for path in list_states(tmp_path / "checkpoints")] == ["step-00000002"]
+    assert [step for step, _ in _losses(tmp_path)] == [1, 2]
