@@ -25,7 +25,7 @@ from tunesmith.recipe.schema import DataSection
 from tunesmith.rundir.io import write_json_atomic
 from tunesmith.rundir.layout import is_run, open_run
 from tunesmith.text.dataset import TokenisedDataset, load_data
-from tunesmith.train.losses import IGNORED, cross_entropy_sum, trained_positions
+from tunesmith.train.losses import IGNORED, cross_entropy_sum, head_of, trained_positions
 
 SCHEMA = "tunesmith.quality"
 SCHEMA_VERSION = 1
@@ -230,7 +230,7 @@ def dataset_loss(
             tokens, targets, lengths = _lay_out(dataset, documents)
             index, chosen = trained_positions(targets)
             hidden = model.hidden(packed(tokens.to(device), lengths))
-            loss = cross_entropy_sum(hidden, index.to(device), chosen.to(device), model.logits, CHUNK_TOKENS)
+            loss = cross_entropy_sum(hidden, index.to(device), chosen.to(device), head_of(model), CHUNK_TOKENS)
             total, num_trained = total + float(loss), num_trained + len(index)
             if progress is not None:
                 progress("perplexity", done, len(dataset))

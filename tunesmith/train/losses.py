@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from tunesmith.kernels.cross_entropy import IGNORED as IGNORED
+from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy_sum
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.layers import Linear
+
 Head = Callable[[Tensor], Tensor]
 
 
@@ -22,16 +28,34 @@ def trained_positions(targets_T: Tensor) -> tuple[Tensor, Tensor]:
     return index, targets_T[index]
 
 
-def cross_entropy_sum(hidden_TD: Tensor, index: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+def head_of(model: LanguageModel) -> Tensor | Head:
+    """What `cross_entropy_sum` takes as the head of this model: weight_VD of a plain one, else `model.logits`.
+
+    Plain is the native decoder's own linear without bias, or its embedding where the head is tied to that.
+    """
+    if not isinstance(model, Decoder):
+        return model.logits
+    if model.head is None:
+        return model.embedding.weight
+    plain = type(model.head) is Linear and model.head.bias is None
+    return model.head.weight if plain else model.logits
+
+
+def cross_entropy_sum(
+    hidden_TD: Tensor, index: Tensor, targets: Tensor, head: Tensor | Head, chunk_tokens: int
+) -> Tensor:
     """The sum of -log softmax(head(hidden))[target] over the trained positions: a float32 scalar.
 
-    The head is applied to `chunk_tokens` positions at a time, and again in the backward pass, so that
-    at most chunk_tokens x V logits exist at once. The softmax is in float32 whatever the head's dtype.
+    At most chunk_tokens x V logits exist at once. The softmax is in float32 whatever the head's dtype. A head given by
+    its weight is applied once, gradients included; any other is applied again in the backward pass.
 
     Args:
         index: the trained positions, int64 on the device.
         targets: the token at each of them.
+        head: weight_VD of a linear head (see `head_of`), or a function from hidden states to logits.
     """
+    if isinstance(head, Tensor):
+        return linear_cross_entropy_sum(hidden_TD, head, targets, chunk_tokens, index)
     chosen = hidden_TD.index_select(0, index)
     total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
     if index.numel() == 0:
@@ -45,9 +69,7 @@ def cross_entropy_sum(hidden_TD: Tensor, index: Tensor, targets: Tensor, head: H
 def _chunk_loss(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
     if not torch.is_grad_enabled():
         return _head_loss(hidden_TD, targets_T, head)
-    loss = checkpoint(_head_loss, hidden_TD, targets_T, head, use_reentrant=False)
-    assert isinstance(loss, Tensor)
-    return loss
+    return cast(Tensor, checkpoint(_head_loss, hidden_TD, targets_T, head, use_reentrant=False))
 
 
 def _head_loss(hidden_TD: Tensor, targets_T: Tensor, head: Head) -> Tensor:
