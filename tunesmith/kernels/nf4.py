@@ -113,7 +113,7 @@ def _has_triton() -> bool:
         import triton  # noqa: F401
     except ImportError:
         _log.warning(
-            "triton is not installed: NF4 weights are dequantised by plain torch, which is slower; "
+            "triton is not installed: plain torch stands in for the kernels, which is slower and takes more memory; "
             "install it with: pip install 'tunesmith[gpu]'"
         )
         return False

@@ -60,6 +60,7 @@ def _normalise(x: Tensor, weight: Tensor, rstd: Tensor, eps: float, again: bool)
                 COLUMNS=columns,
                 AGAIN=again,
                 num_warps=warps,
+                enable_fp_fusion=False,  # rounds as plain torch does
             )
     return y
 
@@ -91,11 +92,11 @@ def _normalise_kernel(
     AGAIN: tl.constexpr,
 ) -> None:
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, COLUMNS)[None, :]
     in_width = column < WIDTH
-    mask = (row < num_rows)[:, None] & in_width[None, :]
+    mask = (row < num_rows)[:, None] & in_width
     offset = _row_offset(row, x_outer, x_inner, INNER)
-    wide = tl.load(x + offset[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    wide = tl.load(x + offset[:, None] + column, mask=mask, other=0.0).to(tl.float32)
     if AGAIN:
         scale = tl.load(rstd + row, mask=row < num_rows, other=0.0)
     else:
@@ -104,7 +105,7 @@ def _normalise_kernel(
     dtype = y.dtype.element_ty
     scaled = (wide * scale[:, None]).to(dtype).to(tl.float32)
     factor = tl.load(weight + column, mask=in_width, other=0.0).to(dtype).to(tl.float32)
-    tl.store(y + row.to(tl.int64)[:, None] * WIDTH + column[None, :], (scaled * factor[None, :]).to(dtype), mask=mask)
+    tl.store(y + row.to(tl.int64)[:, None] * WIDTH + column, (scaled * factor).to(dtype), mask=mask)
 
 
 @torch.library.custom_op("tunesmith::rms_norm_backward", mutates_args=())
@@ -146,6 +147,7 @@ def rms_norm_backward_operator(
                 HAS_ADD=add is not None,
                 WEIGHT_GRAD=weight_grad,
                 num_warps=warps,
+                enable_fp_fusion=False,  # rounds as plain torch does
             )
     return grad_x, partial.sum(0) if weight_grad else partial.new_empty(0)
 
@@ -182,7 +184,7 @@ def _backward_kernel(
     WEIGHT_GRAD: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
-    column = tl.arange(0, COLUMNS)
+    column = tl.arange(0, COLUMNS)[None, :]
     in_width = column < WIDTH
     dtype = grad_x.dtype.element_ty
     factor = tl.load(weight + column, mask=in_width, other=0.0).to(dtype).to(tl.float32)
@@ -190,21 +192,21 @@ def _backward_kernel(
     # Without the weight's gradient there is a program for each tile, and the loop runs once.
     for index in range(program, num_tiles, tl.num_programs(0)):
         row = index * ROWS + tl.arange(0, ROWS)
-        mask = (row < num_rows)[:, None] & in_width[None, :]
-        at = _row_offset(row, grad_outer, grad_inner, INNER)[:, None] + column[None, :]
+        mask = (row < num_rows)[:, None] & in_width
+        at = _row_offset(row, grad_outer, grad_inner, INNER)[:, None] + column
         grad = tl.load(grad_y + at, mask=mask, other=0.0).to(tl.float32)
-        at = _row_offset(row, x_outer, x_inner, INNER)[:, None] + column[None, :]
+        at = _row_offset(row, x_outer, x_inner, INNER)[:, None] + column
         wide = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, mask=row < num_rows, other=0.0)[:, None]
         normal = wide * scale
-        through = grad * factor[None, :]
+        through = grad * factor
         mean = tl.sum(through * normal, axis=1)[:, None] / WIDTH
         result = (through - normal * mean) * scale
         if HAS_ADD:
-            at = _row_offset(row, add_outer, add_inner, INNER)[:, None] + column[None, :]
+            at = _row_offset(row, add_outer, add_inner, INNER)[:, None] + column
             result += tl.load(add + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad_x + row.to(tl.int64)[:, None] * WIDTH + column[None, :], result.to(dtype), mask=mask)
+        tl.store(grad_x + row.to(tl.int64)[:, None] * WIDTH + column, result.to(dtype), mask=mask)
         if WEIGHT_GRAD:
             total += grad * normal.to(dtype).to(tl.float32)
     if WEIGHT_GRAD:
-        tl.store(partial + program.to(tl.int64) * WIDTH + column, tl.sum(total, axis=0), mask=in_width)
+        tl.store(partial + program.to(tl.int64) * WIDTH + column, tl.sum(total, axis=0)[None, :], mask=in_width)

@@ -26,7 +26,7 @@ def swiglu_operator(gate_up: Tensor) -> Tensor:
     if h.numel():
         with current(h.device):
             _forward_kernel[(rows * ceil_div(width, _COLUMNS),)](
-                source, h, source.stride(0), WIDTH=width, COLUMNS=_COLUMNS, num_warps=_WARPS
+                source, h, source.stride(0), WIDTH=width, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=False
             )
     return h
 
@@ -128,6 +128,7 @@ def _backward(grad_h: Tensor, gate_up: Tensor, want_h: bool, out: Tensor) -> Ten
                 WIDTH=width,
                 COLUMNS=_COLUMNS,
                 num_warps=_WARPS,
+                enable_fp_fusion=False,  # rounds as plain torch does
             )
     return h
 
