@@ -49,7 +49,7 @@ def ways_to_match(pattern: str) -> float:
     """An upper bound for the ways in which a pattern can be tried on a name; infinite where that is not told."""
     ways, alternatives, before = 1.0, [1], ""
     for token in _TOKEN.findall(pattern):
-        if token.startswith("(?") and "x" in token.rstrip(":"):
+        if token.startswith("(?") and "<" not in token and "x" in token:
             return float("inf")  # blanks that mean nothing would hide what is repeated
         if token.startswith("("):
             alternatives.append(1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,14 @@ def restore(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: tor
     random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))
     keys = tensors["numpy"].numpy().astype(np.uint32)
     np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Every generator seeded by `numbers` (at least 0) within the block, and as it was before after it."""
+    generators, facts = capture(device)
+    seed_everything(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        restore(generators, facts, device)
