@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -33,6 +35,13 @@ _WANTED = {
     "literal_error": "{expected}",
     "string_pattern_mismatch": "1 to 80 characters without a slash",
 }
+_MAIN_KEYS: Mapping[Place, tuple[str, str]] = {
+    ("model",): ("path", "builtin:tiny"),
+    ("method",): ("kind", "lora"),
+    ("data",): ("train", "[mine.json]"),
+    ("train",): ("epochs", "3"),
+}
+"""What a section is most often written for, and an example."""
 
 
 def explain(error: ValidationError, source: str | None, lines: Mapping[Place, int]) -> list[str]:
@@ -110,7 +119,33 @@ def _sentence(place: Place, details: list[Mapping[str, Any]]) -> str:
         message = str(detail["ctx"]["error"])
         return f"{_dotted_place(place)}: {message}" if place else message
     wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details))
-    return f"{_dotted_place(place)} must be {wanted}, got {_got(detail['input'])}{_hint(details)}"
+    form = _right_form(place, detail["input"]) if detail["type"].startswith("model_") else ""
+    return f"{_dotted_place(place)} must be {wanted}, got {_got(detail['input'])}{_hint(details)}{form}"
+
+
+def _right_form(place: Place, given: Any) -> str:
+    """How the section at `place` is written, with what was given in its place where that can be told."""
+    if place not in _MAIN_KEYS:
+        return f"; its keys: {', '.join(allowed_keys(place))}"
+    key, example = _MAIN_KEYS[place]
+    if place == ("train",) and isinstance(given, (str, list)):
+        return f"; write:\ndata:\n  train: {_as_list(given)}\ntrain:\n  {key}: {example}"
+    if place == ("data",) and isinstance(given, (str, list)):
+        example = _as_list(given)
+    elif isinstance(given, str) or (place == ("train",) and isinstance(given, int) and not isinstance(given, bool)):
+        example = _plain(given)
+    return f"; write:\n{place[0]}:\n  {key}: {example}"
+
+
+def _as_list(given: Any) -> str:
+    items = given if isinstance(given, list) else [given]
+    return f"[{', '.join(_plain(item) for item in items)}]"
+
+
+def _plain(value: Any) -> str:
+    """A scalar as YAML, in quotes where it would not be read as the same text."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w./-]+(:[\w./-]+)*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def _unknown_key(place: Place) -> str:
