@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.model.packed import PackedTokens, pack_documents
-from tunesmith.rundir.io import system_errors
+from tunesmith.rundir.io import read_json, system_errors, write_json_atomic
 
 Checkpointing = Literal["none", "block", "selective"]
 _PROBE = ([5, 3, 8, 1, 7, 2, 6, 4], [9, 2, 4], [1, 6, 3, 5, 2])
@@ -118,10 +118,18 @@ class TransformersModel(nn.Module):
         logits_TV = F.linear(hidden_TD, head.weight.to(hidden_TD.dtype), None if bias is None else bias.to(hidden_TD))
         return self._finish(logits_TV)
 
-    def save(self, directory: Path) -> None:
-        """Write a directory that transformers (and tunesmith) load: config.json and safetensors."""
+    def save(self, directory: Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write a directory that transformers (and tunesmith) load: config.json and safetensors.
+
+        Args: dtype: converted to, one tensor after the other on the host; None keeps each tensor's.
+        """
         with system_errors():
-            self.model.save_pretrained(directory)
+            if dtype is None:
+                self.model.save_pretrained(directory)
+                return
+            self.model.save_pretrained(directory, state_dict=_converted(self.model, dtype))
+            path = directory / "config.json"
+            write_json_atomic(path, {**read_json(path), "dtype": str(dtype).removeprefix("torch.")})
 
     def _rows(self, rows: list[Tensor]) -> Iterator[Tensor]:
         """The hidden states of each document, computed side by side."""
@@ -158,6 +166,13 @@ class TransformersModel(nn.Module):
         scale_B = self.noise_alpha / (self._noise_lengths * embedded_BTD.shape[-1]).sqrt()
         noise = torch.empty_like(embedded_BTD).uniform_(-1, 1) * scale_B[:, None, None].to(embedded_BTD.dtype)
         return embedded_BTD + noise
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors on the host, floating-point ones in `dtype`; what the model holds under two names stays one."""
+    tensors = model.state_dict(keep_vars=True)
+    copies = {id(t): t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype) for t in tensors.values()}
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
 
 def length_groups(lengths: tuple[int, ...]) -> list[list[int]]:

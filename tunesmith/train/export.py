@@ -53,7 +53,7 @@ def _save_model(recipe: Recipe, model: LanguageModel, directory: Path) -> None:
     if isinstance(model, Decoder):
         save_decoder(model, directory, dtype=dtype)
     elif isinstance(model, TransformersModel):
-        model.save(directory)
+        model.save(directory, dtype=dtype)
     else:
         raise ModelError(f"a {type(model).__name__} can't be saved as a model directory")
 
