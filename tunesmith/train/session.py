@@ -324,7 +324,9 @@ def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
 def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
     summary = apply_method(model, recipe.method, seed=recipe.train.seed)
     if recipe.method.adapter is not None:
-        load_adapter(model, recipe.method.adapter, trainable=True)
+        base = resolve_model(recipe.model.path, recipe.model.revision)
+        seed = recipe.train.seed if recipe.model.weights == "random" else None
+        load_adapter(model, recipe.method.adapter, trainable=True, base_directory=base, random_seed=seed)
     wide, narrow = trained_dtype(recipe.train), DTYPES[recipe.train.precision]
     for parameter in model.parameters():
         if parameter.requires_grad:
