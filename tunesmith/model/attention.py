@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunesmith.arch import ModelConfig
+from tunesmith.model.attention_choice import choose, shape_of
 from tunesmith.model.packed import PackedTokens
 
 AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -70,10 +72,40 @@ class PackedAttention:
 
         def attend(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> Tensor:
             if query_TNH.is_cuda and fits_varlen(query_TNH, _capability(query_TNH.device)):
-                return _attend_varlen(query_TNH, key_TKH, value_TKH, self.pack, window)
+                return self._attend_fastest(query_TNH, key_TKH, value_TKH, window)
             return _attend_each(query_TNH, key_TKH, value_TKH, self.pack.lengths, window)
 
         return attend
+
+    def _attend_fastest(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        """Through the kernel that was measured to be fastest for this shape on this GPU."""
+        lengths = self.pack.lengths
+        window = None if window is None or window >= self.pack.max_length else window
+        kernels = {
+            "varlen": lambda q, k, v: _attend_varlen(q, k, v, self.pack, window),
+            "dense-cudnn": lambda q, k, v: _attend_dense(q, k, v, lengths[0], SDPBackend.CUDNN_ATTENTION),
+            "dense-flash": lambda q, k, v: _attend_dense(q, k, v, lengths[0], SDPBackend.FLASH_ATTENTION),
+            "each-cudnn": lambda q, k, v: _attend_each_dense(q, k, v, lengths, SDPBackend.CUDNN_ATTENTION),
+        }
+        shape = shape_of(query, key.shape[1], lengths, window is not None)
+        return choose(shape, kernels, query, key, value)(query, key, value)
+
+
+def _attend_dense(query: Tensor, key: Tensor, value: Tensor, length: int, backend: SDPBackend) -> Tensor:
+    """Documents of one length, as a batch."""
+    num_tokens, num_heads, head_dim = query.shape
+    q, k, v = (t.view(num_tokens // length, length, t.shape[1], head_dim).transpose(1, 2) for t in (query, key, value))
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=num_heads != key.shape[1])
+    return out.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
+
+
+def _attend_each_dense(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], backend: SDPBackend
+) -> Tensor:
+    """One document after the other, each through a dense kernel."""
+    parts = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    return torch.cat([_attend_dense(q, k, v, q.shape[0], backend) for q, k, v in parts])
 
 
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:

@@ -5,11 +5,12 @@ Source: arXiv 1604.06174, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -41,7 +42,7 @@ def _is_wide(left: Tensor, right: Tensor) -> bool:
     return inner * LOW_RANK >= columns
 
 
-def run_checkpointed(kind: str, block: nn.Module, hidden_TD: Tensor, *args: Any) -> Tensor:
+def run_checkpointed(kind: str, block: Callable[..., Tensor], hidden_TD: Tensor, *args: Any) -> Tensor:
     """block(hidden, *args), holding everything ("none"), its input ("block"), or its products too ("selective")."""
     if kind == "none" or not torch.is_grad_enabled():
         return block(hidden_TD, *args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -11,96 +10,21 @@ from torch import Tensor, nn
 
 from tunesmith.arch import ModelConfig
 from tunesmith.errors import ModelError
-from tunesmith.model.attention import Attend, AttendLayer, PackedAttention
+from tunesmith.model.attention import Attend, PackedAttention
+from tunesmith.model.block import Block, Rope
 from tunesmith.model.checkpointing import run_checkpointed
-from tunesmith.model.layers import ACTIVATIONS, Linear, apply_rope, make_norm, rope_frequencies, rope_tables
-from tunesmith.model.moe import Experts
+from tunesmith.model.fused_block import FusedBlocks, FusedRope
+from tunesmith.model.layers import Linear, make_norm, rope_frequencies, rope_tables
 from tunesmith.model.packed import PackedTokens
 
 Checkpointing = Literal["none", "block", "selective"]
-Rope = tuple[Tensor, Tensor] | None
-
-
-class Attention(nn.Module):
-    """Projections around the mixer: qkv -> (norm) -> rope -> attend -> output projection."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
-        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        parts = {"c_attn": 3 * query_size}
-        if config.family != "gpt2":
-            parts = {"q_proj": query_size, "k_proj": kv_size, "v_proj": kv_size}
-        output = "c_proj" if config.family == "gpt2" else "o_proj"
-        self.qkv = Linear(config.hidden_size, parts, config.qkv_bias)
-        self.output = Linear(query_size, {output: config.hidden_size}, config.output_bias)
-        self.q_norm: nn.Module | None = make_norm(config, self.head_dim) if config.qk_norm else None
-        self.k_norm: nn.Module | None = make_norm(config, self.head_dim) if config.qk_norm else None
-
-    def forward(self, x_TD: Tensor, rope: Rope, attend: AttendLayer) -> Tensor:
-        query, key, value = self.project(x_TD, rope)
-        return self.output(attend(query, key, value).reshape(x_TD.shape[0], -1))
-
-    def project(self, x_TD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """query_TNH, key_TKH, value_TKH, ready for the mixer."""
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        fused = self.qkv(x_TD).view(x_TD.shape[0], sum(heads), self.head_dim)
-        query, key, value = fused.split(heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if rope is not None:
-            query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-        return query, key, value
-
-
-class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) where the family has no gate."""
-
-    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
-        super().__init__()
-        self.gated = config.gated_mlp
-        self.activation = ACTIVATIONS[config.activation]
-        up, down = {"gate_proj": intermediate_size, "up_proj": intermediate_size}, "down_proj"
-        if not self.gated:
-            up, down = {"c_fc": intermediate_size}, "c_proj"
-        self.up = Linear(config.hidden_size, up, config.mlp_bias)
-        self.down = Linear(intermediate_size, {down: config.hidden_size}, config.mlp_bias)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        up = self.up(x_TD)
-        if not self.gated:
-            return self.down(self.activation(up))
-        gate, up = up.chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(config, config.hidden_size)
-        self.attention = Attention(config)
-        self.mlp_norm = make_norm(config, config.hidden_size)
-        if config.is_moe(layer):
-            assert config.moe is not None
-            self.mlp: nn.Module = Experts(
-                config.moe, config.hidden_size, partial(Mlp, config, config.moe.intermediate_size)
-            )
-        else:
-            self.mlp = Mlp(config, config.intermediate_size)
-
-    def forward(self, x_TD: Tensor, rope: Rope, attend: AttendLayer) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
 class Decoder(nn.Module):
     """Token ids in, the last hidden states out; `logits` applies the head.
 
     Weights may be held in any dtype; the stream runs in `compute_dtype` (the dtype of the embedding unless set).
+    With `is_fused` the blocks run in their written-out form (model/fused.py), where they have one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -110,6 +34,8 @@ class Decoder(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.checkpointing: Checkpointing = "none"
         self.noise_alpha = 0.0
+        self.is_fused = False
+        self._fused = FusedBlocks()
         self._rope_frequencies: dict[torch.device, Tensor] = {}
         self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.positions = (
@@ -124,12 +50,26 @@ class Decoder(nn.Module):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, lengths_T: Tensor | None = None) -> Tensor:
         """hidden_TD after the final norm, in the compute dtype. lengths_T: see `embed`."""
         hidden = self.embed(tokens_T, positions_T, lengths_T)
+        run = self._run_fused if self.is_fused else self._run_eager
+        return self.norm(run(hidden, positions_T, attend, self.checkpointing if self.training else "none"))
+
+    def _run_eager(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
         rope = self.rope(positions_T, hidden.dtype)
         for layer, block in enumerate(self.blocks):
-            hidden = run_checkpointed(
-                self.checkpointing if self.training else "none", block, hidden, rope, attend[layer]
-            )
-        return self.norm(hidden)
+            hidden = run_checkpointed(kind, block, hidden, rope, attend[layer])
+        return hidden
+
+    def _run_fused(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
+        rope = None if self.config.rope is None else FusedRope.of(self._inverse(positions_T.device), positions_T)
+        for layer, block in enumerate(self._fused.of(self.blocks, hidden.dtype)):
+            if kind == "selective" and block.up is None:
+                # Selective checkpointing goes by operators, and the written-out parts write over theirs.
+                tables = None if rope is None else rope.eager(hidden.dtype)
+                hidden = run_checkpointed(kind, block.block, hidden, tables, attend[layer])
+            else:
+                outer = "none" if kind == "selective" else kind
+                hidden = run_checkpointed(outer, block, hidden, rope, attend[layer], kind == "selective")
+        return hidden
 
     def hidden(self, pack: PackedTokens) -> Tensor:
         """hidden_TD of packed documents, each attending to itself only (what training and evaluation call).
@@ -162,13 +102,18 @@ class Decoder(nn.Module):
         """cos and sin for these positions, or None where positions are learned."""
         if self.config.rope is None:
             return None
-        inverse = self._rope_frequencies.get(positions_T.device)
+        return rope_tables(self._inverse(positions_T.device), positions_T, dtype)
+
+    def _inverse(self, device: torch.device) -> Tensor:
+        """The inverse frequencies on a device."""
+        assert self.config.rope is not None
+        inverse = self._rope_frequencies.get(device)
         if inverse is None:
             # Copied once: a copy waits for the device. Never as an inference tensor, which training could not use.
             with torch.inference_mode(False):
-                inverse = rope_frequencies(self.config.rope, self.config.head_dim).to(positions_T.device)
-            self._rope_frequencies[positions_T.device] = inverse
-        return rope_tables(inverse, positions_T, dtype)
+                inverse = rope_frequencies(self.config.rope, self.config.head_dim).to(device)
+            self._rope_frequencies[device] = inverse
+        return inverse
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """logits_TV in the dtype of the hidden states."""

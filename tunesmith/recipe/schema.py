@@ -198,6 +198,13 @@ class TrainSection(Section):
             "attention"
         ),
     )
+    blocks: Literal["fused", "eager"] = Field(
+        "fused",
+        description=(
+            "fused: forward and backward passes of the blocks written out, where a family and method have that; "
+            "eager: torch's operators one by one, the reference"
+        ),
+    )
     neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
     loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
     seed: NonNegativeInt = 0
@@ -291,10 +298,10 @@ class Recipe(Section):
         if self.method.kind in ("full", "freeze") and self.method.adapter is not None:
             raise ValueError(f"method.adapter goes with lora or qlora, not with {self.method.kind}")
         if self.method.base == "fp8" and self.method.kind != "lora":
-            instead = ": set method.fp8_compute to true" if self.method.kind == "qlora" else ", whose base is frozen"
+            instead = ": set method.fp8_compute to true" if self.method.kind == "qlora" else " (it has no frozen base)"
             raise ValueError(f"method.base 'fp8' goes with method.kind lora, not with {self.method.kind}{instead}")
         if self.method.fp8_compute and self.method.kind != "qlora":
-            instead = ": set method.base to fp8" if self.method.kind == "lora" else ", whose base is frozen"
+            instead = ": set method.base to fp8" if self.method.kind == "lora" else " (it has no frozen base)"
             raise ValueError(f"method.fp8_compute goes with method.kind qlora, not with {self.method.kind}{instead}")
         if self.train.precision == "float16" and self.train.master_weights == "compute":
             raise ValueError(

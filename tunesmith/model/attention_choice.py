@@ -1,0 +1,125 @@
+"""Which attention kernel is fastest for a shape on this GPU: measured once, forward and backward, then remembered.
+
+varlen        FlashAttention 2's variable-length kernel, any packing
+dense-cudnn   documents of one length as a batch, through cuDNN
+dense-flash   the same through FlashAttention 2
+each-cudnn    one document after the other through cuDNN: few long documents of different lengths
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+LONG = 1024
+"""A mean document length, in tokens, from which one launch for each document may pay."""
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What decides which kernel is fastest. `length`: of every document, or a power of two near the mean."""
+
+    device: str
+    dtype: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_tokens: int
+    length: int
+    is_even: bool
+    has_window: bool
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The kernels that are right for this shape."""
+        if self.has_window:
+            return ("varlen",)
+        if self.is_even:
+            return ("varlen", "dense-cudnn", "dense-flash")
+        return ("varlen", "each-cudnn") if self.length >= LONG else ("varlen",)
+
+
+_chosen: dict[AttentionShape, tuple[str, dict[str, float]]] = {}
+
+
+def shape_of(query_TNH: Tensor, num_kv_heads: int, lengths: tuple[int, ...], has_window: bool) -> AttentionShape:
+    """The shape of an attention over packed documents of these lengths."""
+    num_tokens, num_heads, head_dim = query_TNH.shape
+    is_even = len(set(lengths)) == 1
+    mean = max(1, num_tokens // len(lengths))
+    length = lengths[0] if is_even else 1 << (mean.bit_length() - 1)
+    return AttentionShape(
+        device=_device_name(query_TNH.device),
+        dtype=str(query_TNH.dtype).removeprefix("torch."),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        num_tokens=num_tokens,
+        length=length,
+        is_even=is_even,
+        has_window=has_window,
+    )
+
+
+def choose(
+    shape: AttentionShape, kernels: Mapping[str, Attention], query: Tensor, key: Tensor, value: Tensor
+) -> Attention:
+    """The fastest of `kernels` for this shape; measured on copies of these tensors where it is not known yet.
+
+    A kernel that fails on the shape is left out; the first candidate is the one that always runs.
+    """
+    candidates = [name for name in shape.candidates if name in kernels]
+    if len(candidates) == 1:
+        _chosen.setdefault(shape, (candidates[0], {}))
+        return kernels[candidates[0]]
+    if shape not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return kernels[candidates[0]]
+        times = {name: _time(kernels[name], query, key, value) for name in candidates}
+        known = {name: duration for name, duration in times.items() if duration is not None}
+        fastest = min(known, key=lambda name: known[name]) if known else candidates[0]
+        _chosen[shape] = (fastest, known)
+    return kernels[_chosen[shape][0]]
+
+
+def choices() -> list[dict[str, object]]:
+    """What was chosen in this process: the shape, the kernel, and the milliseconds of every candidate."""
+    return [{**asdict(shape), "kernel": kernel, "milliseconds": times} for shape, (kernel, times) in _chosen.items()]
+
+
+def describe_choices() -> str:
+    """The choices as JSON text, for the run directory."""
+    return json.dumps(choices(), indent=1)
+
+
+def _time(kernel: Attention, query: Tensor, key: Tensor, value: Tensor) -> float | None:
+    """Milliseconds of one forward and backward pass, the least of a few; None where the kernel fails."""
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value)]
+    try:
+        with torch.enable_grad():
+            return min(_time_once(kernel, tensors) for _ in range(_ROUNDS))
+    except RuntimeError:
+        return None
+
+
+def _time_once(kernel: Attention, tensors: list[Tensor]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    out = kernel(*tensors)
+    torch.autograd.grad(out, tensors, torch.ones_like(out))
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,122 @@
+"""A decoder's blocks in their written-out form, where every part has one; the eager part stands in where not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels.rope import rope_tables_half
+from tunesmith.model.attention import AttendLayer
+from tunesmith.model.block import Block, Mlp
+from tunesmith.model.fused import HalfRope, Heads, add_projection, norm_mlp, norm_qkv
+from tunesmith.model.layers import RMSNorm, apply_rope
+from tunesmith.model.low_rank import refresh
+from tunesmith.model.projection import Projection, projection_of
+
+
+@dataclass
+class FusedRope:
+    """cos and sin of the packed positions: for the rotation in place, and for the eager parts."""
+
+    half: HalfRope
+
+    @classmethod
+    def of(cls, inverse_H2: Tensor, positions_T: Tensor) -> FusedRope:
+        """The tables of these positions, float32."""
+        return cls(rope_tables_half(inverse_H2, positions_T))
+
+    def eager(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [T, 1, H] in `dtype`, as `layers.apply_rope` takes them."""
+        cos, sin = (torch.cat((table, table), dim=-1)[:, None, :].to(dtype) for table in self.half)
+        return cos, sin
+
+
+class FusedBlock:
+    """One block's modules and the projections written out from them. Callable as the block is."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        self.block = block
+        self.dtype = dtype
+        attention = block.attention
+        self.linears = self._linears()
+        self.heads = Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim)
+        self.qkv = projection_of(attention.qkv, dtype) if _is_rms(block.attention_norm) else None
+        self.output = projection_of(attention.output, dtype)
+        self.up, self.down = _mlp_projections(block, dtype)
+
+    def is_current(self) -> bool:
+        """Whether the block still has the modules that this was made from."""
+        return all(now is then for now, then in zip(self._linears(), self.linears, strict=True))
+
+    @property
+    def projections(self) -> list[Projection]:
+        """Those that are written out."""
+        return [p for p in (self.qkv, self.output, self.up, self.down) if p is not None]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no part of the block is left to the eager form."""
+        return len(self.projections) == 4
+
+    def __call__(self, x_TD: Tensor, rope: FusedRope | None, attend: AttendLayer, again: bool) -> Tensor:
+        """The block's output. again: the gate-up activation is made again in the backward pass."""
+        query, key, value, stream = self._project(x_TD, rope)
+        mixed = attend(query, key, value).reshape(x_TD.shape[0], -1)
+        stream = self._add_output(stream, mixed)
+        if self.up is None or self.down is None:
+            return stream + self.block.mlp(self.block.mlp_norm(stream))
+        norm = self.block.mlp_norm
+        assert isinstance(norm, RMSNorm)
+        return norm_mlp(stream, norm, self.up, self.down, again)
+
+    def _project(self, x_TD: Tensor, rope: FusedRope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attention, norm = self.block.attention, self.block.attention_norm
+        if self.qkv is None:
+            query, key, value = attention.project(norm(x_TD), None if rope is None else rope.eager(x_TD.dtype))
+            return query, key, value, x_TD
+        assert isinstance(norm, RMSNorm)
+        if attention.q_norm is None or attention.k_norm is None:
+            return norm_qkv(x_TD, norm, self.qkv, self.heads, None if rope is None else rope.half)
+        query, key, value, stream = norm_qkv(x_TD, norm, self.qkv, self.heads, None)
+        query, key = attention.q_norm(query), attention.k_norm(key)
+        if rope is not None:
+            tables = rope.eager(x_TD.dtype)
+            query, key = apply_rope(query, *tables), apply_rope(key, *tables)
+        return query, key, value, stream
+
+    def _add_output(self, stream_TD: Tensor, mixed_TF: Tensor) -> Tensor:
+        if self.output is None:
+            return stream_TD + self.block.attention.output(mixed_TF)
+        return add_projection(stream_TD, mixed_TF, self.output)
+
+    def _linears(self) -> list[nn.Module]:
+        attention, mlp = self.block.attention, self.block.mlp
+        return [attention.qkv, attention.output, *([mlp.up, mlp.down] if isinstance(mlp, Mlp) else [])]
+
+
+class FusedBlocks:
+    """The written-out forms of all blocks of a decoder, made again when a method put other linears in place."""
+
+    def __init__(self) -> None:
+        self._blocks: list[FusedBlock] = []
+
+    def of(self, blocks: nn.ModuleList, dtype: torch.dtype) -> list[FusedBlock]:
+        """The current forms, their copies of the adapters up to date."""
+        if len(self._blocks) != len(blocks) or not all(b.dtype == dtype and b.is_current() for b in self._blocks):
+            self._blocks = [FusedBlock(block, dtype) for block in blocks if isinstance(block, Block)]
+        refresh([p.low_rank for b in self._blocks for p in b.projections if p.low_rank is not None])
+        return self._blocks
+
+
+def _mlp_projections(block: Block, dtype: torch.dtype) -> tuple[Projection | None, Projection | None]:
+    mlp = block.mlp
+    if not isinstance(mlp, Mlp) or not mlp.is_swiglu or not _is_rms(block.mlp_norm):
+        return None, None
+    up, down = projection_of(mlp.up, dtype), projection_of(mlp.down, dtype)
+    return (up, down) if up is not None and down is not None else (None, None)
+
+
+def _is_rms(norm: nn.Module) -> bool:
+    return type(norm) is RMSNorm

@@ -1,0 +1,79 @@
+"""The adapters of a fused linear as two matrices in the compute dtype, kept from one step to the next.
+
+    y = W x + up (down x)      down [R, D]: every scale * A, below each other;  up [F, R]: every B, on a block diagonal
+
+The float32 masters A and B stay the parameters; the copies follow them whenever a master was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model.lora import AdaptedLinear
+
+
+class LowRank:
+    """The two matrices of one `AdaptedLinear`, and the way back from their gradients to those of the masters."""
+
+    def __init__(self, linear: AdaptedLinear, dtype: torch.dtype) -> None:
+        self.masters: list[nn.Parameter] = []
+        self.scales: list[float] = []
+        self.blocks: list[tuple[slice, slice]] = []
+        start = 0
+        for part in linear.parts:
+            if part not in linear.adapters:
+                continue
+            adapter = linear.adapter(part)
+            self.masters += [adapter.A, adapter.B]
+            self.scales.append(adapter.options.scale)
+            self.blocks.append((linear.rows(part), slice(start, start + adapter.options.rank)))
+            start += adapter.options.rank
+        device = self.masters[0].device
+        self.down_RD = torch.zeros(start, linear.in_features, dtype=dtype, device=device)
+        self.up_FR = torch.zeros(linear.out_features, start, dtype=dtype, device=device)
+        self.versions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def current_versions(self) -> tuple[tuple[int, int], ...]:
+        """Which storage each master has, and how often it was written: what tells whether the copies are stale."""
+        return tuple((master.data_ptr(), master._version) for master in self.masters)
+
+    def copies(self) -> Iterable[tuple[Tensor, Tensor, float]]:
+        """(where a master is copied to, the master, what it is multiplied by)."""
+        for (rows, columns), scale, down, up in zip(
+            self.blocks, self.scales, self.masters[::2], self.masters[1::2], strict=True
+        ):
+            yield self.down_RD[columns], down, scale
+            yield self.up_FR[rows, columns], up, 1.0
+
+    def master_grads(self, grad_down_RD: Tensor, grad_up_FR: Tensor) -> list[Tensor]:
+        """The gradients of A, B, A, B ... from those of `down` (not yet scaled) and `up`."""
+        grads = []
+        for (rows, columns), scale, down, up in zip(
+            self.blocks, self.scales, self.masters[::2], self.masters[1::2], strict=True
+        ):
+            grads.append(grad_down_RD[columns].to(down.dtype) * scale)
+            grads.append(grad_up_FR[rows, columns].to(up.dtype, memory_format=torch.contiguous_format))
+        return grads
+
+
+@torch.no_grad()
+def refresh(matrices: Sequence[LowRank]) -> None:
+    """Copy the masters that were written since the last time: few launches for a whole model."""
+    stale = [(matrix, versions) for matrix in matrices if (versions := matrix.current_versions) != matrix.versions]
+    targets, sources, scales = [], [], []
+    for matrix, versions in stale:
+        for target, source, scale in matrix.copies():
+            targets.append(target)
+            sources.append(source.detach())
+            scales.append(scale)
+        matrix.versions = versions
+    if not targets:
+        return
+    torch._foreach_copy_(targets, sources)
+    scaled = [(target, scale) for target, scale in zip(targets, scales, strict=True) if scale != 1.0]
+    if scaled:
+        torch._foreach_mul_([target for target, _ in scaled], [scale for _, scale in scaled])

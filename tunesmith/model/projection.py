@@ -1,0 +1,107 @@
+"""A linear's products written out: forward, and backward without autograd, for whatever stands in a linear's place.
+
+The backward pass of a frozen weight never computes the weight's gradient; the projections of a fused linear share
+their input, which is given back to the backward pass once; adapters are skinny products beside the base's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.model.fp8 import Fp8Linear
+from tunesmith.model.layers import Linear
+from tunesmith.model.lora import AdaptedLinear
+from tunesmith.model.low_rank import LowRank
+from tunesmith.model.quant import NF4Linear
+
+Base = Linear | NF4Linear | Fp8Linear
+
+
+@dataclass
+class Projection:
+    """One linear of a block and, where it is adapted, its adapters as two matrices."""
+
+    base: Base
+    low_rank: LowRank | None = None
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters that get a gradient, in the order of `backward`'s."""
+        if self.low_rank is not None:
+            return list(self.low_rank.masters)
+        own = [self.base.weight, self.base.bias] if isinstance(self.base, Linear) else [self.base.bias]
+        return [tensor for tensor in own if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether the backward pass asks for the input again."""
+        return self.low_rank is not None or (isinstance(self.base, Linear) and self.base.weight.requires_grad)
+
+    def forward(self, x_TD: Tensor, residual_TF: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """y_TF = residual + x W.T + bias + (x down.T) up.T, and the adapters' inner activation [T, R]."""
+        y = self._base_product(x_TD, residual_TF)
+        if self.low_rank is None:
+            return y, None
+        low = x_TD @ self.low_rank.down_RD.t()
+        return y.addmm_(low, self.low_rank.up_FR.t()), low
+
+    def _base_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
+        if residual_TF is None:
+            return self.base.product(x_TD)
+        if isinstance(self.base, Linear) and self.base.bias is None:
+            return torch.addmm(residual_TF, x_TD, self.base.weight.to(x_TD.dtype).t())
+        return self.base.product(x_TD).add_(residual_TF)
+
+    def input_grad(self, g_TF: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradients of x [T, D] and of the adapters' inner activation [T, R]."""
+        dx = self.base.input_grad(g_TF)
+        if self.low_rank is None:
+            return dx, None
+        dlow = g_TF @ self.low_rank.up_FR
+        return dx.addmm_(dlow, self.low_rank.down_RD), dlow
+
+    def parameter_grads(
+        self, g_TF: Tensor, x_TD: Tensor | None, low_TR: Tensor | None, dlow_TR: Tensor | None = None
+    ) -> list[Tensor]:
+        """The gradients of `trained`.
+
+        Args: x_TD: the input, where `needs_input`. low_TR: what `forward` returned. dlow_TR: what `input_grad`
+        returned, where that was called.
+        """
+        if self.low_rank is None:
+            return self._own_grads(g_TF, x_TD)
+        assert x_TD is not None and low_TR is not None
+        dlow = g_TF @ self.low_rank.up_FR if dlow_TR is None else dlow_TR
+        grad_up, grad_down = wide_product(g_TF.t(), low_TR), wide_product(dlow.t(), x_TD)
+        return self.low_rank.master_grads(grad_down, grad_up)
+
+    def _own_grads(self, g_TF: Tensor, x_TD: Tensor | None) -> list[Tensor]:
+        grads = []
+        for parameter in self.trained:
+            if parameter is self.base.bias:
+                grads.append(g_TF.sum(0, dtype=torch.float32).to(parameter.dtype))
+            else:
+                assert x_TD is not None
+                grads.append((g_TF.t() @ x_TD).to(parameter.dtype))
+        return grads
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, in float32 where the device has that: gradients of float32 masters are not rounded on the way."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
+
+
+def projection_of(linear: nn.Module, dtype: torch.dtype) -> Projection | None:
+    """The written-out form of a linear; None where its passes are autograd's: DoRA, dropout, a foreign linear."""
+    if isinstance(linear, Linear | NF4Linear | Fp8Linear):
+        return Projection(linear)
+    if not isinstance(linear, AdaptedLinear) or linear.is_dora or linear.dropout:
+        return None
+    if not isinstance(linear.base, Linear | NF4Linear | Fp8Linear):
+        return None
+    return Projection(linear.base, LowRank(linear, dtype))
