@@ -141,7 +141,25 @@ def _explain(error: Exception) -> int:
 def _usage_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     help_hint = f"; see: {context.command_path} --help" if context is not None else ""
+    wrong = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and wrong is not None and context is not None:
+        options = [name for option in context.command.params for name in (*option.opts, *option.secondary_opts)]
+        options = [name for name in (*options, "--help", "--json", "--debug") if name.startswith("--")]
+        return f"there is no option {wrong}{option_hint(wrong, options)}{help_hint}"
     return f"{error.format_message().rstrip('.')}{help_hint}"
+
+
+def option_hint(wrong: str, options: Sequence[str]) -> str:
+    """What was meant by the option `wrong`: one of `options`, or a recipe's key for --set; empty when unknown."""
+    name = wrong.lstrip("-").replace("-", "_")
+    if "--set" in options:
+        from tunesmith.recipe.explain import all_keys
+
+        keys = [key for key in all_keys() if key.rpartition(".")[2] == {"lr": "learning_rate"}.get(name, name)]
+        if keys:
+            return f"; it is a key of the recipe: --set {keys[0]}=VALUE"
+    begins = [option for option in options if wrong.strip("-") and option.startswith(f"--{wrong.lstrip('-')}")]
+    return f", did you mean '{begins[0]}'?" if begins else nearest(wrong, options)
 
 
 def _fail(message: str, code: int) -> int:

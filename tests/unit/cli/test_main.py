@@ -160,6 +160,31 @@ def test_a_mistake_of_use_is_one_line_with_the_help_to_type(
     assert "see: tunesmith try --help" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "m", "--dta", "f"], "there is no option --dta, did you mean '--data'?; see: tunesmith train --help"),
+        (["train", "m", "-d", "f"], "did you mean '--data'?"),
+        (["train", "m", "--methd", "lora"], "did you mean '--method'?"),
+        (["train", "m", "--no-verfy"], "did you mean '--no-verify'?"),
+        (["train", "m", "--jsno"], "did you mean '--json'?"),
+        (["train", "m", "--epochs", "3"], "it is a key of the recipe: --set train.epochs=VALUE"),
+        (["train", "m", "--lr", "3"], "--set train.learning_rate=VALUE"),
+        (["chat", "m", "--promt", "hi"], "did you mean '--prompt'?"),
+        (["demo", "--outptu", "x"], "did you mean '--output'?"),
+        (["chat", "m", "--zzz"], "there is no option --zzz; see: tunesmith chat --help"),
+    ],
+)
+def test_a_misspelt_option_names_the_nearest(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--dta offered --data and --set, -d nothing at all, and --epochs nothing though --set train.epochs exists."""
+    assert main.run(arguments) == 2
+    error = capsys.readouterr().err
+    assert hint in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [["try", "--help"], ["help", "try"]])
 def test_a_verbs_help_tells_of_the_global_flags(
     verb: Verb, capsys: pytest.CaptureFixture[str], arguments: list[str]
