@@ -16,6 +16,7 @@ from tunesmith.checkpoint.adapter_config import CONFIG, build_adapter_config, op
 from tunesmith.checkpoint.fingerprint import base_fingerprint
 from tunesmith.checkpoint.names import LAYOUTS, module_name
 from tunesmith.errors import AdapterError, ModelError, nearest
+from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
 from tunesmith.model.methods import adapted_linears, add_adapters, block_linears
@@ -32,7 +33,7 @@ _KINDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitu
 class BaseRecord:
     """The base an adapter was trained on, as its file's metadata says; None where it doesn't.
 
-    `quantisation` is none, nf4 or nf4-double; `dtype` is what the base was held in before it was quantised.
+    `quantisation` is none, nf4, nf4-double or fp8; `dtype` is what the base was held in before it was quantised.
     """
 
     fingerprint: str | None = None
@@ -189,6 +190,8 @@ def _quantisation(linears: Mapping[str, AdaptedLinear]) -> tuple[str, str]:
         if isinstance(linear.base, NF4Linear):
             kind = "nf4-double" if linear.base.is_double else "nf4"
             return kind, str(linear.base.dtype).removeprefix("torch.")
+        if isinstance(linear.base, Fp8Linear):
+            return "fp8", str(linear.base.dtype).removeprefix("torch.")
     weight = next(iter(linears.values())).base.weight
     return "none", str(cast(Tensor, weight).dtype).removeprefix("torch.")
 

@@ -23,16 +23,17 @@ from tunesmith.checkpoint.names import LAYOUTS, TensorName, tensor_names
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.hardware import pick_device
+from tunesmith.kernels.fp8 import has_fp8
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.layers import Linear
 from tunesmith.model.methods import quantise_model
-from tunesmith.model.quant import NF4Linear, quantise_linears, quantised
+from tunesmith.model.quant import NF4Linear, quantise_blocks, quantised, set_compute
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.recipe.schema import ModelSection
 
-Quantize = Literal["nf4", "nf4-double"]
+Quantize = Literal["nf4", "nf4-double", "fp8"]
 Progress = Callable[[int, int], None]
 Backend = Literal["auto", "native", "transformers"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +56,8 @@ def load_model(
     Args:
         path_or_id: a model directory, `builtin:tiny`, or a Hub id.
         adapter: an adapter directory in PEFT's format, put on top; refused where it has another base on record.
-        quantize: hold the linears of the blocks in NF4, the scales too with "nf4-double".
+        quantize: hold the linears of the blocks in NF4, the scales too with "nf4-double", or in fp8
+            (a device without fp8 products dequantises for each product).
         dtype: "auto" is the checkpoint's.
         device: "auto" is the GPU where there is one.
     Raises: ModelError, AdapterError or DeviceError.
@@ -66,6 +68,9 @@ def load_model(
     model = load_language_model(
         section, quantize=quantize, dtype=_dtype(dtype), device=torch.device(pick_device(str(device))), seed=seed
     )
+    if quantize == "fp8":
+        module = cast(nn.Module, model)
+        set_compute(module, "fp8" if has_fp8(next(module.parameters()).device) else "weights")
     if adapter is not None:
         from tunesmith.checkpoint.adapter import load_adapter
 
@@ -113,7 +118,7 @@ def load_language_model(
             _log.warning("%s: running it through the transformers backend", reason)
     foreign = TransformersModel.load(directory, device=device, dtype=dtype, weights=model.weights, seed=seed)
     if quantize is not None:
-        quantise_model(foreign, quantize == "nf4-double")
+        quantise_model(foreign, quantize)
     return foreign
 
 
@@ -160,7 +165,7 @@ def fill_decoder(
     if isinstance(source, BnbWeights):
         source.quantise(decoder, wanted, quantize)
     elif quantize is not None:
-        quantise_linears(decoder, quantize == "nf4-double")
+        quantise_blocks(decoder, quantize)
     decoder.to_empty(device=device)
     done = 0
     for (path, part), group in groupby(wanted, key=lambda item: (item.module, item.part)):
@@ -245,8 +250,13 @@ class BnbWeights(CheckpointWeights):
     def quantise(self, decoder: Decoder, wanted: list[TensorName], asked: Quantize | None) -> None:
         """Put NF4 linears where every projection is quantised; a linear that is so in part only stays dense.
 
-        Raises: ModelError when other scales were asked for than the checkpoint has.
+        Raises: ModelError when other scales were asked for than the checkpoint has, or fp8.
         """
+        if asked == "fp8":
+            raise ModelError(
+                f"{self.files.directory} is quantised to NF4 already: take the unquantised model for an fp8 base, or "
+                f"set method.kind to qlora, with method.fp8_compute for products in fp8"
+            )
         weights = [item for item in wanted if item.part is not None and item.kind == "weight"]
         for path, group in groupby(weights, key=lambda item: item.module):
             names = [self._stored[item.name] for item in group]

@@ -48,7 +48,7 @@ def chat(
     repetition_penalty: Annotated[float, typer.Option(help="above 1: say less again")] = 1.0,
     max_tokens: Annotated[int | None, typer.Option(help="longest answer in tokens")] = None,
     seed: Annotated[int | None, typer.Option(help="makes sampled answers reproducible")] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4 or nf4-double")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4, nf4-double or fp8")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens")] = None,

@@ -37,7 +37,7 @@ def evaluate_model(
     max_length: Annotated[int | None, typer.Option(min=2, help="tokens of a window of text")] = None,
     train_on: Annotated[str, typer.Option(help="answers or all: which tokens of a conversation count")] = "answers",
     comparison: Annotated[str, typer.Option(help="auto, exact, number (the last one, or after ####)")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help="nf4 or nf4-double")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4, nf4-double or fp8")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     run_dir: Annotated[Path | None, typer.Option(help="write evaluations/NAME.json into this run directory")] = None,

@@ -2,7 +2,7 @@
 
     base as trained + adapter  --merge-->  weights in the output's dtype  --quantise-->  NF4
 
-An adapter trained on an NF4 base is merged into the dequantised NF4 weights: those it has learnt to correct.
+An adapter trained on an NF4 or fp8 base is merged into the dequantised weights: those it has learnt to correct.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ from tunesmith.checkpoint.source import resolve_model
 from tunesmith.compress.divergence import Divergence, divergence, prompt_logits, random_prompts
 from tunesmith.errors import AdapterError, VerificationError
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.layers import Linear
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.methods import adapted_linears
-from tunesmith.model.quant import NF4Linear
+from tunesmith.model.quant import NF4Linear, set_compute
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.rundir.io import atomic_directory
 
@@ -71,7 +72,7 @@ class MergeReport:
 def merge_adapter(model: LanguageModel, dtype: torch.dtype | None = None) -> LanguageModel:
     """Fold the adapters into their linears, in place: plain linears in `dtype` (None: the base's) take their place.
 
-    An NF4 base becomes its dequantised weights; what is computed is in float32.
+    A base in NF4 or fp8 becomes its dequantised weights; what is computed is in float32.
     """
     for path, linear in adapted_linears(model).items():
         parent, _, name = path.rpartition(".")
@@ -84,7 +85,7 @@ def merge_to_directory(
     adapter_dir: Path,
     out_dir: Path,
     dtype: torch.dtype | None = None,
-    quantize: Quantize | None = None,
+    quantize: Literal["nf4", "nf4-double"] | None = None,
     *,
     prompts: Sequence[Sequence[int]] | None = None,
     kl_limit: float = KL_LIMIT,
@@ -163,16 +164,16 @@ class _MergedWhenRead(nn.Module):
 def _merged(linear: AdaptedLinear, dtype: torch.dtype | None) -> nn.Module:
     """A plain linear in place of an adapted one; a linear of transformers keeps its class."""
     base: Any = linear.base
-    if not isinstance(base, Linear | NF4Linear):
+    if not isinstance(base, Linear | NF4Linear | Fp8Linear):
         weight = linear.merged_part(next(iter(linear.parts)))
         base.weight.copy_(weight.t() if type(base).__name__ == "Conv1D" else weight)
         return base
-    stored = dtype or (base.dtype if isinstance(base, NF4Linear) else base.weight.dtype)
+    stored = dtype or (base.dtype if isinstance(base, NF4Linear | Fp8Linear) else base.weight.dtype)
     return _dense(base, {part: linear.merged_part(part) for part in linear.parts}, stored)
 
 
-def _dense(base: Linear | NF4Linear, weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A linear in `dtype` with these weights and the base's bias; the class that an NF4 linear came from is kept."""
+def _dense(base: Linear | NF4Linear | Fp8Linear, weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A linear in `dtype` with these weights and the base's bias; one of another library keeps its class."""
     device = next(iter(weights.values())).device
     shell = getattr(base, "shell", None)
     if shell is not None:
@@ -189,10 +190,10 @@ def _dense(base: Linear | NF4Linear, weights: dict[str, Tensor], dtype: torch.dt
 
 
 def _dequantise_foreign(model: TransformersModel, dtype: torch.dtype) -> None:
-    """Linears in NF4 without an adapter were part of the base that was trained: they are stored dequantised."""
+    """Quantised linears without an adapter were part of the base that was trained: they are stored dequantised."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, NF4Linear):
+            if isinstance(child, NF4Linear | Fp8Linear):
                 setattr(parent, name, _dense(child, {part: child.part_weight(part) for part in child.parts}, dtype))
 
 
@@ -221,6 +222,7 @@ def _trained_model(base: Path, adapter_dir: Path, record: BaseRecord, device: st
     # The weights trained on were those of this dtype, rounded or quantised from it, not the checkpoint's.
     dtype = DTYPES.get(record.dtype or "", "auto")
     model = load_model(base, quantize=quantize, dtype=dtype, device=device)
+    set_compute(cast(nn.Module, model), "weights")
     load_adapter(model, adapter_dir)
     return model
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from tunesmith.checkpoint.adapter import read_adapter_tensors
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
-from tunesmith.recipe.schema import MethodSection
 from tunesmith.rundir.layout import RunDir, is_run, open_run
 
-Quantize = Literal["nf4", "nf4-double"]
+Quantize = Literal["nf4", "nf4-double", "fp8"]
 _OUTCOMES = ("final", "adapter", "model")
 
 
@@ -41,7 +40,7 @@ class ModelSource:
 def find_source(path: str, adapter: str | Path | None, quantize: str | None, revision: str | None) -> ModelSource:
     """The model that `path` names; a run gives its adapter on its base, or its whole model.
 
-    A base that an adapter was trained on in 4 bits is held in 4 bits unless asked otherwise.
+    A base that an adapter was trained on in NF4 or fp8 is held so unless asked otherwise.
     Raises: RunDirError for a run that has no outcome yet; AdapterError for a second adapter.
     """
     wanted = cast("Quantize | None", quantize)
@@ -89,7 +88,7 @@ def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) ->
     return ModelSource(
         path=recipe.model.path if is_adapter else str(outcome),
         adapter=outcome if is_adapter else None,
-        quantize=quantize or (_trained_on(recipe.method) if is_adapter else None),
+        quantize=quantize or (recipe.method.quantisation if is_adapter else None),
         revision=base_revision if is_adapter else None,
         tokenizer=tokenizer or resolve_model(recipe.model.path, base_revision),
         template_arguments=dict(recipe.data.template_arguments),
@@ -99,18 +98,12 @@ def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) ->
     )
 
 
-def _trained_on(method: MethodSection) -> Quantize | None:
-    if method.kind != "qlora":
-        return None
-    return "nf4-double" if method.double_quantisation else "nf4"
-
-
 def _recorded(adapter: Path) -> Quantize | None:
     """How the base was held while the adapter was trained, where its file says so."""
     if not _is_adapter(adapter):
         return None
     _, record = read_adapter_tensors(adapter)
-    return cast("Quantize | None", record.quantisation) if record.quantisation in ("nf4", "nf4-double") else None
+    return cast("Quantize | None", record.quantisation) if record.quantisation in get_args(Quantize) else None
 
 
 def _outcome(run: RunDir) -> Path:

@@ -17,10 +17,11 @@ from typing import Any, cast
 from torch import nn
 
 from tunesmith.errors import RecipeError, UnsupportedModelError, nearest
+from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.layers import Linear
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
-from tunesmith.model.quant import NF4Linear, quantise_linears, quantised
+from tunesmith.model.quant import NF4Linear, Quantisation, quantise_blocks, quantised_as, set_compute
 from tunesmith.recipe.schema import MethodSection
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Target:
 def apply_method(model: LanguageModel, method: MethodSection, *, seed: int) -> MethodSummary:
     """Make `model` train as `method` says, in place.
 
-    qlora quantises the linears of the blocks where they are not NF4 already.
+    The linears of the blocks are quantised where they are not already, if the method says so.
     Raises: RecipeError for names that the model does not have; UnsupportedModelError where it can't be done.
     """
     module = _module(model)
@@ -70,19 +71,20 @@ def apply_method(model: LanguageModel, method: MethodSection, *, seed: int) -> M
         _refuse_quantised(module)
         _freeze(module, method.trainable)
     else:
-        if method.kind == "qlora":
-            quantise_model(model, method.double_quantisation)
+        if method.quantisation is not None:
+            quantise_model(model, method.quantisation)
+            set_compute(module, "fp8" if method.uses_fp8 else "weights")
         options = AdapterOptions(method.rank, method.alpha, method.dropout, method.rslora, method.dora)
         adapted = add_adapters(model, choose_targets(model, method.targets), lambda _: options, seed=seed)
     return summarise(model, adapted)
 
 
 def summarise(model: LanguageModel, adapted: tuple[str, ...] = ()) -> MethodSummary:
-    """Counts of parameters; a weight held in NF4 counts as many as it stands for."""
+    """Counts of parameters; a weight held in NF4 or fp8 counts as many as it stands for."""
     module = _module(model)
     parameters = dict(module.named_parameters())
     quantised_values = sum(
-        child.in_features * child.out_features for child in module.modules() if isinstance(child, NF4Linear)
+        child.in_features * child.out_features for child in module.modules() if isinstance(child, NF4Linear | Fp8Linear)
     )
     trained = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
     return MethodSummary(
@@ -150,18 +152,18 @@ def adapted_linears(model: LanguageModel) -> dict[str, AdaptedLinear]:
     return {name: child for name, child in _module(model).named_modules() if isinstance(child, AdaptedLinear)}
 
 
-def quantise_model(model: LanguageModel, double: bool) -> None:
-    """Hold the linears of the blocks in NF4; those that are already stay as they are."""
+def quantise_model(model: LanguageModel, quantisation: Quantisation) -> None:
+    """Hold the linears of the blocks in NF4 or fp8; those that are quantised already stay as they are."""
     module = _module(model)
     if model.backend == "native":
-        quantise_linears(module, double)
+        quantise_blocks(module, quantisation)
         return
     _refuse_fused_experts(model)
     for target in block_linears(model):
-        if not isinstance(target.module, NF4Linear):
-            nf4 = quantised(_as_linear(target), double)
-            nf4.keep_shell(target.module)
-            target.replace(nf4)
+        if not isinstance(target.module, NF4Linear | Fp8Linear):
+            held = quantised_as(_as_linear(target), quantisation)
+            held.keep_shell(target.module)
+            target.replace(held)
 
 
 def _module(model: LanguageModel) -> nn.Module:
@@ -181,7 +183,7 @@ def _linears_below(module: nn.Module, path: str, head: nn.Module | None) -> Iter
         inner = f"{path}.{name}" if path else name
         if child is head or name in ROUTERS or isinstance(child, AdaptedLinear):
             continue
-        if isinstance(child, Linear | NF4Linear):
+        if isinstance(child, Linear | NF4Linear | Fp8Linear):
             yield Target(inner, module, name, child, child.parts, child.in_features)
         elif type(child).__name__ in _FOREIGN and getattr(child, "weight", None) is not None:
             if name not in _read_directly(type(module)):  # type: ignore[arg-type]  # a class is hashable
@@ -225,7 +227,7 @@ def _as_linear(target: Target) -> Linear:
 
 
 def _refuse_fused_experts(model: LanguageModel) -> None:
-    """Experts that transformers holds as one tensor are no linears: an adapter or NF4 would leave them out silently."""
+    """Experts that transformers holds as one tensor are no linears: adapters and quantisation would leave them out."""
     if model.backend == "native":
         return
     fused = [name for name, parameter in _module(model).named_parameters() if parameter.ndim > 2]
@@ -233,13 +235,15 @@ def _refuse_fused_experts(model: LanguageModel) -> None:
     if fused:
         raise UnsupportedModelError(
             f"the transformers backend holds experts as fused tensors ({fused[0]}), which get neither adapters nor "
-            f"NF4: name linears in method.targets, or use method.kind full or freeze"
+            f"NF4 or fp8: name linears in method.targets, or use method.kind full or freeze"
         )
 
 
 def _refuse_quantised(module: nn.Module) -> None:
-    if any(isinstance(child, NF4Linear) for child in module.modules()):
-        raise UnsupportedModelError("NF4 weights can't be trained: use method.kind qlora, or load without quantisation")
+    if any(isinstance(child, NF4Linear | Fp8Linear) for child in module.modules()):
+        raise UnsupportedModelError(
+            "NF4 and fp8 weights can't be trained: use method.kind qlora or lora, or load without quantisation"
+        )
 
 
 def _freeze(module: nn.Module, trainable: list[str]) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tunesmith.kernels.fp8 import fp8_product, quantize_rows_fp8
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, quantize_nf4
 from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
-from tunesmith.model.fp8 import Fp8Linear
+from tunesmith.model.fp8 import Fp8Linear, quantise_linears_fp8, quantised_fp8
 from tunesmith.model.frozen import FrozenProduct
 from tunesmith.model.layers import Linear, part_rows
 
 Compute = Literal["weights", "fp8"]
+Quantisation = Literal["nf4", "nf4-double", "fp8"]
 _STATE = ("codes", "scales", "scale_scales", "offset")
 
 
@@ -167,6 +168,19 @@ def quantise_linears(model: nn.Module, double: bool) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is Linear and name not in ("head", "router"):
                 setattr(parent, name, quantised(child, double))
+
+
+def quantise_blocks(model: nn.Module, quantisation: Quantisation) -> None:
+    """Hold every linear of the blocks in NF4 or fp8: `quantise_linears` or `quantise_linears_fp8`."""
+    if quantisation == "fp8":
+        quantise_linears_fp8(model)
+    else:
+        quantise_linears(model, quantisation == "nf4-double")
+
+
+def quantised_as(linear: Linear, quantisation: Quantisation) -> NF4Linear | Fp8Linear:
+    """The quantised form of a linear, on its device."""
+    return quantised_fp8(linear) if quantisation == "fp8" else quantised(linear, quantisation == "nf4-double")
 
 
 def quantised(linear: Linear, double: bool) -> NF4Linear:

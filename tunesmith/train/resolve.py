@@ -8,6 +8,7 @@ from tunesmith.arch import read_raw_config
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import DeviceError
 from tunesmith.hardware import pick_device, supports_bf16
+from tunesmith.kernels.fp8 import require_fp8
 from tunesmith.recipe.schema import MethodSection, Recipe, TrainSection
 from tunesmith.units import ceil_div
 
@@ -22,6 +23,8 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     Raises: DeviceError when the device can't do what is asked.
     """
     device = torch.device(pick_device(recipe.model.device))
+    if recipe.method.uses_fp8:
+        require_fp8(device)
     train = _resolve_train(recipe, device)
     model = recipe.model.model_copy(update={"device": str(device), "dtype": _weight_dtype(recipe, train)})
     return recipe.model_copy(update={"model": model, "train": train})

@@ -22,6 +22,7 @@ from tunesmith.checkpoint.load import load_language_model
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, DataError, NonFiniteError, RecipeError
+from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary, apply_method
 from tunesmith.recipe.schema import DataSection, Recipe, TrainSection
@@ -29,6 +30,7 @@ from tunesmith.text.dataset import DataSummary, TrainingData, load_data
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.train import randomness
+from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.batches import Dataset, MicroBatch, RandomTokens, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
 from tunesmith.train.losses import cross_entropy_sum, head_of
@@ -284,6 +286,7 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
 
     Raises: RecipeError, ModelError, DataError, DeviceError.
     """
+    prepare_allocator(recipe.model.device)
     resolved = resolve_recipe(recipe)
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
@@ -304,12 +307,11 @@ def load_trainable(recipe: Recipe, progress: Progress | None = None) -> tuple[La
 
 
 def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
-    quantize = {True: "nf4-double", False: "nf4"}[recipe.method.double_quantisation]
     # Frozen layers: loaded wide, so that what stays trained loses nothing; the rest is narrowed afterwards.
     dtype = trained_dtype(recipe.train) if recipe.method.kind == "freeze" else DTYPES[recipe.model.dtype]
     model = load_language_model(
         recipe.model,
-        quantize=cast(Any, quantize) if recipe.method.kind == "qlora" else None,
+        quantize=recipe.method.quantisation,
         dtype=dtype,
         device=torch.device(recipe.model.device),
         seed=recipe.train.seed,
@@ -318,6 +320,8 @@ def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
     model.compute_dtype = DTYPES[recipe.train.precision]
     model.checkpointing = recipe.train.checkpointing
     model.noise_alpha = recipe.train.neftune_alpha
+    if isinstance(model, Decoder):
+        model.is_fused = recipe.train.blocks == "fused"
     return model
 
 

@@ -34,7 +34,7 @@ def merge_parity(subject: Subject, device: torch.device) -> Outcome:
     merge_adapter(model, torch.float32)
     merged = torch.cat(logits(model, tokens))
     value = float((adapted - merged).abs().max() / adapted.abs().max())
-    base = "the dequantised NF4 base" if subject.recipe.method.kind == "qlora" else "the base"
+    base = "the base" if subject.recipe.method.quantisation is None else "the dequantised base"
     return Outcome(value, MERGE_LIMIT, f"relative difference of logits, merged into {base}, on {subject.describe()}")
 
 

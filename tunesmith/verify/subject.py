@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tunesmith.errors import UnsupportedModelError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import adapted_linears, apply_method, quantise_model
+from tunesmith.model.quant import Quantisation, set_compute
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.recipe.schema import Recipe
 from tunesmith.text.dataset import Document
@@ -59,8 +60,9 @@ class Subject:
     def make(self, device: torch.device, most: int = SMALL, *, dropout: bool = False) -> LanguageModel:
         """A fresh model with the recipe's method applied and its adapters made to matter.
 
-        Trained weights are float32; frozen ones of the native decoder as the run holds them, so that an NF4 base is
-        the one that is trained.
+        Trained weights are float32; frozen ones of the native decoder as the run holds them, so that a quantised
+        base is the one that is trained. Its products are those of its dequantised weights: these checks look for
+        what is equal, and roundings of activations to fp8 would hide what is not.
         """
         model = self._base(device, most)
         method = self.recipe.method if dropout else self.recipe.method.model_copy(update={"dropout": 0.0})
@@ -72,11 +74,12 @@ class Subject:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        set_compute(cast(nn.Module, model), "weights")
         stir_adapters(model)
         return model
 
     def _base(self, device: torch.device, most: int) -> LanguageModel:
-        quantize, dtype = self._quantize(), self._dtype()
+        quantize, dtype = self.recipe.method.quantisation, self._dtype()
         if self.num_parameters <= most:
             return load_language_model(self.recipe.model, quantize=quantize, dtype=dtype, device=device, seed=0)
         if self.config is None:
@@ -87,11 +90,6 @@ class Subject:
     def _dtype(self) -> torch.dtype:
         frozen = self.recipe.method.kind in ("lora", "qlora") and self.config is not None
         return DTYPES[self.recipe.model.dtype] if frozen else torch.float32
-
-    def _quantize(self) -> Literal["nf4", "nf4-double"] | None:
-        if self.recipe.method.kind != "qlora":
-            return None
-        return "nf4-double" if self.recipe.method.double_quantisation else "nf4"
 
 
 def make_subject(recipe: Recipe) -> Subject:
@@ -202,10 +200,10 @@ def _widths(config: Any) -> ModelConfig:
     )
 
 
-def _reduced_foreign(directory: Path, device: torch.device, quantize: str | None) -> LanguageModel:
+def _reduced_foreign(directory: Path, device: torch.device, quantize: Quantisation | None) -> LanguageModel:
     model = TransformersModel(_foreign_model(directory, device, 2).eval())
     if quantize is not None:
-        quantise_model(model, quantize == "nf4-double")
+        quantise_model(model, quantize)
     return model
 
 

@@ -216,7 +216,7 @@ def test_prompt_logits_are_float32_whatever_the_weights_are(tiny_model_dir: Call
 def test_quantised_linears_of_transformers_keep_their_place(tiny_model_dir: Callable[..., Path]) -> None:
     model = load_model(tiny_model_dir("gpt2"), backend="transformers", device="cpu")
     before = logits(model, DOCUMENTS)
-    quantise_model(model, True)
+    quantise_model(model, "nf4-double")
     linears = [child for child in model.modules() if isinstance(child, NF4Linear)]  # type: ignore[attr-defined]
     assert len(linears) == 8
     native = load_decoder(tiny_model_dir("gpt2"), quantize="nf4-double").eval()
