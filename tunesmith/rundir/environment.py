@@ -36,6 +36,7 @@ PACKAGES = (
     "accelerate",
     "deepspeed",
 )
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def environment_fingerprint() -> dict[str, Any]:
@@ -49,6 +50,7 @@ def environment_fingerprint() -> dict[str, Any]:
         "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "usable_cores": usable_cores()},
         "memory_bytes": total_memory_bytes(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "cuda_allocator": _allocator_settings(),
         "driver": driver_version(),
         "gpus": [_gpu_facts(handle) for handle in nvml_devices()],
         "git": git_commit(),
@@ -62,6 +64,11 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
+
+
+def _allocator_settings() -> dict[str, str]:
+    """The settings of torch's GPU allocator, by the variables that it reads them from."""
+    return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
 
 
 def _torch_cuda() -> str | None:

@@ -16,10 +16,13 @@ from tunesmith.errors import TrainingError
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, LogSection
 from tunesmith.rundir.io import MetricsWriter
 from tunesmith.rundir.layout import RunDir
+from tunesmith.train.collection import CollectedBetweenSteps
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.pending import Pending
 from tunesmith.train.stopping import StopSignals
 
+NO_WAIT, BAD_WAIT = 0.001, 0.1
+SLOW_DATA = "batches are made by one thread beside the device's; give the process more cores, or longer documents"
 VALIDATIONS, LONG_EPOCH = 10, 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger(__name__)
@@ -72,11 +75,28 @@ class LoopResult:
     failed_saves: list[int] = field(default_factory=list)
 
     @property
+    def data_wait_ratio(self) -> float | None:
+        """The share of the steps' time in which the device waited for data; None without a step."""
+        return self.data_wait_s / self.duration_s if self.duration_s else None
+
+    @property
     def bottleneck(self) -> str | None:
         """ "data" when more than a tenth of the time went into waiting for data, else "device"; None without a step."""
-        if self.duration_s == 0:
+        ratio = self.data_wait_ratio
+        if ratio is None:
             return None
-        return "data" if self.data_wait_s > 0.1 * self.duration_s else "device"
+        return "data" if ratio > BAD_WAIT else "device"
+
+    @property
+    def data_verdict(self) -> str | None:
+        """Whether data was ready before the device asked for it, in one line; None without a step."""
+        ratio = self.data_wait_ratio
+        if ratio is None:
+            return None
+        if ratio < NO_WAIT:
+            return f"data never made the device wait ({ratio:.2%} of the steps' time)"
+        waited = f"the device waited {ratio:.1%} of the steps' time for data"
+        return f"{waited}: {SLOW_DATA}" if ratio > BAD_WAIT else waited
 
 
 def resume(trainable: Trainable, run: RunDir) -> Path | None:
@@ -113,8 +133,9 @@ def run_loop(
         with (
             StopSignals(hooks.on_warning) as signals,
             MetricsWriter(run.metrics, resume_step=trainable.step_number) as w,
+            CollectedBetweenSteps() as collection,
         ):
-            loop.run(w, signals)
+            loop.run(w, signals, collection)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -141,9 +162,9 @@ class _Loop:
         self.saved_at = time.monotonic()
         self._pending: Pending[StepMetrics] | None = None
 
-    def run(self, metrics: MetricsWriter, signals: StopSignals) -> None:
+    def run(self, metrics: MetricsWriter, signals: StopSignals, collection: CollectedBetweenSteps) -> None:
         while self.trainable.step_number < self.trainable.total_steps and signals.received is None:
-            self._step(metrics)
+            self._step(metrics, collection)
             if signals.received is None and self._evaluation_due():
                 self._evaluate(metrics)
             if signals.received is None and self._checkpoint_due():
@@ -154,13 +175,14 @@ class _Loop:
         if self.saved_step < self.trainable.step_number:
             self._save()
 
-    def _step(self, metrics: MetricsWriter) -> None:
+    def _step(self, metrics: MetricsWriter, collection: CollectedBetweenSteps) -> None:
         """Queue a step, then take the numbers of the one before: the device is never without work meanwhile."""
         try:
             following = self.trainable.submit()
         except Exception:
             self._settle(metrics)  # the step before is whole, or the reason
             raise
+        collection.step_queued()
         self._settle(metrics)
         self._pending = following
         if following.is_ready:

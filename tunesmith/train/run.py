@@ -15,6 +15,7 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
+from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.display import Display, closing_lines, method_line, plan_line
 from tunesmith.train.export import export, next_commands, remove_interim
 from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
@@ -58,6 +59,8 @@ class TrainResult:
     skipped_steps: int
     exit_code: int
     next_commands: tuple[str, ...] = ()
+    data_wait_ratio: float | None = None
+    data_verdict: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """The result as plain data."""
@@ -88,6 +91,7 @@ def train(
     TrainingError when the disk is full; whatever loading raises.
     """
     asked = recipe if isinstance(recipe, Recipe) else recipe_from_mapping(recipe)
+    prepare_allocator(asked.model.device)
     resolved = resolve_recipe(asked)
     if resume is not None:
         run = open_run(resume)
@@ -209,9 +213,8 @@ def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -
         final = _export(session, run)
         commands = next_commands(session, run.path)
         display.say(f"written: {final}")
-    if loop.bottleneck is not None:
-        wait = loop.data_wait_s / loop.duration_s
-        display.say(f"bottleneck: the {loop.bottleneck} ({wait:.1%} of the time was spent waiting for data)")
+    if loop.data_verdict is not None:
+        display.say(f"bottleneck: the {loop.bottleneck}; {loop.data_verdict}")
     validation = loop.validation
     result = TrainResult(
         run_dir=run.path,
@@ -223,6 +226,8 @@ def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -
         tokens_seen=session.tokens_seen,
         duration_s=loop.duration_s,
         bottleneck=loop.bottleneck,
+        data_wait_ratio=loop.data_wait_ratio,
+        data_verdict=loop.data_verdict,
         skipped_steps=loop.skipped_steps,
         exit_code=exit_code(loop.stopped_by),
         next_commands=tuple(commands),

@@ -19,7 +19,7 @@ from tunesmith.errors import DataError, NonFiniteError, TrainingError
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, TrainSection
 from tunesmith.rundir.io import read_jsonl
 from tunesmith.train import loop as loop_module
-from tunesmith.train.loop import Hooks
+from tunesmith.train.loop import Hooks, LoopResult
 from tunesmith.train.metrics import StepMetrics
 from tunesmith.train.module_session import fit
 from tunesmith.train.stopping import exit_code
@@ -354,3 +354,19 @@ def test_read_late_a_signal_ends_with_the_step_that_is_under_way(
     assert (result.steps, result.stopped_by) == (2, signal.SIGTERM)
     assert [path.name for path in list_states(tmp_path / "checkpoints")] == ["step-00000002"]
     assert [step for step, _ in _losses(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "bottleneck", "verdict"),
+    [
+        (0.001, "device", "data never made the device wait (0.01% of the steps' time)"),
+        (0.5, "device", "the device waited 5.0% of the steps' time for data"),
+        (2.5, "data", "the device waited 25.0% of the steps' time for data: batches are made by one thread"),
+    ],
+)
+def test_verdict_on_the_data(waited_s: float, bottleneck: str, verdict: str) -> None:
+    result = LoopResult(3, duration_s=10.0, data_wait_s=waited_s)
+    assert result.bottleneck == bottleneck
+    assert result.data_verdict is not None
+    assert result.data_verdict.startswith(verdict)
+    assert LoopResult(0).data_verdict is None
