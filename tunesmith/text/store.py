@@ -8,11 +8,14 @@ A directory appears under its final name complete or not at all; several writers
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +27,15 @@ from numpy.typing import NDArray
 from tunesmith.errors import DataError
 from tunesmith.text.encoding import EncodedRows
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+UNFINISHED, TORN = ".part", ".torn"
+# A writer touches its files every few seconds, and names them right after the last one.
+STALE_AFTER_S = 3600
+_log = logging.getLogger(__name__)
 ARRAYS: dict[str, Any] = {
     "tokens": np.int32, "trained": np.bool_, "lengths": np.int64,
     "places": np.int64, "files": np.int32, "hashes": np.uint64,
@@ -50,6 +62,9 @@ class StoreWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._streams: dict[str, IO[bytes]] = {name: (directory / f"{name}.bin").open("wb") for name in ARRAYS}
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks: age alone tells
+                fcntl.flock(self._streams["tokens"], fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def append(self, rows: EncodedRows, file_number: int) -> None:
         """Documents of one file."""
@@ -66,9 +81,10 @@ class StoreWriter:
         (self.directory / "meta.json").write_text(text, encoding="utf-8")
 
     def close(self) -> None:
-        """Closes the files."""
-        for stream in self._streams.values():
-            stream.close()
+        """Closes the files, all of them even where the disk is too full for the last of their bytes."""
+        with contextlib.ExitStack() as stack:
+            for stream in self._streams.values():
+                stack.callback(stream.close)
 
 
 def cache_folder() -> Path:
@@ -80,26 +96,62 @@ def cache_folder() -> Path:
 def cached_store(key: str, write: Callable[[StoreWriter], dict[str, Any]]) -> tuple[DocumentStore, bool]:
     """The store of a key, and whether it was there already; a torn or changed one is made anew.
 
-    Args: `write`: appends all documents and returns the metadata.
+    A cache that is full or can't be written is no reason to stop: then the store is a temporary one.
+    Args: `write`: appends all documents and returns the metadata; called again where the cache turns out to be full.
     """
     target = cache_folder() / key
     store = open_store(target, verify=True)
     if store is not None:
         return store, True
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{key[:16]}.", suffix=".part", dir=target.parent))
-    except OSError:
-        return temporary_store(write), False  # a cache that can't be written is no reason to stop
+        _write_cached(target, write)
+    except OSError as error:
+        _log.warning("tokenised data is not kept: %s can't be written (%s)", target.parent, error.strerror or error)
+        return temporary_store(write), False
+    store = open_store(target, verify=False)
+    if store is None:
+        raise DataError(f"the cache at {target} can't be read back; delete it, or set data.cache to false")
+    return store, False
+
+
+def _write_cached(target: Path, write: Callable[[StoreWriter], dict[str, Any]]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name[:16]}.", suffix=UNFINISHED, dir=target.parent))
     try:
         _write(temporary, write)
         _move(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    store = open_store(target, verify=False)
-    if store is None:
-        raise DataError(f"the cache at {target} can't be read back; delete it, or set data.cache to false")
-    return store, False
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed writers left in the cache: untouched for an hour, and held open by no writer that lives."""
+    for path in folder.glob("*"):
+        if path.suffix in (UNFINISHED, TORN) and _is_stale(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_stale(directory: Path) -> bool:
+    try:
+        newest = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+    except OSError:
+        return False  # it is gone, or not ours
+    return time.time() - newest > STALE_AFTER_S and not _is_being_written(directory / "tokens.bin")
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether a process holds the writer's lock: the system lets go of it when the process ends, however it does."""
+    if fcntl is None:
+        return False
+    try:
+        with path.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def temporary_store(write: Callable[[StoreWriter], dict[str, Any]]) -> DocumentStore:
@@ -108,6 +160,11 @@ def temporary_store(write: Callable[[StoreWriter], dict[str, Any]]) -> DocumentS
     try:
         _write(directory, write)
         store = open_store(directory, verify=False)
+    except OSError as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise DataError(
+            f"tokenised data can't be written to {directory.parent}: {error.strerror}; free some space there"
+        ) from None
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -121,10 +178,6 @@ def _write(directory: Path, write: Callable[[StoreWriter], dict[str, Any]]) -> N
     try:
         meta = write(writer)
         writer.finish(meta)
-    except OSError as error:
-        raise DataError(
-            f"tokenised data can't be written to {directory.parent}: {error.strerror}; free some space there"
-        ) from None
     finally:
         writer.close()
 
@@ -135,7 +188,7 @@ def _move(temporary: Path, target: Path) -> None:
         temporary.rename(target)
     except OSError:
         if open_store(target, verify=True) is None:
-            aside = temporary.with_suffix(".torn")
+            aside = temporary.with_suffix(TORN)
             target.rename(aside)
             temporary.rename(target)
             shutil.rmtree(aside, ignore_errors=True)

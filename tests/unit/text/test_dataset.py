@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ from tunesmith.text import tokenise as tokenise_module
 from tunesmith.text.dataset import TrainingData, load_data
 from tunesmith.text.packing import build_pack
 from tunesmith.text.preview import check_trainable, mask_preview
-from tunesmith.text.store import StoreWriter, cache_folder, cached_store
+from tunesmith.text.store import StoreWriter, cache_folder, cached_store, remove_stale
 from tunesmith.text.tokenizer import Tokenizer
 
 Write = Callable[..., str]
@@ -210,6 +215,72 @@ def test_unwritable_cache_does_not_stop(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load(byte_tokenizer, write_rows(PAIRS)).summary.rows == 40
+
+
+def test_a_full_cache_does_not_stop(
+    byte_tokenizer: Tokenizer, write_rows: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the run, where a cache that can't be written never did."""
+    append = StoreWriter.append
+
+    def full(writer: StoreWriter, *rows: Any) -> None:
+        append(writer, *rows)
+        if cache_folder() in writer.directory.parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(StoreWriter, "append", full)
+    path = write_rows(PAIRS)
+    data = load(byte_tokenizer, path)
+    assert (data.summary.rows, data.summary.cached, len(data.train)) == (40, False, 38)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tokenised data is not kept: {cache_folder()} can't be written (No space left on device)"
+    ]
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_no_room_anywhere_is_an_error_that_says_where(
+    byte_tokenizer: Tokenizer, write_rows: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(StoreWriter, "append", full)
+    with pytest.raises(DataError, match=r"can't be written to .*No space left on device; free some space"):
+        load(byte_tokenizer, write_rows(PAIRS))
+
+
+def _unfinished(name: str, age_s: float) -> Path:
+    directory = cache_folder() / name
+    directory.mkdir(parents=True)
+    (directory / "tokens.bin").write_bytes(b"1234")
+    for path in (directory / "tokens.bin", directory):
+        os.utime(path, (time.time() - age_s,) * 2)
+    return directory
+
+
+def test_what_killed_writers_left_is_removed_when_it_is_surely_stale(
+    byte_tokenizer: Tokenizer, write_rows: Write
+) -> None:
+    """They stayed for ever, as large as the data."""
+    old, torn, recent = _unfinished("a.part", 2e4), _unfinished("b.torn", 2e4), _unfinished("c.part", 60)
+    other, held = _unfinished("somebody's.folder", 2e4), _unfinished("d.part", 2e4)
+    code = (
+        "import sys; from pathlib import Path; from tunesmith.text.store import StoreWriter\n"
+        "writer = StoreWriter(Path(sys.argv[1])); print('ready', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(held)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        for path in (*held.iterdir(), held):
+            os.utime(path, (time.time() - 2e4,) * 2)
+        load(byte_tokenizer, write_rows(PAIRS))
+        assert [path.exists() for path in (old, torn, recent, other, held)] == [False, False, True, True, True]
+        process.kill()
+    remove_stale(cache_folder())
+    assert not held.exists()
+    assert recent.exists()
 
 
 def test_failed_writer_leaves_nothing() -> None:
