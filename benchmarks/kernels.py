@@ -1,0 +1,249 @@
+"""How near the memory's speed each kernel runs: `python benchmarks/kernels.py --out DIR [--only NAME]`, on a CUDA GPU.
+
+Every case prints one JSON line, also appended to DIR/kernels.jsonl: kernel, shape, dtype, the median of 20 runs between
+CUDA events after warm-up, the bytes that have to move (every input read once, every output written once), GB/s, and the
+share of the bandwidth that a plain copy of 1 GiB reaches on the same chip in the same process. Before every run another
+1 GiB is overwritten: no input lies in the cache, the kernel pays for writing back what an earlier one left there (as it
+leaves its own to the next), and the device lags behind the host, so that no launch is timed.
+To add a kernel: write a function that yields cases, and put it into SOURCES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
+from tunesmith.kernels.rope import rope_, rope_tables_half
+from tunesmith.kernels.swiglu import swiglu, swiglu_backward
+
+RUNS = 20
+WARM_UP = 3
+FLUSH_BYTES = 2**30
+COPY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel's call with its inputs made, what it moves and (for products) what it computes."""
+
+    run: Callable[[], object]
+    moved_bytes: int
+    flops: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at a shape. `make` allocates the inputs, on the GPU, only when the case runs."""
+
+    name: str
+    shape: dict[str, int]
+    dtype: torch.dtype
+    make: Callable[[], Work]
+
+
+def norm_cases(tokens: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
+    """RMSNorm, its recomputation, and its gradient with the stream's, of a frozen and of a trained weight."""
+    shape = {"T": tokens, "D": width}
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.randn(tokens, width, device="cuda", dtype=dtype)
+        weight = torch.ones(width, device="cuda", dtype=dtype)
+        return x, weight, rms_norm(x, weight, 1e-6)[1]
+
+    def forward() -> Work:
+        x, weight, rstd = inputs()
+        return Work(lambda: rms_norm(x, weight, 1e-6), 2 * x.nbytes + rstd.nbytes)
+
+    def again() -> Work:
+        x, weight, rstd = inputs()
+        return Work(lambda: rms_norm_again(x, weight, rstd), 2 * x.nbytes + rstd.nbytes)
+
+    def backward(weight_grad: bool) -> Work:
+        x, weight, rstd = inputs()
+        grad, add = torch.randn_like(x), torch.randn_like(x)
+        return Work(lambda: rms_norm_backward(grad, x, weight, rstd, add, weight_grad), 4 * x.nbytes + rstd.nbytes)
+
+    yield Case("rms_norm", shape, dtype, forward)
+    yield Case("rms_norm_again", shape, dtype, again)
+    yield Case("rms_norm_backward", shape, dtype, lambda: backward(False))
+    yield Case("rms_norm_backward_weight", shape, dtype, lambda: backward(True))
+
+
+def head_norm_cases(tokens: int, heads: int, others: int, head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
+    """RMSNorm of the first heads of a fused projection, and its gradient with the weight's."""
+    shape = {"T": tokens, "N": heads, "H": head_dim}
+
+    def inputs() -> tuple[Tensor, Tensor, int]:
+        fused = torch.randn(tokens, heads + others, head_dim, device="cuda", dtype=dtype)
+        x = fused[:, :heads]
+        return x, torch.ones(head_dim, device="cuda", dtype=dtype), x.numel() * x.element_size()
+
+    def forward() -> Work:
+        x, weight, size = inputs()
+        return Work(lambda: rms_norm(x, weight, 1e-6), 2 * size + 4 * tokens * heads)
+
+    def backward() -> Work:
+        x, weight, size = inputs()
+        grad, rstd = torch.randn_like(x), rms_norm(x, weight, 1e-6)[1]
+        return Work(lambda: rms_norm_backward(grad, x, weight, rstd, None, True), 3 * size + rstd.nbytes)
+
+    yield Case("rms_norm_heads", shape, dtype, forward)
+    yield Case("rms_norm_heads_backward_weight", shape, dtype, backward)
+
+
+def rope_cases(tokens: int, heads: int, others: int, head_dim: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The first heads of a fused projection rotated in place."""
+
+    def make() -> Work:
+        fused = torch.randn(tokens, (heads + others) * head_dim, device="cuda", dtype=dtype)
+        x = fused[:, : heads * head_dim].view(tokens, heads, head_dim)
+        inverse = 1.0 / 10_000 ** (torch.arange(0, head_dim, 2, device="cuda") / head_dim)
+        cos, sin = rope_tables_half(inverse, torch.arange(tokens, device="cuda"))
+        moved = 2 * x.numel() * x.element_size() + cos.nbytes + sin.nbytes
+        return Work(lambda: rope_(x, cos, sin), moved)
+
+    yield Case("rope_", {"T": tokens, "N": heads, "H": head_dim}, dtype, make)
+
+
+def swiglu_cases(tokens: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
+    """SwiGLU, and its gradient in place: alone, and with h once more."""
+    shape = {"T": tokens, "I": width}
+
+    def make(backward: bool, want_h: bool) -> Work:
+        gate_up = torch.randn(tokens, 2 * width, device="cuda", dtype=dtype)
+        if not backward:
+            return Work(lambda: swiglu(gate_up), gate_up.nbytes * 3 // 2)
+        grad_h = torch.randn(tokens, width, device="cuda", dtype=dtype)
+        moved = 2 * gate_up.nbytes + grad_h.nbytes * (2 if want_h else 1)
+        # Its own gradient takes the input's place at every run: only the time is looked at.
+        return Work(lambda: swiglu_backward(grad_h, gate_up, want_h, out=gate_up), moved)
+
+    yield Case("swiglu", shape, dtype, lambda: make(False, False))
+    yield Case("swiglu_backward", shape, dtype, lambda: make(True, False))
+    yield Case("swiglu_backward_with_h", shape, dtype, lambda: make(True, True))
+
+
+def elementwise_cases() -> Iterator[Case]:
+    """The shapes of Qwen2.5-7B, Llama-3.2-3B and Qwen3-8B (whose heads are normed) in a step of 8,192 tokens."""
+    for tokens, width in [(8192, 3584), (2048, 3072), (8192, 4096), (8192, 8192)]:
+        yield from norm_cases(tokens, width, torch.bfloat16)
+    yield from norm_cases(8192, 3584, torch.float32)
+    yield from head_norm_cases(8192, 32, 16, 128, torch.bfloat16)
+    for tokens, heads, others, head_dim in [
+        (8192, 32, 4, 128),
+        (2048, 32, 8, 128),
+        (8192, 40, 8, 128),
+        (8192, 40, 8, 64),
+    ]:
+        yield from rope_cases(tokens, heads, others, head_dim, torch.bfloat16)
+    for tokens, width in [(8192, 18944), (2048, 8192), (8192, 12288)]:
+        yield from swiglu_cases(tokens, width, torch.bfloat16)
+
+
+SOURCES: list[Callable[[], Iterator[Case]]] = [elementwise_cases]
+
+
+def cases() -> Iterator[Case]:
+    """All cases of all sources."""
+    for source in SOURCES:
+        yield from source()
+
+
+def median_ms(run: Callable[[], object], runs: int = RUNS) -> float:
+    """The median time of a run, with a cold cache."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for _ in range(WARM_UP):
+        run()
+    torch.cuda.synchronize()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read and written in a second by a plain copy: what this chip's memory gives."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (median_ms(lambda: target.copy_(source)) / 1e3)
+
+
+def measure(case: Case, copy_rate: float) -> dict[str, object]:
+    """The case's line."""
+    work = case.make()
+    time_ms = median_ms(work.run)
+    rate = work.moved_bytes / (time_ms / 1e3)
+    line: dict[str, object] = {
+        "name": case.name,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "median_ms": round(time_ms, 5),
+        "moved_bytes": work.moved_bytes,
+        "gb_per_s": round(rate / 1e9, 1),
+        "copy_ratio": round(rate / copy_rate, 4),
+    }
+    if work.flops is not None:
+        line["tflops_per_s"] = round(work.flops / (time_ms / 1e3) / 1e12, 1)
+    return line
+
+
+def chip_line(copy_rate: float) -> dict[str, object]:
+    """The line that says what the others were measured on."""
+    import triton
+
+    return {
+        "name": "copy",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "moved_bytes": 2 * COPY_BYTES,
+        "gb_per_s": round(copy_rate / 1e9, 1),
+    }
+
+
+def write(file: TextIO, line: dict[str, object]) -> None:
+    """The line on stdout and in the file."""
+    text = json.dumps(line)
+    print(text, flush=True)
+    file.write(text + "\n")
+    file.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure all cases, or those whose name holds --only."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory; kernels.jsonl is appended to")
+    parser.add_argument("--only", default="", help="only cases whose name holds this")
+    chosen = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            "benchmarks/kernels.py needs a CUDA GPU, and torch finds none here: tunesmith doctor says why",
+            file=sys.stderr,
+        )
+        return 2
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    copy_rate = copy_bytes_per_s()
+    with (chosen.out / "kernels.jsonl").open("a", encoding="utf-8") as file:
+        write(file, chip_line(copy_rate))
+        for case in cases():
+            if chosen.only in case.name:
+                write(file, measure(case, copy_rate))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
