@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from tunesmith.bench.owners import optimizer_tensors
-from tunesmith.train.session import Session, language_model_loss
+from tunesmith.bench.counting import held_tensors, watched_step
+from tunesmith.train.session import Session
 from tunesmith.watch.memory import LiveStorages
 
 MAX_POINTS = 2000
@@ -47,24 +47,14 @@ class Timeline(LiveStorages):
 
 def memory_timeline(session: Session) -> dict[str, Any]:
     """One more step on the session's last window, watched. It is slower than a step that is not."""
-    window = session.host_window(session.total_steps - 1)
-    existing = [*session.module.parameters(), *session.module.buffers(), *optimizer_tensors(session.optimizer)]
-    session.model.train()
-    timeline = Timeline(existing, session.device)
+    timeline = Timeline(held_tensors(session), session.device)
     hooks = [
         session.module.register_forward_pre_hook(partial(timeline.mark, "forward")),
         session.module.register_forward_hook(partial(timeline.mark, "loss and backward")),
         session.optimizer.register_step_pre_hook(partial(timeline.mark, "optimiser")),
     ]
     try:
-        with timeline:
-            session.updater.step(
-                session.total_steps - 1,
-                [batch.to(session.device) for batch in window.batches],
-                partial(language_model_loss, chunk_tokens=session.recipe.train.loss_chunk_tokens),
-                denominator=window.num_trained,
-                describe=lambda batch: "the step that memory is watched in",
-            )
+        watched_step(session, timeline, "the step that memory is watched in")
     finally:
         for hook in hooks:
             hook.remove()
