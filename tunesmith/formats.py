@@ -37,6 +37,7 @@ FORMATS = {
         NumberFormat("float32", 32),
         NumberFormat("bfloat16", 16),
         NumberFormat("float16", 16),
+        NumberFormat("fp8", 8),
         NumberFormat("nf4", 4, group_size=64, scale_bytes=4),
         NumberFormat("nf4-double", 4, group_size=64, scale_bytes=1, scale_group_size=256),
     )

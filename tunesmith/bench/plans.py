@@ -74,9 +74,9 @@ def _methods(recipe: Recipe) -> list[CellPlan]:
     rate = recipe.train.learning_rate
     full_rate = rate / LORA_OVER_FULL if rate is not None and adapters else rate
     lora_rate = rate * LORA_OVER_FULL if rate is not None and not adapters else rate
-    plans = [CellPlan("full", "full", _method("full", full_rate))]
+    plans = [CellPlan("full", "full", _method("full", full_rate) | _fp8("full", recipe))]
     for kind, label in (("lora", "LoRA"), ("qlora", "QLoRA")):
-        changes = _method(kind, lora_rate)
+        changes = _method(kind, lora_rate) | _fp8(kind, recipe)
         plans.append(CellPlan(kind, label, changes, "full"))
         plans.append(_checkpointed(plans[-1]))
     return plans
@@ -85,6 +85,13 @@ def _methods(recipe: Recipe) -> list[CellPlan]:
 def _method(kind: str, learning_rate: float | None) -> dict[str, Any]:
     changes: dict[str, Any] = {"method.kind": kind, "train.checkpointing": "none", "train.learning_rate": learning_rate}
     return {**changes, "method.adapter": None} if kind == "full" else changes
+
+
+def _fp8(kind: str, recipe: Recipe) -> dict[str, Any]:
+    """A recipe with products in fp8 has them with every method that can, each in its own key."""
+    if not recipe.method.uses_fp8:
+        return {}
+    return {"method.base": "fp8" if kind == "lora" else "checkpoint", "method.fp8_compute": kind == "qlora"}
 
 
 def _checkpointed(plan: CellPlan) -> CellPlan:

@@ -11,7 +11,7 @@ from typing import Literal
 from tunesmith.arch import ModelConfig
 from tunesmith.cost.params import adapter_parameters, count_parameters, trained_base_parameters
 from tunesmith.cost.shapes import LinearShape, Method, linears
-from tunesmith.formats import FORMATS, NumberFormat
+from tunesmith.formats import FORMATS
 from tunesmith.units import ceil_div
 
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
@@ -58,19 +58,21 @@ def state_bytes(
 
 
 def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DTypeName) -> int:
-    """Bytes of the weights that are not trained; with qlora the projections of the blocks are NF4."""
+    """Bytes of the weights that are not trained; the projections of the blocks are NF4 with qlora, or fp8."""
     frozen = count_parameters(config).total - trained_base_parameters(config, method)
     width = FORMATS[weight_dtype].bytes_for(1)
-    if method.kind != "qlora":
+    if method.kind != "qlora" and method.base != "fp8":
         return frozen * width
     quantised = [linear for linear in linears(config) if linear.owner != "router"]
-    nf4 = FORMATS["nf4-double" if method.double_quantisation else "nf4"]
     rest = frozen - sum(linear.copies * linear.weight_size for linear in quantised)
-    return rest * width + sum(linear.copies * _part_bytes(linear, nf4) for linear in quantised)
+    return rest * width + sum(linear.copies * _part_bytes(linear, method) for linear in quantised)
 
 
-def _part_bytes(linear: LinearShape, nf4: NumberFormat) -> int:
-    """Bytes of one copy: every projection is quantised by itself."""
+def _part_bytes(linear: LinearShape, method: Method) -> int:
+    """Bytes of one copy: every projection is quantised by itself; in fp8 a row of it has a float32 scale."""
+    if method.base == "fp8":
+        return FORMATS["fp8"].bytes_for(linear.weight_size) + FORMATS["float32"].bytes_for(linear.out_features)
+    nf4 = FORMATS["nf4-double" if method.double_quantisation else "nf4"]
     return sum(nf4.bytes_for(linear.in_features * size) for size in linear.parts.values())
 
 

@@ -23,6 +23,8 @@ class Method(Protocol):
     @property
     def dora(self) -> bool: ...
     @property
+    def base(self) -> Literal["checkpoint", "fp8"]: ...
+    @property
     def double_quantisation(self) -> bool: ...
     @property
     def trainable(self) -> Sequence[str]: ...
@@ -38,6 +40,7 @@ class MethodShape:
     dora: bool = False
     double_quantisation: bool = True
     trainable: Sequence[str] = ()
+    base: Literal["checkpoint", "fp8"] = "checkpoint"
 
 
 @dataclass(frozen=True)

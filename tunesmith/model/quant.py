@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.kernels.fp8 import fp8_product, quantize_rows_fp8
+from tunesmith.kernels.fp8 import Fp8Weight, fp8_product, quantize_rows_fp8
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, quantize_nf4
 from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
 from tunesmith.model.fp8 import Fp8Linear, quantise_linears_fp8, quantised_fp8
@@ -205,6 +205,14 @@ def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     if type(linear).__name__ == "Conv1D":
         weight = weight.t()
     return weight.to(dtype)
+
+
+def fp8_weight(linear: NF4Linear | Fp8Linear) -> Fp8Weight:
+    """The weight that a linear's products in fp8 are with."""
+    if isinstance(linear, NF4Linear):
+        return nf4_to_fp8([linear.part_nf4(part) for part in linear.parts], scale_F=linear.row_scales())
+    shape = (linear.out_features, linear.in_features)
+    return Fp8Weight(linear.codes, linear.scale, shape, linear.dtype)
 
 
 def set_compute(model: nn.Module, compute: Compute) -> None:

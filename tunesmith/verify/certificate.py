@@ -26,7 +26,15 @@ from tunesmith.train import randomness
 from tunesmith.train.resolve import DTYPES, resolve_recipe
 from tunesmith.verify.check import Check, Outcome, run_check
 from tunesmith.verify.invariance import accumulation_invariance, packing_isolation
-from tunesmith.verify.kernels import compare, linear_cases, loss_case, model_cases, nf4_dequantise, shapes_of
+from tunesmith.verify.kernels import (
+    compare,
+    fp8_products,
+    linear_cases,
+    loss_case,
+    model_cases,
+    nf4_dequantise,
+    shapes_of,
+)
 from tunesmith.verify.mask import mask_shown
 from tunesmith.verify.stations import merge_parity, resume_equality
 from tunesmith.verify.subject import Subject, make_subject
@@ -122,6 +130,8 @@ def _kernel_checks(
     cases.append(loss_case(shapes, device, dtype, recipe.train.loss_chunk_tokens))
     if recipe.method.kind == "qlora":
         yield "kernel: NF4 dequantise", partial(nf4_dequantise, shapes, recipe.method, device, dtype)
+    if recipe.method.uses_fp8:
+        yield "kernel: fp8 products", partial(fp8_products, shapes, recipe.method, device, dtype)
     if recipe.method.kind in ("lora", "qlora"):
         cases += linear_cases(shapes, recipe.method, device, dtype)
     for case in cases:

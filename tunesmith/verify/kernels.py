@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunesmith.arch import ModelConfig
+from tunesmith.kernels.fp8 import quantize_rows_reference
 from tunesmith.kernels.nf4 import dequantize_nf4, dequantize_reference
 from tunesmith.model.attention import PackedAttention, causal_mask
+from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.layers import Linear, apply_rope, make_norm, rope_frequencies, rope_tables
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
 from tunesmith.model.packed import PackedTokens, packed
-from tunesmith.model.quant import NF4Linear, dense_weight, quantised
+from tunesmith.model.quant import NF4Linear, dense_weight, fp8_weight, quantised, quantised_as, set_compute
 from tunesmith.recipe.schema import MethodSection, TrainSection
 from tunesmith.train.losses import cross_entropy_sum
 from tunesmith.verify.check import Outcome
 
 LIMIT = 2.0
+FP8_LIMIT = 0.01
 Operation = Callable[..., Tensor]
 
 
@@ -141,8 +144,10 @@ def linear_cases(shapes: Shapes, method: MethodSection, device: torch.device, dt
     linear = _dense_linear(shapes.config, make)
     x = make(shapes.tokens, linear.in_features)
     base: nn.Module = linear
+    if method.quantisation is not None:
+        base = quantised_as(linear, method.quantisation)
+        set_compute(base, "weights")
     if method.kind == "qlora":
-        base = quantised(linear, method.double_quantisation)
         weight = dense_weight(base, dtype)
         yield Case("NF4 linear", base, lambda x: F.linear(x, weight.to(x.dtype)), (x,), _width(linear))
     yield _adapter_case(base, linear, method, make, x)
@@ -158,6 +163,30 @@ def nf4_dequantise(shapes: Shapes, method: MethodSection, device: torch.device, 
         difference = dequantize_nf4(held, dtype).float() - dequantize_reference(held, dtype).float()
         worst = max(worst, float(difference.abs().max()))
     return Outcome(worst, 0.0, f"largest difference between kernel and reference, {_width(base)}")
+
+
+def fp8_products(shapes: Shapes, method: MethodSection, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Forward product and input gradient in fp8 against float64 products of the same codes and scales.
+
+    The limit is bfloat16's output and the hardware's accumulation; what rounding to fp8 costs is in no check: it is the
+    format's price, and shows in the loss.
+    """
+    make = _Random(device, dtype)
+    assert method.quantisation is not None
+    base = quantised_as(_dense_linear(shapes.config, make), method.quantisation)
+    set_compute(base, "fp8")
+    held = fp8_weight(base)
+    x, g = make(shapes.tokens, base.in_features), make(shapes.tokens, base.out_features)
+    codes = held.codes.double()
+    forward = _dequantised(x) @ (codes * held.scale[:, None]).t()
+    backward = _dequantised(g, held.scale) @ codes
+    worst = max(_error(base.product(x), forward), _error(base.input_grad(g), backward))
+    return Outcome(worst, FP8_LIMIT, f"relative error of the larger of both products, {_width(base)}")
+
+
+def _dequantised(x: Tensor, fold: Tensor | None = None) -> Tensor:
+    codes, scale = quantize_rows_reference(x, fold)
+    return codes.double() * scale
 
 
 class _Random:
@@ -297,5 +326,5 @@ def _adapter_case(base: nn.Module, linear: Linear, method: MethodSection, make: 
     return Case(name, ours, theirs, (x, *factors), f"rank {method.rank}, {_width(linear)}")
 
 
-def _width(linear: Linear | NF4Linear) -> str:
+def _width(linear: Linear | NF4Linear | Fp8Linear) -> str:
     return f"{linear.in_features} -> {linear.out_features}"

@@ -59,12 +59,15 @@ def test_a_known_allocation_is_counted(tiny_recipe: MakeRecipe) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "mixtral"])
-@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("kind", ["full", "lora", "lora-fp8", "qlora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_owners_equal_the_arithmetic(tiny_recipe: MakeRecipe, family: str, kind: str, optimizer: str) -> None:
     if (family, optimizer) == ("mixtral", "sgd"):
         pytest.skip("the optimiser does not depend on the family")
-    recipe = tiny_recipe(family, method={"kind": kind, "rank": 4}, train={"optimizer": optimizer})
+    kind, _, base = kind.partition("-")
+    recipe = tiny_recipe(
+        family, method={"kind": kind, "rank": 4, "base": base or "checkpoint"}, train={"optimizer": optimizer}
+    )
     session = session_of(recipe)
     session.step()
     found = owner_bytes(session.module, session.optimizer)

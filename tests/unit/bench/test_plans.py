@@ -27,6 +27,14 @@ def test_methods_are_the_five_of_the_table() -> None:
     assert {r.train.max_steps for r in recipes} == {13}
 
 
+def test_products_in_fp8_go_with_every_method_that_has_them() -> None:
+    for method in ({"base": "fp8"}, {"kind": "qlora", "fp8_compute": True}):
+        base = recipe(method=method)
+        cells = [cell_recipe(base, plan).method for plan in plan_matrix(base)]
+        assert [cell.base for cell in cells] == ["checkpoint", "fp8", "fp8", "checkpoint", "checkpoint"]
+        assert [cell.fp8_compute for cell in cells] == [False, False, False, True, True]
+
+
 def test_full_learns_ten_times_slower_than_lora_whichever_the_recipe_is_for() -> None:
     for method, rate in (("lora", 2e-4), ("full", 2e-5)):
         base = recipe(method={"kind": method}, train={"learning_rate": rate})

@@ -53,6 +53,13 @@ def test_nf4_is_half_a_byte_and_its_scales() -> None:
     assert double.weights == rest + sum(size // 2 + size // 64 + 4 * -(-size // 64 // 256) + 4 for size in quantised)
 
 
+def test_fp8_is_a_byte_and_a_scale_for_each_row() -> None:
+    quantised = sum(linear.weight_size for linear in linears(CONFIG))
+    rows = sum(linear.out_features for linear in linears(CONFIG))
+    owned = state_bytes(CONFIG, MethodShape("lora", rank=4, base="fp8"), weight_dtype="bfloat16")
+    assert owned.weights == 2 * (TOTAL - quantised) + quantised + 4 * rows
+
+
 def test_optimizer_states() -> None:
     assert optimizer_bytes(1000, "adamw", 4) == 8000
     assert optimizer_bytes(1000, "adamw8bit", 4) == 2 * (1000 + 4 * 4)
