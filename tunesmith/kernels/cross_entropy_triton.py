@@ -23,7 +23,7 @@ from tunesmith.units import ceil_div
 # Neighbouring logits that one lane takes at once: 16 bytes of a 16-bit dtype.
 _WIDTH = 8
 _MOST_LANES = 2048
-_LANES_PER_WARP = 128
+_LANES_PER_WARP = 64
 
 
 @torch.library.custom_op("tunesmith::cross_entropy", mutates_args=())

@@ -9,8 +9,8 @@ autograd rounds it, but before the incoming scalar comes in. In bfloat16 that, a
 the end, each cost one rounding of 2^-9. In float16 the gradient of the logits is computed 1024 times larger, because a
 probability under 6e-8 would vanish; an overflow that no loss scale could mend would need weights beyond 30.
 grad_weight is summed over the chunks in float32 where the weight is wider than the products or in float16, whose range
-the sum over many tokens could leave; else in the weight's dtype. In bfloat16 every chunk rounds the sum once more: with
-8 chunks the error is about twice, with 64 six times that of one rounding, as a random walk adds up.
+the sum over many tokens could leave; else in the weight's dtype. In bfloat16 every chunk then rounds the sum once more:
+against float64 its relative error is 2.1e-3 from one chunk, 3.3e-3 from 8 and 7.8e-3 from 64 (in float32 under 1.3e-3).
 """
 
 from __future__ import annotations
