@@ -1,10 +1,11 @@
-"""`tunesmith bench train RECIPE`: a matrix of methods, measured in equal conditions."""
+"""`tunesmith bench train`: a matrix of methods in equal conditions; `bench peers`: one row beside other libraries."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -57,6 +58,94 @@ def train(
     facts = {"run_dir": result.run_dir, "cells": len(result.cells), "ok": result.num_ok, "report": page}
     console.emit(facts)
     return 0 if result.num_ok else 1
+
+
+@app.command()
+def peers(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="one row: a recipe with its method; not needed for --table")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, such as bench.steps=30")
+    ] = None,
+    names: Annotated[
+        str, typer.Option("--peers", help="who runs beside tunesmith")
+    ] = "transformers,liger,bitsandbytes,unsloth,trl",
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of A B C, each run in a fresh process")] = 2,
+    out: Annotated[Path, typer.Option(help="folder of the records, which add up")] = Path("benchmarks/results/peers"),
+    peer_path: Annotated[
+        list[str] | None, typer.Option("--peer-path", help="NAME=DIR: a folder of packages that only this peer gets")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer folder for peers that load a checkpoint of random weights")
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="only draw the table again, from the stored records")] = False,
+) -> int:
+    """Train one row by tunesmith and by other libraries, alternating, and say who was faster on equal work.
+
+    Every run is a record below --out; peers.md and peers.json there are drawn from all of them. A peer that is missing
+    or fails is a row that says why.
+
+    Exit codes: 0 tunesmith's row was measured (or the table drawn), 1 it was not.
+    """
+    from tunesmith.bench.peers.compare import compare
+    from tunesmith.bench.peers.table import write_table
+    from tunesmith.errors import RecipeError
+    from tunesmith.recipe.load import load_recipe
+
+    if table:
+        _show_table(write_table(out), out, None)
+        return 0
+    if recipe is None:
+        raise RecipeError("name a recipe (recipes/peers has some), or say --table to draw the stored records")
+    result = compare(
+        load_recipe(recipe, overrides or []),
+        names.replace(",", " ").split(),
+        rounds=rounds,
+        out=out,
+        peer_paths=_peer_paths(peer_path or []),
+        tokenizer=tokenizer,
+        command=_peers_command(recipe, overrides or [], names, rounds),
+        progress=_say_row,
+    )
+    _show_table(write_table(out), out, result.path)
+    return 0 if result.ours_measured else 1
+
+
+def _peer_paths(texts: list[str]) -> dict[str, Path]:
+    """The folders of --peer-path, by peer. Raises: RecipeError for one that is not NAME=DIR."""
+    from tunesmith.errors import RecipeError
+
+    found = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or not Path(folder).is_dir():
+            raise RecipeError(f"--peer-path must be NAME=DIR with a folder that exists, got {text!r}")
+        found[name] = Path(folder)
+    return found
+
+
+def _peers_command(recipe: Path, overrides: list[str], names: str, rounds: int) -> str:
+    words = ["tunesmith", "bench", "peers", str(recipe)]
+    words += [word for override in overrides for word in ("--set", override)]
+    return shlex.join([*words, "--peers", names, "--rounds", str(rounds)])
+
+
+def _say_row(row: Mapping[str, Any]) -> None:
+    """A line on stderr for a process that has ended."""
+    from rich.markup import escape
+
+    how = f"{len(row['steps'])} steps" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+    console.err.print(f"round {row['round'] + 1} {row['peer']}: {escape(how)} ({row['wall_s']:.0f} s)")
+
+
+def _show_table(table: Mapping[str, Any], out: Path, record: Path | None) -> None:
+    from tunesmith.bench.peers.store import TABLE
+    from tunesmith.bench.peers.table import markdown
+
+    console.out.print(markdown(table["groups"]), markup=False, highlight=False, soft_wrap=True)
+    page = out / f"{TABLE}.md"
+    console.emit({"table": page, "record": record, "groups": table["groups"]})
 
 
 def split_names(only: str | None) -> list[str]:

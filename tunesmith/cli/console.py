@@ -27,6 +27,14 @@ class Mode:
     json: bool = False
 
 
+class StoppedError(Exception):
+    """A verb was stopped; the message says what was kept, and what to type to go on."""
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 mode = Mode()
 
 

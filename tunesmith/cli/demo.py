@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +28,7 @@ BASE = "builtin:tiny"
 ANSWER_TOKENS = 48
 _ENTRY = r"'Plimbro lamp\ncolour: pale green\nprice: 12 coins\n\nWhat colour is the Plimbro lamp?'"
 SHOWN = 5
+METHODS = 5
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,11 @@ def demo(
     if not _doctor():
         console.emit({"ready": False})
         return 1
-    _write_shop(folder)
-    matrix_dir, num_ok = _matrix(folder, model, size)
-    before, after, run_dir, train_s = _learn(folder, model, size)
-    page = _report(matrix_dir, run_dir, folder, language)
+    with _says_what_is_kept(folder):
+        _write_shop(folder)
+        matrix_dir, num_ok = _matrix(folder, model, size)
+        before, after, run_dir, train_s = _learn(folder, model, size)
+        page = _report(matrix_dir, run_dir, folder, language)
     _side_by_side(before, after)
     duration_s = time.monotonic() - began
     _closing(run_dir, folder, page, duration_s)
@@ -106,6 +110,30 @@ def _folder(output: Path | None) -> Path:
         raise RunDirError(f"{folder} is not empty: give --output a new folder, or leave it out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def _says_what_is_kept(folder: Path) -> Iterator[None]:
+    """Ctrl-C ends the demo with a line that says what is in `folder`, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise console.StoppedError(kept_line(folder)) from None
+
+
+def kept_line(folder: Path) -> str:
+    """What an interrupted demo left in `folder`, with the command that takes each thing up."""
+    from tunesmith.rundir.layout import RunDir, is_run
+
+    matrix, quality = RunDir(folder / "matrix"), RunDir(folder / "quality")
+    kept = []
+    if num_cells := len(list(matrix.cells.glob("*.json"))):
+        kept.append(f"{num_cells} of {METHODS} methods measured: tunesmith report {shlex.quote(str(matrix.path))}")
+    if is_run(quality.path):
+        what, verb = ("the trained model", "chat") if quality.final.is_dir() else ("the training", "train --resume")
+        kept.append(f"{what}: tunesmith {verb} {shlex.quote(str(quality.path))}")
+    kept.append("for the whole demo again: tunesmith demo")
+    return f"kept in {folder}: {'; '.join(kept)}"
 
 
 def _stage(number: int, title: str, *lines: str) -> None:
@@ -149,9 +177,11 @@ def _matrix(folder: Path, model: str, size: Size) -> tuple[Path, int]:
     _stage(
         2,
         "Five methods, equal conditions",
-        "Each trains the same model on the same rows for a few steps, in a process of its own, twice, in shuffled",
-        "order. Allocated is what the tensors hold; resident is the whole process: torch itself outweighs so small a",
-        "model by far. Checkpointing recomputes activations instead of keeping them.",
+        "full trains every number (weight) of the model. LoRA leaves them as they are and trains a small add-on,",
+        "the adapter. QLoRA does the same on a model squeezed to 4 bits a weight. Checkpointing saves memory by",
+        "computing things again instead of keeping them. Each method trains the same model on the same rows for a few",
+        "steps, twice. Allocated is the memory of model and training; resident is that of the whole program, most of",
+        "it PyTorch where the model is so small. Validation loss: how wrong the model is on rows kept out of training.",
     )
     recipe = _recipe("demo", model, size.matrix)
     with BenchDisplay(console.err) as display:
@@ -169,17 +199,20 @@ def _learn(folder: Path, model: str, size: Size) -> tuple[Quality, Quality, Path
         3,
         "Learn one shop's manner with LoRA",
         "Customers ask about a catalogue entry; the shop answers from it, in words of its own. The questions asked",
-        "here are held out: their products, values and phrasings occur nowhere in training.",
+        "here are held out: their products, values and phrasings occur nowhere in training. Perplexity says how much",
+        "the right answers surprise the model (1: not at all). To check that it reads, questions are also asked with",
+        "the entries shuffled, each under another product's: an answer that is right there was not read.",
     )
     before = _measure(model, size)
     _say_quality("before", before)
     began = time.monotonic()
     result = train(_recipe("demo-quality", model, size.quality), run_dir=folder / "quality")
+    if result.exit_code:
+        raise console.StoppedError(kept_line(folder), result.exit_code)
     train_s = time.monotonic() - began
     after = _measure(str(result.run_dir), size)
     _say_quality("before", before)
     _say_quality("after", after)
-    console.err.print("(Shuffled: every question under another product's entry. Who is right there doesn't read.)")
     _write_evaluation(result.run_dir, before, after)
     return before, after, result.run_dir, train_s
 
@@ -206,7 +239,7 @@ def _say_quality(when: str, quality: Quality) -> None:
     found = _accuracy(quality.heldout)
     console.err.print(
         f"[bold]{when:>6}[/bold]  {found.num_right} of {found.num_questions} held-out questions answered exactly "
-        f"({quality.accuracy:.0%}), perplexity {quality.perplexity:.2f}, shuffled contexts "
+        f"({quality.accuracy:.0%}), perplexity {quality.perplexity:.2f}; with entries shuffled "
         f"{quality.shuffled_accuracy:.0%}"
     )
 

@@ -21,18 +21,18 @@ from tunesmith.cli import console
 from tunesmith.errors import TunesmithError, is_out_of_memory, nearest
 
 VERBS = {
-    "demo": ("tunesmith.cli.demo", "five ways of fine-tuning a small model, measured and compared, in minutes"),
+    "demo": ("tunesmith.cli.demo", "see it work: fine-tune a small model in five ways, compare them, ask it questions"),
     "doctor": ("tunesmith.cli.doctor", "is this machine ready? what is missing, and the command that mends it"),
-    "recipe": ("tunesmith.cli.recipe", "write, show and explain recipes"),
-    "data": ("tunesmith.cli.data", "look at a dataset as training sees it"),
-    "train": ("tunesmith.cli.train", "fine-tune or pre-train a model"),
-    "eval": ("tunesmith.cli.eval", "perplexity on text, exact-answer accuracy on questions"),
-    "chat": ("tunesmith.cli.chat", "talk to a model, with or without its adapter"),
-    "verify": ("tunesmith.cli.verify", "the correctness certificate of a recipe"),
-    "merge": ("tunesmith.cli.merge", "fold an adapter into its base, and report the divergence"),
-    "bench": ("tunesmith.cli.bench", "measure a matrix of methods in equal conditions"),
-    "report": ("tunesmith.cli.report", "one page from run directories: tables, plots, verdict"),
-    "profile": ("tunesmith.cli.profile", "operators by device time, the trace, memory over time"),
+    "recipe": ("tunesmith.cli.recipe", "write, show and explain recipes: files that say what to train, and how"),
+    "data": ("tunesmith.cli.data", "look at your data as training will see it"),
+    "train": ("tunesmith.cli.train", "fine-tune a model on your data, or train one from scratch"),
+    "eval": ("tunesmith.cli.eval", "how good is a model: right answers to questions, surprise at a text"),
+    "chat": ("tunesmith.cli.chat", "talk to a model, or to what came out of a training run"),
+    "verify": ("tunesmith.cli.verify", "check that training by a recipe is correct on this machine"),
+    "merge": ("tunesmith.cli.merge", "make one model of a base model and the adapter (add-on) trained for it"),
+    "bench": ("tunesmith.cli.bench", "measure time and memory of several methods in equal conditions"),
+    "report": ("tunesmith.cli.report", "one page from training and bench runs: tables, plots, verdict"),
+    "profile": ("tunesmith.cli.profile", "where the time and the memory of a training step go"),
 }
 GLOBAL_OPTIONS = {
     "--json": "the last line of stdout is the result as JSON",
@@ -59,6 +59,9 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
+    except console.StoppedError as stop:
+        _say(f"interrupted: {stop}")
+        return stop.exit_code
     except Exception as error:
         return _explain(error)
 
@@ -183,7 +186,10 @@ def help_text() -> str:
     verbs = "\n".join(f"  {verb:<10} {line}" for verb, (_, line) in VERBS.items())
     options = "\n".join(f"  {option:<10} {line}" for option, line in GLOBAL_OPTIONS.items())
     return (
-        "tunesmith plans, trains, compresses, serves and measures language models.\n\n"
+        "tunesmith trains language models, measures what each way of doing it costs, and lets you talk to the result."
+        "\n\n"
         f"Usage: tunesmith VERB ...\n\nVerbs\n{verbs}\n\nOptions\n{options}\n\n"
         "Start with: tunesmith demo\n"
+        "Your own:   tunesmith train builtin:tiny --data mine.json    then: tunesmith chat RUN\n"
+        "            (RUN is the directory under runs/ that train prints)\n"
     )

@@ -90,4 +90,5 @@ def _certify(recipe: Recipe, run_dir: Path) -> str:
             f"wrong: {failed[0].detail}; see {run_dir}/certificate.json"
         )
     how = "found in the cache" if certificate.cached else f"run in {format_seconds(certificate.duration_s)}"
-    return f"certificate: {len(certificate.checks)} checks passed ({how})"
+    checks = f"{len(certificate.checks)} checks passed"
+    return f"certificate: {checks} that training is correct here ({how}; tunesmith verify RECIPE shows them)"

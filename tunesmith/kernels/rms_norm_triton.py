@@ -190,7 +190,8 @@ def _backward_kernel(
     factor = tl.load(weight + column, mask=in_width, other=0.0).to(dtype).to(tl.float32)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     # Without the weight's gradient there is a program for each tile, and the loop runs once.
-    for index in range(program, num_tiles, tl.num_programs(0)):
+    index = program
+    while index < num_tiles:
         row = index * ROWS + tl.arange(0, ROWS)
         mask = (row < num_rows)[:, None] & in_width
         at = _row_offset(row, grad_outer, grad_inner, INNER)[:, None] + column
@@ -208,5 +209,6 @@ def _backward_kernel(
         tl.store(grad_x + row.to(tl.int64)[:, None] * WIDTH + column, result.to(dtype), mask=mask)
         if WEIGHT_GRAD:
             total += grad * normal.to(dtype).to(tl.float32)
+        index += tl.num_programs(0)
     if WEIGHT_GRAD:
         tl.store(partial + program.to(tl.int64) * WIDTH + column, tl.sum(total, axis=0)[None, :], mask=in_width)

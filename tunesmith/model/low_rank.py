@@ -2,7 +2,7 @@
 
     y = W x + up (down x)      down [R, D]: every scale * A, below each other;  up [F, R]: every B, on a block diagonal
 
-The float32 masters A and B stay the parameters; the copies follow them whenever a master was written.
+The float32 masters A and B stay the parameters; the copies are made again before every forward pass.
 """
 
 from __future__ import annotations
@@ -34,12 +34,6 @@ class LowRank:
         device = self.masters[0].device
         self.down_RD = torch.zeros(start, linear.in_features, dtype=dtype, device=device)
         self.up_FR = torch.zeros(linear.out_features, start, dtype=dtype, device=device)
-        self.versions: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def current_versions(self) -> tuple[tuple[int, int], ...]:
-        """Which storage each master has, and how often it was written: what tells whether the copies are stale."""
-        return tuple((master.data_ptr(), master._version) for master in self.masters)
 
     def copies(self) -> Iterable[tuple[Tensor, Tensor, float]]:
         """(where a master is copied to, the master, what it is multiplied by)."""
@@ -62,18 +56,14 @@ class LowRank:
 
 @torch.no_grad()
 def refresh(matrices: Sequence[LowRank]) -> None:
-    """Copy the masters that were written since the last time: few launches for a whole model."""
-    stale = [(matrix, versions) for matrix in matrices if (versions := matrix.current_versions) != matrix.versions]
-    targets, sources, scales = [], [], []
-    for matrix, versions in stale:
-        for target, source, scale in matrix.copies():
-            targets.append(target)
-            sources.append(source.detach())
-            scales.append(scale)
-        matrix.versions = versions
-    if not targets:
+    """Copy the masters: a few launches for a whole model, before every forward pass.
+
+    Always, because torch's fused optimisers write parameters without counting up their version.
+    """
+    copies = [copy for matrix in matrices for copy in matrix.copies()]
+    if not copies:
         return
-    torch._foreach_copy_(targets, sources)
-    scaled = [(target, scale) for target, scale in zip(targets, scales, strict=True) if scale != 1.0]
+    torch._foreach_copy_([target for target, _, _ in copies], [source.detach() for _, source, _ in copies])
+    scaled = [(target, scale) for target, _, scale in copies if scale != 1.0]
     if scaled:
         torch._foreach_mul_([target for target, _ in scaled], [scale for _, scale in scaled])

@@ -30,7 +30,10 @@ class MaskPreview:
 def mask_preview(document: Document, tokenizer: Tokenizer) -> MaskPreview:
     """The document as training sees it."""
     pieces, num_trained = mask_pieces(document, tokenizer), int(document.trained.sum())
-    text = Text(f"{document.row}  ({num_trained} of {len(document.tokens)} tokens are trained)\n")
+    counts = f"{num_trained} of {len(document.tokens)} tokens are trained: what the model learns to write"
+    text = Text(f"{document.row}  (")
+    text.append(counts, style=TRAINED_STYLE)
+    text.append(")\n")
     for piece in pieces:
         text.append(piece["text"], style=TRAINED_STYLE if piece["trained"] else "dim")
     data = {"row": document.row, "tokens": len(document.tokens), "trained_tokens": num_trained, "pieces": pieces}

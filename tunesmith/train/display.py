@@ -14,6 +14,12 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.units import format_bytes, format_count
 
+LOSS_LEGEND = "loss: how wrong the model is about the next token (a piece of text); it should fall"
+VALIDATION_LEGEND = (
+    "  (validation: rows kept out of training; perplexity: how much they surprise the model, 1 is not at all. "
+    "Rising while the loss falls: it learns the rows by heart.)"
+)
+
 
 class Display:
     """A progress line with rate, time left, loss and memory, and lines above it; silent when `quiet`."""
@@ -31,6 +37,7 @@ class Display:
         )
         self._task: TaskID | None = None
         self._loading: dict[str, TaskID] = {}
+        self._explained = False
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -54,7 +61,9 @@ class Display:
         self._progress.update(self._loading[what], completed=done, total=total or None)
 
     def start(self, done: int, total: int) -> None:
-        """Show the progress line."""
+        """Show the progress line, and what its loss is."""
+        if done < total:
+            self.say(LOSS_LEGEND)
         for task in self._loading.values():
             self._progress.remove_task(task)
         self._loading.clear()
@@ -68,11 +77,14 @@ class Display:
             self.say(f"step {metrics.step}: {_news(metrics)}")
 
     def evaluation(self, metrics: EvalMetrics) -> None:
-        """A validation is done."""
+        """A validation is done; the first time, what it says."""
         self.say(
             f"step {metrics.step}: validation loss {metrics.loss:.4f}, perplexity {metrics.perplexity:.4g} "
             f"({format_count(metrics.trained_tokens)} tokens)"
         )
+        if not self._explained:
+            self._explained = True
+            self.say(VALIDATION_LEGEND)
 
 
 def _is_shown(step: int) -> bool:
@@ -109,9 +121,9 @@ def plan_line(recipe: Recipe, total_steps: int) -> str:
     length = (
         ""
         if train.max_steps is not None or train.epochs is None
-        else f", {train.epochs:g} epoch{'' if train.epochs == 1 else 's'}"
+        else f", {train.epochs:g} epoch{'' if train.epochs == 1 else 's'} (passes over the data)"
     )
-    return f"{total_steps} steps{length}; peak learning rate {train.learning_rate:.2g}, {train.schedule} schedule"
+    return f"{total_steps} steps{length}; learning rate up to {train.learning_rate:.2g} ({train.schedule} schedule)"
 
 
 def closing_lines(commands: Sequence[str]) -> list[str]:
