@@ -89,10 +89,10 @@ def demo(
 
     words_for(language)
     began, folder, size = time.monotonic(), _folder(output), QUICK if quick else FULL
-    if not _doctor():
-        console.emit({"ready": False})
-        return 1
     with _says_what_is_kept(folder):
+        if not _doctor():
+            console.emit({"ready": False})
+            return 1
         _write_shop(folder)
         matrix_dir, num_ok = _matrix(folder, model, size)
         before, after, run_dir, train_s = _learn(folder, model, size)
