@@ -1,0 +1,141 @@
+"""The peer TRL: its SFTTrainer's own loop around transformers + PEFT (with Liger's kernels where they are installed).
+
+A step lasts from the end of the one before to its own end, the trainer's bookkeeping included: that is what its user
+waits for. An index stands for a micro-batch, so that the trainer sees the same ids in the same order as everybody.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tunesmith.bench.peers.wire import NotApplicableError, Say, require, serve
+
+
+def run(mapping: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """Train the job's row."""
+    require("trl", "trl")
+    require("datasets", "datasets")
+    require("accelerate", "accelerate")
+    from tunesmith.bench.peers.hugging_face import attention_of, build
+    from tunesmith.bench.peers.job import Job
+
+    job = Job.of(mapping)
+    if job.recipe.train.optimizer != "adamw":
+        raise NotApplicableError("the peer trl runs torch's fused AdamW only")
+    liger = job.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    facts = {"attention": attention_of(job), "liger": liger, "autocast": job.needs_autocast}
+    with tempfile.TemporaryDirectory() as scratch:
+        return {**_train(build(job, liger=liger), job, say, Path(scratch)), **facts}
+
+
+def _train(model: Any, job: Any, say: Say, scratch: Path) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found,unused-ignore]
+
+    from tunesmith.bench.cell import synchronise
+    from tunesmith.bench.peers.loop import Recorder, dtypes_of, host_steps
+
+    steps, first_digest = host_steps(job)
+    batches = [inputs for step in steps for inputs in step.inputs]
+    recorder = Recorder(job, say)
+
+    class Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
+        """Takes a step's end; its loss and norm come with the log that follows."""
+
+        began = 0.0
+        seconds = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.start()
+
+        def start(self) -> None:
+            recorder.begin()
+            synchronise(job.device)
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronise(job.device)
+            self.seconds = time.perf_counter() - self.began
+
+        def on_log(self, *_: Any, logs: Mapping[str, Any], **__: Any) -> None:
+            if "grad_norm" in logs:
+                recorder.add(self.seconds, float(logs["loss"]), float(logs["grad_norm"]))
+                self.start()
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(scratch), **_settings(job, len(steps))),
+        train_dataset=Dataset.from_dict({"input_ids": [[index] for index in range(len(batches))]}),
+        data_collator=lambda rows: dict(batches[rows[0]["input_ids"][0]]),
+        processing_class=AutoTokenizer.from_pretrained(_tokenizer_directory(job)),
+        callbacks=[Clock()],
+    )
+    trainer.create_optimizer()
+    _set_rates(trainer, job.rates)
+    trainer.train()
+    return {
+        **recorder.finish(),
+        **dtypes_of(model, trainer.optimizer),
+        "digest": first_digest,
+        "tokens": [step.num_tokens for step in steps],
+        "trained_tokens": [step.num_trained for step in steps],
+    }
+
+
+def _settings(job: Any, num_steps: int) -> dict[str, Any]:
+    """The recipe in the trainer's words. The model is adapted and checkpointed already."""
+    train = job.recipe.train
+    return {
+        "max_steps": num_steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": train.accumulation,
+        "learning_rate": max(job.rates),
+        "adam_beta1": train.beta1,
+        "adam_beta2": train.beta2,
+        "adam_epsilon": train.eps,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": "adamw_torch_fused",
+        "bf16": str(job.compute_dtype) == "torch.bfloat16" and job.needs_autocast,
+        "fp16": False,
+        "use_cpu": job.device.type == "cpu",
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "dataloader_pin_memory": False,
+        "gradient_checkpointing": job.is_checkpointed,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": train.seed,
+    }
+
+
+def _set_rates(trainer: Any, rates: tuple[float, ...]) -> None:
+    """The very learning rates of the recipe, as a schedule."""
+    import torch
+
+    peak = max(rates) or 1.0
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: rates[min(step, len(rates) - 1)] / peak
+    )
+
+
+def _tokenizer_directory(job: Any) -> Path:
+    """The model's tokenizer where it has one; else the embedded one, which no id goes through."""
+    from tunesmith.checkpoint.source import resolve_model
+
+    has_one = (job.directory / "tokenizer_config.json").is_file()
+    return Path(job.directory) if has_one else resolve_model("builtin:tiny")
+
+
+if __name__ == "__main__":
+    serve(run)
