@@ -36,6 +36,8 @@ from tunesmith.verify.kernels import (
     shapes_of,
 )
 from tunesmith.verify.mask import mask_shown
+from tunesmith.verify.quantisers import adamw8bit_update, nf4_quantiser
+from tunesmith.verify.routing import routing_case
 from tunesmith.verify.stations import merge_parity, resume_equality
 from tunesmith.verify.subject import Subject, make_subject
 
@@ -127,11 +129,16 @@ def _kernel_checks(
 ) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     shapes = shapes_of(subject.widths, recipe.train, device)
     cases = [] if subject.config is None else list(model_cases(shapes, device, dtype))
+    if subject.config is not None and subject.config.moe is not None:
+        cases.append(routing_case(shapes, device, dtype))
     cases.append(loss_case(shapes, device, dtype, recipe.train.loss_chunk_tokens))
     if recipe.method.kind == "qlora":
+        yield "kernel: NF4 quantise", partial(nf4_quantiser, shapes, recipe.method, device, dtype)
         yield "kernel: NF4 dequantise", partial(nf4_dequantise, shapes, recipe.method, device, dtype)
     if recipe.method.uses_fp8:
         yield "kernel: fp8 products", partial(fp8_products, shapes, recipe.method, device, dtype)
+    if recipe.train.optimizer == "adamw8bit":
+        yield "kernel: 8-bit AdamW", partial(adamw8bit_update, recipe.train, device)
     if recipe.method.kind in ("lora", "qlora"):
         cases += linear_cases(shapes, recipe.method, device, dtype)
     for case in cases:

@@ -74,7 +74,7 @@ def test_every_check_passes(kind: str, recipe: Callable[..., Recipe]) -> None:
     if kind != "full":
         expected |= {"kernel: LoRA linear", "merge parity"}
     if kind == "qlora":
-        expected |= {"kernel: NF4 dequantise", "kernel: NF4 linear"}
+        expected |= {"kernel: NF4 quantise", "kernel: NF4 dequantise", "kernel: NF4 linear"}
     assert set(_checks(certificate)) == expected
     assert ("merge parity" in certificate.skipped) == (kind == "full")
 
@@ -92,6 +92,8 @@ def test_other_families_and_settings(family: str, sections: Any, recipe: Callabl
     assert _checks(certificate) == dict.fromkeys(_checks(certificate), True)
     assert ("kernel: sliding-window attention" in _checks(certificate)) == (family == "mistral")
     assert ("kernel: DoRA linear" in _checks(certificate)) == (family == "gpt2")
+    assert ("kernel: expert routing" in _checks(certificate)) == (family == "qwen3_moe")
+    assert ("kernel: 8-bit AdamW" in _checks(certificate)) == (family == "mistral")
 
 
 def test_transformers_backend(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
