@@ -77,6 +77,7 @@ def _launch(logits: Tensor, targets: Tensor, factor: float, scale: Tensor | None
             LANES=lanes,
             WIDTH=_WIDTH,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return losses
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +131,34 @@ def test_kernel_equals_the_reference_under_tritons_interpreter() -> None:
         timeout=250,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("vocab_size", [50257])
+def test_kernel_compiles_for_every_chip(vocab_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU; whole tiles of 16-bit logits in 16 bytes at a time, in an odd vocabulary too."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tunesmith.kernels.cross_entropy_triton import cross_entropy_kernel, launch_shape
+
+    if not hasattr(cross_entropy_kernel, "cache_key"):
+        pytest.skip("Triton interprets here (TRITON_INTERPRET): nothing is compiled")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    lanes, warps = launch_shape(vocab_size)
+    constants = {"HAS_SCALE": 1, "GRADIENT": 1, "IGNORED": IGNORED, "LANES": lanes, "WIDTH": 8}
+    types = {"logits": "*bf16", "targets": "*i64", "scale": "*fp32", "losses": "*fp32", "factor": "fp32"}
+    names = list(cross_entropy_kernel.arg_names)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = ["logits", "row_stride", *(["vocab_size"] if vocab_size % 16 == 0 else [])]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    for chip in (80, 86, 89, 90, 100, 120):
+        source = ASTSource(cross_entropy_kernel, signature, fixed, attributes)
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+        assert compiled.metadata.shared <= 1024
+        wide = re.findall(r"(ld|st)\.global\.v4\.b32", compiled.asm["ptx"])
+        loads_a_pass = lanes // warps // 32
+        assert wide.count("ld") >= 2 * loads_a_pass, chip
+        assert wide.count("st") >= loads_a_pass, chip
