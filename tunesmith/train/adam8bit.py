@@ -1,56 +1,21 @@
-"""AdamW with block-wise 8-bit states. Source: arXiv 2110.02861, sections 1.2 and 2."""
+"""AdamW with block-wise 8-bit states, as a torch optimiser."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCK = 256
+from tunesmith.kernels.adam8bit import BLOCK as BLOCK
+from tunesmith.kernels.adam8bit import AdamSettings, Moments, adamw_, dynamic_codebook, update
+
 # Smaller tensors (norms, biases) keep float32 states: they cost nothing and are the most sensitive.
 SMALLEST_QUANTISED = 4096
-# A large tensor is updated slice by slice, so that its states are never dequantised as a whole.
-SLICE = BLOCK * 2**16
 # Updates that may be under way when it turns out that one did not happen.
 MOST_TAKEN_BACK = 4
-
-
-@lru_cache
-def dynamic_codebook(signed: bool) -> Tensor:
-    """The 256 values of dynamic tree quantisation, float32, ascending, in [-1, 1] or [0, 1].
-
-    A code is a decimal exponent written in unary and a linear fraction in the bits that are left: the decade
-    [10^(i-7), 10^(i-6)) is cut into 2^i equal parts (2^(i+1) when no bit goes to the sign), i = 0..6, and each
-    is represented by its middle; 0 and 1 are exact.
-    """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        parts = 2**decade if signed else 2 ** (decade + 1)
-        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float64)
-        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)).tolist()
-        values += middles + ([-middle for middle in middles] if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float32)
-
-
-def quantise_blocks(values: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, one per value) and the absolute maximum of each block of 256 (float32) of a flat tensor."""
-    count = values.numel()
-    padded = torch.nn.functional.pad(values, (0, -count % BLOCK)).view(-1, BLOCK)
-    absmax = padded.abs().amax(dim=1)
-    scaled = padded / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    middles = (codebook[1:] + codebook[:-1]) / 2
-    codes = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
-    return codes.view(-1)[:count], absmax
-
-
-def dequantise_blocks(codes: Tensor, absmax: Tensor, codebook: Tensor) -> Tensor:
-    """The float32 values of `quantise_blocks`."""
-    scales = absmax.repeat_interleave(BLOCK)[: codes.numel()]
-    return codebook[codes.int()] * scales
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -77,9 +42,6 @@ class AdamW8bit(torch.optim.Optimizer):
                 state.update(_initial_state(parameter))
             state["step"] += 1
         self._counted.append([parameter for parameter, _ in chosen])
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return
         for parameter, group in chosen:
             self._update(parameter, group)
 
@@ -90,23 +52,22 @@ class AdamW8bit(torch.optim.Optimizer):
                 self.state[parameter]["step"] -= 1
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        flat, grad = parameter.view(-1), parameter.grad
+        state, grad = self.state[parameter], parameter.grad
         assert grad is not None
-        flat_grad = grad.reshape(-1)
-        divisor: Tensor | None = getattr(self, "grad_scale", None)
+        settings = AdamSettings(state["step"], group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        flat, flat_grad = parameter.detach().view(-1), grad.reshape(-1)
+        divisor, stopped = self._guard(parameter.device)
         if "exp_avg" in state:
-            _adamw(flat, _divided(flat_grad, divisor), state["exp_avg"], state["exp_avg_sq"], state["step"], group)
+            _update_small(flat, flat_grad, state, settings, divisor, stopped)
             return
-        for start in range(0, flat.numel(), SLICE):
-            part = slice(start, min(start + SLICE, flat.numel()))
-            blocks = slice(start // BLOCK, -(-part.stop // BLOCK))
-            _update_slice(flat[part], _divided(flat_grad[part], divisor), state, part, blocks, group)
+        names = ("exp_avg_codes", "exp_avg_absmax", "exp_avg_sq_codes", "exp_avg_sq_absmax")
+        update(flat, flat_grad, Moments(*(state[name] for name in names)), settings, divisor, stopped)
 
-
-def _divided(grad: Tensor, divisor: Tensor | None) -> Tensor:
-    """The gradient in float32."""
-    return grad.float() if divisor is None else grad.float() / divisor
+    def _guard(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What gradients are divided by, and whether nothing is updated: float32 scalars on the device."""
+        divisor, stopped = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        one = torch.ones((), device=device) if divisor is None else divisor
+        return one, torch.zeros((), device=device) if stopped is None else stopped
 
 
 def _initial_state(parameter: Tensor) -> dict[str, Any]:
@@ -122,35 +83,12 @@ def _initial_state(parameter: Tensor) -> dict[str, Any]:
     return state
 
 
-def _update_slice(
-    parameter: Tensor, grad: Tensor, state: dict[str, Any], part: slice, blocks: slice, group: dict[str, Any]
+def _update_small(
+    parameter: Tensor, grad: Tensor, state: dict[str, Any], settings: AdamSettings, divisor: Tensor, stopped: Tensor
 ) -> None:
-    books = {"exp_avg": _codebook(True, parameter.device), "exp_avg_sq": _codebook(False, parameter.device)}
-    moments = {
-        name: dequantise_blocks(state[f"{name}_codes"][part], state[f"{name}_absmax"][blocks], book)
-        for name, book in books.items()
-    }
-    _adamw(parameter, grad, moments["exp_avg"], moments["exp_avg_sq"], state["step"], group)
-    for name, book in books.items():
-        codes, absmax = quantise_blocks(moments[name], book)
-        if name == "exp_avg_sq":
-            # Rounded to zero, it would leave eps alone to divide by: a step of thousands of learning rates.
-            codes.clamp_(min=1).mul_(moments[name] > 0)
-        state[f"{name}_codes"][part] = codes
-        state[f"{name}_absmax"][blocks] = absmax
-
-
-@lru_cache
-def _codebook(signed: bool, device: torch.device) -> Tensor:
-    return dynamic_codebook(signed).to(device)
-
-
-def _adamw(parameter: Tensor, grad: Tensor, mean: Tensor, square: Tensor, step: int, group: dict[str, Any]) -> None:
-    """AdamW in float32, in place. Source: arXiv 1711.05101, algorithm 2."""
-    beta1, beta2 = group["betas"]
-    mean.lerp_(grad, 1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    update = (mean / (1 - beta1**step)).div_(denominator)
-    wide = parameter.float().mul_(1 - group["lr"] * group["weight_decay"])
-    parameter.copy_(wide.sub_(update, alpha=group["lr"]))
+    """A tensor with float32 moments: what an update would make of it is put in place unless the guard has stopped."""
+    held = (parameter, state["exp_avg"], state["exp_avg_sq"])
+    weight, mean, square = (tensor.clone() for tensor in held)
+    adamw_(weight, grad.float() / divisor, mean, square, settings)
+    for tensor, updated in zip(held, (weight, mean, square), strict=True):
+        tensor.copy_(torch.where(stopped == 0, updated, tensor))

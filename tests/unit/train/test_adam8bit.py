@@ -1,4 +1,4 @@
-"""8-bit AdamW: its codebook, its quantisation, and its path against float32 AdamW."""
+"""8-bit AdamW: its path against float32 AdamW."""
 
 from __future__ import annotations
 
@@ -6,53 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.train.adam8bit import (
-    BLOCK,
-    SMALLEST_QUANTISED,
-    AdamW8bit,
-    dequantise_blocks,
-    dynamic_codebook,
-    quantise_blocks,
-)
+from tunesmith.kernels.adam8bit import BLOCK
+from tunesmith.train.adam8bit import SMALLEST_QUANTISED, AdamW8bit
 
 SETTINGS = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8}
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_codebook_has_256_ascending_values(signed: bool) -> None:
-    book = dynamic_codebook(signed)
-    assert book.shape == (256,)
-    assert (book[1:] > book[:-1]).all()
-    assert book[-1] == 1
-    assert 0.0 in book
-    assert (book[0] < -0.99) if signed else (book[0] == 0)
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_codebook_is_that_of_bitsandbytes(signed: bool) -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    torch.testing.assert_close(dynamic_codebook(signed), functional.create_dynamic_map(signed), rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("count", [1, BLOCK, BLOCK + 1, 5 * BLOCK + 17])
-def test_quantisation_picks_the_nearest_code(count: int) -> None:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(count))
-    book = dynamic_codebook(True)
-    codes, absmax = quantise_blocks(values, book)
-    assert codes.shape == (count,)
-    assert absmax.shape == (-(-count // BLOCK),)
-    scaled = values / absmax.repeat_interleave(BLOCK)[:count]
-    best = (scaled[:, None] - book).abs().amin(dim=1)
-    ours = (scaled - book[codes.int()]).abs()
-    torch.testing.assert_close(ours, best, rtol=0, atol=1e-6)
-    # The widest gap of the signed book is 0.9/64 of the block's largest value; half of it is the worst error.
-    error = (dequantise_blocks(codes, absmax, book) - values).abs() / absmax.repeat_interleave(BLOCK)[:count]
-    assert error.max() <= 0.9 / 64 / 2 + 1e-6
-
-
-def test_zeros_stay_zeros() -> None:
-    codes, absmax = quantise_blocks(torch.zeros(300), dynamic_codebook(True))
-    assert not dequantise_blocks(codes, absmax, dynamic_codebook(True)).any()
 
 
 def _descend(make: type, weight: torch.Tensor, steps: int = 150, **more: object) -> torch.Tensor:
@@ -95,7 +52,7 @@ def test_as_near_to_float32_as_bitsandbytes() -> None:
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(100, 100, generator=torch.Generator().manual_seed(2))
     whole = _descend(AdamW8bit, weight, steps=5)
-    monkeypatch.setattr("tunesmith.train.adam8bit.SLICE", 4 * BLOCK)
+    monkeypatch.setattr("tunesmith.kernels.adam8bit.SLICE", 4 * BLOCK)
     assert torch.equal(_descend(AdamW8bit, weight, steps=5), whole)
 
 
