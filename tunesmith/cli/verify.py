@@ -10,8 +10,6 @@ import typer
 from tunesmith.cli import console
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tunesmith.verify.certificate import Certificate
     from tunesmith.verify.check import Check
 
@@ -37,37 +35,37 @@ def verify(
     run = open_run(target) if is_run(Path(target)) else None
     recipe = load_recipe(run.recipe if run is not None else target, overrides or [])
     certificate = certify(recipe, full=not quick, run_dir=None if run is None else run.path)
-    console.err.print(certificate_table(certificate))
+    for line in certificate_lines(certificate):
+        console.err.print(line)
     console.err.print(_closing_line(certificate))
     console.emit(certificate.to_dict())
     return 0 if certificate.passed else 1
 
 
-def certificate_table(certificate: Certificate) -> Table:
-    """The certificate for people."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"Certificate on {certificate.chip}, torch {certificate.versions['torch']}", title_justify="left"
-    )
-    for name in ("check", "", "value", "limit", "time"):
-        table.add_column(name, justify="right" if name in ("value", "limit", "time") else "left", no_wrap=True)
-    table.add_column("detail", overflow="fold")
-    for check in certificate.checks:
-        table.add_row(*_cells(check))
-    for name, reason in certificate.skipped.items():
-        table.add_row(name, "[dim]–[/dim]", "", "", "", f"[dim]{reason}[/dim]")
-    return table
-
-
-def _cells(check: Check) -> tuple[str, ...]:
+def certificate_lines(certificate: Certificate) -> list[str]:
+    """The certificate for people: for each check its verdict, what was measured with its limit, and what that is."""
     from rich.markup import escape
 
+    width = max(len(name) for name in (*(check.name for check in certificate.checks), *certificate.skipped))
+    lines = [f"Certificate on {escape(certificate.chip)}, torch {escape(certificate.versions['torch'])}"]
+    for check in certificate.checks:
+        lines += [
+            f"[bold]{escape(check.name):<{width}}[/bold]  {_numbers(check)}",
+            f"  [dim]{escape(check.detail)}[/dim]",
+        ]
+    lines += [
+        f"[dim]{escape(name):<{width}}  left out: {escape(why)}[/dim]" for name, why in certificate.skipped.items()
+    ]
+    return lines
+
+
+def _numbers(check: Check) -> str:
     from tunesmith.units import format_seconds
 
     verdict = "[green]passed[/green]" if check.passed else "[bold red]FAILED[/bold red]"
-    numbers = ("" if number is None else f"{number:.3g}" for number in (check.value, check.limit))
-    return (check.name, verdict, *numbers, format_seconds(check.duration_s), escape(check.detail))
+    value = "" if check.value is None else f"  {check.value:.3g}"
+    limit = "" if check.limit is None else f" (at most {check.limit:.3g})"
+    return f"{verdict}{value}{limit}, {format_seconds(check.duration_s)}"
 
 
 def _closing_line(certificate: Certificate) -> str:
