@@ -118,6 +118,12 @@ class TransformersModel(nn.Module):
         logits_TV = F.linear(hidden_TD, head.weight.to(hidden_TD.dtype), None if bias is None else bias.to(hidden_TD))
         return self._finish(logits_TV)
 
+    def plain_head(self) -> Tensor | None:
+        """weight_VD where `logits` is hidden_TD @ weight_VD.T and nothing else."""
+        head = self.model.get_output_embeddings()
+        plain = getattr(head, "bias", None) is None and self._finish is _as_they_are
+        return head.weight if plain else None
+
     def save(self, directory: Path, *, dtype: torch.dtype | None = None) -> None:
         """Write a directory that transformers (and tunesmith) load: config.json and safetensors.
 
@@ -213,7 +219,11 @@ def _head_transform(config: Any) -> Callable[[Tensor], Tensor]:
         return lambda logits: logits * scale
     if divisor is not None:
         return lambda logits: logits / divisor
-    return lambda logits: logits
+    return _as_they_are
+
+
+def _as_they_are(logits_TV: Tensor) -> Tensor:
+    return logits_TV
 
 
 def _from_checkpoint(directory: Path, dtype: torch.dtype | None, device: torch.device, seed: int) -> Any:

@@ -15,6 +15,7 @@ from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy_sum
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.layers import Linear
+from tunesmith.model.transformers_backend import TransformersModel
 
 Head = Callable[[Tensor], Tensor]
 
@@ -31,8 +32,11 @@ def trained_positions(targets_T: Tensor) -> tuple[Tensor, Tensor]:
 def head_of(model: LanguageModel) -> Tensor | Head:
     """What `cross_entropy_sum` takes as the head of this model: weight_VD of a plain one, else `model.logits`.
 
-    Plain is the native decoder's own linear without bias, or its embedding where the head is tied to that.
+    Plain is a linear without bias, or the embedding where the head is tied to that.
     """
+    if isinstance(model, TransformersModel):
+        weight = model.plain_head()
+        return model.logits if weight is None else weight
     if not isinstance(model, Decoder):
         return model.logits
     if model.head is None:

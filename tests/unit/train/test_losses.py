@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tunesmith.arch import config_from_dict
+from tunesmith.checkpoint.load import load_model
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.train.losses import IGNORED, Head, cross_entropy_sum, head_of, trained_positions
 
 T, D, V = 37, 8, 23
@@ -132,3 +137,14 @@ def test_a_plain_head_is_its_weight_and_any_other_a_function() -> None:
     assert head_of(model) == model.logits
     tied = _decoder(tie_word_embeddings=True)
     assert head_of(tied) is tied.embedding.weight
+
+
+def test_a_transformers_head_is_its_weight_unless_something_follows_it(tiny_model_dir: Callable[..., Path]) -> None:
+    model = load_model(tiny_model_dir("qwen2"), backend="transformers", dtype="float32", device="cpu")
+    assert isinstance(model, TransformersModel)
+    weight = head_of(model)
+    assert isinstance(weight, torch.Tensor)
+    hidden = torch.randn(3, weight.shape[1])
+    torch.testing.assert_close(F.linear(hidden, weight), model.logits(hidden))
+    model._finish = lambda logits: logits * 2
+    assert head_of(model) == model.logits
