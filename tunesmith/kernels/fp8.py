@@ -13,42 +13,23 @@ Source: arXiv 2209.05433 (the format); scales by row are this project's choice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from tunesmith.errors import DeviceError
+from tunesmith.kernels.fp8_weight import FP8 as FP8
+from tunesmith.kernels.fp8_weight import LARGEST as LARGEST
+from tunesmith.kernels.fp8_weight import SMALLEST_SCALE as SMALLEST_SCALE
+from tunesmith.kernels.fp8_weight import Fp8Weight as Fp8Weight
 from tunesmith.kernels.nf4 import use_kernel
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0
 # Values quantised at once by plain torch: bounds its float32 copies.
 CHUNK = 2**24
 # torch's fp8 product takes widths that are multiples of this.
 ALIGNMENT = 16
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _FIRST_CAPABILITY = (8, 9)
-
-
-@dataclass(frozen=True)
-class Fp8Weight:
-    """A weight [F, D] in fp8: weight[f, d] = codes[f, d] * scale[f].
-
-    codes: [F, D], or [D, F] where it was made transposed; scale: float32 [F] either way.
-    dtype: what the weight was, and is dequantised to unless told otherwise.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    shape: tuple[int, int]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes held, scales included."""
-        return self.codes.nbytes + self.scale.nbytes
 
 
 def has_fp8(device: torch.device | str) -> bool:
@@ -136,7 +117,7 @@ def fp8_product(
     """
     if not x_codes_TK.is_cuda:
         return product_reference(x_codes_TK, x_scale_T1, w_codes_NK, w_scale_N, bias_N, out_dtype)
-    require_fp8(x_codes_TK.device)
+    _check_once(x_codes_TK.device)
     if w_codes_NK.shape[0] % ALIGNMENT or w_codes_NK.shape[1] % ALIGNMENT:
         return product_reference(x_codes_TK, x_scale_T1, w_codes_NK, w_scale_N, bias_N, out_dtype)
     scale_N = _ones(w_codes_NK.shape[0], w_codes_NK.device) if w_scale_N is None else w_scale_N
@@ -188,6 +169,11 @@ def dequantize_rows(codes_FD: Tensor, scale_F: Tensor, dtype: torch.dtype) -> Te
         rows = slice(start, start + step)
         out[rows] = codes_FD[rows].float() * scale_F[rows, None]
     return out
+
+
+@cache
+def _check_once(device: torch.device) -> None:
+    require_fp8(device)
 
 
 @cache

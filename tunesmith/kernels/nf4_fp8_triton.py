@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
-from tunesmith.kernels.fp8 import FP8
+from tunesmith.kernels.fp8_weight import FP8
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.nf4_weight import BLOCK, SCALE_BLOCK, NF4Weight
 from tunesmith.units import ceil_div

@@ -65,7 +65,7 @@ class Adapter(nn.Module):
 class AdaptedLinear(nn.Module):
     """A frozen linear with adapters on some of its projections. The face of `Linear`.
 
-    `base` is a Linear, an NF4Linear, or a linear of transformers (then `parts` names its one projection).
+    `base` is a Linear, NF4Linear, Fp8Linear, or a linear of transformers (then `parts` names its one projection).
     """
 
     def __init__(

@@ -108,8 +108,9 @@ def method_line(recipe: Recipe, summary: MethodSummary) -> str:
     """What is trained, in one line."""
     share = summary.trainable_parameters / summary.total_parameters
     train = recipe.train
+    held = {"fp8": ", held in fp8"}.get(recipe.method.base, ", products in fp8" if recipe.method.fp8_compute else "")
     return (
-        f"{recipe.method.kind} on {recipe.model.path}: {format_count(summary.trainable_parameters)} of "
+        f"{recipe.method.kind} on {recipe.model.path}{held}: {format_count(summary.trainable_parameters)} of "
         f"{format_count(summary.total_parameters)} parameters trained ({share:.2%}); {recipe.model.device}, "
         f"{train.precision}, {train.micro_batch_tokens} tokens x {train.accumulation} a step"
     )

@@ -20,7 +20,7 @@ from tunesmith.train.resolve import resolve_recipe
 from tunesmith.verify.certificate import Certificate, _versions, certify
 from tunesmith.verify.check import Outcome, run_check
 from tunesmith.verify.invariance import accumulation_invariance, packing_isolation
-from tunesmith.verify.kernels import Case, compare
+from tunesmith.verify.kernels import Case, compare, fp8_products, shapes_of
 from tunesmith.verify.mask import mask_shown
 from tunesmith.verify.stations import merge_parity, resume_equality
 from tunesmith.verify.subject import Subject, make_subject, reduced_config
@@ -77,6 +77,21 @@ def test_every_check_passes(kind: str, recipe: Callable[..., Recipe]) -> None:
         expected |= {"kernel: NF4 quantise", "kernel: NF4 dequantise", "kernel: NF4 linear"}
     assert set(_checks(certificate)) == expected
     assert ("merge parity" in certificate.skipped) == (kind == "full")
+
+
+@pytest.mark.parametrize(("kind", "method"), [("lora", {"base": "fp8"}), ("qlora", {"fp8_compute": True})])
+def test_products_in_fp8_are_checked_and_the_rest_passes(
+    kind: str, method: dict[str, Any], recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = certify(recipe(kind, method=method))
+    assert _checks(certificate) == dict.fromkeys(_checks(certificate), True)
+    assert {"kernel: fp8 products", "merge parity"} <= set(_checks(certificate))
+    # A fault: the columns of the transposed codes are one off.
+    shifted = lambda codes: codes.view(torch.uint8).t().roll(1, 1).contiguous().view(codes.dtype)  # noqa: E731
+    monkeypatch.setattr("tunesmith.model.fp8.transpose_fp8", shifted)
+    chosen = resolve_recipe(recipe("lora", method={"base": "fp8"}))
+    shapes = shapes_of(make_subject(chosen).widths, chosen.train, CPU)
+    assert not run_check("", lambda: fp8_products(shapes, chosen.method, CPU, torch.float32)).passed
 
 
 @pytest.mark.parametrize(
