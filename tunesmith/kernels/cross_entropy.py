@@ -25,7 +25,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     if use_kernel(logits_TV.device):
         from tunesmith.kernels.cross_entropy_triton import cross_entropy_operator
 
-        return cross_entropy_operator(logits_TV, targets_T)
+        return cross_entropy_operator(logits_TV, targets_T, IGNORED)
     return cross_entropy_reference(logits_TV, targets_T)
 
 
@@ -40,8 +40,8 @@ def cross_entropy_and_grad_(logits_TV: Tensor, targets_T: Tensor, scale: Tensor 
     from tunesmith.kernels.cross_entropy_triton import cross_entropy_and_grad_operator
 
     if isinstance(scale, Tensor):
-        return cross_entropy_and_grad_operator(logits_TV, targets_T, 1.0, scale)
-    return cross_entropy_and_grad_operator(logits_TV, targets_T, scale, None)
+        return cross_entropy_and_grad_operator(logits_TV, targets_T, IGNORED, 1.0, scale)
+    return cross_entropy_and_grad_operator(logits_TV, targets_T, IGNORED, scale, None)
 
 
 def cross_entropy_reference(logits_TV: Tensor, targets_T: Tensor) -> Tensor:

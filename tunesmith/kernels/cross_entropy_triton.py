@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.cross_entropy import IGNORED
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -27,24 +26,28 @@ _LANES_PER_WARP = 64
 
 
 @torch.library.custom_op("tunesmith::cross_entropy", mutates_args=())
-def cross_entropy_operator(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy_operator(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     """Losses, float32 [T]."""
-    return _launch(logits, targets, 1.0, None, gradient=False)
+    return _launch(logits, targets, ignored, 1.0, None, gradient=False)
 
 
 @cross_entropy_operator.register_fake
-def _cross_entropy_fake(logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy_fake(logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("tunesmith::cross_entropy_and_grad_", mutates_args={"logits"})
-def cross_entropy_and_grad_operator(logits: Tensor, targets: Tensor, factor: float, scale: Tensor | None) -> Tensor:
+def cross_entropy_and_grad_operator(
+    logits: Tensor, targets: Tensor, ignored: int, factor: float, scale: Tensor | None
+) -> Tensor:
     """Losses; the logits become the gradient of factor * scale * losses.sum(). scale: one element, None: 1."""
-    return _launch(logits, targets, factor, scale, gradient=True)
+    return _launch(logits, targets, ignored, factor, scale, gradient=True)
 
 
 @cross_entropy_and_grad_operator.register_fake
-def _cross_entropy_and_grad_fake(logits: Tensor, targets: Tensor, factor: float, scale: Tensor | None) -> Tensor:
+def _cross_entropy_and_grad_fake(
+    logits: Tensor, targets: Tensor, ignored: int, factor: float, scale: Tensor | None
+) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
@@ -54,7 +57,9 @@ def launch_shape(vocab_size: int) -> tuple[int, int]:
     return lanes, max(1, lanes // _LANES_PER_WARP)
 
 
-def _launch(logits: Tensor, targets: Tensor, factor: float, scale: Tensor | None, *, gradient: bool) -> Tensor:
+def _launch(
+    logits: Tensor, targets: Tensor, ignored: int, factor: float, scale: Tensor | None, *, gradient: bool
+) -> Tensor:
     num_rows, vocab_size = logits.shape
     losses = logits.new_empty(num_rows, dtype=torch.float32)
     if num_rows == 0:
@@ -73,7 +78,7 @@ def _launch(logits: Tensor, targets: Tensor, factor: float, scale: Tensor | None
             factor,
             HAS_SCALE=scale is not None,
             GRADIENT=gradient,
-            IGNORED=IGNORED,
+            IGNORED=ignored,
             LANES=lanes,
             WIDTH=_WIDTH,
             num_warps=warps,

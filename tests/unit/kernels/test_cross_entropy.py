@@ -102,21 +102,21 @@ for rows, vocab_size in [(1, 1), (3, 48), (17, 96), (3, 200), (2, 3584), (2, 163
             truth, mine = logits.clone(), whole.clone()[:, :vocab_size]
             assert mine.stride(0) == vocab_size + 8
             expected = cross_entropy_and_grad_reference_(truth, targets, scale if scale is not None else factor)
-            close(cross_entropy_operator(mine, targets), expected, rtol=2e-6, atol=2e-6)
-            losses = cross_entropy_and_grad_operator(mine, targets, factor, scale)
+            close(cross_entropy_operator(mine, targets, IGNORED), expected, rtol=2e-6, atol=2e-6)
+            losses = cross_entropy_and_grad_operator(mine, targets, IGNORED, factor, scale)
             close(losses, expected, rtol=2e-6, atol=2e-6)
             possible = targets < vocab_size
             close(mine[possible], truth[possible], rtol=rtol, atol=1e-6 if dtype == float32 else 1e-7)
             if rows > 1:
                 assert not mine[1].any()
 bad = torch.tensor([[1.0, float("nan"), 0.0], [float("inf"), 0.0, 0.0]])
-assert cross_entropy_operator(bad, torch.tensor([0, 0])).isnan().all()
+assert cross_entropy_operator(bad, torch.tensor([0, 0]), IGNORED).isnan().all()
 empty = torch.empty(0, 5)
-assert cross_entropy_and_grad_operator(empty, torch.empty(0, dtype=torch.int64), 1.0, None).shape == (0,)
-logits, targets = torch.randn(3, 20), torch.tensor([1, 2, 3])
+assert cross_entropy_and_grad_operator(empty, torch.empty(0, dtype=torch.int64), IGNORED, 1.0, None).shape == (0,)
+logits, targets, scale = torch.randn(3, 20), torch.tensor([1, 2, 3]), torch.tensor([2.0])
 tests = ("test_schema", "test_faketensor")
-torch.library.opcheck(cross_entropy_operator, (logits, targets), test_utils=tests)
-torch.library.opcheck(cross_entropy_and_grad_operator, (logits, targets, 1.0, torch.tensor([2.0])), test_utils=tests)
+torch.library.opcheck(cross_entropy_operator, (logits, targets, IGNORED), test_utils=tests)
+torch.library.opcheck(cross_entropy_and_grad_operator, (logits, targets, IGNORED, 1.0, scale), test_utils=tests)
 """
 
 
