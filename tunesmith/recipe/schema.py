@@ -176,6 +176,13 @@ class TrainSection(Section):
     optimizer: Literal["adamw", "adamw8bit", "sgd"] = Field(
         "adamw", description="adamw: torch's, fused where it can be; adamw8bit: block-wise 8-bit states"
     )
+    optimizer_in_backward: bool = Field(
+        False,
+        description=(
+            "update each parameter in the backward pass and free its gradient at once, for full fine-tuning in less "
+            "memory; needs accumulation 1 and max_grad_norm 0"
+        ),
+    )
     beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1e-8
@@ -205,11 +212,39 @@ class TrainSection(Section):
             "eager: torch's operators one by one, the reference"
         ),
     )
+    graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description=(
+            "auto: on a GPU the fused blocks are recorded as CUDA graphs, which takes the host out of the way; "
+            "off: launched one by one"
+        ),
+    )
     neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
     loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
     seed: NonNegativeInt = 0
     deterministic: bool = Field(False, description="deterministic kernels on a GPU (a CPU always is)")
     detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
+
+    @model_validator(mode="after")
+    def _updates_in_backward(self) -> TrainSection:
+        if not self.optimizer_in_backward:
+            return self
+        if self.accumulation != 1:
+            raise ValueError(
+                f"train.optimizer_in_backward frees gradients as they come, so none can be accumulated: set "
+                f"train.accumulation to 1 (it is {self.accumulation}), and train.micro_batch_tokens higher instead"
+            )
+        if self.max_grad_norm:
+            raise ValueError(
+                f"train.optimizer_in_backward updates before the global norm is known, so nothing can be clipped by "
+                f"it: set train.max_grad_norm to 0 (it is {self.max_grad_norm:g})"
+            )
+        if self.precision == "float16":
+            raise ValueError(
+                "train.optimizer_in_backward can't undo a float16 overflow that is found after the first update: set "
+                "train.precision to bfloat16 or float32"
+            )
+        return self
 
 
 class EvaluationSection(Section):

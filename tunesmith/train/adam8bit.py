@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,42 +13,31 @@ from tunesmith.kernels.adam8bit import AdamSettings, Moments, adamw_, dynamic_co
 
 # Smaller tensors (norms, biases) keep float32 states: they cost nothing and are the most sensitive.
 SMALLEST_QUANTISED = 4096
-# Updates that may be under way when it turns out that one did not happen.
-MOST_TAKEN_BACK = 4
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose two moments are held in 8 bits, with a float32 scale for each block of 256.
 
     Takes `grad_scale` and `found_inf` as torch's fused optimisers do: gradients are divided by the one, and nothing
-    is updated where the other is 1. Step counters are kept on the host, which doesn't know of the latter:
-    `take_back_steps` puts them right.
+    is updated where the other is 1. Step counters are kept on the host, which doesn't know of the latter: see
+    `optimizers.take_back_step`.
     """
 
     def __init__(
         self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._counted: deque[list[Tensor]] = deque(maxlen=MOST_TAKEN_BACK)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         chosen = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for parameter, _ in chosen:
+        for parameter, group in chosen:
             state = self.state[parameter]
             if not state:
                 state.update(_initial_state(parameter))
             state["step"] += 1
-        self._counted.append([parameter for parameter, _ in chosen])
-        for parameter, group in chosen:
             self._update(parameter, group)
-
-    def take_back_steps(self, count: int) -> None:
-        """The last `count` updates (at most 4) did not happen: their parameters' step counters go back."""
-        for _ in range(min(count, len(self._counted))):
-            for parameter in self._counted.pop():
-                self.state[parameter]["step"] -= 1
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[parameter], parameter.grad

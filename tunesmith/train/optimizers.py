@@ -55,7 +55,9 @@ def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, stopped: Ten
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
-def take_back_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
-    """The last `count` updates did not happen: step counters that are kept on the host go back."""
-    if isinstance(optimizer, AdamW8bit):
-        optimizer.take_back_steps(count)
+def take_back_step(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """An update of `parameters` did not happen: step counters that are kept on the host go back by one."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if isinstance(state.get("step"), int):
+            state["step"] -= 1

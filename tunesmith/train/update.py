@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from tunesmith.errors import NonFiniteError
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.guard import Guard, gradient_divisor
-from tunesmith.train.optimizers import guarded_step, make_optimizer, take_back_steps
+from tunesmith.train.in_backward import UpdatesInBackward
+from tunesmith.train.optimizers import guarded_step, make_optimizer, take_back_step
 from tunesmith.train.pending import HostCopy, Pending, reads_late
 from tunesmith.train.scaler import LossScaler
 from tunesmith.train.schedules import learning_rate
 
 Batch = TypeVar("Batch")
+# Steps that may be under way when it turns out that one did not happen.
+MOST_UNDER_WAY = 8
 LossFunction = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
@@ -74,7 +78,11 @@ class Updater:
         self.scaler = LossScaler() if settings.precision == "float16" else None
         self.device = self.optimizer.param_groups[0]["params"][0].device
         self.guard = Guard(self.device)
+        self._in_backward: UpdatesInBackward | None = None
+        if settings.optimizer_in_backward:
+            self._in_backward = UpdatesInBackward(self.optimizer, self.guard)
         self._queued = 0
+        self._updated: deque[list[Tensor]] = deque(maxlen=MOST_UNDER_WAY)
 
     def step(
         self,
@@ -108,10 +116,28 @@ class Updater:
                 at once); None: the gradients are divided at the end.
             describe: names a batch, for the error message.
 
-        Reading raises: NonFiniteError when a loss or a gradient is NaN or Inf; neither this step nor a later one has
-        updated anything then.
+        Raises: NonFiniteError when no item is counted. Reading raises: NonFiniteError when a loss or a gradient is NaN
+        or Inf; neither this step nor a later one has updated anything then (see UpdatesInBackward for its exception).
         """
         self.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(self.settings, number, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        take = self._update_after if self._in_backward is None else self._update_within
+        numbers, total, divisor = take(number, window, loss, denominator)
+        copy = HostCopy(torch.cat([numbers, self.guard.stopped[None]]))
+        sent = _Sent(number, window, describe, copy, total, divisor, rate, self._queued)
+        self._queued += 1
+        return self._pending(sent)
+
+    def forget_failure(self) -> None:
+        """Weights and states were put back to a good step: updates happen again."""
+        self.guard.clear()
+
+    def _update_after(
+        self, number: int, window: Sequence[Batch], loss: LossFunction[Batch], denominator: int | None
+    ) -> tuple[Tensor, int, float]:
+        """Accumulate, then update. Returns the losses and the norm on the device, the items, the norm's divisor."""
         scale = self.scaler.scale if self.scaler is not None else 1.0
         losses, counts = [], []
         for batch in window:
@@ -119,31 +145,30 @@ class Updater:
             (loss_sum * (scale / (denominator or 1))).backward()
             losses.append(loss_sum.detach().float())
             counts.append(count)
-        total = sum(counts) if denominator is None else denominator
-        if total == 0:
-            raise NonFiniteError(f"step {number + 1}: no item of the batch is counted in the loss")
+        total = _counted(number, sum(counts) if denominator is None else denominator)
         divisor = scale * (total if denominator is None else 1)
-        rate = learning_rate(self.settings, number, self.total_steps)
-        numbers = self._queue(losses, divisor, rate)
-        sent = _Sent(number, window, describe, numbers, total, divisor, rate, self._queued - 1)
-        return self._pending(sent)
-
-    def forget_failure(self) -> None:
-        """Weights and states were put back to a good step: updates happen again."""
-        self.guard.clear()
-
-    def _queue(self, losses: list[Tensor], divisor: float, rate: float) -> HostCopy:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm(gradients).to(self.device)
+        with_gradient = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm([p.grad for p in with_gradient]).to(self.device)
         numbers = torch.stack([*losses, norm])
         self.guard.look(numbers)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        divisor_on_device = gradient_divisor(norm, divisor, self.settings.max_grad_norm)
-        guarded_step(self.optimizer, divisor_on_device, self.guard.stopped)
+        guarded_step(self.optimizer, gradient_divisor(norm, divisor, self.settings.max_grad_norm), self.guard.stopped)
+        self._updated.append(with_gradient)
         self.optimizer.zero_grad(set_to_none=True)
-        self._queued += 1
-        return HostCopy(torch.cat([numbers, self.guard.stopped[None]]))
+        return numbers, total, divisor
+
+    def _update_within(
+        self, number: int, window: Sequence[Batch], loss: LossFunction[Batch], denominator: int | None
+    ) -> tuple[Tensor, int, float]:
+        """As `_update_after`, of a window of one batch, each parameter being updated in the backward pass."""
+        assert self._in_backward is not None
+        (batch,) = window
+        loss_sum, count = loss(self.module, batch)
+        total = _counted(number, count if denominator is None else denominator)
+        divisor = 1.0 if denominator is not None else float(total)
+        with self._in_backward.during(loss_sum, divisor):
+            (loss_sum * (1.0 / (denominator or 1))).backward()
+        self._updated.append(self._in_backward.updated)
+        return torch.stack([loss_sum.detach().float(), self._in_backward.norm()]), total, divisor
 
     def _pending(self, sent: _Sent[Batch]) -> PendingUpdate:
         if self.scaler is None:
@@ -173,17 +198,29 @@ class Updater:
         assert self.scaler is not None
         if overflow:
             self.guard.clear()
-            take_back_steps(self.optimizer, 1)
+            take_back_step(self.optimizer, self._updated.pop())
         self.scaler.update(overflow)
 
     def _failed(self, sent: _Sent[Batch], what: str, batch: str) -> NonFiniteError:
         """The error of a step that is not finite; step counters that the host keeps go back to before it."""
-        take_back_steps(self.optimizer, self._queued - sent.place)
+        for _ in range(min(self._queued - sent.place, len(self._updated))):
+            take_back_step(self.optimizer, self._updated.pop())
         self._queued = sent.place
         return NonFiniteError(
-            f"step {sent.number + 1}: {what}; nothing was updated. Batch: {batch}. "
+            f"step {sent.number + 1}: {what}; {self._consequence(what)}. Batch: {batch}. "
             "Lower train.learning_rate, look at these rows, or set train.detect_anomaly: true"
         )
+
+    def _consequence(self, what: str) -> str:
+        if self._in_backward is None or what.startswith("the loss"):
+            return "nothing was updated"
+        return "parameters whose gradients came before were updated, so go on from the last checkpoint"
+
+
+def _counted(number: int, total: int) -> int:
+    if total == 0:
+        raise NonFiniteError(f"step {number + 1}: no item of the batch is counted in the loss")
+    return total
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:
