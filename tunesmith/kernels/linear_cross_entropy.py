@@ -6,8 +6,8 @@ multiply both by the incoming scalar, so the saved gradients are those of the pl
 
 What is rounded where: the softmax is in float32; the gradient of the logits is rounded to the compute dtype once, as
 autograd rounds it, but before the incoming scalar comes in. In bfloat16 that, and the multiplication of grad_hidden at
-the end, each cost one rounding of 2^-9. In float16 the gradient of the logits is computed 1024 times larger, because a
-probability under 6e-8 would vanish; an overflow that no loss scale could mend would need weights beyond 30.
+the end, each cost one rounding of 2^-8 at most. In float16 the gradient of the logits is computed 1024 times larger,
+because a probability under 6e-8 would vanish; an overflow that no loss scale could mend would need weights beyond 30.
 grad_weight is summed over the chunks in float32 where the weight is wider than the products or in float16, whose range
 the sum over many tokens could leave; else in the weight's dtype. In bfloat16 every chunk then rounds the sum once more:
 against float64 its relative error is 2.1e-3 from one chunk, 3.3e-3 from 8 and 7.8e-3 from 64 (in float32 under 1.3e-3).
@@ -161,8 +161,8 @@ def _sum_dtype(weight: torch.dtype, compute: torch.dtype) -> torch.dtype:
 
 
 def _multiply(values: Tensor, factor: Tensor) -> None:
-    """values *= factor in place, in float32 with one rounding: with a factor of no dimension, torch would round that
-    to the dtype of the values first, and every gradient of the model would be off by the same share."""
+    """values *= factor in place, in float32 with one rounding: a factor of no dimension takes no part in the choice of
+    the dtype, and rounded to that of the values it would put every gradient of the model off by the same share."""
     values.mul_(factor.reshape([1] * values.dim()))
 
 

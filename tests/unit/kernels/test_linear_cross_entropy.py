@@ -159,7 +159,7 @@ def test_bfloat16_sums_over_chunks_err_as_the_description_says(num_chunks: int, 
 
 
 def test_the_incoming_scalar_is_not_rounded_to_the_gradients_dtype() -> None:
-    """A 0-dimensional factor would be: 1.003 is 1 in bfloat16, and every gradient would be off by 0.3 %."""
+    """1.003 is 1 in bfloat16: every gradient would be off by 0.3 %."""
     hidden, weight, targets = _inputs(torch.bfloat16, (64, 32, 200))
     (linear_cross_entropy_sum(hidden, weight, targets, 64) * 1.003).backward()
     scaled = hidden.grad.clone(), weight.grad.clone()
