@@ -6,8 +6,9 @@ On a CPU the products are the reference's: the numbers of fp8 without its speed.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ import torch
 from tunesmith.checkpoint.adapter import adapter_tensors, read_adapter_tensors
 from tunesmith.checkpoint.load import load_model
 from tunesmith.cli import main
-from tunesmith.compress.merge import merge_to_directory
+from tunesmith.compress.merge import merge_adapter, merge_to_directory
 from tunesmith.engine.llm import LLM
 from tunesmith.errors import DeviceError, ModelError, RecipeError
 from tunesmith.model.fp8 import Fp8Linear
-from tunesmith.model.language_model import logits
+from tunesmith.model.language_model import LanguageModel, logits
+from tunesmith.model.lora import AdaptedLinear
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import read_jsonl
@@ -134,3 +136,23 @@ def test_an_nf4_checkpoint_is_no_fp8_base(tmp_path: Path) -> None:
     merge_to_directory(None, result.run_dir / "final", tmp_path / "nf4", quantize="nf4", device="cpu", force=True)
     with pytest.raises(ModelError, match="is quantised to NF4 already"):
         load_model(tmp_path / "nf4", quantize="fp8", device="cpu")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_the_transformers_backend_holds_an_fp8_base_too(
+    family: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Linears and Conv1D alike; those without an adapter are merged from fp8 as well."""
+    path = str(tiny_model_dir(family))
+    chosen = recipe({**FP8_BASE, "targets": ["c_attn" if family == "gpt2" else "q_proj"]}, tmp_path, max_steps=2)
+    section = chosen.model.model_copy(update={"path": path, "backend": "transformers"})
+    data = chosen.data.model_copy(update={"format": "tokens", "train": [], "max_length": 32})
+    result = train(chosen.model_copy(update={"model": section, "data": data}))
+    adapter = result.run_dir / "final"
+    model = load_model(path, adapter, "fp8", dtype="float32", device="cpu", backend="transformers")
+    assert any(isinstance(child, Fp8Linear) for child in cast(torch.nn.Module, model).modules())
+    expected = logits(model, [[5, 9, 80, 31, 7]])[0]
+    merged = cast(torch.nn.Module, merge_adapter(model))
+    assert not any(isinstance(child, AdaptedLinear) for child in merged.modules())
+    found = logits(cast(LanguageModel, merged), [[5, 9, 80, 31, 7]])[0]
+    assert torch.allclose(expected, found, atol=1e-5)
