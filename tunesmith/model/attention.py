@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunesmith.arch import ModelConfig
 from tunesmith.model.attention_choice import choose, shape_of
-from tunesmith.model.packed import PackedTokens
+from tunesmith.model.packed import BoundedPack, PackedTokens
 
 AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -81,6 +81,8 @@ class PackedAttention:
         """Through the kernel that was measured to be fastest for this shape on this GPU."""
         lengths = self.pack.lengths
         window = None if window is None or window >= self.pack.max_length else window
+        if isinstance(self.pack, BoundedPack):
+            return _attend_varlen(query, key, value, self.pack, window)
         kernels = {
             "varlen": lambda q, k, v: _attend_varlen(q, k, v, self.pack, window),
             "dense-cudnn": lambda q, k, v: _attend_dense(q, k, v, lengths[0], SDPBackend.CUDNN_ATTENTION),

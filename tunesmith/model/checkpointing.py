@@ -42,11 +42,16 @@ def _is_wide(left: Tensor, right: Tensor) -> bool:
     return inner * LOW_RANK >= columns
 
 
-def run_checkpointed(kind: str, block: Callable[..., Tensor], hidden_TD: Tensor, *args: Any) -> Tensor:
-    """block(hidden, *args), holding everything ("none"), its input ("block"), or its products too ("selective")."""
+def run_checkpointed(
+    kind: str, block: Callable[..., Tensor], hidden_TD: Tensor, *args: Any, is_random: bool = True
+) -> Tensor:
+    """block(hidden, *args), holding everything ("none"), its input ("block"), or its products too ("selective").
+
+    is_random: whether the block draws random numbers, which must then be the same ones the second time.
+    """
     if kind == "none" or not torch.is_grad_enabled():
         return block(hidden_TD, *args)
     if kind == "block":
-        return checkpoint(block, hidden_TD, *args, use_reentrant=False)
+        return checkpoint(block, hidden_TD, *args, use_reentrant=False, preserve_rng_state=is_random)
     contexts = partial(create_selective_checkpoint_contexts, _keep_dear)
     return checkpoint(block, hidden_TD, *args, use_reentrant=False, context_fn=contexts)

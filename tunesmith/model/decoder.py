@@ -12,6 +12,7 @@ from tunesmith.arch import ModelConfig
 from tunesmith.errors import ModelError
 from tunesmith.model.attention import Attend, PackedAttention
 from tunesmith.model.block import Block, Rope
+from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.checkpointing import run_checkpointed
 from tunesmith.model.fused_block import FusedBlocks, FusedRope
 from tunesmith.model.layers import Linear, make_norm, rope_frequencies, rope_tables
@@ -24,7 +25,8 @@ class Decoder(nn.Module):
     """Token ids in, the last hidden states out; `logits` applies the head.
 
     Weights may be held in any dtype; the stream runs in `compute_dtype` (the dtype of the embedding unless set).
-    With `is_fused` the blocks run in their written-out form (model/fused.py), where they have one.
+    With `is_fused` the blocks run in their written-out form (model/fused.py), where they have one; with `captured` too,
+    that is recorded as CUDA graphs while training.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -36,6 +38,7 @@ class Decoder(nn.Module):
         self.noise_alpha = 0.0
         self.is_fused = False
         self._fused = FusedBlocks()
+        self.captured: CapturedBlocks | None = None
         self._rope_frequencies: dict[torch.device, Tensor] = {}
         self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.positions = (
@@ -61,15 +64,37 @@ class Decoder(nn.Module):
 
     def _run_fused(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
         rope = None if self.config.rope is None else FusedRope.of(self._inverse(positions_T.device), positions_T)
-        for layer, block in enumerate(self._fused.of(self.blocks, hidden.dtype)):
+        blocks = self._fused.of(self.blocks, hidden.dtype)
+        self._fused.refresh()
+        for layer, block in enumerate(blocks):
             if kind == "selective" and block.up is None:
                 # Selective checkpointing goes by operators, and the written-out parts write over theirs.
                 tables = None if rope is None else rope.eager(hidden.dtype)
                 hidden = run_checkpointed(kind, block.block, hidden, tables, attend[layer])
             else:
                 outer = "none" if kind == "selective" else kind
-                hidden = run_checkpointed(outer, block, hidden, rope, attend[layer], kind == "selective")
+                again = kind == "selective"
+                hidden = run_checkpointed(
+                    outer, block, hidden, rope, attend[layer], again, is_random=not block.is_whole
+                )
         return hidden
+
+    def _captures(self, pack: PackedTokens) -> bool:
+        """Whether the blocks run as CUDA graphs: in training, where no block is left to its eager form."""
+        if self.captured is None or not (self.is_fused and self.training and torch.is_grad_enabled()):
+            return False
+        if not pack.tokens_T.is_cuda:
+            return False
+        return all(block.is_whole for block in self._fused.of(self.blocks, self._stream_dtype))
+
+    def _run_captured(self, hidden: Tensor, pack: PackedTokens) -> Tensor:
+        assert self.captured is not None
+        trained = [parameter for parameter in self.blocks.parameters() if parameter.requires_grad]
+
+        def run(hidden: Tensor, pack: PackedTokens) -> Tensor:
+            return self._run_fused(hidden, pack.positions_T, PackedAttention(self.config, pack), self.checkpointing)
+
+        return self.captured(run, hidden, pack, self.checkpointing, trained)
 
     def hidden(self, pack: PackedTokens) -> Tensor:
         """hidden_TD of packed documents, each attending to itself only (what training and evaluation call).
@@ -82,6 +107,9 @@ class Decoder(nn.Module):
                 f"and the model {self.positions.num_embeddings} learned positions"
             )
         lengths_T = pack.length_of_each_token() if self.training and self.noise_alpha else None
+        if self._captures(pack):
+            hidden = self.embed(pack.tokens_T, pack.positions_T, lengths_T)
+            return self.norm(self._run_captured(hidden, pack))
         return self(pack.tokens_T, pack.positions_T, PackedAttention(self.config, pack), lengths_T)
 
     def embed(self, tokens_T: Tensor, positions_T: Tensor, lengths_T: Tensor | None = None) -> Tensor:
@@ -90,13 +118,17 @@ class Decoder(nn.Module):
         lengths_T: the length of each token's document.
         Source of the noise: arXiv 2310.05914, section 2: uniform in ±alpha / sqrt(length * D).
         """
-        hidden = F.embedding(tokens_T, self.embedding.weight).to(self.compute_dtype or self.embedding.weight.dtype)
+        hidden = F.embedding(tokens_T, self.embedding.weight).to(self._stream_dtype)
         if lengths_T is not None:
             scale_T = self.noise_alpha / (lengths_T * hidden.shape[1]).sqrt()
             hidden = hidden + torch.empty_like(hidden).uniform_(-1, 1) * scale_T[:, None].to(hidden.dtype)
         if self.positions is not None:
             hidden = hidden + F.embedding(positions_T, self.positions.weight).to(hidden.dtype)
         return hidden
+
+    @property
+    def _stream_dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.embedding.weight.dtype
 
     def rope(self, positions_T: Tensor, dtype: torch.dtype) -> Rope:
         """cos and sin for these positions, or None where positions are learned."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from tunesmith.kernels.rope import rope_
-from tunesmith.kernels.swiglu import swiglu, swiglu_backward
+from tunesmith.kernels.swiglu_low_rank import swiglu_low_rank, swiglu_low_rank_backward
 from tunesmith.model.layers import RMSNorm
 from tunesmith.model.projection import Projection
 
@@ -102,8 +102,8 @@ class AddProjection(torch.autograd.Function):
 class NormMlp(torch.autograd.Function):
     """x + down(silu(gate(norm(x))) * up(norm(x))).
 
-    `again`: the gate-up activation is computed once more in the backward pass, not held. Its gradient is written over
-    it, so a graph can be gone through once.
+    The adapters' products are added inside the activation's kernels. `again`: the gate-up activation is computed once
+    more in the backward pass, not held. Its gradient is written over it, so a graph can be gone through once.
     """
 
     @staticmethod
@@ -118,9 +118,9 @@ class NormMlp(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         y, rstd = rms_norm(x_TD, norm_weight, eps)
-        gate_up, low_up = up.forward(y)
+        gate_up, low_up = up.forward_apart(y)
         del y
-        hidden = swiglu(gate_up)
+        hidden = swiglu_low_rank(gate_up, low_up, up.wide)
         out, low_down = down.forward(hidden, x_TD)
         ctx.save_for_backward(x_TD, norm_weight, rstd, low_up, low_down, None if again else gate_up)
         ctx.projection, ctx.down = up, down
@@ -133,10 +133,12 @@ class NormMlp(torch.autograd.Function):
         y = None
         if gate_up is None:
             y = rms_norm_again(x, norm_weight, rstd)
-            gate_up, _ = ctx.projection.forward(y)
+            gate_up, _ = ctx.projection.forward_apart(y)
         down: Projection = ctx.down
-        dhidden, dlow = down.input_grad(g)
-        dgate_up, hidden = swiglu_backward(dhidden, gate_up, want_h=down.needs_input, out=gate_up)
+        dhidden, dlow = down.input_grad_apart(g)
+        dgate_up, hidden = swiglu_low_rank_backward(
+            dhidden, gate_up, low_up, ctx.projection.wide, dlow, down.narrow, down.needs_input, gate_up
+        )
         del dhidden, gate_up
         ddown = down.parameter_grads(g, hidden, low_down, dlow)
         del hidden

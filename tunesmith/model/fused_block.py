@@ -103,11 +103,14 @@ class FusedBlocks:
         self._blocks: list[FusedBlock] = []
 
     def of(self, blocks: nn.ModuleList, dtype: torch.dtype) -> list[FusedBlock]:
-        """The current forms, their copies of the adapters up to date."""
+        """The current forms."""
         if len(self._blocks) != len(blocks) or not all(b.dtype == dtype and b.is_current() for b in self._blocks):
             self._blocks = [FusedBlock(block, dtype) for block in blocks if isinstance(block, Block)]
-        refresh([p.low_rank for b in self._blocks for p in b.projections if p.low_rank is not None])
         return self._blocks
+
+    def refresh(self) -> None:
+        """Bring the copies of the adapters up to date."""
+        refresh([p.low_rank for b in self._blocks for p in b.projections if p.low_rank is not None])
 
 
 def _mlp_projections(block: Block, dtype: torch.dtype) -> tuple[Projection | None, Projection | None]:

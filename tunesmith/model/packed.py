@@ -35,6 +35,20 @@ class PackedTokens:
         return lengths.repeat_interleave(lengths, output_size=self.tokens_T.numel())
 
 
+@dataclass(frozen=True)
+class BoundedPack(PackedTokens):
+    """A pack whose documents only the device knows: `lengths` are an example, `boundaries` has room for more documents,
+    which are empty, and no document is longer than `longest`.
+    """
+
+    longest: int = 0
+
+    @property
+    def max_length(self) -> int:
+        """No document is longer."""
+        return self.longest
+
+
 def pack_documents(documents: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> PackedTokens:
     """Token ids of several documents, packed in order. Empty documents are not allowed."""
     if not documents or any(len(document) == 0 for document in documents):

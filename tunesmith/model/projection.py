@@ -36,17 +36,31 @@ class Projection:
         return [tensor for tensor in own if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
     @property
+    def wide(self) -> Tensor | None:
+        """The adapters' up_FR, where there are adapters."""
+        return None if self.low_rank is None else self.low_rank.up_FR
+
+    @property
+    def narrow(self) -> Tensor | None:
+        """The adapters' down_RD, where there are adapters."""
+        return None if self.low_rank is None else self.low_rank.down_RD
+
+    @property
     def needs_input(self) -> bool:
         """Whether the backward pass asks for the input again."""
         return self.low_rank is not None or (isinstance(self.base, Linear) and self.base.weight.requires_grad)
 
     def forward(self, x_TD: Tensor, residual_TF: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """y_TF = residual + x W.T + bias + (x down.T) up.T, and the adapters' inner activation [T, R]."""
+        y, low = self.forward_apart(x_TD, residual_TF)
+        if self.low_rank is not None and low is not None:
+            y.addmm_(low, self.low_rank.up_FR.t())
+        return y, low
+
+    def forward_apart(self, x_TD: Tensor, residual_TF: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`forward` with the adapters' product left to the caller: residual + x W.T + bias, and x down.T [T, R]."""
         y = self._base_product(x_TD, residual_TF)
-        if self.low_rank is None:
-            return y, None
-        low = x_TD @ self.low_rank.down_RD.t()
-        return y.addmm_(low, self.low_rank.up_FR.t()), low
+        return y, None if self.low_rank is None else x_TD @ self.low_rank.down_RD.t()
 
     def _base_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
         if residual_TF is None:
@@ -57,11 +71,14 @@ class Projection:
 
     def input_grad(self, g_TF: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradients of x [T, D] and of the adapters' inner activation [T, R]."""
-        dx = self.base.input_grad(g_TF)
-        if self.low_rank is None:
-            return dx, None
-        dlow = g_TF @ self.low_rank.up_FR
-        return dx.addmm_(dlow, self.low_rank.down_RD), dlow
+        dx, dlow = self.input_grad_apart(g_TF)
+        if self.low_rank is not None and dlow is not None:
+            dx.addmm_(dlow, self.low_rank.down_RD)
+        return dx, dlow
+
+    def input_grad_apart(self, g_TF: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`input_grad` with the adapters' product left to the caller: g W, and g up [T, R]."""
+        return self.base.input_grad(g_TF), None if self.low_rank is None else g_TF @ self.low_rank.up_FR
 
     def parameter_grads(
         self, g_TF: Tensor, x_TD: Tensor | None, low_TR: Tensor | None, dlow_TR: Tensor | None = None
