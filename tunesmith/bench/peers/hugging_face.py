@@ -41,7 +41,7 @@ def build(job: Job, *, liger: bool = False) -> Any:
     if job.has_adapters:
         model = adapt(model, job)
     else:
-        model.to(job.trained_dtype)
+        train_all(model, job)
     if job.is_checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     gc.collect()
@@ -130,6 +130,12 @@ def adapt(model: Any, job: Job) -> Any:
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     set_adapters(adapted, job)
     return adapted
+
+
+def train_all(model: Any, job: Job) -> None:
+    """Bring the whole model to the job's dtype; the row of the padding id is trained like any other, as ours is."""
+    model.to(job.trained_dtype)
+    model.get_input_embeddings().padding_idx = None
 
 
 def set_adapters(model: nn.Module, job: Job) -> None:

@@ -30,10 +30,10 @@ def run(mapping: Mapping[str, Any], say: Say) -> dict[str, Any]:
     liger = job.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     facts = {"attention": attention_of(job), "liger": liger, "autocast": job.needs_autocast}
     with tempfile.TemporaryDirectory() as scratch:
-        return {**_train(build(job, liger=liger), job, say, Path(scratch)), **facts}
+        return {**_train(build(job), job, say, Path(scratch), liger), **facts}
 
 
-def _train(model: Any, job: Any, say: Say, scratch: Path) -> dict[str, Any]:
+def _train(model: Any, job: Any, say: Say, scratch: Path, liger: bool) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found,unused-ignore]
@@ -42,7 +42,7 @@ def _train(model: Any, job: Any, say: Say, scratch: Path) -> dict[str, Any]:
     from tunesmith.bench.peers.loop import Recorder, dtypes_of, host_steps
 
     steps, first_digest = host_steps(job)
-    batches = [inputs for step in steps for inputs in step.inputs]
+    batches = [_with_mask(inputs) for step in steps for inputs in step.inputs]
     recorder = Recorder(job, say)
 
     class Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -70,7 +70,7 @@ def _train(model: Any, job: Any, say: Say, scratch: Path) -> dict[str, Any]:
 
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(output_dir=str(scratch), **_settings(job, len(steps))),
+        args=SFTConfig(output_dir=str(scratch), use_liger_kernel=liger, **_settings(job, len(steps))),
         train_dataset=Dataset.from_dict({"input_ids": [[index] for index in range(len(batches))]}),
         data_collator=lambda rows: dict(batches[rows[0]["input_ids"][0]]),
         processing_class=AutoTokenizer.from_pretrained(_tokenizer_directory(job)),
@@ -86,6 +86,15 @@ def _train(model: Any, job: Any, say: Say, scratch: Path) -> dict[str, Any]:
         "tokens": [step.num_tokens for step in steps],
         "trained_tokens": [step.num_trained for step in steps],
     }
+
+
+def _with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The trainer wants a mask, or positions, where transformers needs neither."""
+    import torch
+
+    if "position_ids" in inputs:
+        return inputs
+    return {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
 
 
 def _settings(job: Any, num_steps: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.bench.peers.wire import NotApplicableError, Say, require, serve
@@ -22,6 +23,7 @@ def run(mapping: Mapping[str, Any], say: Say) -> dict[str, Any]:
     if mapping["recipe"]["model"]["device"] == "cpu":
         raise NotApplicableError("unsloth runs on a GPU only")
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    os.environ["UNSLOTH_COMPILE_LOCATION"] = str(Path(mapping["batches"]).parent / "unsloth_compiled_cache")
     from unsloth import FastLanguageModel  # type: ignore[import-not-found,unused-ignore] # isort: skip
 
     from tunesmith.bench.peers.job import Job
@@ -46,10 +48,11 @@ def build(library: Any, job: Job) -> Any:
         use_gradient_checkpointing=checkpointing,
         local_files_only=True,
     )
-    if not job.has_adapters:
-        return model.to(job.trained_dtype)
-    from tunesmith.bench.peers.hugging_face import set_adapters
+    from tunesmith.bench.peers.hugging_face import set_adapters, train_all
 
+    if not job.has_adapters:
+        train_all(model, job)
+        return model
     method = job.recipe.method
     model = library.get_peft_model(
         model,
