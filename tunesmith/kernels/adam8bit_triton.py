@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.adam8bit import BLOCK, AdamSettings, Moments, codebook_on, midpoints_on
+from tunesmith.kernels.adam8bit_moments import BLOCK, AdamSettings, Moments, codebook_on, midpoints_on
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -84,6 +84,7 @@ def update_operator(
             eps,
             BLOCK=BLOCK,
             BLOCKS=BLOCKS,
+            enable_fp_fusion=True,
         )
 
 

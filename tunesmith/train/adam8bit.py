@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.adam8bit import BLOCK as BLOCK
-from tunesmith.kernels.adam8bit import AdamSettings, Moments, adamw_, dynamic_codebook, update
+from tunesmith.kernels.adam8bit import adamw_, update
+from tunesmith.kernels.adam8bit_moments import BLOCK as BLOCK
+from tunesmith.kernels.adam8bit_moments import AdamSettings, Moments, dynamic_codebook
 
 # Smaller tensors (norms, biases) keep float32 states: they cost nothing and are the most sensitive.
 SMALLEST_QUANTISED = 4096

@@ -11,15 +11,8 @@ import pytest
 import torch
 
 from tunesmith.kernels import adam8bit
-from tunesmith.kernels.adam8bit import (
-    BLOCK,
-    AdamSettings,
-    Moments,
-    dequantise_blocks,
-    dynamic_codebook,
-    quantise_blocks,
-    update,
-)
+from tunesmith.kernels.adam8bit import dequantise_blocks, quantise_blocks, update
+from tunesmith.kernels.adam8bit_moments import BLOCK, AdamSettings, Moments, dynamic_codebook
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -87,9 +80,8 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from tunesmith.kernels.adam8bit import (
-    BLOCK, AdamSettings, Moments, dynamic_codebook, midpoints_on, quantise_blocks, update_reference
-)
+from tunesmith.kernels.adam8bit import update_reference
+from tunesmith.kernels.adam8bit_moments import BLOCK, AdamSettings, Moments, dynamic_codebook, midpoints_on
 from tunesmith.kernels.adam8bit_triton import _nearest_code, update_kernel, update_operator
 
 CPU = torch.device("cpu")
@@ -175,3 +167,22 @@ def test_kernel_equals_the_reference_under_tritons_interpreter(tmp_path: Path) -
         timeout=250,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_it_compiles_for_every_chip(capability: int) -> None:
+    """Without a GPU, for bfloat16 weights; the sums of a block are all the shared memory it takes."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tunesmith.kernels.adam8bit_triton import BLOCKS, _update_kernel
+
+    signature = dict.fromkeys(_update_kernel.arg_names, "*fp32")
+    signature.update(parameter="*bf16", grad="*bf16", mean_codes="*u8", square_codes="*u8", count="i64")
+    numbers = ("learning_rate", "decay", "beta1", "beta2", "rest1", "rest2", "correction1", "correction2", "eps")
+    signature.update(dict.fromkeys(numbers, "fp32"), BLOCK="constexpr", BLOCKS="constexpr")
+    source = ASTSource(fn=_update_kernel, signature=signature, constexprs={"BLOCK": BLOCK, "BLOCKS": BLOCKS})
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.metadata.shared <= 1024

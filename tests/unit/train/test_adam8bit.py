@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tunesmith.kernels.adam8bit import BLOCK
+from tunesmith.kernels.adam8bit_moments import BLOCK
 from tunesmith.train.adam8bit import SMALLEST_QUANTISED, AdamW8bit
 
 SETTINGS = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-8}
