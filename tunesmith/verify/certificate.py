@@ -24,6 +24,7 @@ from tunesmith.rundir.io import read_json, write_json_atomic
 from tunesmith.rundir.layout import RunDir
 from tunesmith.train import randomness
 from tunesmith.train.resolve import DTYPES, resolve_recipe
+from tunesmith.verify.blocks import blocks_written_out
 from tunesmith.verify.check import Check, Outcome, run_check
 from tunesmith.verify.invariance import accumulation_invariance, packing_isolation
 from tunesmith.verify.kernels import (
@@ -119,6 +120,7 @@ def _all_checks(recipe: Recipe, subject: Subject, device: torch.device) -> Itera
     yield "mask shown", partial(mask_shown, recipe, subject.directory)
     yield "accumulation invariance", partial(accumulation_invariance, subject, device)
     yield "packing isolation", partial(packing_isolation, subject, device, dtype)
+    yield "blocks written out", partial(blocks_written_out, subject, device)
     yield from _kernel_checks(recipe, subject, device, dtype)
     yield "merge parity", partial(merge_parity, subject, device)
     yield "resume equality", partial(resume_equality, subject)
@@ -147,9 +149,13 @@ def _kernel_checks(
 
 def _skipped(recipe: Recipe, subject: Subject, full: bool) -> dict[str, str]:
     """Checks that don't apply, and why."""
-    if not full:
-        return dict.fromkeys(_FULL_CHECKS, "left to tunesmith verify")
     skipped = {}
+    if subject.config is None:
+        skipped["blocks written out"] = "the blocks are transformers' own"
+    elif recipe.train.blocks == "eager":
+        skipped["blocks written out"] = "train.blocks is eager"
+    if not full:
+        return skipped | dict.fromkeys(_FULL_CHECKS, "left to tunesmith verify")
     if recipe.method.kind not in ("lora", "qlora"):
         skipped["merge parity"] = f"{recipe.method.kind} has no adapter to merge"
     if subject.config is None:

@@ -65,6 +65,7 @@ def test_every_check_passes(kind: str, recipe: Callable[..., Recipe]) -> None:
         "mask shown",
         "accumulation invariance",
         "packing isolation",
+        "blocks written out",
         "kernel: RMS norm",
         "kernel: rope",
         "kernel: attention",
