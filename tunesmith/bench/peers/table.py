@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.bench.peers.store import OURS, SCHEMA, TABLE, VERSION, load_records
-from tunesmith.bench.peers.verdict import pooled, summarise
+from tunesmith.bench.peers.verdict import pooled, summarise, uses_fp8
 from tunesmith.rundir.io import write_json_atomic, write_text_atomic
 
 _HEADER = (
@@ -50,7 +50,7 @@ def describe(recipe: Mapping[str, Any], lengths: Sequence[int]) -> str:
     """A row in words: model, method, micro-batch, dtypes, checkpointing."""
     method, train, model = recipe["method"], recipe["train"], recipe["model"]
     words = [f"{Path(model['path']).name}{' (random weights)' if model['weights'] == 'random' else ''}"]
-    words.append(_method(method))
+    words.append(_method(method) + (", our base in fp8" if uses_fp8(method) else ""))
     words.append(_batch(lengths, train["accumulation"]))
     words.append(f"{train['precision']}, trained in {_trained(train)}")
     words.append(f"checkpointing {train['checkpointing']}")

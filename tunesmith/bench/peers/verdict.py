@@ -11,6 +11,7 @@ from tunesmith.bench.peers.store import OURS
 TOLERANCE_RATIO = 0.01
 LATER_TOLERANCE_RATIO = 0.02  # ten updates in other orders of summation, in bfloat16
 LATER_STEP = 10
+EQUAL = "equal work"
 Row = Mapping[str, Any]
 
 
@@ -35,9 +36,20 @@ def summarise(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     base = next((s["tokens_per_s"]["median"] for s in out if s["peer"] == OURS and s["tokens_per_s"]), None)
     for summary in out:
         rate = summary["tokens_per_s"]
-        equal = summary["verdict"] == "equal work"
+        equal = summary["verdict"] == EQUAL
         summary["ours_is_times"] = base / rate["median"] if base and rate and equal else None
+        if equal and uses_fp8(record["resolved"]["method"]):
+            summary["verdict"] = f"{EQUAL} but for our fp8 products; the peer's are in {_precision(record)}"
     return out
+
+
+def uses_fp8(method: Mapping[str, Any]) -> bool:
+    """Whether our products of frozen weights are in fp8, which no peer has."""
+    return method.get("base") == "fp8" or bool(method.get("fp8_compute"))
+
+
+def _precision(record: Mapping[str, Any]) -> str:
+    return str(record["resolved"]["train"]["precision"])
 
 
 def _summary(name: str, rows: Sequence[Row], ours: Sequence[Row], warmup: int) -> dict[str, Any]:
@@ -104,7 +116,7 @@ def _verdict(name: str, ok: Sequence[Row], failed: Sequence[Row], ours: Sequence
     if not ours:
         return "no row of ours beside it"
     found = next((d for row in ok if (d := difference(row, ours[0])) is not None), None)
-    return "equal work" if found is None else f"not equal work: {found}"
+    return EQUAL if found is None else f"not equal work: {found}"
 
 
 def difference(row: Row, ours: Row) -> str | None:

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"method": {"kind": "full"}, "model": {"weights": "random"}, "train": {"checkpointing": "block"}},
     ),
+    "lora, checkpointing": ("qwen2", {"train": {"checkpointing": "block"}}),
     "accumulation, decay, warm-up": (
         "qwen2",
         {"train": {"accumulation": 3, "weight_decay": 0.1, "warmup_ratio": 0.3, "max_grad_norm": 0.01}},

@@ -38,7 +38,12 @@ def row(peer: str = "tunesmith", seconds: float = 1.0, **changes: Any) -> dict[s
 
 def record(rows: list[dict[str, Any]], commit: str = "c") -> dict[str, Any]:
     key = {"chip": "chip", "driver": None, "torch": "2", "commit": commit, "row": "r", "recipe_hash": "h"}
-    return {"key": key, "resolved": {"bench": {"warmup_steps": 1}}, "rows": rows, "started": "now"}
+    return {
+        "key": key,
+        "resolved": {"bench": {"warmup_steps": 1}, "method": {}, "train": {"precision": "bfloat16"}},
+        "rows": rows,
+        "started": "now",
+    }
 
 
 def with_step(index: int, **values: float | None) -> dict[str, Any]:
@@ -88,6 +93,14 @@ def test_unequal_work_gets_no_ratio() -> None:
     peer = summarise(record(rows))[1]
     assert peer["verdict"] == "not equal work: the token ids differ"
     assert peer["ours_is_times"] is None
+
+
+def test_fp8_is_said_beside_the_ratio() -> None:
+    made = record([row(), row("peer")])
+    made["resolved"] = {**made["resolved"], "method": {"base": "fp8"}}
+    peer = summarise(made)[1]
+    assert peer["verdict"] == "equal work but for our fp8 products; the peer's are in bfloat16"
+    assert peer["ours_is_times"] == 1.0
 
 
 def test_without_ours_nothing_is_proved() -> None:
