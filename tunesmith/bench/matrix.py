@@ -20,6 +20,7 @@ from tunesmith.recipe.load import with_overrides
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import read_json, write_json_atomic
 from tunesmith.rundir.layout import RunDir, create_run
+from tunesmith.train.allocator import prepare_allocator
 
 Progress = Callable[["Event"], None]
 
@@ -79,6 +80,7 @@ def bench(
     """
     plans = plan_matrix(recipe, matrix, only)
     recipes = {plan.name: cell_recipe(recipe, plan) for plan in plans}
+    prepare_allocator(recipe.model.device)  # for the cells, and before the environment is recorded
     run = create_run(recipe, kind="bench", path=run_dir)
     run.cells.mkdir()
     run.set_status("running", matrix=matrix or recipe.bench.matrix, order=[plan.name for plan in plans])
