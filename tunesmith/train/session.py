@@ -22,6 +22,7 @@ from tunesmith.checkpoint.load import load_language_model
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, DataError, NonFiniteError, RecipeError
+from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary, apply_method
@@ -322,7 +323,18 @@ def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
     model.noise_alpha = recipe.train.neftune_alpha
     if isinstance(model, Decoder):
         model.is_fused = recipe.train.blocks == "fused"
+        model.captured = _captured_blocks(recipe)
     return model
+
+
+def _captured_blocks(recipe: Recipe) -> CapturedBlocks | None:
+    """CUDA graphs of the blocks, where the recipe wants them and every gradient is there before one is used."""
+    in_backward = recipe.train.optimizer_in_backward
+    if recipe.train.graphs == "off" or in_backward or not recipe.model.device.startswith("cuda"):
+        return None
+    captured = CapturedBlocks()
+    captured.exclusive = recipe.train.accumulation == 1
+    return captured
 
 
 def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
