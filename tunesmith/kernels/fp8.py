@@ -38,6 +38,11 @@ def has_fp8(device: torch.device | str) -> bool:
     return chosen.type == "cuda" and torch.cuda.get_device_capability(chosen) >= _FIRST_CAPABILITY
 
 
+def use_fp8_kernel(device: torch.device) -> bool:
+    """Whether kernels that write fp8 run on this device: Triton compiles the conversion for sm_89 on, not before."""
+    return use_kernel(device) and (device.type != "cuda" or has_fp8(device))
+
+
 def require_fp8(device: torch.device | str) -> None:
     """Refuse a GPU without fp8 products. A CPU has none either: there the reference runs, for tests and tiny runs.
 
@@ -59,7 +64,7 @@ def quantize_rows_fp8(x_TD: Tensor, fold_D: Tensor | None = None) -> tuple[Tenso
     scale = largest of the row / 448, never 0; rounded to the nearest, ties to even. What is not finite stays so: the
     codes of an infinity and of NaN are NaN.
     """
-    if x_TD.is_meta or not use_kernel(x_TD.device):
+    if x_TD.is_meta or not use_fp8_kernel(x_TD.device):
         return quantize_rows_reference(x_TD, fold_D)
     from tunesmith.kernels.fp8_triton import quantize_rows_operator
 
