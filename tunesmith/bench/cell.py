@@ -21,6 +21,7 @@ from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.rundir.io import read_json, write_json_atomic
 from tunesmith.text.packing import plan_epoch
 from tunesmith.train.metrics import StepMetrics
+from tunesmith.train.pending import Pending
 from tunesmith.train.session import Session, build_session
 from tunesmith.units import ceil_div
 from tunesmith.watch.memory import MemorySampler, resident_bytes
@@ -64,8 +65,8 @@ def measure(mapping: dict[str, Any]) -> dict[str, Any]:
 def _measure_session(session: Session, start_bytes: int) -> dict[str, Any]:
     bench = session.recipe.bench
     with MemorySampler(session.device) as sampler:
-        warmup = [timed_step(session) for _ in range(bench.warmup_steps)]
-        timed = [timed_step(session) for _ in range(bench.steps)]
+        warmup = timed_steps(session, bench.warmup_steps)
+        timed = timed_steps(session, bench.steps)
         reading = sampler.read()
     owners = owner_bytes(session.module, session.optimizer)
     on_cuda = session.device.type == "cuda"
@@ -100,6 +101,27 @@ def _measure_session(session: Session, start_bytes: int) -> dict[str, Any]:
         },
         "work": work([step for step, _ in timed]),
     }
+
+
+def timed_steps(session: Session, steps: int) -> list[tuple[StepMetrics, float]]:
+    """Steps and their seconds, as training takes them: on a GPU each is queued before the one before is read.
+
+    There a step lasts from the end of the step before to its own end, by the device's clock.
+    """
+    if session.device.type != "cuda":
+        return [timed_step(session) for _ in range(steps)]
+    synchronise(session.device)
+    session.clock.interrupt()
+    metrics: list[StepMetrics] = []
+    pending: Pending[StepMetrics] | None = None
+    for _ in range(steps):
+        queued = session.submit()
+        if pending is not None:
+            metrics.append(pending.read())
+        pending = queued
+    if pending is not None:
+        metrics.append(pending.read())
+    return [(step, step.duration_s) for step in metrics]
 
 
 def timed_step(session: Session) -> tuple[StepMetrics, float]:
