@@ -30,6 +30,7 @@ from tunesmith.train.session import build_session
 
 FP8_BASE = {"base": "fp8"}
 NF4_IN_FP8 = {"kind": "qlora", "fp8_compute": True}
+FULL_IN_FP8 = {"kind": "full", "fp8_compute": True}
 
 
 def recipe(method: dict[str, Any], output: Path | None = None, **train: Any) -> Recipe:
@@ -52,7 +53,9 @@ def losses(method: dict[str, Any], steps: int, **train: Any) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize(("method", "plain"), [(FP8_BASE, {}), (NF4_IN_FP8, {"kind": "qlora"})])
+@pytest.mark.parametrize(
+    ("method", "plain"), [(FP8_BASE, {}), (NF4_IN_FP8, {"kind": "qlora"}), (FULL_IN_FP8, {"kind": "full"})]
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_first_loss_is_that_without_fp8(method: dict[str, Any], plain: dict[str, Any], precision: str) -> None:
     """Within 1 %: activations and weights carry 3 bits of mantissa."""
@@ -61,7 +64,7 @@ def test_the_first_loss_is_that_without_fp8(method: dict[str, Any], plain: dict[
     assert mine == pytest.approx(theirs, rel=0.01)
 
 
-@pytest.mark.parametrize("method", [FP8_BASE, NF4_IN_FP8], ids=str)
+@pytest.mark.parametrize("method", [FP8_BASE, NF4_IN_FP8, FULL_IN_FP8], ids=str)
 def test_the_loss_falls(method: dict[str, Any]) -> None:
     found = losses(method, 8)
     assert sum(found[-2:]) < 0.8 * sum(found[:2])
@@ -104,7 +107,7 @@ def test_a_gpu_without_fp8_is_refused_before_anything_is_loaded(monkeypatch: pyt
     monkeypatch.setattr("tunesmith.train.resolve.pick_device", lambda _: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA RTX A6000")
-    for method in (FP8_BASE, NF4_IN_FP8):
+    for method in (FP8_BASE, NF4_IN_FP8, FULL_IN_FP8):
         with pytest.raises(DeviceError, match=r"has no fp8 products.*method.kind=qlora") as caught:
             build_session(recipe(method))
         assert "\n" not in str(caught.value)
@@ -121,9 +124,15 @@ def test_a_device_without_fp8_products_serves_an_fp8_base_from_its_weights() -> 
     ("method", "message"),
     [
         ({"kind": "qlora", "base": "fp8"}, r"method.base 'fp8' goes with method.kind lora.*method.fp8_compute to true"),
-        ({"kind": "full", "base": "fp8"}, "method.base 'fp8' goes with method.kind lora, not with full"),
-        ({"kind": "lora", "fp8_compute": True}, r"method.fp8_compute goes with method.kind qlora.*method.base to fp8"),
-        ({"kind": "full", "fp8_compute": True}, "method.fp8_compute goes with method.kind qlora, not with full"),
+        (
+            {"kind": "full", "base": "fp8"},
+            r"method.base 'fp8' goes with method.kind lora, not with full: set method.fp8_compute",
+        ),
+        (
+            {"kind": "lora", "fp8_compute": True},
+            r"method.fp8_compute goes with method.kind qlora or full.*method.base to fp8",
+        ),
+        ({"kind": "freeze", "trainable": ["head"], "fp8_compute": True}, "method.fp8_compute goes .* not with freeze"),
     ],
 )
 def test_contradictions_are_refused_with_the_key_to_use(method: dict[str, Any], message: str) -> None:

@@ -91,7 +91,7 @@ def _fp8(kind: str, recipe: Recipe) -> dict[str, Any]:
     """A recipe with products in fp8 has them with every method that can, each in its own key."""
     if not recipe.method.uses_fp8:
         return {}
-    return {"method.base": "fp8" if kind == "lora" else "checkpoint", "method.fp8_compute": kind == "qlora"}
+    return {"method.base": "fp8" if kind == "lora" else "checkpoint", "method.fp8_compute": kind != "lora"}
 
 
 def _checkpointed(plan: CellPlan) -> CellPlan:

@@ -54,7 +54,8 @@ def require_fp8(device: torch.device | str) -> None:
     major, minor = torch.cuda.get_device_capability(chosen)
     raise DeviceError(
         f"{torch.cuda.get_device_name(chosen)} (sm_{major}{minor}) has no fp8 products, which need sm_89 or newer: "
-        f"hold the base in bfloat16 (method.base=checkpoint), or in NF4 (method.kind=qlora method.fp8_compute=false)"
+        f"hold the base in bfloat16 (method.base=checkpoint), or in NF4 (method.kind=qlora method.fp8_compute=false); "
+        f"full fine-tuning multiplies in bfloat16 (method.fp8_compute=false)"
     )
 
 

@@ -96,6 +96,10 @@ class Linear(nn.Module):
         """dx_TD = g @ weight in the dtype of g: the gradient of `product` to x, for backward passes written out."""
         return g_TF @ self.weight.to(g_TF.dtype)
 
+    def weight_grad(self, g_TF: Tensor, x_TD: Tensor) -> Tensor:
+        """dW_FD = g.T @ x in the dtype of g: the gradient of `product` to the weight."""
+        return g_TF.t() @ x_TD
+
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.product(x_TD)
 

@@ -22,6 +22,7 @@ from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.layers import Linear
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
 from tunesmith.model.quant import NF4Linear, Quantisation, quantise_blocks, quantised_as, set_compute
+from tunesmith.model.trained_fp8 import train_in_fp8
 from tunesmith.recipe.schema import MethodSection
 
 _log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def apply_method(model: LanguageModel, method: MethodSection, *, seed: int) -> M
     if method.kind == "full":
         _refuse_quantised(module)
         module.requires_grad_(True)
+        if method.fp8_compute:
+            _train_in_fp8(model)
     elif method.kind == "freeze":
         _refuse_quantised(module)
         _freeze(module, method.trainable)
@@ -244,6 +247,16 @@ def _refuse_quantised(module: nn.Module) -> None:
         raise UnsupportedModelError(
             "NF4 and fp8 weights can't be trained: use method.kind qlora or lora, or load without quantisation"
         )
+
+
+def _train_in_fp8(model: LanguageModel) -> None:
+    if model.backend != "native":
+        raise UnsupportedModelError(
+            "full fine-tuning with products in fp8 is for the native decoder, not for the transformers backend: set "
+            "method.fp8_compute to false"
+        )
+    count = train_in_fp8(_blocks(_module(model)))
+    _log.debug("%d linears are trained with products in fp8; the others, and the head, are not", count)
 
 
 def _freeze(module: nn.Module, trainable: list[str]) -> None:

@@ -65,7 +65,7 @@ class Projection:
     def _base_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
         if residual_TF is None:
             return self.base.product(x_TD)
-        if isinstance(self.base, Linear) and self.base.bias is None:
+        if type(self.base) is Linear and self.base.bias is None:
             return torch.addmm(residual_TF, x_TD, self.base.weight.to(x_TD.dtype).t())
         return self.base.product(x_TD).add_(residual_TF)
 
@@ -101,8 +101,8 @@ class Projection:
             if parameter is self.base.bias:
                 grads.append(g_TF.sum(0, dtype=torch.float32).to(parameter.dtype))
             else:
-                assert x_TD is not None
-                grads.append((g_TF.t() @ x_TD).to(parameter.dtype))
+                assert x_TD is not None and isinstance(self.base, Linear)
+                grads.append(self.base.weight_grad(g_TF, x_TD).to(parameter.dtype))
         return grads
 
 

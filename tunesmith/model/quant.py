@@ -19,6 +19,7 @@ from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
 from tunesmith.model.fp8 import Fp8Linear, quantise_linears_fp8, quantised_fp8
 from tunesmith.model.frozen import FrozenProduct
 from tunesmith.model.layers import Linear, part_rows
+from tunesmith.model.trained_fp8 import TrainedFp8Linear
 
 Compute = Literal["weights", "fp8"]
 Quantisation = Literal["nf4", "nf4-double", "fp8"]
@@ -216,9 +217,9 @@ def fp8_weight(linear: NF4Linear | Fp8Linear) -> Fp8Weight:
 
 
 def set_compute(model: nn.Module, compute: Compute) -> None:
-    """What the products of a model's quantised linears are taken in: "weights" dequantised, or "fp8"."""
+    """What the products of a model's linears with an fp8 form are in: "weights" (dequantised, or as held), or "fp8"."""
     for child in model.modules():
-        if isinstance(child, NF4Linear | Fp8Linear):
+        if isinstance(child, NF4Linear | Fp8Linear | TrainedFp8Linear):
             child.compute = compute
         if isinstance(child, NF4Linear) and compute == "fp8":
             child.row_scales()

@@ -88,8 +88,8 @@ class MethodSection(Section):
     double_quantisation: bool = Field(True, description="qlora: quantise the scales too")
     fp8_compute: bool = Field(
         False,
-        description="qlora: NF4 weights are taken to fp8, not to the compute dtype, and products are in fp8 "
-        "(GPUs from sm_89 on; on a CPU a slow reference)",
+        description="qlora: NF4 weights are taken to fp8, not to the compute dtype, and products are in fp8; full: all "
+        "three products of the inner blocks' linears are (GPUs from sm_89 on; on a CPU a slow reference)",
     )
     trainable: list[str] = Field(
         default_factory=list,
@@ -333,11 +333,14 @@ class Recipe(Section):
         if self.method.kind in ("full", "freeze") and self.method.adapter is not None:
             raise ValueError(f"method.adapter goes with lora or qlora, not with {self.method.kind}")
         if self.method.base == "fp8" and self.method.kind != "lora":
-            instead = ": set method.fp8_compute to true" if self.method.kind == "qlora" else " (it has no frozen base)"
+            can = self.method.kind in ("qlora", "full")
+            instead = ": set method.fp8_compute to true" if can else " (its frozen layers are not quantised)"
             raise ValueError(f"method.base 'fp8' goes with method.kind lora, not with {self.method.kind}{instead}")
-        if self.method.fp8_compute and self.method.kind != "qlora":
-            instead = ": set method.base to fp8" if self.method.kind == "lora" else " (it has no frozen base)"
-            raise ValueError(f"method.fp8_compute goes with method.kind qlora, not with {self.method.kind}{instead}")
+        if self.method.fp8_compute and self.method.kind not in ("qlora", "full"):
+            instead = ": set method.base to fp8" if self.method.kind == "lora" else ""
+            raise ValueError(
+                f"method.fp8_compute goes with method.kind qlora or full, not with {self.method.kind}{instead}"
+            )
         if self.train.precision == "float16" and self.train.master_weights == "compute":
             raise ValueError(
                 "train.master_weights 'compute' goes with bfloat16 or float32: gradients of float16 weights "

@@ -22,6 +22,7 @@ from tunesmith.model.layers import Linear, apply_rope, make_norm, rope_frequenci
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
 from tunesmith.model.packed import PackedTokens, packed
 from tunesmith.model.quant import NF4Linear, dense_weight, fp8_weight, quantised, quantised_as, set_compute
+from tunesmith.model.trained_fp8 import TrainedFp8Linear
 from tunesmith.recipe.schema import MethodSection, TrainSection
 from tunesmith.train.losses import cross_entropy_sum
 from tunesmith.verify.check import Outcome
@@ -166,13 +167,15 @@ def nf4_dequantise(shapes: Shapes, method: MethodSection, device: torch.device, 
 
 
 def fp8_products(shapes: Shapes, method: MethodSection, device: torch.device, dtype: torch.dtype) -> Outcome:
-    """Forward product and input gradient in fp8 against float64 products of the same codes and scales.
+    """Forward product and input gradient in fp8 against float64 products of the same codes and scales; of a linear
+    that is trained, its weight's gradient too.
 
     The limit is bfloat16's output and the hardware's accumulation; what rounding to fp8 costs is in no check: it is the
     format's price, and shows in the loss.
     """
     make = _Random(device, dtype)
-    assert method.quantisation is not None
+    if method.quantisation is None:
+        return _trained_products(shapes, make)
     base = quantised_as(_dense_linear(shapes.config, make), method.quantisation)
     set_compute(base, "fp8")
     held = fp8_weight(base)
@@ -182,6 +185,20 @@ def fp8_products(shapes: Shapes, method: MethodSection, device: torch.device, dt
     backward = _dequantised(g, held.scale) @ codes
     worst = max(_error(base.product(x), forward), _error(base.input_grad(g), backward))
     return Outcome(worst, FP8_LIMIT, f"relative error of the larger of both products, {_width(base)}")
+
+
+def _trained_products(shapes: Shapes, make: _Random) -> Outcome:
+    """The three products of a linear that is trained in fp8."""
+    linear = TrainedFp8Linear(_dense_linear(shapes.config, make))
+    x, g = make(shapes.tokens, linear.in_features), make(shapes.tokens, linear.out_features)
+    weight = linear.weight.detach()
+    pairs = (
+        (linear.product(x), _dequantised(x) @ _dequantised(weight).t()),
+        (linear.input_grad(g), _dequantised(g) @ _dequantised(weight.t()).t()),
+        (linear.weight_grad(g, x), _dequantised(g.t()) @ _dequantised(x.t()).t()),
+    )
+    worst = max(_error(found, exact) for found, exact in pairs)
+    return Outcome(worst, FP8_LIMIT, f"relative error of the largest of three products, {_width(linear)}")
 
 
 def _dequantised(x: Tensor, fold: Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ def test_products_in_fp8_go_with_every_method_that_has_them() -> None:
         base = recipe(method=method)
         cells = [cell_recipe(base, plan).method for plan in plan_matrix(base)]
         assert [cell.base for cell in cells] == ["checkpoint", "fp8", "fp8", "checkpoint", "checkpoint"]
-        assert [cell.fp8_compute for cell in cells] == [False, False, False, True, True]
+        assert [cell.fp8_compute for cell in cells] == [True, False, False, True, True]
 
 
 def test_full_learns_ten_times_slower_than_lora_whichever_the_recipe_is_for() -> None:
