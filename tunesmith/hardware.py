@@ -194,6 +194,21 @@ def total_memory_bytes() -> int:
     return total
 
 
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping; within the control group's limit where that leaves less."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        reclaimable = int(dict(line.split() for line in lines)["inactive_file"])
+        available = min(available, max(0, limit - used + reclaimable))
+    return available
+
+
 @cache
 def nvml() -> Any | None:
     """The NVML module, started once for this process; None without the package or a driver. Starts no CUDA context."""

@@ -16,9 +16,11 @@ from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.checkpointing import run_checkpointed
 from tunesmith.model.fused_block import FusedBlocks, FusedRope
 from tunesmith.model.layers import Linear, make_norm, rope_frequencies, rope_tables
+from tunesmith.model.offload import OffloadedPass, Offloader
 from tunesmith.model.packed import PackedTokens
+from tunesmith.model.transfer import CudaTransfer
 
-Checkpointing = Literal["none", "block", "selective"]
+Checkpointing = Literal["none", "block", "selective", "offload"]
 
 
 class Decoder(nn.Module):
@@ -26,7 +28,9 @@ class Decoder(nn.Module):
 
     Weights may be held in any dtype; the stream runs in `compute_dtype` (the dtype of the embedding unless set).
     With `is_fused` the blocks run in their written-out form (model/fused.py), where they have one; with `captured` too,
-    that is recorded as CUDA graphs while training.
+    that is recorded as CUDA graphs while training. There, checkpointing "offload" is "selective" with what is held
+    moved to the host, and `mlp_tile_tokens` are how many tokens the MLP goes through at a time; the eager blocks, which
+    are the reference, take "offload" as "selective" and know no tiles.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,6 +43,8 @@ class Decoder(nn.Module):
         self.is_fused = False
         self._fused = FusedBlocks()
         self.captured: CapturedBlocks | None = None
+        self.mlp_tile_tokens: int | None = None
+        self.offloader: Offloader | None = None
         self._rope_frequencies: dict[torch.device, Tensor] = {}
         self.embedding = _embedding(config.vocab_size, config.hidden_size)
         self.positions = (
@@ -58,6 +64,7 @@ class Decoder(nn.Module):
 
     def _run_eager(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
         rope = self.rope(positions_T, hidden.dtype)
+        kind = "selective" if kind == "offload" else kind
         for layer, block in enumerate(self.blocks):
             hidden = run_checkpointed(kind, block, hidden, rope, attend[layer])
         return hidden
@@ -66,18 +73,35 @@ class Decoder(nn.Module):
         rope = None if self.config.rope is None else FusedRope.of(self._inverse(positions_T.device), positions_T)
         blocks = self._fused.of(self.blocks, hidden.dtype)
         self._fused.refresh()
+        offloaded = self._begin_offloading(kind, hidden.device)
+        tile = self.mlp_tile_tokens
         for layer, block in enumerate(blocks):
             if kind == "selective" and block.up is None:
                 # Selective checkpointing goes by operators, and the written-out parts write over theirs.
                 tables = None if rope is None else rope.eager(hidden.dtype)
                 hidden = run_checkpointed(kind, block.block, hidden, tables, attend[layer])
+            elif offloaded is not None:
+                fixed, is_last = block.fixed(rope), layer == len(blocks) - 1
+                hidden = offloaded.run(block, hidden, rope, attend[layer], True, tile, kept=fixed, is_last=is_last)
             else:
-                outer = "none" if kind == "selective" else kind
+                outer = "block" if kind == "block" else "none"
                 again = kind == "selective"
                 hidden = run_checkpointed(
-                    outer, block, hidden, rope, attend[layer], again, is_random=not block.is_whole
+                    outer, block, hidden, rope, attend[layer], again, tile, is_random=not block.is_whole
                 )
         return hidden
+
+    def _begin_offloading(self, kind: Checkpointing, device: torch.device) -> OffloadedPass | None:
+        if kind != "offload" or not torch.is_grad_enabled():
+            return None
+        if self.offloader is None:
+            self.offloader = Offloader(CudaTransfer(device))
+        return self.offloader.begin()
+
+    @property
+    def has_written_mlps(self) -> bool:
+        """Whether the MLP of every block has a written-out form."""
+        return all(block.up is not None for block in self._fused.of(self.blocks, self._stream_dtype))
 
     def _captures(self, pack: PackedTokens) -> bool:
         """Whether the blocks run as CUDA graphs: in training, where no block is left to its eager form."""

@@ -14,6 +14,7 @@ from tunesmith.model.fused import HalfRope, Heads, add_projection, norm_mlp, nor
 from tunesmith.model.layers import RMSNorm, apply_rope
 from tunesmith.model.low_rank import refresh
 from tunesmith.model.projection import Projection, projection_of
+from tunesmith.model.tiled import tiled_mlp
 
 
 @dataclass
@@ -60,8 +61,23 @@ class FusedBlock:
         """Whether no part of the block is left to the eager form."""
         return len(self.projections) == 4
 
-    def __call__(self, x_TD: Tensor, rope: FusedRope | None, attend: AttendLayer, again: bool) -> Tensor:
-        """The block's output. again: the gate-up activation is made again in the backward pass."""
+    def fixed(self, rope: FusedRope | None) -> list[Tensor]:
+        """Tensors that outlive a backward pass, or that all blocks share."""
+        return [*self.block.parameters(), *self.block.buffers(), *(() if rope is None else rope.half)]
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        rope: FusedRope | None,
+        attend: AttendLayer,
+        again: bool,
+        tile_tokens: int | None = None,
+    ) -> Tensor:
+        """The block's output.
+
+        Args: again: the gate-up activation is made again in the backward pass. tile_tokens: the same, and the MLP
+        goes through so many tokens at a time.
+        """
         query, key, value, stream = self._project(x_TD, rope)
         mixed = attend(query, key, value).reshape(x_TD.shape[0], -1)
         stream = self._add_output(stream, mixed)
@@ -69,6 +85,8 @@ class FusedBlock:
             return stream + self.block.mlp(self.block.mlp_norm(stream))
         norm = self.block.mlp_norm
         assert isinstance(norm, RMSNorm)
+        if tile_tokens is not None:
+            return tiled_mlp(stream, norm, self.up, self.down, tile_tokens)
         return norm_mlp(stream, norm, self.up, self.down, again)
 
     def _project(self, x_TD: Tensor, rope: FusedRope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""Copies between a GPU and the host, queued beside the computation: the one part of offloading that needs a GPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tunesmith.errors import DeviceError
+from tunesmith.hardware import available_memory_bytes
+from tunesmith.units import format_bytes
+
+_PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every CUDA context of the process."""
+
+
+class Transfer(Protocol):
+    """How bytes move. A ticket stands for copies that were queued, and means something to its transfer only."""
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Host memory that copies may read and write, uint8 [num_bytes]. Raises: DeviceError where there is none."""
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        """Queue target.copy_(source) for each pair, after all that was queued for computation until now."""
+
+    def wait(self, ticket: Any) -> None:
+        """Computation that is queued from now on finds those copies done."""
+
+
+class CudaTransfer:
+    """A stream of its own for the copies, tied to the computation by events: the host never waits.
+
+    The events may be recorded as parts of a CUDA graph, as long as no memory must be pinned meanwhile.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise DeviceError(
+                f"train.checkpointing 'offload' moves activations from a GPU to the host, and there is nothing to move "
+                f"them from on {device}: use --set train.checkpointing=selective"
+            )
+        self._stream = torch.cuda.Stream(device)
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Pinned memory of exactly this size (torch's own allocator rounds to powers of two).
+
+        Raises: DeviceError when the host has too little; RuntimeError while a graph is recorded.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("host memory can't be pinned while a CUDA graph is recorded")
+        free = available_memory_bytes()
+        if num_bytes > free:
+            raise DeviceError(
+                f"train.checkpointing 'offload' needs {format_bytes(num_bytes)} more of host memory, and "
+                f"{format_bytes(free)} are free: lower train.micro_batch_tokens, or set train.checkpointing=block"
+            )
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return memory if _register(memory) else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Any:
+        """The event after the copies, and the stream that computes."""
+        compute = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(compute)
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return self._stream.record_event(), compute
+
+    def wait(self, ticket: Any) -> None:
+        """Let the stream that computes wait for the event."""
+        event, compute = ticket
+        compute.wait_event(event)
+
+
+def _register(memory: Tensor) -> bool:
+    """Pin ordinary memory until it is freed; whether that was possible."""
+    runtime = torch.cuda.cudart()
+    address = memory.data_ptr()
+    if int(runtime.cudaHostRegister(address, memory.numel(), _PORTABLE)) != 0:
+        return False
+    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return True
