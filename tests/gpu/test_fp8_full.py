@@ -1,4 +1,4 @@
-"""Full fine-tuning with fp8 products on a GPU: the kernels, the three products, graphs, and training beside bfloat16."""
+"""Full fine-tuning with fp8 products on a GPU: kernels, the three products, graphs, training beside bfloat16."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def losses(method: dict[str, Any], steps: int = 20, **train: Any) -> list[float]
         "model": {"path": "builtin:tiny", "device": "cuda"},
         "method": method,
         "data": {"train": ["builtin:shop"], "max_rows": 64, "max_length": 256, "workers": 0},
-        "train": {"max_steps": 20, "micro_batch_tokens": 1024, "learning_rate": 1e-3, "epochs": None, **train},
+        "train": {"max_steps": 20, "micro_batch_tokens": 1024, "learning_rate": 1e-3, **train},
     }
     session = build_session(recipe_from_mapping(recipe))
     found = [session.step().loss for _ in range(steps)]
