@@ -94,16 +94,22 @@ def _load_columns(x, fold, column, width, FOLD: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(largest, INVERSE_LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+def scale_of(largest, INVERSE_LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
+    """The scale of rows whose largest magnitude is this."""
     scale = largest * INVERSE_LARGEST
     # Written so that NaN stays NaN.
     return tl.where(scale < SMALLEST, SMALLEST, scale)
 
 
 @triton.jit
+def code_of(value, scale):
+    """float32 values in units of their scale, rounded to fp8."""
+    return (value * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
+
+
+@triton.jit
 def _store_codes(codes, column, width, value, scale):
-    code = (value * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
-    tl.store(codes + column, code, mask=column < width)
+    tl.store(codes + column, code_of(value, scale), mask=column < width)
 
 
 @triton.jit
@@ -126,14 +132,14 @@ def _quantize_rows_kernel(
     lane = tl.arange(0, COLUMNS)
     if WHOLE:
         value = _load_columns(x, fold, lane, width, FOLD)
-        scale = _scale_of(tl.max(tl.abs(value), axis=0), INVERSE_LARGEST, SMALLEST)
+        scale = scale_of(tl.max(tl.abs(value), axis=0), INVERSE_LARGEST, SMALLEST)
         _store_codes(codes, lane, width, value, scale)
     else:
         largest = tl.zeros([COLUMNS], tl.float32)
         for start in range(0, width, COLUMNS):
             value = _load_columns(x, fold, start + lane, width, FOLD)
             largest = tl.maximum(largest, tl.abs(value))
-        scale = _scale_of(tl.max(largest, axis=0), INVERSE_LARGEST, SMALLEST)
+        scale = scale_of(tl.max(largest, axis=0), INVERSE_LARGEST, SMALLEST)
         for start in range(0, width, COLUMNS):
             value = _load_columns(x, fold, start + lane, width, FOLD)
             _store_codes(codes, start + lane, width, value, scale)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tunesmith.kernels.fp8 import quantize_rows_reference
+from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm_reference
 
 
@@ -16,7 +17,11 @@ def rms_norm_fp8(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Te
 
     Returns: y [T, D] contiguous, of x's dtype; rstd float32 [T]; codes float8_e4m3fn [T, D]; scale float32 [T, 1].
     """
-    return rms_norm_fp8_reference(x_TD, weight_D, eps)
+    if x_TD.is_meta or not use_kernel(x_TD.device):
+        return rms_norm_fp8_reference(x_TD, weight_D, eps)
+    from tunesmith.kernels.norm_fp8_triton import rms_norm_fp8_operator
+
+    return rms_norm_fp8_operator(x_TD, weight_D, eps)
 
 
 def rms_norm_fp8_reference(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tunesmith.kernels.fp8 import quantize_rows_reference
+from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.swiglu_low_rank import swiglu_low_rank_backward_reference, swiglu_low_rank_reference
 
 
@@ -17,7 +18,11 @@ def swiglu_fp8(gate_up_TF: Tensor, low_TR: Tensor | None, up_FR: Tensor | None) 
 
     Returns: h [T, I] of gate_up's dtype; codes float8_e4m3fn [T, I]; scale float32 [T, 1].
     """
-    return swiglu_fp8_reference(gate_up_TF, low_TR, up_FR)
+    if gate_up_TF.is_meta or not use_kernel(gate_up_TF.device):
+        return swiglu_fp8_reference(gate_up_TF, low_TR, up_FR)
+    from tunesmith.kernels.swiglu_fp8_triton import swiglu_fp8_operator
+
+    return swiglu_fp8_operator(gate_up_TF, low_TR, up_FR)
 
 
 def swiglu_fp8_backward(
@@ -38,7 +43,11 @@ def swiglu_fp8_backward(
     [T, 1].
     """
     arguments = (grad_h_TI, gate_up_TF, low_TR, up_FR, dlow_TS, down_SI, want_h, fold_F, out)
-    return swiglu_fp8_backward_reference(*arguments)
+    if gate_up_TF.is_meta or not use_kernel(gate_up_TF.device):
+        return swiglu_fp8_backward_reference(*arguments)
+    from tunesmith.kernels.swiglu_fp8_triton import swiglu_fp8_backward_on_gpu
+
+    return swiglu_fp8_backward_on_gpu(*arguments)
 
 
 def swiglu_fp8_reference(

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.swiglu import swiglu
+from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.kernels.swiglu import swiglu, swiglu_backward
 
 
 def swiglu_low_rank(gate_up_TF: Tensor, low_TR: Tensor | None, up_FR: Tensor | None) -> Tensor:
@@ -23,7 +24,11 @@ def swiglu_low_rank(gate_up_TF: Tensor, low_TR: Tensor | None, up_FR: Tensor | N
     """
     if low_TR is None or up_FR is None:
         return swiglu(gate_up_TF)
-    return swiglu_low_rank_reference(gate_up_TF, low_TR, up_FR)
+    if not use_kernel(gate_up_TF.device):
+        return swiglu_low_rank_reference(gate_up_TF, low_TR, up_FR)
+    from tunesmith.kernels.swiglu_low_rank_triton import swiglu_low_rank_operator
+
+    return swiglu_low_rank_operator(gate_up_TF, low_TR, up_FR)
 
 
 def swiglu_low_rank_backward(
@@ -42,7 +47,13 @@ def swiglu_low_rank_backward(
     out: where the gradient is written; gate_up itself is allowed, no other overlap.
     Returns: the gradient (`out` where given); h [T, I], the bits of the forward pass's, or None.
     """
-    return swiglu_low_rank_backward_reference(grad_h_TI, gate_up_TF, low_TR, up_FR, dlow_TS, down_SI, want_h, out)
+    if not use_kernel(gate_up_TF.device):
+        return swiglu_low_rank_backward_reference(grad_h_TI, gate_up_TF, low_TR, up_FR, dlow_TS, down_SI, want_h, out)
+    if low_TR is None and dlow_TS is None:
+        return swiglu_backward(grad_h_TI, gate_up_TF, want_h, out)
+    from tunesmith.kernels.swiglu_low_rank_triton import swiglu_low_rank_backward_on_gpu
+
+    return swiglu_low_rank_backward_on_gpu(grad_h_TI, gate_up_TF, low_TR, up_FR, dlow_TS, down_SI, want_h, out)
 
 
 def swiglu_low_rank_reference(gate_up_TF: Tensor, low_TR: Tensor | None, up_FR: Tensor | None) -> Tensor:
