@@ -16,7 +16,7 @@ from tunesmith.arch import ModelConfig
 from tunesmith.cost.params import TrainedParts, trained_parts
 from tunesmith.cost.shapes import LinearShape, Method, block_linears
 
-Checkpointing = Literal["none", "block", "selective"]
+Checkpointing = Literal["none", "block", "selective", "offload"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def training_flops(
     """Operations of training on one document of `length` tokens.
 
     The head is applied to `trained_tokens` only (None: all), as the loss does. "block" recomputes every block that the
-    gradient passes; "selective" holds products and attention, so it recomputes nothing that is counted here.
+    gradient passes; "selective" holds products and attention, so it recomputes nothing that is counted here;
+    "offload" recomputes the product into a dense MLP.
     """
     head_tokens = length if trained_tokens is None else trained_tokens
     parts = trained_parts(config, method)
@@ -93,12 +94,21 @@ def training_flops(
         reached = reached or _norms_reach(parts, layer)
         block = _Block(config, method, layer, length, layer in parts.blocks, reached)
         forward, backward = forward + block.forward, backward + block.backward
-        recompute += block.forward if checkpointing == "block" and block.reached else 0
+        if block.reached:
+            recompute += _recomputed(config, layer, length, checkpointing, block.forward)
         reached = block.reached
     head = head_flops(config, head_tokens)
     trains_head = parts.head or (parts.embedding and config.tie_word_embeddings)
     backward += head * (int(reached or parts.norms) + int(trains_head))
     return TrainingFlops(forward + head, backward, recompute)
+
+
+def _recomputed(config: ModelConfig, layer: int, length: int, checkpointing: Checkpointing, whole: int) -> int:
+    """Operations that one block computes twice; adapters are left out with "offload"."""
+    if checkpointing != "offload":
+        return whole if checkpointing == "block" else 0
+    first = next((linear for linear in block_linears(config, layer) if linear.owner == "mlp"), None)
+    return 0 if first is None else linear_flops(first, length)
 
 
 def _norms_reach(parts: TrainedParts, layer: int) -> bool:

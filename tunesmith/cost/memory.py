@@ -1,6 +1,7 @@
 """Bytes of what training holds from step to step, by owner: weights, adapters, gradients, optimiser states.
 
-Activations are not here: they depend on kernels and are measured (`bench`) or predicted (`plan`).
+Activations are not here: they depend on kernels and are measured (`bench`) or predicted (`plan`); except those that
+are offloaded, whose place on the host is asked for in advance.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from typing import Literal
 
 from tunesmith.arch import ModelConfig
 from tunesmith.cost.params import adapter_parameters, count_parameters, trained_base_parameters
-from tunesmith.cost.shapes import LinearShape, Method, linears
+from tunesmith.cost.shapes import LinearShape, Method, block_linears, linears
 from tunesmith.formats import FORMATS
-from tunesmith.units import ceil_div
+from tunesmith.units import MIB, ceil_div
 
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -87,3 +88,28 @@ def optimizer_bytes(num_trained: int, optimizer: Optimizer, width: int) -> int:
     if optimizer == "adamw":
         return 2 * num_trained * width
     return 2 * (num_trained + 4 * ceil_div(num_trained, BLOCK_SIZE))
+
+
+def offloaded_bytes(config: ModelConfig, method: Method, num_tokens: int, dtype: DTypeName) -> int:
+    """Host bytes of checkpointing "offload": what every block but the last saves for its backward pass, on a GPU.
+
+    Storages under a mebibyte stay on the device. All blocks count, also those that a method's gradient never reaches.
+    """
+    blocks = range(config.num_hidden_layers - 1)
+    sizes = (num_tokens * size for layer in blocks for size in _saved_bytes(config, method, layer, dtype))
+    return sum(size for size in sizes if size >= MIB)
+
+
+def _saved_bytes(config: ModelConfig, method: Method, layer: int, dtype: DTypeName) -> list[int]:
+    """Bytes a token of each storage that a written-out block saves: streams, q/k/v, the mixed values, adapters."""
+    width, wide = FORMATS[dtype].bytes_for(1), FORMATS["float32"].bytes_for(1)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    rotated = [heads * config.head_dim, kv_heads * config.head_dim]
+    values = [config.hidden_size, config.hidden_size, rotated[0] + 2 * rotated[1], rotated[0]]
+    values += [method.rank * len(linear.targeted(method)) for linear in block_linears(config, layer)]
+    statistics = [wide * heads, wide, wide]  # log-sum-exp of the scores, and of both norms one number
+    if config.qk_norm:
+        # Norms of the heads are eager: their input in float32, their output, and tables of the rotation.
+        values += [*rotated, config.head_dim, config.head_dim]
+        statistics += [wide * size for size in rotated]
+    return [width * value for value in values] + statistics

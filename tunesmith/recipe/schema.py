@@ -198,11 +198,18 @@ class TrainSection(Section):
         "auto",
         description="dtype of trained weights and their states; compute: as precision (pure bfloat16); auto: float32",
     )
-    checkpointing: Literal["none", "block", "selective"] = Field(
+    checkpointing: Literal["none", "block", "selective", "offload"] = Field(
         "none",
         description=(
             "gradient checkpointing: hold everything, recompute every block, or recompute all but products and "
-            "attention"
+            "attention; offload: as selective, and what is held waits in pinned host memory (a GPU with fused blocks)"
+        ),
+    )
+    mlp_tile_tokens: PositiveInt | None = Field(
+        None,
+        description=(
+            "tokens that an MLP goes through at a time, for very long sequences: its widest activation never exists "
+            "whole, and is computed again in the backward pass; none: all at once (needs fused blocks)"
         ),
     )
     blocks: Literal["fused", "eager"] = Field(
@@ -224,6 +231,14 @@ class TrainSection(Section):
     seed: NonNegativeInt = 0
     deterministic: bool = Field(False, description="deterministic kernels on a GPU (a CPU always is)")
     detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
+
+    @model_validator(mode="after")
+    def _needs_fused_blocks(self) -> TrainSection:
+        wants = {"checkpointing 'offload'": self.checkpointing == "offload", "mlp_tile_tokens": self.mlp_tile_tokens}
+        for name, is_wanted in wants.items():
+            if is_wanted and self.blocks == "eager":
+                raise ValueError(f"train.{name} is for the blocks written out: set train.blocks to fused (it is eager)")
+        return self
 
     @model_validator(mode="after")
     def _updates_in_backward(self) -> TrainSection:

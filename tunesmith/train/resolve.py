@@ -25,9 +25,18 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     device = torch.device(pick_device(recipe.model.device))
     if recipe.method.uses_fp8:
         require_fp8(device)
+    _require_gpu_to_offload(recipe, device)
     train = _resolve_train(recipe, device)
     model = recipe.model.model_copy(update={"device": str(device), "dtype": _weight_dtype(recipe, train)})
     return recipe.model_copy(update={"model": model, "train": train})
+
+
+def _require_gpu_to_offload(recipe: Recipe, device: torch.device) -> None:
+    if recipe.train.checkpointing == "offload" and device.type != "cuda":
+        raise DeviceError(
+            f"train.checkpointing 'offload' moves activations from a GPU to the host, and the device is {device}: "
+            "use --set train.checkpointing=selective"
+        )
 
 
 def trained_dtype(train: TrainSection) -> torch.dtype:

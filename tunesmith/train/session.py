@@ -31,6 +31,7 @@ from tunesmith.text.dataset import DataSummary, TrainingData, load_data
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.train import randomness
+from tunesmith.train.activations import prepare_activations
 from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.batches import Dataset, MicroBatch, RandomTokens, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
@@ -304,7 +305,9 @@ def load_trainable(recipe: Recipe, progress: Progress | None = None) -> tuple[La
     """The model of a resolved recipe with its method applied: what training begins with."""
     randomness.seed_everything(recipe.train.seed)
     model = _load_model(recipe, progress)
-    return model, _apply_method(model, recipe)
+    summary = _apply_method(model, recipe)
+    prepare_activations(model, recipe)
+    return model, summary
 
 
 def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:

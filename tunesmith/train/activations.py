@@ -1,0 +1,50 @@
+"""What a recipe says of the blocks' activations, put into a model and checked before the first step."""
+
+from __future__ import annotations
+
+import logging
+
+from tunesmith.cost.memory import offloaded_bytes
+from tunesmith.errors import DeviceError, UnsupportedModelError
+from tunesmith.hardware import available_memory_bytes
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.recipe.schema import Recipe
+from tunesmith.units import format_bytes
+
+_log = logging.getLogger(__name__)
+
+
+def prepare_activations(model: LanguageModel, recipe: Recipe) -> None:
+    """Tiles and offloading, for a model whose method is applied and a recipe that is resolved.
+
+    Says how much host memory offloading takes. Raises: UnsupportedModelError where a block's MLP has no written-out
+    form; DeviceError when the host has too little memory.
+    """
+    offloads, tile_tokens = recipe.train.checkpointing == "offload", recipe.train.mlp_tile_tokens
+    if not offloads and tile_tokens is None:
+        return
+    name = "train.checkpointing 'offload'" if offloads else "train.mlp_tile_tokens"
+    if not isinstance(model, Decoder) or not model.has_written_mlps:
+        raise UnsupportedModelError(
+            f"{name} needs blocks whose MLP is written out: a dense SwiGLU one of the native decoder, without DoRA and "
+            "adapter dropout; leave it out, and use --set train.checkpointing=block"
+        )
+    model.mlp_tile_tokens = tile_tokens
+    if offloads:
+        _check_host(model, recipe)
+
+
+def _check_host(model: Decoder, recipe: Recipe) -> None:
+    train = recipe.train
+    assert train.micro_batch_tokens is not None
+    assert train.precision != "auto"
+    need = offloaded_bytes(model.config, recipe.method, train.micro_batch_tokens, train.precision)
+    free = available_memory_bytes()
+    said = f"train.checkpointing 'offload' takes {format_bytes(need)} of pinned host memory"
+    if need > free:
+        raise DeviceError(
+            f"{said}, and {format_bytes(free)} are free: lower train.micro_batch_tokens (it is "
+            f"{train.micro_batch_tokens}), or use --set train.checkpointing=block"
+        )
+    _log.info("%s (%s are free)", said, format_bytes(free))
