@@ -8,8 +8,8 @@ Without --text, `builtin:pretrain-text` is made and validated on a different see
 .xz, .gz, .bz2) whose last share, `--held-out`, is kept for validation.
 
 One JSON line every `--every` steps, {model, case, step, loss}, the loss averaged over the last `--window` steps; one
-for the end of a case, with the validation loss; one verdict for every fp8 case: whether both losses at the end are within
-`--tolerance` of those in bfloat16. All of it also in DIR/quality_curves.json, and a plot for each model beside it.
+for the end of a case, with the validation loss; one verdict for every fp8 case: whether both losses at the end are
+within `--tolerance` of those in bfloat16. All of it also in DIR/quality_curves.json, with a plot for each model.
 Exits 1 where a verdict is no.
 """
 
