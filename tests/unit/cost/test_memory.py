@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tunesmith.arch import config_from_dict
-from tunesmith.cost.memory import optimizer_bytes, state_bytes
+from tunesmith.cost.memory import offloaded_bytes, optimizer_bytes, state_bytes
 from tunesmith.cost.params import adapter_parameters, count_parameters
 from tunesmith.cost.shapes import MethodShape, linears
 
@@ -64,3 +66,23 @@ def test_optimizer_states() -> None:
     assert optimizer_bytes(1000, "adamw", 4) == 8000
     assert optimizer_bytes(1000, "adamw8bit", 4) == 2 * (1000 + 4 * 4)
     assert optimizer_bytes(1000, "sgd", 4) == 0
+
+
+def test_offloaded_bytes_are_what_all_blocks_but_the_last_save() -> None:
+    """Streams twice, q/k/v, what attention made of them; what is under a mebibyte stays on the device."""
+    tokens, one = 2**13, 2**20
+    values = [64, 64, 128, 64]
+    assert [tokens * 2 * value >= one for value in values] == [True] * 4
+    assert offloaded_bytes(CONFIG, MethodShape("full"), tokens, "bfloat16") == tokens * 2 * sum(values)
+    assert offloaded_bytes(CONFIG, MethodShape("full"), tokens // 2, "bfloat16") == tokens // 2 * 2 * 128
+    # Of rank 32: q/k/v's three, gate's and up's two; one of rank 32 alone has half a mebibyte.
+    adapters = tokens * 2 * (3 * 32 + 2 * 32)
+    with_adapters = offloaded_bytes(CONFIG, MethodShape("lora", rank=32), tokens, "bfloat16")
+    assert with_adapters == tokens * 2 * sum(values) + adapters
+
+
+def test_offloaded_bytes_of_normed_heads() -> None:
+    normed = replace(CONFIG, qk_norm=True)
+    tokens = 2**16
+    plain, more = (offloaded_bytes(config, MethodShape("full"), tokens, "bfloat16") for config in (CONFIG, normed))
+    assert more - plain == tokens * ((64 + 32) * (2 + 4) + 2 * 16 * 2)
