@@ -39,29 +39,19 @@ def rms_norm_again(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> Tensor:
 
 
 def rms_norm_backward(
-    grad_y_TD: Tensor,
-    x_TD: Tensor,
-    weight_D: Tensor,
-    rstd_T: Tensor,
-    add_TD: Tensor | None,
-    weight_grad: bool,
-    dlow_TR: Tensor | None = None,
-    down_RD: Tensor | None = None,
+    grad_y_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, add_TD: Tensor | None, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of x and of the weight.
 
     Args: add_TD: what else flows into x (the gradient of the residual stream): added in float32, before the rounding.
-    weight_grad: whether the weight's gradient is wanted. dlow_TR, down_RD: the rest of grad_y, as a skinny product (an
-    adapter's): x's rows are [T, D] then, and what flows in is grad_y + dlow @ down, summed in float32.
+    weight_grad: whether the weight's gradient is wanted.
     Returns: grad_x contiguous, of x's shape and dtype; grad_weight float32 [D] or None, summed in an order that is
     the same in every run on the same chip.
     """
     if not use_kernel(x_TD.device):
-        return rms_norm_backward_reference(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad, dlow_TR, down_RD)
+        return rms_norm_backward_reference(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
     from tunesmith.kernels.rms_norm_triton import rms_norm_backward_operator
 
-    if dlow_TR is not None and down_RD is not None:
-        grad_y_TD = torch.addmm(grad_y_TD, dlow_TR, down_RD)
     grad_x, grad_weight = rms_norm_backward_operator(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
     return grad_x, grad_weight if weight_grad else None
 
@@ -79,19 +69,10 @@ def rms_norm_again_reference(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> 
 
 
 def rms_norm_backward_reference(
-    grad_y_TD: Tensor,
-    x_TD: Tensor,
-    weight_D: Tensor,
-    rstd_T: Tensor,
-    add_TD: Tensor | None,
-    weight_grad: bool,
-    dlow_TR: Tensor | None = None,
-    down_RD: Tensor | None = None,
+    grad_y_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, add_TD: Tensor | None, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """rms_norm_backward by plain torch. The weight's gradient takes n as the forward pass rounded it."""
     grad_y, rstd = grad_y_TD.float(), rstd_T[..., None]
-    if dlow_TR is not None and down_RD is not None:
-        grad_y = torch.addmm(grad_y, dlow_TR.float(), down_RD.float())
     normal = x_TD.float() * rstd
     through = grad_y * weight_D.to(x_TD.dtype).float()
     grad_x = (through - normal * (through * normal).mean(-1, keepdim=True)) * rstd

@@ -107,15 +107,19 @@ def _swiglu_fp8_fake(gate_up: Tensor, low: Tensor | None, up: Tensor | None) -> 
 @triton.jit
 def _place(ticket, BLOCKS: tl.constexpr):
     """Which step of the order this program belongs to, whether it makes codes, and its columns' block."""
-    stage = tl.atomic_add(ticket, 1)
+    stage = tl.atomic_add(ticket, 1, sem="relaxed")
     return (stage // BLOCKS) // 2, (stage // BLOCKS) % 2, stage % BLOCKS
 
 
 @triton.jit
-def _note_largest(largest, row, num_rows, value):
+def _magnitude(value):
     # Of magnitudes the bits have the order of the numbers, infinity and NaN above all.
-    bits = tl.max(tl.abs(value).to(tl.int32, bitcast=True), axis=1)
-    tl.atomic_max(largest + row, bits, mask=row < num_rows, sem="relaxed")
+    return tl.abs(value).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _note_largest(largest, row, num_rows, magnitude):
+    tl.atomic_max(largest + row, tl.max(magnitude, axis=1), mask=row < num_rows, sem="relaxed")
 
 
 @triton.jit
@@ -140,7 +144,7 @@ def _row_scale(largest, scales, row, num_rows, block, INVERSE_LARGEST: tl.conste
     return scale[:, None]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_groups", "behind"])
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_behind"])
 def _forward_kernel(
     gate_up,
     low,
@@ -153,7 +157,7 @@ def _forward_kernel(
     ticket,
     num_rows,
     num_groups,
-    behind,
+    num_behind,
     stride,
     WIDTH: tl.constexpr,
     RANK: tl.constexpr,
@@ -176,10 +180,10 @@ def _forward_kernel(
                 result = (gate * tl.sigmoid(gate) * value).to(h.dtype.element_ty)
                 at, mask = tile_at(h, row, column, num_rows, WIDTH, WIDTH)
                 tl.store(at, result, mask=mask)
-                _note_largest(largest, row, num_rows, result.to(tl.float32))
+                _note_largest(largest, row, num_rows, _magnitude(result.to(tl.float32)))
             _finish(done + group)
-    elif group >= behind:
-        group -= behind
+    elif group >= num_behind:
+        group -= num_behind
         _wait(done + group, BLOCKS)
         for step in range(STEPS):
             row = (group * STEPS + step) * ROWS + tl.arange(0, ROWS)
@@ -341,7 +345,7 @@ def _folded(value, fold, column, WIDTH: tl.constexpr, FOLD: tl.constexpr):
     return wide
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_groups", "behind"])
+@triton.jit(do_not_specialize=["num_rows", "num_groups", "num_behind"])
 def _backward_kernel(
     grad_h,
     gate_up,
@@ -359,7 +363,7 @@ def _backward_kernel(
     ticket,
     num_rows,
     num_groups,
-    behind,
+    num_behind,
     grad_stride,
     stride,
     out_stride,
@@ -396,13 +400,12 @@ def _backward_kernel(
                 at, mask = tile_at(out, row, column, num_rows, out_stride, WIDTH)
                 tl.store(at, to_gate.to(dtype), mask=mask)
                 tl.store(at + WIDTH, to_value.to(dtype), mask=mask)
-                first = tl.abs(_folded(to_gate.to(dtype), fold, column, WIDTH, FOLD))
-                second = tl.abs(_folded(to_value.to(dtype), fold + WIDTH, column, WIDTH, FOLD))
-                _note_largest(largest, row, num_rows, first)
-                _note_largest(largest, row, num_rows, second)
+                first = _magnitude(_folded(to_gate.to(dtype), fold, column, WIDTH, FOLD))
+                second = _magnitude(_folded(to_value.to(dtype), fold + WIDTH, column, WIDTH, FOLD))
+                _note_largest(largest, row, num_rows, tl.maximum(first, second))
             _finish(done + group)
-    elif group >= behind:
-        group -= behind
+    elif group >= num_behind:
+        group -= num_behind
         _wait(done + group, BLOCKS)
         for step in range(STEPS):
             row = (group * STEPS + step) * ROWS + tl.arange(0, ROWS)
