@@ -83,6 +83,34 @@ CHIPS: Mapping[str, Chip] = {
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What all chips of one compute capability have.
+
+    fp8: products of e4m3 codes, and the conversion to them in Triton, which is refused before.
+    shared_bytes: the most shared memory that a block of threads may ask for.
+    """
+
+    chips: str
+    has_bfloat16: bool
+    has_fp8: bool
+    shared_bytes: int
+
+
+FIRST_BFLOAT16, FIRST_FP8 = (8, 0), (8, 9)
+_KIB = 1024
+# Shared memory: CUDA C++ programming guide, technical specifications per compute capability.
+GENERATIONS: Mapping[tuple[int, int], Generation] = {
+    (7, 5): Generation("T4, RTX 20", False, False, 64 * _KIB),
+    (8, 0): Generation("A100, A30", True, False, 163 * _KIB),
+    (8, 6): Generation("A6000, A40, A10, RTX 30", True, False, 99 * _KIB),
+    (8, 9): Generation("L40S, L4, RTX 6000 Ada, RTX 40", True, True, 99 * _KIB),
+    (9, 0): Generation("H100, H200", True, True, 227 * _KIB),
+    (10, 0): Generation("B200", True, True, 227 * _KIB),
+    (12, 0): Generation("RTX PRO 6000 Blackwell, RTX 50", True, True, 99 * _KIB),
+}
+
+
+@dataclass(frozen=True)
 class DeviceInfo:
     """One device. Peaks are FLOP/s by dtype name; unknown is None (or absent from `peak_flops_per_s`)."""
 
@@ -144,7 +172,7 @@ def supports_bf16(device: str | torch.device) -> bool:
     import torch
 
     chosen = torch.device(device)
-    return chosen.type == "cuda" and torch.cuda.get_device_capability(chosen) >= (8, 0)
+    return chosen.type == "cuda" and torch.cuda.get_device_capability(chosen) >= FIRST_BFLOAT16
 
 
 def _describe_cpu() -> DeviceInfo:

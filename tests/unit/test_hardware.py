@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,16 @@ import torch
 
 from tunesmith import hardware
 from tunesmith.errors import DeviceError, RecipeError
-from tunesmith.hardware import CHIPS, describe_device, driver_version, nvml_devices, pick_device, supports_bf16
+from tunesmith.hardware import (
+    CHIPS,
+    GENERATIONS,
+    describe_device,
+    driver_version,
+    nvml_devices,
+    pick_device,
+    supports_bf16,
+)
+from tunesmith.kernels.fp8 import has_fp8
 
 
 def test_a_cpu_has_a_name_cores_and_memory_but_no_peak() -> None:
@@ -93,6 +103,28 @@ def test_the_table_is_plausible(name: str) -> None:
     assert chip.int8 >= 1.9 * chip.half
     assert 0.2 < chip.bandwidth < 10
     assert chip.source
+
+
+@pytest.mark.parametrize("capability", GENERATIONS)
+def test_generations_agree_with_what_is_asked_of_a_device(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend_gpu(monkeypatch, "a chip", *capability)
+    generation = GENERATIONS[capability]
+    assert supports_bf16("cuda") == generation.has_bfloat16
+    assert has_fp8("cuda") == generation.has_fp8
+
+
+def test_the_page_on_hardware_has_the_table() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "hardware.md"
+    told = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| sm_")]
+    words = {True: "yes", False: "no"}
+    expected = [
+        f"| sm_{major}{minor} | {each.chips} | {words[each.has_bfloat16]} | {words[each.has_fp8]} "
+        f"| {each.shared_bytes // 1024} KiB |"
+        for (major, minor), each in GENERATIONS.items()
+    ]
+    assert told == expected
 
 
 def test_memory_is_held_to_the_control_groups_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import DeviceError
+from tunesmith.hardware import FIRST_FP8
+from tunesmith.kernels.fp8_weight import ALIGNMENT
 from tunesmith.kernels.fp8_weight import FP8 as FP8
 from tunesmith.kernels.fp8_weight import LARGEST as LARGEST
 from tunesmith.kernels.fp8_weight import SMALLEST_SCALE as SMALLEST_SCALE
@@ -27,15 +29,12 @@ from tunesmith.kernels.nf4 import use_kernel
 
 # Values quantised at once by plain torch: bounds its float32 copies.
 CHUNK = 2**24
-# torch's fp8 product takes widths that are multiples of this.
-ALIGNMENT = 16
-_FIRST_CAPABILITY = (8, 9)
 
 
 def has_fp8(device: torch.device | str) -> bool:
     """Whether the device has fp8 products: GPUs from sm_89 on (Ada, Hopper, Blackwell)."""
     chosen = torch.device(device)
-    return chosen.type == "cuda" and torch.cuda.get_device_capability(chosen) >= _FIRST_CAPABILITY
+    return chosen.type == "cuda" and torch.cuda.get_device_capability(chosen) >= FIRST_FP8
 
 
 def use_fp8_kernel(device: torch.device) -> bool:

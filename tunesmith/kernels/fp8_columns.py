@@ -4,7 +4,7 @@
 
 A weight's gradient g.T @ x sums over tokens, so its operands need scales that are constant along tokens; and g @ W sums
 over the rows of W, so W needs a scale for each of its columns. In both, the operands of an fp8 product are what this
-gives. T is padded with zeros to a multiple of `fp8.ALIGNMENT`, which changes no sum.
+gives. T is padded with zeros to a multiple of `fp8_weight.ALIGNMENT`, which changes no sum.
 Source: arXiv 2209.05433 (the format); which scales is this project's choice, see `fp8`.
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.fp8 import ALIGNMENT, quantize_rows_reference, use_fp8_kernel
-from tunesmith.units import ceil_div
+from tunesmith.kernels.fp8 import quantize_rows_reference, use_fp8_kernel
+from tunesmith.kernels.fp8_weight import padded
 
 
 def quantize_columns_fp8(x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,3 @@ def quantize_columns_fp8(x_TD: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_columns_reference(x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize_columns_fp8` by plain torch: the truth that the kernel must equal."""
     return quantize_rows_reference(torch.nn.functional.pad(x_TD.t(), (0, padded(x_TD.shape[0]) - x_TD.shape[0])))
-
-
-def padded(count: int) -> int:
-    """The least width of an fp8 product that holds so many values."""
-    return max(1, ceil_div(count, ALIGNMENT)) * ALIGNMENT

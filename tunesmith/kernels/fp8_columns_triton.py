@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.fp8_columns import padded
-from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE
+from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE, padded
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.units import ceil_div
+
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+# torch's fp8 product takes widths that are multiples of this.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -29,3 +33,8 @@ class Fp8Weight:
     def num_bytes(self) -> int:
         """Bytes held, scales included."""
         return self.codes.nbytes + self.scale.nbytes
+
+
+def padded(count: int) -> int:
+    """The least width of an fp8 product that holds so many values."""
+    return max(1, ceil_div(count, ALIGNMENT)) * ALIGNMENT

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.fp8 import fp8_product, quantize_rows_fp8
-from tunesmith.kernels.fp8_columns import padded, quantize_columns_fp8
+from tunesmith.kernels.fp8_columns import quantize_columns_fp8
+from tunesmith.kernels.fp8_weight import padded
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
