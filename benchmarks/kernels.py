@@ -16,15 +16,20 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.fp8 import has_fp8, quantize_rows_fp8
+from tunesmith.kernels.norm_fp8 import rms_norm_fp8
 from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from tunesmith.kernels.rope import rope_, rope_tables_half
 from tunesmith.kernels.swiglu import swiglu, swiglu_backward
+from tunesmith.kernels.swiglu_fp8 import swiglu_fp8, swiglu_fp8_backward
+from tunesmith.kernels.swiglu_low_rank import swiglu_low_rank, swiglu_low_rank_backward
 
 RUNS = 20
 WARM_UP = 3
@@ -150,7 +155,99 @@ def elementwise_cases() -> Iterator[Case]:
         yield from swiglu_cases(tokens, width, torch.bfloat16)
 
 
-SOURCES: list[Callable[[], Iterator[Case]]] = [elementwise_cases]
+def skinny_swiglu_cases(tokens: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Case]:
+    """SwiGLU of an adapted gate-up activation and its gradient in place; and as before, the sums made by torch."""
+    shape = {"T": tokens, "I": width, "R": rank}
+
+    def make(run: Callable[..., object], forward: bool, want_h: bool = False) -> Work:
+        gate_up, low, up = (
+            torch.randn(*size, device="cuda", dtype=dtype)
+            for size in ((tokens, 2 * width), (tokens, 2 * rank), (2 * width, 2 * rank))
+        )
+        moved = gate_up.nbytes + low.nbytes + up.nbytes
+        if forward:
+            return Work(lambda: run(gate_up, low, up), moved + gate_up.nbytes // 2)
+        grad_h, dlow, down = (
+            torch.randn(*size, device="cuda", dtype=dtype) for size in ((tokens, width), (tokens, rank), (rank, width))
+        )
+        moved += gate_up.nbytes + grad_h.nbytes * (2 if want_h else 1) + dlow.nbytes + down.nbytes
+        # Its own gradient takes the input's place at every run: only the time is looked at.
+        return Work(lambda: run(grad_h, gate_up, low, up, dlow, down, want_h, out=gate_up), moved)
+
+    def summed(gate_up: Tensor, low: Tensor, up: Tensor) -> Tensor:
+        return swiglu(gate_up.addmm_(low, up.t()))
+
+    def summed_backward(
+        grad_h: Tensor, gate_up: Tensor, low: Tensor, up: Tensor, dlow: Tensor, down: Tensor, want_h: bool, out: Tensor
+    ) -> object:
+        return swiglu_backward(grad_h.addmm_(dlow, down), gate_up, want_h, out)
+
+    yield Case("swiglu_low_rank", shape, dtype, lambda: make(swiglu_low_rank, True))
+    yield Case("swiglu_low_rank_summed_before", shape, dtype, lambda: make(summed, True))
+    for want_h in (False, True):
+        name = "swiglu_low_rank_backward" + ("_with_h" if want_h else "")
+        yield Case(name, shape, dtype, partial(make, swiglu_low_rank_backward, False, want_h))
+        yield Case(name + "_summed_before", shape, dtype, partial(make, summed_backward, False, want_h))
+
+
+def fp8_cases(tokens: int, hidden: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Case]:
+    """RMSNorm and SwiGLU with their codes in one launch, and quantised afterwards."""
+    shape = {"T": tokens, "D": hidden, "I": width, "R": rank}
+
+    def norm(run: Callable[..., object]) -> Work:
+        x, weight = torch.randn(tokens, hidden, device="cuda", dtype=dtype), torch.ones(hidden, device="cuda")
+        return Work(lambda: run(x, weight, 1e-6), 2 * x.nbytes + x.numel())
+
+    def forward(run: Callable[..., object]) -> Work:
+        gate_up = torch.randn(tokens, 2 * width, device="cuda", dtype=dtype)
+        low, up = gate_up[:, : 2 * rank].contiguous(), gate_up.new_ones(2 * width, 2 * rank)
+        return Work(lambda: run(gate_up, low, up), gate_up.nbytes * 3 // 2 + gate_up.numel() // 2)
+
+    def backward(run: Callable[..., object]) -> Work:
+        gate_up = torch.randn(tokens, 2 * width, device="cuda", dtype=dtype)
+        low, up = gate_up[:, : 2 * rank].contiguous(), gate_up.new_ones(2 * width, 2 * rank)
+        grad_h, dlow, down = (
+            gate_up[:, :width].contiguous(),
+            low[:, :rank].contiguous(),
+            up[:width, :rank].t().contiguous(),
+        )
+        fold = torch.ones(2 * width, device="cuda")
+        moved = 2 * gate_up.nbytes + 2 * grad_h.nbytes + gate_up.numel()
+        return Work(lambda: run(grad_h, gate_up, low, up, dlow, down, True, fold, gate_up), moved)
+
+    def norm_then(x: Tensor, weight: Tensor, eps: float) -> object:
+        return quantize_rows_fp8(rms_norm(x, weight, eps)[0])
+
+    def forward_then(gate_up: Tensor, low: Tensor, up: Tensor) -> object:
+        return quantize_rows_fp8(swiglu_low_rank(gate_up, low, up))
+
+    def backward_then(*arguments: Any) -> object:
+        *inputs, fold, out = arguments
+        run: Callable[..., tuple[Tensor, Tensor | None]] = swiglu_low_rank_backward
+        return quantize_rows_fp8(run(*inputs, out)[0], fold)
+
+    yield Case("rms_norm_fp8", shape, dtype, lambda: norm(rms_norm_fp8))
+    yield Case("rms_norm_fp8_afterwards", shape, dtype, lambda: norm(norm_then))
+    yield Case("swiglu_fp8", shape, dtype, lambda: forward(swiglu_fp8))
+    yield Case("swiglu_fp8_afterwards", shape, dtype, lambda: forward(forward_then))
+    yield Case("swiglu_fp8_backward", shape, dtype, lambda: backward(swiglu_fp8_backward))
+    yield Case("swiglu_fp8_backward_afterwards", shape, dtype, lambda: backward(backward_then))
+
+
+def low_rank_cases() -> Iterator[Case]:
+    """The kernels with the adapters' sums, not what they are compared with: of Qwen2.5-7B and Llama-3.2-3B."""
+    yield from (case for case in adapted_cases() if not case.name.endswith(("_before", "_afterwards")))
+
+
+def adapted_cases() -> Iterator[Case]:
+    """SwiGLU with the adapters' sums, and with codes where the chip has fp8."""
+    for tokens, width, rank in [(8192, 18944, 16), (2048, 8192, 8)]:
+        yield from skinny_swiglu_cases(tokens, width, rank, torch.bfloat16)
+    if has_fp8("cuda"):
+        yield from fp8_cases(8192, 3584, 18944, 16, torch.bfloat16)
+
+
+SOURCES: list[Callable[[], Iterator[Case]]] = [elementwise_cases, adapted_cases]
 
 
 def cases() -> Iterator[Case]:

@@ -1,0 +1,198 @@
+"""SwiGLU with the adapters' sums, SwiGLU and RMSNorm with fp8 codes on a GPU: against torch, bits, memory, speed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.fp8 import has_fp8, quantize_rows_fp8
+from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.kernels.norm_fp8 import rms_norm_fp8
+from tunesmith.kernels.rms_norm import rms_norm
+from tunesmith.kernels.swiglu_fp8 import swiglu_fp8, swiglu_fp8_backward
+from tunesmith.kernels.swiglu_low_rank import (
+    swiglu_low_rank,
+    swiglu_low_rank_backward,
+    swiglu_low_rank_backward_reference,
+    swiglu_low_rank_reference,
+)
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# rows, width, rank of gate and up, rank of down
+SHAPES = [(1, 48, 32, 16), (17, 200, 7, 1), (300, 3584, 32, 16), (129, 18944, 64, 130), (5, 96, 256, 3)]
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
+# What a kernel must reach of a copy's bandwidth, well below what is meant to be seen.
+LEAST_COPY_RATIO = 0.5
+FP8_REASON = "fp8 needs sm_89 or newer"
+
+
+@pytest.fixture
+def fp8_device() -> None:
+    if not has_fp8("cuda"):
+        pytest.skip(FP8_REASON)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape) + seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def inputs(rows: int, width: int, rank: int, other: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """grad_h, gate_up, low, up, dlow, down; the sums are of the size of what they are added to."""
+    low, up = random(rows, rank, dtype=dtype), (random(2 * width, rank) / rank**0.5).to(dtype)
+    dlow, down = random(rows, other, dtype=dtype, seed=1), (random(other, width) / other**0.5).to(dtype)
+    return random(rows, width, dtype=dtype), random(rows, 2 * width, dtype=dtype), low, up, dlow, down
+
+
+def assert_near(mine: Tensor, truth: Tensor, units: float) -> None:
+    """Off by at most so many units in the last place of the dtype; the sums have another order."""
+    assert (mine.dtype, mine.shape) == (truth.dtype, truth.shape)
+    limit = units * max(torch.finfo(mine.dtype).eps, 4e-6)
+    torch.testing.assert_close(mine, truth, rtol=limit, atol=limit)
+
+
+def same(mine: Tensor, truth: Tensor) -> bool:
+    return torch.equal(mine.view(torch.uint8), truth.view(torch.uint8))
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    """The reference's float32 products are float32's."""
+    held = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = held
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu_with_the_adapters_sums(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    assert use_kernel(torch.device("cuda"))
+    grad_h, gate_up, low, up, dlow, down = inputs(*shape, dtype)
+    h = swiglu_low_rank(gate_up, low, up)
+    assert_near(h, swiglu_low_rank_reference(gate_up, low, up), 4)
+    for factors in [(low, up, dlow, down), (low, up, None, None), (None, None, dlow, down)]:
+        truth, _ = swiglu_low_rank_backward_reference(grad_h, gate_up, *factors, False)
+        held = gate_up.clone()
+        grad, none = swiglu_low_rank_backward(grad_h, held, *factors, False)
+        assert none is None
+        assert torch.equal(held, gate_up)
+        assert_near(grad, truth, 8)
+        out, again = swiglu_low_rank_backward(grad_h, held, *factors, True, out=held)
+        assert out is held
+        assert torch.equal(held, grad)
+        assert again is not None
+        if factors[0] is not None:
+            assert torch.equal(again, h)
+
+
+def test_nothing_wide_is_allocated() -> None:
+    grad_h, gate_up, low, up, dlow, down = inputs(2048, 4096, 32, 16, torch.bfloat16)
+    swiglu_low_rank_backward(grad_h, gate_up, low, up, dlow, down, False, out=gate_up)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    swiglu_low_rank_backward(grad_h, gate_up, low, up, dlow, down, False, out=gate_up)
+    assert torch.cuda.max_memory_allocated() - before < 2**20
+
+
+@pytest.mark.usefixtures("fp8_device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 48), (17, 200), (1000, 3584), (9, 8192)])
+def test_norm_with_codes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = random(*shape, dtype=dtype), random(shape[1])
+    y, rstd, codes, scale = rms_norm_fp8(x, weight, 1e-6)
+    true_y, true_rstd = rms_norm(x, weight, 1e-6)
+    true_codes, true_scale = quantize_rows_fp8(true_y)
+    assert torch.equal(y, true_y)
+    assert torch.equal(rstd, true_rstd)
+    assert torch.equal(scale, true_scale)
+    assert same(codes, true_codes)
+
+
+@pytest.mark.usefixtures("fp8_device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (5000, 96, 8, 8), (4099, 3584, 32, 16)])
+def test_swiglu_with_codes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Thousands of rows of a narrow width, too: there programs that make codes run beside those they wait for."""
+    grad_h, gate_up, low, up, dlow, down = inputs(*shape, dtype)
+    factors = (low, up, dlow, down)
+    fold = random(2 * shape[1]).abs()
+    for _ in range(3):
+        h, codes, scale = swiglu_fp8(gate_up, low, up)
+        assert_near(h, swiglu_low_rank_reference(gate_up, low, up), 4)
+        true_codes, true_scale = quantize_rows_fp8(h)
+        assert torch.equal(scale, true_scale)
+        assert same(codes, true_codes)
+        held = gate_up.clone()
+        grad, again, codes, scale = swiglu_fp8_backward(grad_h, held, *factors, True, fold, held)
+        assert grad is held
+        assert again is not None
+        assert_near(again, h, 2)
+        assert_near(grad, swiglu_low_rank_backward_reference(grad_h, gate_up, *factors, False)[0], 8)
+        true_codes, true_scale = quantize_rows_fp8(grad, fold)
+        assert torch.equal(scale, true_scale)
+        assert same(codes, true_codes)
+        other, _, plain, _ = swiglu_fp8_backward(grad_h, gate_up, *factors, False, None)
+        assert torch.equal(other, grad)
+        assert same(plain, quantize_rows_fp8(grad)[0])
+
+
+@pytest.mark.usefixtures("fp8_device")
+def test_rows_that_are_not_finite_or_zero_spoil_no_other() -> None:
+    gate_up = random(200, 4096, dtype=torch.bfloat16)
+    gate_up[3], gate_up[70, 5] = 0, float("inf")
+    h, codes, scale = swiglu_fp8(gate_up, None, None)
+    finite = torch.arange(200, device="cuda") != 70
+    true_codes, true_scale = quantize_rows_fp8(h)
+    assert same(codes[finite], true_codes[finite])
+    assert torch.equal(scale[finite], true_scale[finite])
+    assert not (codes[70].float() * scale[70]).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile has much to say
+def test_operators_compile_without_a_break() -> None:
+    def step(
+        grad_h: Tensor, gate_up: Tensor, low: Tensor, up: Tensor, dlow: Tensor, down: Tensor
+    ) -> tuple[Tensor, ...]:
+        held = gate_up + 1
+        grad, h = swiglu_low_rank_backward(grad_h, held, low, up, dlow, down, True, out=held)
+        assert h is not None
+        return grad, h, swiglu_low_rank(gate_up, low, up)
+
+    arguments = inputs(10, 96, 4, 2, torch.float32)
+    expected = step(*arguments)
+    for mine, truth in zip(torch.compile(step, fullgraph=True)(*arguments), expected, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-5)
+
+
+def benchmark() -> ModuleType:
+    """The script as a module; dataclasses look their module up by name."""
+    spec = importlib.util.spec_from_file_location("kernels_benchmark", BENCHMARK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernels_run_near_the_memorys_speed() -> None:
+    """The shapes of Qwen2.5-7B in a step of 8,192 tokens: printed, and not far below a plain copy."""
+    kernels: Any = benchmark()
+    copy_rate = kernels.copy_bytes_per_s()
+    slow = []
+    for case in kernels.low_rank_cases():
+        if case.shape["T"] == 8192:
+            line = kernels.measure(case, copy_rate)
+            print(line)
+            if line["copy_ratio"] < LEAST_COPY_RATIO:
+                slow.append(line)
+    assert not slow
