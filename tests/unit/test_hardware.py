@@ -13,6 +13,7 @@ from tunesmith.errors import DeviceError, RecipeError
 from tunesmith.hardware import (
     CHIPS,
     GENERATIONS,
+    available_memory_bytes,
     describe_device,
     driver_version,
     nvml_devices,
@@ -31,6 +32,10 @@ def test_a_cpu_has_a_name_cores_and_memory_but_no_peak() -> None:
     assert info.memory_bytes > 10**8
     assert info.peak("float32") is None
     assert info.bandwidth_bytes_per_s is None
+
+
+def test_available_memory_is_some_of_what_there_is() -> None:
+    assert 0 < available_memory_bytes() < describe_device("cpu").memory_bytes
 
 
 @pytest.mark.parametrize("asked", ["gpu", "cuda:x", "cpu:1", "", "tpu"])

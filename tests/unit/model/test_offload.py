@@ -34,12 +34,15 @@ NUM_BLOCKS = 5
 
 
 class LateTransfer:
-    """Copies when they are waited for; a target holds rubbish until then. Counts what is on the device."""
+    """Copies when they are waited for; a target holds rubbish until then. Counts what is on the device.
+
+    What is on the device is held by nobody here, so it is gone at the wait if it was freed too early.
+    """
 
     def __init__(self) -> None:
-        self.buffers: set[int] = set()
+        self.buffers: dict[int, Tensor] = {}
         self.tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.pending: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.pending: dict[int, list[tuple[bool, Tensor, weakref.ref[Tensor]]]] = {}
         self.sent: list[list[int]] = []
         self.fetched: list[list[int]] = []
         self.most_batches = 0
@@ -47,27 +50,30 @@ class LateTransfer:
 
     def allocate(self, num_bytes: int) -> Tensor:
         buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        self.buffers.add(buffer.untyped_storage().data_ptr())
-        self._keep = [*getattr(self, "_keep", []), buffer]
+        self.buffers[buffer.untyped_storage().data_ptr()] = buffer
         return buffer
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
         pairs = list(pairs)
         self.number += 1
-        self.pending[self.number] = pairs
         to_host = self._is_host(pairs[0][0])
+        self.pending[self.number] = []
         assert all(self._is_host(target) == to_host != self._is_host(source) for target, source in pairs)
         (self.sent if to_host else self.fetched).append([source.data_ptr() for _, source in pairs])
         for target, source in pairs:
             target.fill_(0xFF)
             device = source if to_host else target
+            self.pending[self.number].append((to_host, target if to_host else source, weakref.ref(device)))
             self.tensors[id(device)] = (weakref.ref(device), self.number)
         alive = {number for tensor, number in self.tensors.values() if tensor() is not None}
         self.most_batches = max(self.most_batches, len(alive))
         return self.number
 
     def wait(self, ticket: int) -> None:
-        for target, source in self.pending.pop(ticket):
+        for to_host, host, reference in self.pending.pop(ticket):
+            device = reference()
+            assert device is not None, "freed while it was copied"
+            target, source = (host, device) if to_host else (device, host)
             target.copy_(source)
 
     def _is_host(self, tensor: Tensor) -> bool:
@@ -164,6 +170,15 @@ def test_at_most_two_blocks_are_on_the_device(tiny_model_dir: Make) -> None:
     _gradients(decoder)
     assert transfer.most_batches == 2
     assert len(transfer.fetched) == NUM_BLOCKS - 1
+
+
+def test_tiles_of_the_mlp_are_offloaded_as_well(tiny_model_dir: Make) -> None:
+    decoder = _decoder(tiny_model_dir, "lora")
+    decoder.mlp_tile_tokens = 7
+    expected = _gradients(decoder)
+    transfer, _ = _offloading(decoder)
+    _assert_same(expected, _gradients(decoder))
+    assert len(transfer.sent) == NUM_BLOCKS - 1
 
 
 def test_two_passes_may_be_open_at_once(tiny_model_dir: Make) -> None:
