@@ -15,6 +15,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LONG = 1024
@@ -103,10 +104,15 @@ def _time(kernel: Attention, query: Tensor, key: Tensor, value: Tensor) -> float
     """Milliseconds of one forward and backward pass, the least of a few; None where the kernel fails."""
     tensors = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value)]
     try:
-        with torch.enable_grad():
+        # Whatever watches the surrounding graph (gradient checkpointing, say) must not see these tensors.
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             return min(_time_once(kernel, tensors) for _ in range(_ROUNDS))
     except RuntimeError:
         return None
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _time_once(kernel: Attention, tensors: list[Tensor]) -> float:

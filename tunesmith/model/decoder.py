@@ -43,6 +43,7 @@ class Decoder(nn.Module):
         self.is_fused = False
         self._fused = FusedBlocks()
         self.captured: CapturedBlocks | None = None
+        self.skip_last = 0
         self.mlp_tile_tokens: int | None = None
         self.offloader: Offloader | None = None
         self._rope_frequencies: dict[torch.device, Tensor] = {}
@@ -66,7 +67,7 @@ class Decoder(nn.Module):
         rope = self.rope(positions_T, hidden.dtype)
         kind = "selective" if kind == "offload" else kind
         for layer, block in enumerate(self.blocks):
-            hidden = run_checkpointed(kind, block, hidden, rope, attend[layer])
+            hidden = run_checkpointed(self._kind_of(layer, kind), block, hidden, rope, attend[layer])
         return hidden
 
     def _run_fused(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
@@ -74,8 +75,9 @@ class Decoder(nn.Module):
         blocks = self._fused.of(self.blocks, hidden.dtype)
         self._fused.refresh()
         offloaded = self._begin_offloading(kind, hidden.device)
-        tile = self.mlp_tile_tokens
+        tile, recipe_kind = self.mlp_tile_tokens, kind
         for layer, block in enumerate(blocks):
+            kind = self._kind_of(layer, recipe_kind)
             if kind == "selective" and block.up is None:
                 # Selective checkpointing goes by operators, and the written-out parts write over theirs.
                 tables = None if rope is None else rope.eager(hidden.dtype)
@@ -90,6 +92,10 @@ class Decoder(nn.Module):
                     outer, block, hidden, rope, attend[layer], again, tile, is_random=not block.is_whole
                 )
         return hidden
+
+    def _kind_of(self, layer: int, kind: Checkpointing) -> Checkpointing:
+        """How one block is checkpointed: the last `skip_last` hold everything, for a moment only."""
+        return "none" if kind != "offload" and layer >= len(self.blocks) - self.skip_last else kind
 
     def _begin_offloading(self, kind: Checkpointing, device: torch.device) -> OffloadedPass | None:
         if kind != "offload" or not torch.is_grad_enabled():
@@ -118,7 +124,7 @@ class Decoder(nn.Module):
         def run(hidden: Tensor, pack: PackedTokens) -> Tensor:
             return self._run_fused(hidden, pack.positions_T, PackedAttention(self.config, pack), self.checkpointing)
 
-        return self.captured(run, hidden, pack, self.checkpointing, trained)
+        return self.captured(run, hidden, pack, f"{self.checkpointing}, {self.skip_last} spared", trained)
 
     def hidden(self, pack: PackedTokens) -> Tensor:
         """hidden_TD of packed documents, each attending to itself only (what training and evaluation call).

@@ -212,6 +212,13 @@ class TrainSection(Section):
             "whole, and is computed again in the backward pass; none: all at once (needs fused blocks)"
         ),
     )
+    checkpointing_skip_last: NonNegativeInt = Field(
+        0,
+        description=(
+            "the last so many blocks are not checkpointed: they are needed again first, so what they hold is held "
+            "briefly; raise it while memory is free"
+        ),
+    )
     blocks: Literal["fused", "eager"] = Field(
         "fused",
         description=(
@@ -231,6 +238,15 @@ class TrainSection(Section):
     seed: NonNegativeInt = 0
     deterministic: bool = Field(False, description="deterministic kernels on a GPU (a CPU always is)")
     detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
+
+    @model_validator(mode="after")
+    def _spares_what_is_checkpointed(self) -> TrainSection:
+        if self.checkpointing_skip_last and self.checkpointing not in ("block", "selective"):
+            raise ValueError(
+                f"train.checkpointing_skip_last goes with train.checkpointing block or selective, "
+                f"not with {self.checkpointing}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _needs_fused_blocks(self) -> TrainSection:

@@ -327,6 +327,7 @@ def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
     if isinstance(model, Decoder):
         model.is_fused = recipe.train.blocks == "fused"
         model.captured = _captured_blocks(recipe)
+        model.skip_last = recipe.train.checkpointing_skip_last
     return model
 
 

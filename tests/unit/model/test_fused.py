@@ -86,6 +86,22 @@ def test_checkpointing_changes_no_gradient(family: str, kind: Any, tiny_model_di
     assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
 
 
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("kind", ["block", "selective"])
+def test_the_last_blocks_can_be_spared(kind: Any, is_fused: bool, tiny_model_dir: Make) -> None:
+    decoder = _decoder(tiny_model_dir("qwen2", num_hidden_layers=3), METHODS["lora"])
+    _, grads = _gradients(decoder, is_fused)
+    decoder.checkpointing = kind
+    held = []
+    for decoder.skip_last in range(4):
+        _, again = _gradients(decoder, is_fused)
+        _assert_equal(grads, again, 1e-6)
+        held.append(_held_bytes(decoder, is_fused))
+    if is_fused or kind == "block":
+        assert held == sorted(held)
+        assert held[0] < held[1] < held[2]
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_bfloat16_stays_close(method: str, tiny_model_dir: Make) -> None:
     decoder = _decoder(tiny_model_dir("qwen2"), METHODS[method])
