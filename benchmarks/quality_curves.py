@@ -8,8 +8,9 @@ Without --text, `builtin:pretrain-text` is made and validated on a different see
 .xz, .gz, .bz2) whose last share, `--held-out`, is kept for validation.
 
 One JSON line every `--every` steps, {model, case, step, loss}, the loss averaged over the last `--window` steps; one
-for the end of a case, with the validation loss; one verdict for every fp8 case: whether both losses at the end are
-within `--tolerance` of those in bfloat16. All of it also in DIR/quality_curves.json, with a plot for each model.
+for the end of a case, with the validation loss (of an fp8 case in fp8 as trained, and as `validation_loss_of_weights`
+with its weights' own products, which no verdict counts); one verdict for every fp8 case: whether both losses at the
+end are within `--tolerance` of those in bfloat16. All of it also in DIR/quality_curves.json, with a plot for each model.
 Exits 1 where a verdict is no.
 """
 
@@ -32,6 +33,7 @@ import torch
 
 from tunesmith.errors import TunesmithError
 from tunesmith.hardware import pick_device
+from tunesmith.model.quant import set_compute
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.report.style import MUTED, SERIES, canvas, standalone, to_svg
 from tunesmith.rundir.environment import environment_fingerprint
@@ -138,6 +140,8 @@ def run_case(options: argparse.Namespace, model: str, case: str, sources: tuple[
         assert validation is not None
         row |= {"end_loss": smoothed(row["losses"], options.window), "validation_loss": validation.loss}
         row |= {"validation_tokens": validation.tokens}
+        if case in BESIDE:
+            row["validation_loss_of_weights"] = loss_of_weights(session)
     except TunesmithError as error:
         row["error"] = str(error)
     finally:
@@ -150,6 +154,14 @@ def run_case(options: argparse.Namespace, model: str, case: str, sources: tuple[
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return row
+
+
+def loss_of_weights(session: Session) -> float:
+    """The validation loss with the weights' own products in place of those in fp8: how such a model may be served."""
+    set_compute(session.module, "weights")
+    validation = session.evaluate()
+    assert validation is not None
+    return validation.loss
 
 
 def take_steps(options: argparse.Namespace, session: Session, row: Row) -> None:

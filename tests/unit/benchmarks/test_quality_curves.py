@@ -47,6 +47,9 @@ def test_every_case_has_a_curve_and_every_fp8_case_a_verdict(
     verdicts = [row for row in lines if "verdict" in row]
     assert [row["verdict"] for row in verdicts] == ["full fp8", "lora fp8", "qlora fp8"]
     assert all(row["within"] for row in verdicts)
+    for case in script.BESIDE:
+        assert ends[case]["validation_loss_of_weights"] == pytest.approx(ends[case]["validation_loss"], rel=0.05)
+        assert ends[case]["validation_loss_of_weights"] != ends[case]["validation_loss"]
     kept = json.loads((out / "quality_curves.json").read_text(encoding="utf-8"))
     firsts = {row["case"]: row["losses"][0] for row in kept["cases"]}
     assert firsts["full"] == firsts["lora"]  # the same data in the same order

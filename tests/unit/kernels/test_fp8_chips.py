@@ -15,7 +15,7 @@ WRITING_FP8 = ["quantize_rows", "quantize_long_rows", "quantize_columns", "nf4_t
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """Every kernel with its arguments' types, its constants and its warps."""
+    """Every kernel with its arguments' types (integers are multiples of 16, as in real models), its constants and its warps."""
     from tunesmith.kernels import fp8_columns_triton as columns
     from tunesmith.kernels import fp8_triton as rows
     from tunesmith.kernels import nf4_fp8_triton as nf4
@@ -54,9 +54,10 @@ def test_compiles_where_the_chip_has_fp8(name: str, tmp_path: Path, monkeypatch:
     names = list(kernel.arg_names)
     signature = {argument: types.get(argument, "constexpr") for argument in names}
     fixed = {(names.index(argument),): value for argument, value in constants.items()}
+    aligned = {(names.index(argument),): [["tt.divisibility", 16]] for argument in types}
     options = {"num_warps": warps, "enable_fp_fusion": False}
     for chip, generation in CHIPS.items():
-        source, target = ASTSource(kernel, signature, fixed, {}), GPUTarget("cuda", chip, 32)
+        source, target = ASTSource(kernel, signature, fixed, aligned), GPUTarget("cuda", chip, 32)
         if name in WRITING_FP8 and not generation.has_fp8:
             with pytest.raises(CompilationError, match="fp8e4nv not supported"):
                 triton.compile(source, target=target, options=options)
