@@ -10,7 +10,7 @@ Without --text, `builtin:pretrain-text` is made and validated on a different see
 One JSON line every `--every` steps, {model, case, step, loss}, the loss averaged over the last `--window` steps; one
 for the end of a case, with the validation loss (of an fp8 case in fp8 as trained, and as `validation_loss_of_weights`
 with its weights' own products, which no verdict counts); one verdict for every fp8 case: whether both losses at the
-end are within `--tolerance` of those in bfloat16. All of it also in DIR/quality_curves.json, with a plot for each model.
+end are within `--tolerance` of those in bfloat16. All of it is in DIR/quality_curves.json too, with a plot a model.
 Exits 1 where a verdict is no.
 """
 

@@ -15,7 +15,7 @@ WRITING_FP8 = ["quantize_rows", "quantize_long_rows", "quantize_columns", "nf4_t
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """Every kernel with its arguments' types (integers are multiples of 16, as in real models), its constants and its warps."""
+    """Every kernel with its arguments' types (integers multiples of 16, as real sizes), its constants and its warps."""
     from tunesmith.kernels import fp8_columns_triton as columns
     from tunesmith.kernels import fp8_triton as rows
     from tunesmith.kernels import nf4_fp8_triton as nf4
