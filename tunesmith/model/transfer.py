@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from tunesmith.errors import DeviceError
 from tunesmith.hardware import available_memory_bytes
-from tunesmith.units import format_bytes
+from tunesmith.units import ceil_div, format_bytes
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every CUDA context of the process."""
+_PAGE_BYTES = mmap.PAGESIZE
 
 
 class Transfer(Protocol):
@@ -57,8 +59,7 @@ class CudaTransfer:
                 f"train.checkpointing 'offload' needs {format_bytes(num_bytes)} more of host memory, and "
                 f"{format_bytes(free)} are free: lower train.micro_batch_tokens, or set train.checkpointing=block"
             )
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        return memory if _register(memory) else torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return _pinned(num_bytes)
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Any:
         """The event after the copies, and the stream that computes."""
@@ -75,11 +76,21 @@ class CudaTransfer:
         compute.wait_event(event)
 
 
-def _register(memory: Tensor) -> bool:
-    """Pin ordinary memory until it is freed; whether that was possible."""
-    runtime = torch.cuda.cudart()
-    address = memory.data_ptr()
-    if int(runtime.cudaHostRegister(address, memory.numel(), _PORTABLE)) != 0:
-        return False
-    weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
-    return True
+def _pinned(num_bytes: int) -> Tensor:
+    """Ordinary memory, registered with the driver until it is freed.
+
+    Whole pages of its own: of a page that two buffers share, the driver would register one only.
+    """
+    pages_bytes = _PAGE_BYTES * ceil_div(num_bytes, _PAGE_BYTES)
+    memory = torch.empty(pages_bytes + _PAGE_BYTES, dtype=torch.uint8)
+    start = -memory.data_ptr() % _PAGE_BYTES
+    buffer = memory[start : start + num_bytes]
+    runtime, address = torch.cuda.cudart(), buffer.data_ptr()
+    code = int(runtime.cudaHostRegister(address, pages_bytes, _PORTABLE))
+    if code != 0:
+        raise DeviceError(
+            f"the driver could not pin {format_bytes(num_bytes)} of host memory (CUDA error {code}): use --set "
+            "train.checkpointing=selective, or block"
+        )
+    weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+    return buffer
