@@ -15,6 +15,8 @@ and wait for nothing themselves: it ends on any chip, however few programs run a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -55,7 +57,9 @@ class _Plan:
         self.largest, self.done, self.ticket = counters.split([rows, self.groups, 1])
 
 
-_CONSTANTS = {"INVERSE_LARGEST": 1 / LARGEST, "SMALLEST": SMALLEST_SCALE, "num_stages": 1, "enable_fp_fusion": False}
+def _constants() -> dict[str, Any]:
+    tiles = {"ROWS": ROWS, "COLUMNS": COLUMNS, "STEPS": STEPS, "num_warps": WARPS, "num_stages": 1}
+    return {**tiles, "INVERSE_LARGEST": 1 / LARGEST, "SMALLEST": SMALLEST_SCALE, "enable_fp_fusion": False}
 
 
 def _empty_codes(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,11 +93,7 @@ def swiglu_fp8_operator(gate_up: Tensor, low: Tensor | None, up: Tensor | None) 
             WIDTH=h.shape[1],
             RANK=rank,
             CHUNK=chunk,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-            STEPS=STEPS,
-            num_warps=WARPS,
-            **_CONSTANTS,
+            **_constants(),
         )
     return h, codes, scale
 
@@ -230,20 +230,6 @@ def swiglu_fp8_backward_in_place_operator(
     return _backward(grad_h, gate_up, low, up, dlow, down, want_h, fold, gate_up)
 
 
-@swiglu_fp8_backward_in_place_operator.register_fake
-def _backward_in_place_fake(
-    grad_h: Tensor,
-    gate_up: Tensor,
-    low: Tensor | None,
-    up: Tensor | None,
-    dlow: Tensor | None,
-    down: Tensor | None,
-    want_h: bool,
-    fold: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_h(gate_up, want_h), *_empty_codes(gate_up)
-
-
 @torch.library.custom_op("tunesmith::swiglu_fp8_backward_out", mutates_args=("out",))
 def swiglu_fp8_backward_out_operator(
     grad_h: Tensor,
@@ -260,8 +246,9 @@ def swiglu_fp8_backward_out_operator(
     return _backward(grad_h, gate_up, low, up, dlow, down, want_h, fold, out)
 
 
+@swiglu_fp8_backward_in_place_operator.register_fake
 @swiglu_fp8_backward_out_operator.register_fake
-def _backward_out_fake(
+def _backward_fake(
     grad_h: Tensor,
     gate_up: Tensor,
     low: Tensor | None,
@@ -270,7 +257,7 @@ def _backward_out_fake(
     down: Tensor | None,
     want_h: bool,
     fold: Tensor | None,
-    out: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_h(gate_up, want_h), *_empty_codes(gate_up)
 
@@ -328,11 +315,7 @@ def _backward(
             CHUNK=chunk,
             GRAD_RANK=grad_rank,
             GRAD_CHUNK=grad_chunk,
-            ROWS=ROWS,
-            COLUMNS=COLUMNS,
-            STEPS=STEPS,
-            num_warps=WARPS,
-            **_CONSTANTS,
+            **_constants(),
         )
     return h, codes, scale
 

