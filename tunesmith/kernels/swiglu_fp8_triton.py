@@ -37,9 +37,7 @@ from tunesmith.kernels.swiglu_low_rank_triton import (
 from tunesmith.units import ceil_div
 
 # A tile, and how many of them below each other make a group.
-ROWS = 64
-COLUMNS = 64
-STEPS = 2
+ROWS, COLUMNS, STEPS = 64, 64, 2
 WARPS = 8
 # About how many programs of one multiprocessor run at once: so far apart lie a group's tiles and its codes.
 _PROGRAMS_PER_PROCESSOR = 3
@@ -48,7 +46,8 @@ _PROGRAMS_PER_PROCESSOR = 3
 class _Plan:
     """The order of the programs for one shape, and the counters they share, all 0: a row's largest, groups, tickets."""
 
-    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+    def __init__(self, h: Tensor) -> None:
+        rows, width, device = *h.shape, h.device
         self.blocks = ceil_div(width, COLUMNS)
         self.groups = ceil_div(rows, ROWS * STEPS)
         self.behind = max(1, ceil_div(_PROGRAMS_PER_PROCESSOR * num_processors(device), 2 * self.blocks))
@@ -74,7 +73,7 @@ def swiglu_fp8_operator(gate_up: Tensor, low: Tensor | None, up: Tensor | None) 
     if h.numel() == 0:
         return h, codes, scale.fill_(SMALLEST_SCALE)
     left, right, rank, chunk = factors(low, up, gate_up)
-    plan = _Plan(h.shape[0], h.shape[1], h.device)
+    plan = _Plan(h)
     with current(h.device):
         _forward_kernel[plan.grid](
             source,
@@ -285,7 +284,7 @@ def _backward(
         return h, codes, scale.fill_(SMALLEST_SCALE)
     left, right, rank, chunk = factors(low, up, gate_up)
     grad_left, grad_right, grad_rank, grad_chunk = factors(dlow, down, gate_up)
-    plan = _Plan(gate_up.shape[0], gate_up.shape[1] // 2, gate_up.device)
+    plan = _Plan(grad_h)
     with current(gate_up.device):
         _backward_kernel[plan.grid](
             grad_h,
@@ -366,7 +365,6 @@ def _backward_kernel(
     BLOCKS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     group, makes_codes, block = _place(ticket, BLOCKS)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
-    dtype = out.dtype.element_ty
     if makes_codes == 0:
         if group < num_groups:
             for step in range(STEPS):
@@ -377,6 +375,7 @@ def _backward_kernel(
                 gate, value = pair_with_sums(gate, value, low, up, row, column, num_rows, WIDTH, RANK, CHUNK)
                 grad = grad_with_sum(grad, dlow, down, row, column, num_rows, WIDTH, GRAD_RANK, GRAD_CHUNK)
                 hidden, to_gate, to_value = swiglu_gradients(grad, gate, value)
+                dtype = out.dtype.element_ty
                 if WANT_H:
                     at, mask = tile_at(h, row, column, num_rows, WIDTH, WIDTH)
                     tl.store(at, hidden.to(dtype), mask=mask)
