@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,6 +93,24 @@ def test_an_fp8_run_is_chatted_with_and_merged(tmp_path: Path, capsys: pytest.Ca
     merged = load_model(tmp_path / "merged", dtype="float32", device="cpu")
     expected, found = logits(trained, [[5, 9, 80, 31, 7]])[0], logits(merged, [[5, 9, 80, 31, 7]])[0]
     assert (expected - found).abs().max() / expected.abs().max() < 0.02  # merged weights are stored in bfloat16
+
+
+def test_a_full_run_in_fp8_is_resumed_and_ends_in_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    """What is saved are the masters: nothing in fp8 is left."""
+    chosen = recipe(FULL_IN_FP8, tmp_path, max_steps=3, learning_rate=1e-4)
+    first, second = build_session(chosen), build_session(chosen)
+    first.step()
+    second.restore(deepcopy(first.state()))
+    expected = [first.step().loss for _ in range(2)]
+    assert [second.step().loss for _ in range(2)] == expected
+    first.close()
+    second.close()
+    result = train(chosen)
+    names = {name for name, _ in cast(torch.nn.Module, load_model("builtin:tiny", device="cpu")).named_parameters()}
+    saved: Any = load_model(result.run_dir / "final", dtype="bfloat16", device="cpu")
+    assert {name for name, _ in saved.named_parameters()} == names
+    trained = dict(first.module.named_parameters())
+    assert all(torch.equal(value, trained[name].to(torch.bfloat16)) for name, value in saved.named_parameters())
 
 
 def test_an_adapter_of_an_fp8_base_comes_back_bit_for_bit(tmp_path: Path) -> None:
