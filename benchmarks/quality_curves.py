@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 BESIDE = {"full fp8": "full", "lora fp8": "lora", "qlora fp8": "qlora"}
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-TRAINING_TEXT, HELD_OUT_TEXT = "builtin:pretrain-text?rows=20000&seed=21", "builtin:pretrain-text?rows=400&seed=22"
+TRAINING_TEXT, HELD_OUT_TEXT = "builtin:pretrain-text?rows=60000&seed=21", "builtin:pretrain-text?rows=4000&seed=22"
 Row = dict[str, Any]
 
 
