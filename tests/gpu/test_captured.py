@@ -83,7 +83,9 @@ def test_a_training_loop_learns_the_same(tiny_model_dir: Make) -> None:
 
 def _step(decoder: Decoder, optimizer: torch.optim.Optimizer, number: int) -> float:
     pack = _pack(RAGGED[number % len(RAGGED)], number)
-    loss = decoder.hidden(pack).float().square().mean()
+    hidden = decoder.hidden(pack).float()
+    target = torch.randn(hidden.shape[1], generator=torch.Generator().manual_seed(7)).to(hidden.device)
+    loss = (hidden - target).square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -17,11 +17,12 @@ from torch import Tensor
 from tunesmith.kernels.launch import current, in_rows
 from tunesmith.units import ceil_div
 
-# A tile, and how many of them below each other a program goes through.
-ROWS = 64
+# Forward and backward: a tile's rows, and how many tiles below each other a program goes through. The fastest of 20
+# measured on an H200 at 8,192 x 2 x 18,944 with ranks 32 and 16: 0.34 and 0.71 ms (SwiGLU alone: 0.27 and 0.51).
+ROWS, BACKWARD_ROWS = 64, 32
+STEPS, BACKWARD_STEPS = 1, 16
 COLUMNS = 64
-STEPS = 4
-WARPS = 8
+WARPS = 4
 # The most of a rank that is multiplied at once, and the least that a matrix unit takes.
 _WIDEST_CHUNK = 64
 _LEAST_CHUNK = 16
@@ -318,7 +319,7 @@ def _backward(
     grad_left, grad_right, grad_rank, grad_chunk = factors(dlow, down, gate_up)
     if gate_up.numel():
         with current(h.device):
-            _backward_kernel[(ceil_div(rows, ROWS * STEPS) * ceil_div(width, COLUMNS),)](
+            _backward_kernel[(ceil_div(rows, BACKWARD_ROWS * BACKWARD_STEPS) * ceil_div(width, COLUMNS),)](
                 grad_h,
                 source,
                 left,
@@ -337,9 +338,9 @@ def _backward(
                 CHUNK=chunk,
                 GRAD_RANK=grad_rank,
                 GRAD_CHUNK=grad_chunk,
-                ROWS=ROWS,
+                ROWS=BACKWARD_ROWS,
                 COLUMNS=COLUMNS,
-                STEPS=STEPS,
+                STEPS=BACKWARD_STEPS,
                 num_warps=WARPS,
                 num_stages=1,
                 enable_fp_fusion=False,

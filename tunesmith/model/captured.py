@@ -23,6 +23,7 @@ MOST_GRAPHS = 8
 MOST_GRADIENT_BYTES = 2 << 30
 """Gradients that recordings may hold together; the first recording is made whatever it holds."""
 _WARM_UPS = 2
+_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class Recording:
         self.inputs = [*([self.hidden] if signature.wants_input_grad else []), *self.parameters]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._warm_up(run)
-        with torch.cuda.graph(self.forward_graph, pool=pool):
+        # thread_local: the backward pass is recorded on autograd's thread, where kernels may still be loaded.
+        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
             out = run(self.hidden, self.pack)
-        with torch.cuda.graph(self.backward_graph, pool=pool):
+        with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
             grads = self._backward(out)
         self.out = out.detach()
         self.grads = grads
@@ -173,16 +175,20 @@ class CapturedBlocks:
         if self.refused is not None or not self._has_room(parameters):
             return None
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            recording = Recording(run, hidden_TD, pack, signature, parameters, self._pool)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            # An operator that asks the device for a number, say. Known once, it is not tried again; the run says so.
-            self.refused = str(error).splitlines()[0]
-            return None
-        self._recordings[signature] = recording
-        return recording
+        for _ in range(_ATTEMPTS):
+            try:
+                recording = Recording(run, hidden_TD, pack, signature, parameters, self._pool)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                # An operator that asks the device for a number, say; or a kernel first loaded while recording.
+                self.refused = str(error).splitlines()[0]
+                self._pool = torch.cuda.graph_pool_handle()
+            else:
+                self.refused = None
+                self._recordings[signature] = recording
+                return recording
+        return None
 
     def _has_room(self, parameters: Sequence[nn.Parameter]) -> bool:
         each = sum(parameter.numel() * parameter.element_size() for parameter in parameters)

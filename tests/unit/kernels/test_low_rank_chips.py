@@ -32,6 +32,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, float], int]]:
     counters = {**dict.fromkeys(("largest", "done", "ticket"), "*i32"), "codes": "*fp8e4nv", "scales": wide}
     counters |= dict.fromkeys(("num_groups", "num_behind"), count)
     shape: dict[str, float] = {"WIDTH": 18944, "ROWS": low.ROWS, "COLUMNS": low.COLUMNS, "STEPS": low.STEPS, **RANKS}
+    below: dict[str, float] = {"ROWS": low.BACKWARD_ROWS, "STEPS": low.BACKWARD_STEPS}
     grouped = {**shape, "ROWS": fp8.ROWS, "COLUMNS": fp8.COLUMNS, "STEPS": fp8.STEPS, **SCALES}
     rows, columns, warps = tile(3584)
     norm = {"x": stream, "weight": stream, "y": stream, "rstd": wide, "codes": "*fp8e4nv", "scales": wide}
@@ -39,7 +40,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, float], int]]:
     rest: dict[str, float] = {**GRAD_RANKS, "WANT_H": 1}
     return {
         "swiglu_low_rank": (low._forward_kernel, forward, shape, low.WARPS),
-        "swiglu_low_rank_backward": (low._backward_kernel, backward, {**shape, **rest}, low.WARPS),
+        "swiglu_low_rank_backward": (low._backward_kernel, backward, {**shape, **rest, **below}, low.WARPS),
         "swiglu_fp8": (fp8._forward_kernel, {**forward, **counters}, grouped, fp8.WARPS),
         "swiglu_fp8_backward": (
             fp8._backward_kernel,
