@@ -109,6 +109,11 @@ class Decoder(nn.Module):
         """Whether the MLP of every block has a written-out form."""
         return all(block.up is not None for block in self._fused.of(self.blocks, self._stream_dtype))
 
+    @property
+    def num_fused_blocks(self) -> int:
+        """How many blocks run wholly in their written-out form."""
+        return sum(b.is_whole for b in self._fused.of(self.blocks, self._stream_dtype)) if self.is_fused else 0
+
     def _captures(self, pack: PackedTokens) -> bool:
         """Whether the blocks run as CUDA graphs: in training, where no block is left to its eager form."""
         if self.captured is None or not (self.is_fused and self.training and torch.is_grad_enabled()):

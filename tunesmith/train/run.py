@@ -17,6 +17,7 @@ from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
 from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.display import Display, closing_lines, method_line, plan_line
+from tunesmith.train.execution import execution_facts, execution_line
 from tunesmith.train.export import export, next_commands, remove_interim
 from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
 from tunesmith.train.loop import resume as resume_from
@@ -232,10 +233,13 @@ def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -
         exit_code=exit_code(loop.stopped_by),
         next_commands=tuple(commands),
     )
-    facts = {**result.facts(), **_method_facts(session)}
+    execution = execution_facts(session.model)
+    facts = {**result.facts(), **_method_facts(session), "execution": execution}
     if loop.duration_s == 0:  # nothing was left to do: what the process that did it has recorded stays
         facts = {key: value for key, value in facts.items() if value is not None and key not in _MEASURED}
     run.set_status("finished" if loop.stopped_by is None else "interrupted", **facts)
+    if (how := execution_line(execution)) is not None:
+        display.say(how)
     for line in closing_lines(commands):
         display.say(line)
     return result

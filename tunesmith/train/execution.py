@@ -1,0 +1,42 @@
+"""How a run's blocks were executed: written out or not, as graphs or not, through which attention kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.model.attention_choice import choices
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
+
+
+def execution_facts(model: LanguageModel) -> dict[str, Any]:
+    """What run.json keeps under `execution`: plain data.
+
+    fused_blocks of blocks; graphs: pairs recorded; graphs_refused: why none are; attention: the kernel chosen for each
+    shape, with the milliseconds of every candidate.
+    """
+    if not isinstance(model, Decoder):
+        return {"blocks": None, "fused_blocks": 0, "graphs": 0, "graphs_refused": None, "attention": []}
+    captured = model.captured
+    return {
+        "blocks": len(model.blocks),
+        "fused_blocks": model.num_fused_blocks,
+        "graphs": 0 if captured is None else captured.num_graphs,
+        "graphs_refused": None if captured is None else captured.refused,
+        "attention": choices(),
+    }
+
+
+def execution_line(facts: dict[str, Any]) -> str | None:
+    """The facts in one line for people; None where there is nothing to say."""
+    if facts["blocks"] is None or not facts["fused_blocks"]:
+        return None
+    parts = [f"{facts['fused_blocks']} of {facts['blocks']} blocks with passes written out"]
+    if facts["graphs"]:
+        parts.append(f"recorded as {facts['graphs']} CUDA graph pair{'s' if facts['graphs'] > 1 else ''}")
+    if facts["graphs_refused"]:
+        parts.append(f"not recorded as CUDA graphs: {facts['graphs_refused']}")
+    kernels = sorted({str(choice["kernel"]) for choice in facts["attention"]})
+    if kernels:
+        parts.append(f"attention by {' and '.join(kernels)}")
+    return "; ".join(parts)
