@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.grad_norm import global_norm
 from tunesmith.train.guard import Guard
 from tunesmith.train.optimizers import guarded_step
 
@@ -48,7 +49,7 @@ class UpdatesInBackward:
 
     def _update(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).to(self._divisor.device)
+        norm = global_norm([parameter.grad]).to(self._divisor.device)
         self._norms.append(norm)
         self.updated.append(parameter)
         self._guard.look(norm)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
+from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.adam8bit import AdamW8bit
+from tunesmith.train.adamw import AdamW
 from tunesmith.train.schedules import peak_learning_rate
 
 Named = tuple[str, nn.Parameter]
@@ -38,6 +40,8 @@ def make_optimizer(parameters: Iterable[Named], settings: TrainSection) -> torch
         return torch.optim.SGD(groups, lr=peak_learning_rate(settings), fused=True)
     if settings.optimizer == "adamw8bit":
         return AdamW8bit(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, weight_decay=0.0)
+    if any(use_kernel(parameter.device) for group in groups for parameter in group["params"]):
+        return AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps)
     # Fused is one pass in place, and the only kind that takes its guard from the device.
     return torch.optim.AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, fused=True)
 

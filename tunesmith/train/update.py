@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import NonFiniteError
+from tunesmith.kernels.grad_norm import global_norm as global_norm
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.guard import Guard, gradient_divisor
 from tunesmith.train.in_backward import UpdatesInBackward
@@ -221,11 +222,3 @@ def _counted(number: int, total: int) -> int:
     if total == 0:
         raise NonFiniteError(f"step {number + 1}: no item of the batch is counted in the loss")
     return total
-
-
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm over all gradients, a float32 scalar on their device."""
-    if not gradients:
-        return torch.zeros(())
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

@@ -1,0 +1,58 @@
+"""The Triton kernel of the gradients' norm, as a torch custom operator. Imported only where Triton is installed."""
+
+# Triton's decorator and its kernels' arguments have no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tunesmith.kernels.grad_norm import PART, num_parts
+from tunesmith.kernels.launch import current
+from tunesmith.units import ceil_div
+
+# Values read at once: of 2-byte values two loads of 16 bytes a thread, and the loads of several rounds are in flight.
+BLOCK = 2048
+WARPS = 4
+
+
+@torch.library.custom_op("tunesmith::part_norms", mutates_args=())
+def part_norms_operator(gradients: list[Tensor]) -> Tensor:
+    """`kernels.grad_norm.part_norms`: a launch for each gradient, each program writing a norm of its own."""
+    norms = torch.empty(num_parts(gradients), dtype=torch.float32, device=gradients[0].device)
+    start = 0
+    with current(norms.device):
+        for gradient in gradients:
+            programs = ceil_div(gradient.numel(), PART)
+            if programs:
+                _norm_kernel[(programs,)](
+                    gradient,
+                    norms,
+                    start,
+                    gradient.numel(),
+                    BLOCK=BLOCK,
+                    ROUNDS=PART // BLOCK,
+                    num_warps=WARPS,
+                    enable_fp_fusion=True,
+                )
+            start += programs
+    return norms
+
+
+@part_norms_operator.register_fake
+def _part_norms_fake(gradients: list[Tensor]) -> Tensor:
+    return gradients[0].new_empty(num_parts(gradients), dtype=torch.float32)
+
+
+@triton.jit(do_not_specialize=["start"])
+def _norm_kernel(values, norms, start, count, BLOCK: tl.constexpr, ROUNDS: tl.constexpr) -> None:
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * ROUNDS)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(ROUNDS):
+        index = first + i * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(values + index, mask=index < count, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(norms + start + tl.program_id(0), tl.sqrt(tl.sum(total, axis=0)))
