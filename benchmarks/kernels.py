@@ -22,8 +22,11 @@ from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
+from tunesmith.kernels.adamw import AdamWSettings, Updated, update
 from tunesmith.kernels.fp8 import has_fp8, quantize_rows_fp8
+from tunesmith.kernels.grad_norm import global_norm
 from tunesmith.kernels.norm_fp8 import rms_norm_fp8
 from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from tunesmith.kernels.rope import rope_, rope_tables_half
@@ -247,7 +250,59 @@ def adapted_cases() -> Iterator[Case]:
         yield from fp8_cases(8192, 3584, 18944, 16, torch.bfloat16)
 
 
-SOURCES: list[Callable[[], Iterator[Case]]] = [elementwise_cases, adapted_cases]
+def adamw_cases(weights: int, values: int, dtype: torch.dtype, moments: torch.dtype) -> Iterator[Case]:
+    """AdamW of `weights` equal tensors with a guard, by our kernel and, all being of one dtype, by torch's fused one.
+
+    torch's writes the divided gradients back too, which need not move.
+    """
+    shape = {"weights": weights, "N": values}
+    settings = AdamWSettings(1e-4, (0.9, 0.999), 1e-8, 0.01)
+
+    def make(by_torch: bool) -> Work:
+        weight, grad = ([torch.ones(values, device="cuda", dtype=dtype) for _ in range(weights)] for _ in range(2))
+        mean, square = ([torch.zeros(values, device="cuda", dtype=moments) for _ in range(weights)] for _ in range(2))
+        step = [torch.ones((), device="cuda") for _ in range(weights)]
+        divisor, stopped = torch.ones((), device="cuda"), torch.zeros((), device="cuda")
+        moved = sum(2 * w.nbytes + g.nbytes + 4 * m.nbytes for w, g, m in zip(weight, grad, mean, strict=True))
+        if not by_torch:
+            return Work(lambda: update(Updated(weight, grad, mean, square, step), settings, divisor, stopped), moved)
+        numbers = {"beta1": 0.9, "beta2": 0.999, "lr": 1e-4, "weight_decay": 0.01, "eps": 1e-8}
+        flags = {"amsgrad": False, "maximize": False, "fused": True}
+        guard = {"grad_scale": divisor, "found_inf": stopped}
+        return Work(lambda: adamw(weight, grad, mean, square, [], step, **flags, **guard, **numbers), moved)  # type: ignore[arg-type]
+
+    name = "adamw" if moments == dtype else "adamw_wide_moments"
+    yield Case(name, shape, dtype, lambda: make(False))
+    if moments == dtype:
+        yield Case("adamw_torch", shape, dtype, lambda: make(True))
+
+
+def gradient_norm_cases(weights: int, values: int, dtype: torch.dtype) -> Iterator[Case]:
+    """The norm over `weights` equal gradients, as training finds it, and by torch alone."""
+    shape = {"weights": weights, "N": values}
+
+    def make(run: Callable[[list[Tensor]], object]) -> Work:
+        grads = [torch.ones(values, device="cuda", dtype=dtype) for _ in range(weights)]
+        return Work(lambda: run(grads), sum(grad.nbytes for grad in grads))
+
+    def by_torch(grads: list[Tensor]) -> object:
+        return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(grads, 2, dtype=torch.float32))))
+
+    yield Case("gradient_norm", shape, dtype, lambda: make(global_norm))
+    yield Case("gradient_norm_torch", shape, dtype, lambda: make(by_torch))
+
+
+def optimiser_cases() -> Iterator[Case]:
+    """The wide and the narrow matrices of Qwen2.5-7B, and around where a launch for each tensor begins to pay."""
+    brain, wide = torch.bfloat16, torch.float32
+    for weights, values in [(8, 37888 * 3584), (32, 3584 * 3584), (64, 2**22), (128, 2**21), (256, 2**20)]:
+        yield from adamw_cases(weights, values, brain, brain)
+        yield from gradient_norm_cases(weights, values, brain)
+    yield from adamw_cases(4, 37888 * 3584, brain, wide)
+    yield from adamw_cases(4, 37888 * 3584, wide, wide)
+
+
+SOURCES: list[Callable[[], Iterator[Case]]] = [elementwise_cases, adapted_cases, optimiser_cases]
 
 
 def cases() -> Iterator[Case]:

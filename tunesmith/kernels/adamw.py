@@ -58,9 +58,26 @@ def update(updated: Updated, settings: AdamWSettings, divisor: Tensor, stopped: 
     if not use_kernel(updated.weights[0].device):
         update_reference(updated, settings, divisor, stopped)
         return
-    from tunesmith.kernels.adamw_triton import update_kernel
+    update_by_kernel(updated, settings, divisor, stopped)
 
-    update_kernel(updated, settings, divisor, stopped)
+
+def update_by_kernel(updated: Updated, settings: AdamWSettings, divisor: Tensor, stopped: Tensor) -> None:
+    """`update` in Triton: a launch for each weight, one operator for all."""
+    from tunesmith.kernels.adamw_triton import update_operator
+
+    update_operator(
+        updated.weights,
+        updated.grads,
+        updated.means,
+        updated.squares,
+        updated.steps,
+        divisor,
+        stopped,
+        settings.learning_rate,
+        settings.betas,
+        settings.eps,
+        settings.weight_decay,
+    )
 
 
 def update_reference(updated: Updated, settings: AdamWSettings, divisor: Tensor, stopped: Tensor) -> None:

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.adamw import AdamWSettings, Updated
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -21,23 +20,6 @@ from tunesmith.units import ceil_div
 # before the first is needed.
 BLOCK = 2048
 WARPS = 4
-
-
-def update_kernel(updated: Updated, settings: AdamWSettings, divisor: Tensor, stopped: Tensor) -> None:
-    """`kernels.adamw.update`: a launch for each weight, one operator for all."""
-    update_operator(
-        updated.weights,
-        updated.grads,
-        updated.means,
-        updated.squares,
-        updated.steps,
-        divisor,
-        stopped,
-        settings.learning_rate,
-        list(settings.betas),
-        settings.eps,
-        settings.weight_decay,
-    )
 
 
 @torch.library.custom_op("tunesmith::adamw_update", mutates_args=("weights", "means", "squares"))
@@ -54,7 +36,7 @@ def update_operator(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """Contiguous tensors, all on one device."""
+    """`kernels.adamw.update`: a launch for each weight. Contiguous tensors, all on one device."""
     beta1, beta2 = betas
     numbers = (learning_rate, 1 - learning_rate * weight_decay, 1 - beta1, beta2, 1 - beta2, eps)
     logarithms = (math.log(beta1) if beta1 else -math.inf, math.log(beta2) if beta2 else -math.inf)

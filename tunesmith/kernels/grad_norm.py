@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.nf4 import use_kernel
-from tunesmith.units import ceil_div
 
 # Values whose norm one program finds.
 PART = 2**14
@@ -40,18 +39,13 @@ def part_norms(gradients: list[Tensor]) -> Tensor:
     """
     from tunesmith.kernels.grad_norm_triton import part_norms_operator
 
-    return part_norms_operator(gradients)
+    return part_norms_operator(gradients, PART)
 
 
 def part_norms_reference(gradients: list[Tensor]) -> Tensor:
     """`part_norms` in plain torch."""
     parts = [part for gradient in gradients for part in gradient.reshape(-1).split(PART)]
     return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts])
-
-
-def num_parts(gradients: list[Tensor]) -> int:
-    """How many norms `part_norms` finds."""
-    return sum(ceil_div(gradient.numel(), PART) for gradient in gradients)
 
 
 def _takes_kernel(gradient: Tensor) -> bool:

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.grad_norm import PART, num_parts
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -20,13 +19,16 @@ WARPS = 4
 
 
 @torch.library.custom_op("tunesmith::part_norms", mutates_args=())
-def part_norms_operator(gradients: list[Tensor]) -> Tensor:
-    """`kernels.grad_norm.part_norms`: a launch for each gradient, each program writing a norm of its own."""
-    norms = torch.empty(num_parts(gradients), dtype=torch.float32, device=gradients[0].device)
+def part_norms_operator(gradients: list[Tensor], part: int) -> Tensor:
+    """`kernels.grad_norm.part_norms`, a launch for each gradient, a program for each part.
+
+    Args: part: values of a part, a multiple of BLOCK.
+    """
+    norms = _empty(gradients, part)
     start = 0
     with current(norms.device):
         for gradient in gradients:
-            programs = ceil_div(gradient.numel(), PART)
+            programs = ceil_div(gradient.numel(), part)
             if programs:
                 _norm_kernel[(programs,)](
                     gradient,
@@ -34,7 +36,7 @@ def part_norms_operator(gradients: list[Tensor]) -> Tensor:
                     start,
                     gradient.numel(),
                     BLOCK=BLOCK,
-                    ROUNDS=PART // BLOCK,
+                    ROUNDS=part // BLOCK,
                     num_warps=WARPS,
                     enable_fp_fusion=True,
                 )
@@ -43,8 +45,13 @@ def part_norms_operator(gradients: list[Tensor]) -> Tensor:
 
 
 @part_norms_operator.register_fake
-def _part_norms_fake(gradients: list[Tensor]) -> Tensor:
-    return gradients[0].new_empty(num_parts(gradients), dtype=torch.float32)
+def _part_norms_fake(gradients: list[Tensor], part: int) -> Tensor:
+    return _empty(gradients, part)
+
+
+def _empty(gradients: list[Tensor], part: int) -> Tensor:
+    count = sum(ceil_div(gradient.numel(), part) for gradient in gradients)
+    return gradients[0].new_empty(count, dtype=torch.float32)
 
 
 @triton.jit(do_not_specialize=["start"])

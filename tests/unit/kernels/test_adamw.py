@@ -104,8 +104,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from tunesmith.kernels.adamw import AdamWSettings, Updated, update_reference
-from tunesmith.kernels.adamw_triton import BLOCK, _correction, update_kernel, update_operator
+from tunesmith.kernels.adamw import AdamWSettings, Updated, update_by_kernel, update_reference
+from tunesmith.kernels.adamw_triton import BLOCK, _correction, update_operator
 
 
 @triton.jit
@@ -146,10 +146,10 @@ for sizes, (of_weight, of_grad, of_moments) in itertools.product([(1, 200), (17 
         divisor = torch.tensor(2.5)
         mine = [[tensor.clone() for tensor in held] for held in (weights, means, squares)]
         ours = Updated(mine[0], grads, mine[1], mine[2], counts)
-        update_kernel(ours, settings, divisor, stop)
+        update_by_kernel(ours, settings, divisor, stop)
         for now, before in zip(mine, (weights, means, squares), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
-        update_kernel(ours, settings, divisor, go)
+        update_by_kernel(ours, settings, divisor, go)
         update_reference(Updated(weights, grads, means, squares, counts), settings, divisor, go)
         for now, reference in zip(mine, (weights, means, squares), strict=True):
             same(now, reference)

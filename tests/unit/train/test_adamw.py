@@ -87,7 +87,7 @@ def test_it_follows_torchs_own(taken: list[torch.Size], monkeypatch: pytest.Monk
 
 def test_states_are_torchs(taken: list[torch.Size]) -> None:
     """Both ways: the state of one optimiser is loaded into the other, which goes on as the first would."""
-    groups: list[list[dict[str, Any]]] = []
+    groups: list[Any] = []
     for _ in range(4):
         generator = torch.Generator().manual_seed(1)
         weights = [nn.Parameter(torch.randn(size, generator=generator)) for size in ((64, 64), (8,))]
@@ -103,10 +103,10 @@ def test_states_are_torchs(taken: list[torch.Size]) -> None:
     makes: list[Any] = [AdamW, lambda *args, **more: torch.optim.AdamW(*args, **more, fused=True)]
     for first, second in (makes, makes[::-1]):
         left, right = first(groups.pop(), lr=0.1, betas=(0.9, 0.99)), second(groups.pop(), lr=0.1, betas=(0.9, 0.99))
-        weights = stepped(left, 2)
+        stepped_to = stepped(left, 2)
         assert left.state_dict()["state"].keys() == {0, 1}
         right.load_state_dict(deepcopy(left.state_dict()))  # loading shares the tensors
-        for parameter, weight in zip(right.param_groups[0]["params"], weights, strict=True):
+        for parameter, weight in zip(right.param_groups[0]["params"], stepped_to, strict=True):
             parameter.data.copy_(weight)
             assert set(right.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
             assert right.state[parameter]["step"].dtype == torch.float32
