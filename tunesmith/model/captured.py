@@ -7,6 +7,7 @@ since are noticed. What is recorded must not ask the device for numbers: mixture
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from tunesmith.model.packed import BoundedPack, PackedTokens
 
+_log = logging.getLogger(__name__)
 Run = Callable[[Tensor, PackedTokens], Tensor]
 """hidden_TD and the pack it belongs to -> hidden_TD after the blocks."""
 MOST_GRAPHS = 8
@@ -183,6 +185,7 @@ class CapturedBlocks:
             except RuntimeError as error:
                 # An operator that asks the device for a number, say; or a kernel first loaded while recording.
                 self.refused = str(error).splitlines()[0]
+                _log.debug("a recording failed", exc_info=True)
                 self._pool = torch.cuda.graph_pool_handle()
             else:
                 self.refused = None
