@@ -166,7 +166,7 @@ def fill_decoder(
         source.quantise(decoder, wanted, quantize)
     elif quantize is not None:
         quantise_blocks(decoder, quantize)
-    decoder.to_empty(device=device)
+    _give_storage(decoder, device)
     done = 0
     for (path, part), group in groupby(wanted, key=lambda item: (item.module, item.part)):
         tensors = {item.kind: source.read(item) for item in group}
@@ -175,6 +175,11 @@ def fill_decoder(
         if progress is not None:
             progress(done, len(wanted))
     return decoder
+
+
+def _give_storage(module: nn.Module, device: torch.device | str) -> None:
+    """`module.to_empty(device)`, which for tensors on the meta device imports torch's symbolic shapes, and sympy."""
+    cast(Any, module)._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 @torch.no_grad()

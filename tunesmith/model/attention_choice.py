@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from tunesmith.model.uncompiled import gradients
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LONG = 1024
 """A mean document length, in tokens, from which one launch for each document may pay."""
@@ -120,7 +122,7 @@ def _time_once(kernel: Attention, tensors: list[Tensor]) -> float:
     torch.cuda.synchronize()
     start.record()
     out = kernel(*tensors)
-    torch.autograd.grad(out, tensors, torch.ones_like(out))
+    gradients(out, tensors, torch.ones_like(out))
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end))

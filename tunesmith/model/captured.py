@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model.packed import BoundedPack, PackedTokens
+from tunesmith.model.uncompiled import gradients
 
 _log = logging.getLogger(__name__)
-Run = Callable[[Tensor, PackedTokens], Tensor]
-"""hidden_TD and the pack it belongs to -> hidden_TD after the blocks."""
+Run = Callable[[Tensor, PackedTokens, Tensor | None], Tensor]
+"""hidden_TD, the pack it belongs to, and the seed of what is random in the blocks -> hidden_TD after the blocks."""
 MOST_GRAPHS = 8
 """Shapes that are recorded; further ones run launch by launch."""
 MOST_GRADIENT_BYTES = 2 << 30
@@ -72,25 +73,29 @@ class Recording:
         signature: Signature,
         parameters: Sequence[nn.Parameter],
         pool: Any,
+        seed: Tensor | None,
     ) -> None:
         self.parameters = list(parameters)
         self.addresses = _addresses(self.parameters)
         self.hidden = hidden_TD.detach().clone().requires_grad_(signature.wants_input_grad)
         self.pack = _static_pack(pack, signature)
+        self.seed = None if seed is None else seed.clone()
         self.grad_out = torch.zeros_like(hidden_TD)
         self.inputs = [*([self.hidden] if signature.wants_input_grad else []), *self.parameters]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._warm_up(run)
         # thread_local: the backward pass is recorded on autograd's thread, where kernels may still be loaded.
         with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
-            out = run(self.hidden, self.pack)
+            out = run(self.hidden, self.pack, self.seed)
         with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
             grads = self._backward(out)
         self.out = out.detach()
         self.grads = grads
 
-    def load(self, hidden_TD: Tensor, pack: PackedTokens) -> None:
-        """Put a micro-batch where the graphs read it."""
+    def load(self, hidden_TD: Tensor, pack: PackedTokens, seed: Tensor | None) -> None:
+        """Put a micro-batch, and the seed of its masks, where the graphs read it."""
+        if self.seed is not None and seed is not None:
+            self.seed.copy_(seed)
         self.hidden.detach().copy_(hidden_TD)
         self.pack.positions_T.copy_(pack.positions_T)
         num = pack.boundaries.numel()
@@ -107,14 +112,14 @@ class Recording:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self._backward(run(self.hidden, self.pack))
+                self._backward(run(self.hidden, self.pack, self.seed))
         torch.cuda.current_stream().wait_stream(stream)
         # The recording allocates all of it once more, in memory of its own.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
     def _backward(self, out: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(out, self.inputs, self.grad_out, allow_unused=True)
+        return gradients(out, self.inputs, self.grad_out)
 
 
 class _Replay(torch.autograd.Function):
@@ -156,19 +161,31 @@ class CapturedBlocks:
         return len(self._recordings)
 
     def __call__(
-        self, run: Run, hidden_TD: Tensor, pack: PackedTokens, kind: str, parameters: Sequence[nn.Parameter]
+        self,
+        run: Run,
+        hidden_TD: Tensor,
+        pack: PackedTokens,
+        kind: str,
+        parameters: Sequence[nn.Parameter],
+        seed: Tensor | None = None,
     ) -> Tensor:
-        """run(hidden, pack), by a recording where there is or can be one."""
-        recording = self._recording(run, hidden_TD, pack, kind, parameters)
+        """run(hidden, pack, seed), by a recording where there is or can be one."""
+        recording = self._recording(run, hidden_TD, pack, kind, parameters, seed)
         if recording is None:
-            return run(hidden_TD, pack)
-        recording.load(hidden_TD, pack)
+            return run(hidden_TD, pack, seed)
+        recording.load(hidden_TD, pack, seed)
         return cast(Tensor, _Replay.apply(hidden_TD, recording, self.exclusive, *recording.parameters))
 
     def _recording(
-        self, run: Run, hidden_TD: Tensor, pack: PackedTokens, kind: str, parameters: Sequence[nn.Parameter]
+        self,
+        run: Run,
+        hidden_TD: Tensor,
+        pack: PackedTokens,
+        kind: str,
+        parameters: Sequence[nn.Parameter],
+        seed: Tensor | None,
     ) -> Recording | None:
-        signature = Signature.of(hidden_TD, pack, kind)
+        signature = Signature.of(hidden_TD, pack, f"{kind}, {'random' if seed is not None else 'exact'}")
         known = self._recordings.get(signature)
         if known is not None and known.is_current():
             return known
@@ -179,7 +196,7 @@ class CapturedBlocks:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         for _ in range(_ATTEMPTS):
             try:
-                recording = Recording(run, hidden_TD, pack, signature, parameters, self._pool)
+                recording = Recording(run, hidden_TD, pack, signature, parameters, self._pool, seed)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

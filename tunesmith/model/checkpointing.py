@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tunesmith.model.uncompiled import spare_compiler
+
 # What is dear to recompute: matrix products and attention. The rest (norms, activations, rope) is recomputed.
 # By name, because the variable-length kernel is registered only where it is first used.
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1}
@@ -51,6 +53,7 @@ def run_checkpointed(
     """
     if kind == "none" or not torch.is_grad_enabled():
         return block(hidden_TD, *args)
+    spare_compiler(checkpoint)
     if kind == "block":
         return checkpoint(block, hidden_TD, *args, use_reentrant=False, preserve_rng_state=is_random)
     contexts = partial(create_selective_checkpoint_contexts, _keep_dear)

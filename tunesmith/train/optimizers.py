@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,12 +11,26 @@ from torch import Tensor, nn
 
 from tunesmith.errors import RecipeError
 from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.model.uncompiled import spare_compiler
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.adam8bit import AdamW8bit
 from tunesmith.train.adamw import AdamW
 from tunesmith.train.schedules import peak_learning_rate
 
 Named = tuple[str, nn.Parameter]
+_METHODS = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+
+
+class _SGD(torch.optim.SGD):
+    """torch's, without the wrapper around `step`, which imports the compiler only to break compiled code there."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class _AdamW(torch.optim.AdamW):
+    """torch's, without the wrapper around `step` either."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 def parameter_groups(parameters: Iterable[Named], weight_decay: float) -> list[dict[str, Any]]:
@@ -35,15 +50,16 @@ def make_optimizer(parameters: Iterable[Named], settings: TrainSection) -> torch
     groups = parameter_groups(parameters, settings.weight_decay)
     if not groups:
         raise RecipeError("nothing is trained: every parameter is frozen; choose another method.kind or method.targets")
+    spare_compiler(*(getattr(torch.optim.Optimizer, name) for name in _METHODS))
     betas = (settings.beta1, settings.beta2)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=peak_learning_rate(settings), fused=True)
+        return _SGD(groups, lr=peak_learning_rate(settings), fused=True)
     if settings.optimizer == "adamw8bit":
         return AdamW8bit(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, weight_decay=0.0)
     if any(use_kernel(parameter.device) for group in groups for parameter in group["params"]):
         return AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps)
     # Fused is one pass in place, and the only kind that takes its guard from the device.
-    return torch.optim.AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, fused=True)
+    return _AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, fused=True)
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, stopped: Tensor) -> None:

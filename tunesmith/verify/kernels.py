@@ -23,6 +23,7 @@ from tunesmith.model.lora import AdaptedLinear, AdapterOptions
 from tunesmith.model.packed import PackedTokens, packed
 from tunesmith.model.quant import NF4Linear, dense_weight, fp8_weight, quantised, quantised_as, set_compute
 from tunesmith.model.trained_fp8 import TrainedFp8Linear
+from tunesmith.model.uncompiled import gradients
 from tunesmith.recipe.schema import MethodSection, TrainSection
 from tunesmith.train.losses import cross_entropy_sum
 from tunesmith.verify.check import Outcome
@@ -90,8 +91,8 @@ def _results(operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
         generator = torch.Generator().manual_seed(1)
         direction = torch.randn(out.shape, generator=generator).to(out.device).to(inputs[0].dtype).to(out.dtype)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        gradients = torch.autograd.grad(out, wanted, direction, allow_unused=True)
-    return [out.detach(), *[torch.zeros_like(w) if g is None else g for g, w in zip(gradients, wanted, strict=True)]]
+        found = gradients(out, wanted, direction)
+    return [out.detach(), *[torch.zeros_like(w) if g is None else g for g, w in zip(found, wanted, strict=True)]]
 
 
 def _error(result: Tensor, truth: Tensor) -> float:

@@ -1,0 +1,58 @@
+"""What torch imports for a compiler that is not used stays out, and results are the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from tunesmith.model.uncompiled import gradients, spare_compiler
+
+_STEP = """
+import sys, torch
+from tunesmith.recipe.schema import TrainSection
+from tunesmith.train.optimizers import make_optimizer
+from tunesmith.verify.kernels import _results
+for kind in ("adamw", "sgd", "adamw8bit"):
+    layer = torch.nn.Linear(4, 4)
+    optimizer = make_optimizer(layer.named_parameters(), TrainSection(optimizer=kind, learning_rate=0.1))
+    before = layer.weight.detach().clone()
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not torch.equal(before, layer.weight), kind
+_results(torch.square, [torch.ones(3)])
+print([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modules])
+"""
+
+
+def test_a_step_does_not_import_the_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", _STEP], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_decoder_is_filled_without_sympy() -> None:
+    code = (
+        "import sys; from tunesmith.checkpoint.load import load_model\n"
+        "model = load_model('builtin:tiny', device='cpu', dtype='float32', weights='random')\n"
+        "print('sympy' in sys.modules, all(p.device.type == 'cpu' for p in model.parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False True"
+
+
+def test_gradients_are_those_of_autograd() -> None:
+    x, unused = torch.randn(3, 4, requires_grad=True), torch.randn(2, requires_grad=True)
+    direction = torch.randn(3, 4)
+    found = gradients(x.exp(), [x, unused], direction)
+    (expected,) = torch.autograd.grad(x.exp(), [x], direction)
+    assert found[1] is None
+    assert found[0] is not None and torch.equal(found[0], expected)
+
+
+def test_spared_functions_do_what_they_did() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)
+    spare_compiler(torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict, len)
+    optimizer.zero_grad()
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 1.0

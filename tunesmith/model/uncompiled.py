@@ -1,0 +1,43 @@
+"""Parts of torch that import its whole compiler, or sympy, at their first call: the same without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def spare_compiler(*functions: Callable[..., Any]) -> None:
+    """Functions that torch keeps out of compiled code (`torch._disable_dynamo`) no longer import the compiler for that.
+
+    The import takes a second or more, in a process that compiles nothing. Torch notes on the function behind each what
+    to call instead of it, and here that is the function itself; what has its note already keeps it.
+    """
+    for function in functions:
+        behind = getattr(function, "__wrapped__", None)
+        if behind is not None and not hasattr(behind, "__dynamo_disable"):
+            setattr(behind, "__dynamo_disable", behind)
+
+
+def gradients(out: Tensor, inputs: Sequence[Tensor], grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad(out, inputs, grad_out, allow_unused=True)`.
+
+    torch compares the shapes of `out` and `grad_out` by its symbolic shapes, which import sympy; a scalar's gradient
+    it makes itself. The caller sees to it that both have one shape.
+    """
+    return torch.autograd.grad(cast(Tensor, _Seed.apply(out, grad_out)), inputs, allow_unused=True)
+
+
+class _Seed(torch.autograd.Function):
+    """A scalar whose gradient to `out` is `grad_out`."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, grad_out: Tensor) -> Tensor:
+        ctx.grad_out = grad_out
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.grad_out, None
