@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tunesmith.arch import ModelConfig
 from tunesmith.errors import ModelError
+from tunesmith.kernels.dropout import Noise
 from tunesmith.model.attention import Attend, PackedAttention
 from tunesmith.model.block import Block, Rope
 from tunesmith.model.captured import CapturedBlocks
@@ -30,7 +31,8 @@ class Decoder(nn.Module):
     With `is_fused` the blocks run in their written-out form (model/fused.py), where they have one; with `captured` too,
     that is recorded as CUDA graphs while training. There, checkpointing "offload" is "selective" with what is held
     moved to the host, and `mlp_tile_tokens` are how many tokens the MLP goes through at a time; the eager blocks, which
-    are the reference, take "offload" as "selective" and know no tiles.
+    are the reference, take "offload" as "selective" and know no tiles. `has_same_weights` promises that no parameter
+    was written since the last forward pass (a step of several micro-batches): what depends on them alone is kept.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,6 +45,7 @@ class Decoder(nn.Module):
         self.is_fused = False
         self._fused = FusedBlocks()
         self.captured: CapturedBlocks | None = None
+        self.has_same_weights = False
         self.skip_last = 0
         self.mlp_tile_tokens: int | None = None
         self.offloader: Offloader | None = None
@@ -60,8 +63,11 @@ class Decoder(nn.Module):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, lengths_T: Tensor | None = None) -> Tensor:
         """hidden_TD after the final norm, in the compute dtype. lengths_T: see `embed`."""
         hidden = self.embed(tokens_T, positions_T, lengths_T)
-        run = self._run_fused if self.is_fused else self._run_eager
-        return self.norm(run(hidden, positions_T, attend, self.checkpointing if self.training else "none"))
+        kind = self.checkpointing if self.training else "none"
+        if not self.is_fused:
+            return self.norm(self._run_eager(hidden, positions_T, attend, kind))
+        seed = self._prepare_fused(hidden)
+        return self.norm(self._run_fused(hidden, positions_T, attend, kind, seed))
 
     def _run_eager(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
         rope = self.rope(positions_T, hidden.dtype)
@@ -70,12 +76,22 @@ class Decoder(nn.Module):
             hidden = run_checkpointed(self._kind_of(layer, kind), block, hidden, rope, attend[layer])
         return hidden
 
-    def _run_fused(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
+    def _prepare_fused(self, hidden: Tensor) -> Tensor | None:
+        """What is not part of a recording: rows' norms are measured; the seed of this pass's dropout is drawn."""
+        self._fused.of(self.blocks, hidden.dtype)
+        if not self.has_same_weights:
+            self._fused.measure()
+        return self._fused.draw(hidden.device) if self.training else None
+
+    def _run_fused(
+        self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing, seed: Tensor | None
+    ) -> Tensor:
         rope = None if self.config.rope is None else FusedRope.of(self._inverse(positions_T.device), positions_T)
         blocks = self._fused.of(self.blocks, hidden.dtype)
         self._fused.refresh()
         offloaded = self._begin_offloading(kind, hidden.device)
         tile, recipe_kind = self.mlp_tile_tokens, kind
+        noise = None if seed is None else Noise(seed)
         for layer, block in enumerate(blocks):
             kind = self._kind_of(layer, recipe_kind)
             if kind == "selective" and block.up is None:
@@ -84,12 +100,14 @@ class Decoder(nn.Module):
                 hidden = run_checkpointed(kind, block.block, hidden, tables, attend[layer])
             elif offloaded is not None:
                 fixed, is_last = block.fixed(rope), layer == len(blocks) - 1
-                hidden = offloaded.run(block, hidden, rope, attend[layer], True, tile, kept=fixed, is_last=is_last)
+                hidden = offloaded.run(
+                    block, hidden, rope, attend[layer], True, tile, noise, kept=fixed, is_last=is_last
+                )
             else:
                 outer = "block" if kind == "block" else "none"
                 again = kind == "selective"
                 hidden = run_checkpointed(
-                    outer, block, hidden, rope, attend[layer], again, tile, is_random=not block.is_whole
+                    outer, block, hidden, rope, attend[layer], again, tile, noise, is_random=not block.is_whole
                 )
         return hidden
 
@@ -126,10 +144,12 @@ class Decoder(nn.Module):
         assert self.captured is not None
         trained = [parameter for parameter in self.blocks.parameters() if parameter.requires_grad]
 
-        def run(hidden: Tensor, pack: PackedTokens) -> Tensor:
-            return self._run_fused(hidden, pack.positions_T, PackedAttention(self.config, pack), self.checkpointing)
+        def run(hidden: Tensor, pack: PackedTokens, seed: Tensor | None) -> Tensor:
+            attend = PackedAttention(self.config, pack)
+            return self._run_fused(hidden, pack.positions_T, attend, self.checkpointing, seed)
 
-        return self.captured(run, hidden, pack, f"{self.checkpointing}, {self.skip_last} spared", trained)
+        seed = self._prepare_fused(hidden)
+        return self.captured(run, hidden, pack, f"{self.checkpointing}, {self.skip_last} spared", trained, seed)
 
     def hidden(self, pack: PackedTokens) -> Tensor:
         """hidden_TD of packed documents, each attending to itself only (what training and evaluation call).

@@ -8,95 +8,76 @@ the norm's backward pass. The sums are those of `decoder.Block`, whose eager for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
-from tunesmith.kernels.rope import rope_
-from tunesmith.kernels.swiglu_low_rank import swiglu_low_rank, swiglu_low_rank_backward
+from tunesmith.kernels.dropout import Noise
+from tunesmith.kernels.rms_norm import rms_norm_again, rms_norm_backward
+from tunesmith.model.fused_parts import activated, activation_grads, adapter_grads, normed
+from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
 from tunesmith.model.projection import Projection
 
-HalfRope = tuple[Tensor, Tensor]
-"""cos and sin, float32 [T, H/2]."""
-
-
-@dataclass
-class Heads:
-    """How a fused qkv activation is cut."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    def view(self, qkv_TF: Tensor) -> Tensor:
-        """[T, N + 2K, H]."""
-        return qkv_TF.view(qkv_TF.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-
-    def rotated(self, qkv_TF: Tensor) -> Tensor:
-        """The heads that positions rotate: [T, N + K, H]."""
-        return self.view(qkv_TF)[:, : self.num_heads + self.num_kv_heads]
-
-    def split(self, qkv_TF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """query_TNH, key_TKH, value_TKH as views."""
-        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        query, key, value = self.view(qkv_TF).split(sizes, dim=1)
-        return query, key, value
-
 
 class NormQkv(torch.autograd.Function):
-    """x -> query, key, value (rotated where rope is given), and x itself: its gradient comes back to the norm."""
+    """x -> query, key, value (normed by heads and rotated where the family has it), and x itself: its gradient comes
+    back to the norm."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: Tensor,
         norm_weight: Tensor,
+        query_weight: Tensor | None,
+        key_weight: Tensor | None,
         eps: float,
         projection: Projection,
         heads: Heads,
         rope: HalfRope | None,
+        noise: Noise | None,
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, rstd = rms_norm(x_TD, norm_weight, eps)
-        qkv, low = projection.forward(y)
-        if rope is not None:
-            rope_(heads.rotated(qkv), *rope)
-        ctx.save_for_backward(x_TD, norm_weight, rstd, low, *(rope or (None, None)))
-        ctx.projection, ctx.heads = projection, heads
-        query, key, value = heads.split(qkv)
+        y, rstd = normed(x_TD, norm_weight, eps, projection)
+        qkv, low, free = projection.forward(y, noise=noise)
+        query, key, value, held = heads.prepare(qkv, (query_weight, key_weight), rope)
+        tables = rope or (None, None)
+        ctx.save_for_backward(x_TD, norm_weight, rstd, low, free, query_weight, key_weight, *held, *tables)
+        ctx.projection, ctx.heads, ctx.noise = projection, heads, noise
         return query, key, value, x_TD.view_as(x_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, norm_weight, rstd, low, cos, sin = ctx.saved_tensors
-        *parts, grad_stream = grads
-        g = torch.cat(parts, dim=1).flatten(1)
-        if cos is not None:
-            rope_(ctx.heads.rotated(g), cos, sin, inverse=True)
-        dx, dnorm, dtrained = _through_norm(ctx, g, (x, norm_weight, rstd, low), grad_stream)
-        return dx, dnorm, None, None, None, None, *dtrained
+        x, norm_weight, rstd, low, free, query_weight, key_weight, *held, cos, sin = ctx.saved_tensors
+        query, key, value, grad_stream = grads
+        wants_weights = any(ctx.needs_input_grad[2:4])
+        rope = None if cos is None else (cos, sin)
+        weights = (query_weight, key_weight)
+        g, *dweights = ctx.heads.backward((query, key, value), weights, tuple(held), rope, wants_weights)
+        dx, dnorm, dtrained = _through_norm(ctx, g, (x, norm_weight, rstd, low, free), grad_stream)
+        dheads = [None if d is None else d.to(w.dtype) for d, w in zip(dweights, weights, strict=True)]
+        return dx, dnorm, *dheads, None, None, None, None, None, *dtrained
 
 
 class AddProjection(torch.autograd.Function):
     """stream + projection(x)."""
 
     @staticmethod
-    def forward(ctx: Any, stream_TD: Tensor, x_TF: Tensor, projection: Projection, *trained: Tensor) -> Tensor:
-        y, low = projection.forward(x_TF, stream_TD)
-        ctx.save_for_backward(x_TF if projection.needs_input else None, low)
-        ctx.projection = projection
+    def forward(
+        ctx: Any, stream_TD: Tensor, x_TF: Tensor, projection: Projection, noise: Noise | None, *trained: Tensor
+    ) -> Tensor:
+        y, low, free = projection.forward(x_TF, stream_TD, noise)
+        ctx.save_for_backward(x_TF if projection.needs_input else None, low, free)
+        ctx.projection, ctx.noise = projection, noise
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, low = ctx.saved_tensors
+        x, low, free = ctx.saved_tensors
         (g,) = grads
-        dx, dlow = ctx.projection.input_grad(g) if ctx.needs_input_grad[1] else (None, None)
-        return g, dx, None, *ctx.projection.parameter_grads(g, x, low, dlow)
+        dx, dlow = ctx.projection.input_grad(g, ctx.noise) if ctx.needs_input_grad[1] else (None, None)
+        return g, dx, None, None, *ctx.projection.parameter_grads(g, x, (low, dlow, free), ctx.noise)
 
 
 class NormMlp(torch.autograd.Function):
@@ -115,52 +96,60 @@ class NormMlp(torch.autograd.Function):
         up: Projection,
         down: Projection,
         again: bool,
+        noise: Noise | None,
         *trained: Tensor,
     ) -> Tensor:
-        y, rstd = rms_norm(x_TD, norm_weight, eps)
-        gate_up, low_up = up.forward_apart(y)
+        y, rstd = normed(x_TD, norm_weight, eps, up)
+        free_up, low_up = up.forward_apart(y, noise)
         del y
-        hidden = swiglu_low_rank(gate_up, low_up, up.wide)
-        out, low_down = down.forward(hidden, x_TD)
-        ctx.save_for_backward(x_TD, norm_weight, rstd, low_up, low_down, None if again else gate_up)
-        ctx.projection, ctx.down = up, down
+        hidden = activated(up.output(free_up), up.beside(low_up), down)
+        out, low_down, free_down = down.forward(hidden, x_TD, noise)
+        ctx.save_for_backward(x_TD, norm_weight, rstd, low_up, low_down, free_down, None if again else free_up)
+        ctx.projection, ctx.down, ctx.noise = up, down, noise
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, norm_weight, rstd, low_up, low_down, gate_up = ctx.saved_tensors
-        (g,) = grads
+        x, norm_weight, rstd, low_up, low_down, free_down, free_up = ctx.saved_tensors
+        (g,), up, down = grads, ctx.projection, ctx.down
         y = None
-        if gate_up is None:
+        if free_up is None:
             y = rms_norm_again(x, norm_weight, rstd)
-            gate_up, _ = ctx.projection.forward_apart(y)
-        down: Projection = ctx.down
-        dhidden, dlow = down.input_grad_apart(g)
-        dgate_up, hidden = swiglu_low_rank_backward(
-            dhidden, gate_up, low_up, ctx.projection.wide, dlow, down.narrow, down.needs_input, gate_up
-        )
+            free_up, _ = up.forward_apart(y, ctx.noise, low_up)
+        dhidden, dlow = down.input_grad_apart(g, ctx.noise)
+        gate_up = up.output(free_up)
+        made = activation_grads(dhidden, gate_up, up.beside(low_up), down.beside_grad(dlow, ctx.noise), up, down)
         del dhidden, gate_up
-        ddown = down.parameter_grads(g, hidden, low_down, dlow)
-        del hidden
-        dx, dnorm, dup = _through_norm(ctx, dgate_up, (x, norm_weight, rstd, low_up), g, y)
-        return dx, dnorm, None, None, None, None, *dup, *ddown
+        if made.of_narrow is None:
+            ddown = down.parameter_grads(g, made.hidden, (low_down, dlow, free_down), ctx.noise)
+        else:
+            ddown = adapter_grads(down, g, None, low_down, dlow, (None, made.of_narrow))
+        made.hidden = None
+        dx, dnorm, dup = _through_norm(
+            ctx, made.gate_up, (x, norm_weight, rstd, low_up, free_up), g, y, made.of_wide
+        )
+        return dx, dnorm, None, None, None, None, None, *dup, *ddown
 
 
 def _through_norm(
     ctx: Any,
     g: Tensor,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     grad_stream: Tensor,
     y: Tensor | None = None,
+    of_up: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """The gradients of the stream, the norm's weight and the projection's parameters, given that of its output."""
-    x, norm_weight, rstd, low = saved
+    x, norm_weight, rstd, low, free = saved
     projection: Projection = ctx.projection
     wants_stream, wants_norm = ctx.needs_input_grad[:2]
     if y is None and projection.needs_input:
         y = rms_norm_again(x, norm_weight, rstd)
-    dy, dlow = projection.input_grad(g) if wants_stream or wants_norm else (None, None)
-    dtrained = projection.parameter_grads(g, y, low, dlow)
+    dy, dlow = projection.input_grad(g, ctx.noise) if wants_stream or wants_norm else (None, None)
+    if of_up is None or low is None or dlow is None:
+        dtrained = projection.parameter_grads(g, y, (low, dlow, free), ctx.noise)
+    else:
+        dtrained = adapter_grads(projection, g, y, low, dlow, (of_up, None))
     if dy is None:
         return None, None, dtrained
     dx, dnorm = rms_norm_backward(dy, x, norm_weight, rstd, grad_stream, wants_norm)
@@ -168,19 +157,28 @@ def _through_norm(
 
 
 def norm_qkv(
-    x_TD: Tensor, norm: RMSNorm, projection: Projection, heads: Heads, rope: HalfRope | None
+    x_TD: Tensor,
+    norm: RMSNorm,
+    projection: Projection,
+    heads: Heads,
+    head_norms: tuple[RMSNorm, RMSNorm] | None = None,
+    rope: HalfRope | None = None,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query_TNH, key_TKH, value_TKH and the stream, see `NormQkv`."""
-    trained = projection.trained
-    return cast(Any, NormQkv.apply(x_TD, norm.weight, norm.eps, projection, heads, rope, *trained))
+    """query_TNH, key_TKH, value_TKH and the stream, see `NormQkv`. head_norms: of queries and of keys."""
+    weights = (None, None) if head_norms is None else (head_norms[0].weight, head_norms[1].weight)
+    arguments = (norm.eps, projection, heads, rope, noise, *projection.trained)
+    return cast(Any, NormQkv.apply(x_TD, norm.weight, *weights, *arguments))
 
 
-def add_projection(stream_TD: Tensor, x_TF: Tensor, projection: Projection) -> Tensor:
+def add_projection(stream_TD: Tensor, x_TF: Tensor, projection: Projection, noise: Noise | None = None) -> Tensor:
     """stream + projection(x), see `AddProjection`."""
-    return cast(Tensor, AddProjection.apply(stream_TD, x_TF, projection, *projection.trained))
+    return cast(Tensor, AddProjection.apply(stream_TD, x_TF, projection, noise, *projection.trained))
 
 
-def norm_mlp(x_TD: Tensor, norm: RMSNorm, up: Projection, down: Projection, again: bool) -> Tensor:
+def norm_mlp(
+    x_TD: Tensor, norm: RMSNorm, up: Projection, down: Projection, again: bool, noise: Noise | None = None
+) -> Tensor:
     """x + mlp(norm(x)), see `NormMlp`."""
     trained: Sequence[Tensor] = [*up.trained, *down.trained]
-    return cast(Tensor, NormMlp.apply(x_TD, norm.weight, norm.eps, up, down, again, *trained))
+    return cast(Tensor, NormMlp.apply(x_TD, norm.weight, norm.eps, up, down, again, noise, *trained))

@@ -7,14 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels.dropout import Noise
 from tunesmith.kernels.rope import rope_tables_half
 from tunesmith.model.attention import AttendLayer
 from tunesmith.model.block import Block, Mlp
-from tunesmith.model.fused import HalfRope, Heads, add_projection, norm_mlp, norm_qkv
-from tunesmith.model.layers import RMSNorm, apply_rope
+from tunesmith.model.dora_projection import DoraProjection
+from tunesmith.model.fused import add_projection, norm_mlp, norm_qkv
+from tunesmith.model.heads import HalfRope, Heads
+from tunesmith.model.layers import RMSNorm
 from tunesmith.model.low_rank import refresh
-from tunesmith.model.projection import Projection, projection_of
+from tunesmith.model.projection import Projection
+from tunesmith.model.projections import projection_of
+from tunesmith.model.row_scale import RowScale, refresh_ratios
 from tunesmith.model.tiled import tiled_mlp
+
+_SITES = 4
+"""Projections of a block."""
 
 
 @dataclass
@@ -37,15 +45,20 @@ class FusedRope:
 class FusedBlock:
     """One block's modules and the projections written out from them. Callable as the block is."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, layer: int = 0) -> None:
         self.block = block
         self.dtype = dtype
         attention = block.attention
         self.linears = self._linears()
-        self.heads = Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim)
-        self.qkv = projection_of(attention.qkv, dtype) if _is_rms(block.attention_norm) else None
-        self.output = projection_of(attention.output, dtype)
-        self.up, self.down = _mlp_projections(block, dtype)
+        self.head_norms = _head_norms(block)
+        eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
+        self.heads = Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim, eps)
+        first = _SITES * layer
+        has_heads = self.head_norms is not None or attention.q_norm is None
+        writes_qkv = has_heads and _is_rms(block.attention_norm)
+        self.qkv = projection_of(attention.qkv, dtype, first) if writes_qkv else None
+        self.output = projection_of(attention.output, dtype, first + 1)
+        self.up, self.down = _mlp_projections(block, dtype, first + 2)
 
     def is_current(self) -> bool:
         """Whether the block still has the modules that this was made from."""
@@ -72,42 +85,39 @@ class FusedBlock:
         attend: AttendLayer,
         again: bool,
         tile_tokens: int | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
         """The block's output.
 
         Args: again: the gate-up activation is made again in the backward pass. tile_tokens: the same, and the MLP
-        goes through so many tokens at a time.
+        goes through so many tokens at a time. noise: what the adapters' dropout is drawn from; None: none is dropped.
         """
-        query, key, value, stream = self._project(x_TD, rope)
+        query, key, value, stream = self._project(x_TD, rope, noise)
         mixed = attend(query, key, value).reshape(x_TD.shape[0], -1)
-        stream = self._add_output(stream, mixed)
+        stream = self._add_output(stream, mixed, noise)
         if self.up is None or self.down is None:
             return stream + self.block.mlp(self.block.mlp_norm(stream))
         norm = self.block.mlp_norm
         assert isinstance(norm, RMSNorm)
         if tile_tokens is not None:
-            return tiled_mlp(stream, norm, self.up, self.down, tile_tokens)
-        return norm_mlp(stream, norm, self.up, self.down, again)
+            return tiled_mlp(stream, norm, self.up, self.down, tile_tokens, noise)
+        return norm_mlp(stream, norm, self.up, self.down, again, noise)
 
-    def _project(self, x_TD: Tensor, rope: FusedRope | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(
+        self, x_TD: Tensor, rope: FusedRope | None, noise: Noise | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         attention, norm = self.block.attention, self.block.attention_norm
         if self.qkv is None:
             query, key, value = attention.project(norm(x_TD), None if rope is None else rope.eager(x_TD.dtype))
             return query, key, value, x_TD
         assert isinstance(norm, RMSNorm)
-        if attention.q_norm is None or attention.k_norm is None:
-            return norm_qkv(x_TD, norm, self.qkv, self.heads, None if rope is None else rope.half)
-        query, key, value, stream = norm_qkv(x_TD, norm, self.qkv, self.heads, None)
-        query, key = attention.q_norm(query), attention.k_norm(key)
-        if rope is not None:
-            tables = rope.eager(x_TD.dtype)
-            query, key = apply_rope(query, *tables), apply_rope(key, *tables)
-        return query, key, value, stream
+        tables = None if rope is None else rope.half
+        return norm_qkv(x_TD, norm, self.qkv, self.heads, self.head_norms, tables, noise)
 
-    def _add_output(self, stream_TD: Tensor, mixed_TF: Tensor) -> Tensor:
+    def _add_output(self, stream_TD: Tensor, mixed_TF: Tensor, noise: Noise | None) -> Tensor:
         if self.output is None:
             return stream_TD + self.block.attention.output(mixed_TF)
-        return add_projection(stream_TD, mixed_TF, self.output)
+        return add_projection(stream_TD, mixed_TF, self.output, noise)
 
     def _linears(self) -> list[nn.Module]:
         attention, mlp = self.block.attention, self.block.mlp
@@ -123,19 +133,46 @@ class FusedBlocks:
     def of(self, blocks: nn.ModuleList, dtype: torch.dtype) -> list[FusedBlock]:
         """The current forms."""
         if len(self._blocks) != len(blocks) or not all(b.dtype == dtype and b.is_current() for b in self._blocks):
-            self._blocks = [FusedBlock(block, dtype) for block in blocks if isinstance(block, Block)]
+            modules = [block for block in blocks if isinstance(block, Block)]
+            self._blocks = [FusedBlock(block, dtype, layer) for layer, block in enumerate(modules)]
         return self._blocks
 
     def refresh(self) -> None:
         """Bring the copies of the adapters up to date."""
-        refresh([p.low_rank for b in self._blocks for p in b.projections if p.low_rank is not None])
+        refresh([p.low_rank for p in self._projections() if p.low_rank is not None])
+        refresh_ratios(self._row_scales())
+
+    def measure(self) -> None:
+        """Measure the rows' norms that DoRA divides by, as the adapters are now."""
+        for rows in self._row_scales():
+            rows.measure()
+
+    def draw(self, device: torch.device) -> Tensor | None:
+        """A seed for the masks of one forward pass, int64 [1], from torch's generator; None where nothing is dropped.
+
+        Drawn on the device, so that the host does not wait.
+        """
+        if not any(p.dropout for p in self._projections()):
+            return None
+        return torch.randint(2**62, (1,), device=device)
+
+    def _projections(self) -> list[Projection]:
+        return [projection for block in self._blocks for projection in block.projections]
+
+    def _row_scales(self) -> list[RowScale]:
+        return [p.rows for p in self._projections() if isinstance(p, DoraProjection)]
 
 
-def _mlp_projections(block: Block, dtype: torch.dtype) -> tuple[Projection | None, Projection | None]:
+def _head_norms(block: Block) -> tuple[RMSNorm, RMSNorm] | None:
+    query, key = block.attention.q_norm, block.attention.k_norm
+    return (query, key) if type(query) is RMSNorm and type(key) is RMSNorm else None
+
+
+def _mlp_projections(block: Block, dtype: torch.dtype, first_site: int) -> tuple[Projection | None, Projection | None]:
     mlp = block.mlp
     if not isinstance(mlp, Mlp) or not mlp.is_swiglu or not _is_rms(block.mlp_norm):
         return None, None
-    up, down = projection_of(mlp.up, dtype), projection_of(mlp.down, dtype)
+    up, down = projection_of(mlp.up, dtype, first_site), projection_of(mlp.down, dtype, first_site + 1)
     return (up, down) if up is not None and down is not None else (None, None)
 
 

@@ -67,3 +67,10 @@ def refresh(matrices: Sequence[LowRank]) -> None:
     scaled = [(target, scale) for target, _, scale in copies if scale != 1.0]
     if scaled:
         torch._foreach_mul_([target for target, _ in scaled], [scale for _, scale in scaled])
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, in float32 where the device has that: gradients of float32 masters are not rounded on the way."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels.dropout import Noise, add_dropout_, dropout
 from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.layers import Linear
-from tunesmith.model.lora import AdaptedLinear
-from tunesmith.model.low_rank import LowRank
+from tunesmith.model.low_rank import LowRank, wide_product
 from tunesmith.model.quant import NF4Linear
 
 Base = Linear | NF4Linear | Fp8Linear
@@ -22,45 +22,99 @@ Base = Linear | NF4Linear | Fp8Linear
 
 @dataclass
 class Projection:
-    """One linear of a block and, where it is adapted, its adapters as two matrices."""
+    """One linear of a block and, where it is adapted, its adapters as two matrices.
+
+    dropout: of the adapters' input, drawn from the pass's noise (without noise none is dropped); site: tells its masks
+    from those of other projections.
+    """
 
     base: Base
     low_rank: LowRank | None = None
+    dropout: float = 0.0
+    site: int = 0
 
     @property
     def trained(self) -> list[Tensor]:
-        """The parameters that get a gradient, in the order of `backward`'s."""
+        """The parameters that get a gradient, in the order of `parameter_grads`."""
         if self.low_rank is not None:
             return list(self.low_rank.masters)
         own = [self.base.weight, self.base.bias] if isinstance(self.base, Linear) else [self.base.bias]
         return [tensor for tensor in own if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
     @property
-    def wide(self) -> Tensor | None:
-        """The adapters' up_FR, where there are adapters."""
-        return None if self.low_rank is None else self.low_rank.up_FR
-
-    @property
-    def narrow(self) -> Tensor | None:
-        """The adapters' down_RD, where there are adapters."""
-        return None if self.low_rank is None else self.low_rank.down_RD
-
-    @property
     def needs_input(self) -> bool:
         """Whether the backward pass asks for the input again."""
         return self.low_rank is not None or (isinstance(self.base, Linear) and self.base.weight.requires_grad)
 
-    def forward(self, x_TD: Tensor, residual_TF: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """y_TF = residual + x W.T + bias + (x down.T) up.T, and the adapters' inner activation [T, R]."""
-        y, low = self.forward_apart(x_TD, residual_TF)
+    def forward(
+        self, x_TD: Tensor, residual_TF: Tensor | None = None, noise: Noise | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y_TF = residual + x W.T + bias + (x down.T) up.T; what `parameter_grads` takes as low [T, R] and free."""
+        y, low = self._base_product(x_TD, residual_TF), self._low(x_TD, noise)
         if self.low_rank is not None and low is not None:
             y.addmm_(low, self.low_rank.up_FR.t())
-        return y, low
+        return y, low, None
 
-    def forward_apart(self, x_TD: Tensor, residual_TF: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """`forward` with the adapters' product left to the caller: residual + x W.T + bias, and x down.T [T, R]."""
-        y = self._base_product(x_TD, residual_TF)
-        return y, None if self.low_rank is None else x_TD @ self.low_rank.down_RD.t()
+    def forward_apart(
+        self, x_TD: Tensor, noise: Noise | None = None, low_TR: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """free, of which `output` makes x W.T + bias, the product with `beside` left to the caller; and low.
+
+        low_TR: what this returned the first time, where it did.
+        """
+        return self.base.product(x_TD), self._low(x_TD, noise) if low_TR is None else low_TR
+
+    def output(self, free_TF: Tensor) -> Tensor:
+        """The output that `forward_apart` leads to: free itself, or a tensor of its own."""
+        return free_TF
+
+    def beside(self, low_TR: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """low and up_FR whose product belongs to `output`, or two times None."""
+        return (None, None) if self.low_rank is None else (low_TR, self.low_rank.up_FR)
+
+    def input_grad(self, g_TF: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gradients of x [T, D] and of the adapters' inner activation [T, R]."""
+        dx, dlow = self.input_grad_apart(g_TF, noise)
+        left, right = self.beside_grad(dlow, noise)
+        if left is not None and right is not None:
+            dx.addmm_(left, right)
+        return dx, dlow
+
+    def input_grad_apart(self, g_TF: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
+        """`input_grad` with the product of `beside_grad` left to the caller: g W, and g up [T, R]."""
+        dx = self.base.input_grad(g_TF)
+        if self.low_rank is None:
+            return dx, None
+        dlow = g_TF @ self.low_rank.up_FR
+        if noise is not None and self.dropout:
+            add_dropout_(dx, dlow @ self.low_rank.down_RD, noise, self.site, self.dropout)
+        return dx, dlow
+
+    def beside_grad(self, dlow_TR: Tensor | None, noise: Noise | None) -> tuple[Tensor | None, Tensor | None]:
+        """dlow and down_RD whose product belongs to the input's gradient, or two times None: it is there already."""
+        if self.low_rank is None or (noise is not None and self.dropout):
+            return None, None
+        return dlow_TR, self.low_rank.down_RD
+
+    def parameter_grads(
+        self,
+        g_TF: Tensor,
+        x_TD: Tensor | None,
+        held: tuple[Tensor | None, Tensor | None, Tensor | None],
+        noise: Noise | None = None,
+    ) -> list[Tensor]:
+        """The gradients of `trained`.
+
+        Args: x_TD: the input, where `needs_input`. held: low, what `input_grad` returned beside dx (None where that
+        was not called), and free.
+        """
+        low, dlow, _ = held
+        if self.low_rank is None:
+            return self._own_grads(g_TF, x_TD)
+        assert x_TD is not None and low is not None
+        dlow = g_TF @ self.low_rank.up_FR if dlow is None else dlow
+        grad_up, grad_down = wide_product(g_TF.t(), low), wide_product(dlow.t(), self._dropped(x_TD, noise))
+        return self.low_rank.master_grads(grad_down, grad_up)
 
     def _base_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
         if residual_TF is None:
@@ -69,31 +123,11 @@ class Projection:
             return torch.addmm(residual_TF, x_TD, self.base.weight.to(x_TD.dtype).t())
         return self.base.product(x_TD).add_(residual_TF)
 
-    def input_grad(self, g_TF: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The gradients of x [T, D] and of the adapters' inner activation [T, R]."""
-        dx, dlow = self.input_grad_apart(g_TF)
-        if self.low_rank is not None and dlow is not None:
-            dx.addmm_(dlow, self.low_rank.down_RD)
-        return dx, dlow
+    def _low(self, x_TD: Tensor, noise: Noise | None) -> Tensor | None:
+        return None if self.low_rank is None else self._dropped(x_TD, noise) @ self.low_rank.down_RD.t()
 
-    def input_grad_apart(self, g_TF: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`input_grad` with the adapters' product left to the caller: g W, and g up [T, R]."""
-        return self.base.input_grad(g_TF), None if self.low_rank is None else g_TF @ self.low_rank.up_FR
-
-    def parameter_grads(
-        self, g_TF: Tensor, x_TD: Tensor | None, low_TR: Tensor | None, dlow_TR: Tensor | None = None
-    ) -> list[Tensor]:
-        """The gradients of `trained`.
-
-        Args: x_TD: the input, where `needs_input`. low_TR: what `forward` returned. dlow_TR: what `input_grad`
-        returned, where that was called.
-        """
-        if self.low_rank is None:
-            return self._own_grads(g_TF, x_TD)
-        assert x_TD is not None and low_TR is not None
-        dlow = g_TF @ self.low_rank.up_FR if dlow_TR is None else dlow_TR
-        grad_up, grad_down = wide_product(g_TF.t(), low_TR), wide_product(dlow.t(), x_TD)
-        return self.low_rank.master_grads(grad_down, grad_up)
+    def _dropped(self, x_TD: Tensor, noise: Noise | None) -> Tensor:
+        return x_TD if noise is None or not self.dropout else dropout(x_TD, noise, self.site, self.dropout)
 
     def _own_grads(self, g_TF: Tensor, x_TD: Tensor | None) -> list[Tensor]:
         grads = []
@@ -104,21 +138,3 @@ class Projection:
                 assert x_TD is not None and isinstance(self.base, Linear)
                 grads.append(self.base.weight_grad(g_TF, x_TD).to(parameter.dtype))
         return grads
-
-
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in float32 where the device has that: gradients of float32 masters are not rounded on the way."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
-
-
-def projection_of(linear: nn.Module, dtype: torch.dtype) -> Projection | None:
-    """The written-out form of a linear; None where its passes are autograd's: DoRA, dropout, a foreign linear."""
-    if isinstance(linear, Linear | NF4Linear | Fp8Linear):
-        return Projection(linear)
-    if not isinstance(linear, AdaptedLinear) or linear.is_dora or linear.dropout:
-        return None
-    if not isinstance(linear.base, Linear | NF4Linear | Fp8Linear):
-        return None
-    return Projection(linear.base, LowRank(linear, dtype))

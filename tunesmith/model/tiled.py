@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.dropout import Noise
 from tunesmith.model.fused import NormMlp
 from tunesmith.model.layers import RMSNorm
 from tunesmith.model.projection import Projection
@@ -21,8 +22,11 @@ from tunesmith.model.projection import Projection
 class _TileContext:
     """What `NormMlp` finds in place of autograd's context."""
 
-    def __init__(self, needs_input_grad: Sequence[bool], projections: Sequence[Projection]) -> None:
+    def __init__(
+        self, needs_input_grad: Sequence[bool], projections: Sequence[Projection], noise: Noise | None
+    ) -> None:
         self.needs_input_grad = needs_input_grad
+        self.noise = noise
         self.saved_tensors: tuple[Tensor | None, ...] = ()
         self.projection, self.down = projections
 
@@ -46,17 +50,19 @@ class TiledMlp(torch.autograd.Function):
         up: Projection,
         down: Projection,
         tile_tokens: int,
+        noise: Noise | None,
         *trained: Tensor,
     ) -> Tensor:
         out = torch.empty_like(x_TD)
         saved = []
-        for x, y in zip(x_TD.split(tile_tokens), out.split(tile_tokens), strict=True):
-            context = _TileContext(ctx.needs_input_grad, (up, down))
-            y.copy_(NormMlp.forward(context, x, norm_weight, eps, up, down, True, *trained))
+        for rows in _tiles(x_TD.shape[0], tile_tokens):
+            own = _noise_of(noise, rows)
+            context = _TileContext(ctx.needs_input_grad, (up, down), own)
+            out[rows].copy_(NormMlp.forward(context, x_TD[rows], norm_weight, eps, up, down, True, own, *trained))
             # The first two are the tile's input and the norm's weight, which are held whole.
             saved.append(context.saved_tensors[2:])
         ctx.save_for_backward(x_TD, norm_weight, *(_joined(column) for column in zip(*saved, strict=True)))
-        ctx.projections, ctx.tile_tokens = (up, down), tile_tokens
+        ctx.projections, ctx.tile_tokens, ctx.noise = (up, down), tile_tokens, noise
         return out
 
     @staticmethod
@@ -65,7 +71,7 @@ class TiledMlp(torch.autograd.Function):
         dx = torch.empty_like(x_TD) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = []
         for rows in _tiles(x_TD.shape[0], ctx.tile_tokens):
-            context = _TileContext(ctx.needs_input_grad, ctx.projections)
+            context = _TileContext(ctx.needs_input_grad, ctx.projections, _noise_of(ctx.noise, rows))
             parts = [None if column is None else column[rows] for column in rest]
             context.save_for_backward(x_TD[rows], norm_weight, *parts)
             dx_tile, *others = NormMlp.backward(context, grads[0][rows])
@@ -75,15 +81,22 @@ class TiledMlp(torch.autograd.Function):
         return dx, *sums
 
 
-def tiled_mlp(x_TD: Tensor, norm: RMSNorm, up: Projection, down: Projection, tile_tokens: int) -> Tensor:
+def tiled_mlp(
+    x_TD: Tensor, norm: RMSNorm, up: Projection, down: Projection, tile_tokens: int, noise: Noise | None = None
+) -> Tensor:
     """x + mlp(norm(x)), see `TiledMlp`."""
     trained: Sequence[Tensor] = [*up.trained, *down.trained]
-    return cast(Tensor, TiledMlp.apply(x_TD, norm.weight, norm.eps, up, down, tile_tokens, *trained))
+    return cast(Tensor, TiledMlp.apply(x_TD, norm.weight, norm.eps, up, down, tile_tokens, noise, *trained))
 
 
 def _tiles(num_tokens: int, tile_tokens: int) -> Iterator[slice]:
     for start in range(0, num_tokens, tile_tokens):
         yield slice(start, min(start + tile_tokens, num_tokens))
+
+
+def _noise_of(noise: Noise | None, rows: slice) -> Noise | None:
+    """The noise of a tile: masks do not depend on how tokens are cut."""
+    return None if noise is None else noise.after(rows.start)
 
 
 def _joined(tiles: Sequence[Tensor | None]) -> Tensor | None:

@@ -1,0 +1,108 @@
+"""Dropout whose mask is a pure function of a seed and of the place of every element, so that it is never held.
+
+Whether element (row, column) of site s is kept is one word of the counter-based generator Philox4x32, seven rounds:
+the counter is (column mod ceil(D / 4), row, s, 0), the word column div ceil(D / 4), and the key the 64 bits of the
+seed. The seed is read from the device, so that recorded launches draw a new mask when another seed is put there.
+Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), sections 3.3 and 4
+(seven rounds pass BigCrush); arXiv 1207.0580 (dropout).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.units import ceil_div
+
+ROUNDS = 7
+WORD = 31
+"""Bits of a word that are compared with the probability."""
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Where masks come from in one forward pass and its backward pass.
+
+    seed: int64 [1] on the device, not written before the backward pass is over. first_row: the place, in the whole,
+    of the first row of what is masked.
+    """
+
+    seed: Tensor
+    first_row: int = 0
+
+    def after(self, rows: int) -> Noise:
+        """The same for what begins so many rows later."""
+        return replace(self, first_row=self.first_row + rows)
+
+
+def dropout(x_TD: Tensor, noise: Noise, site: int, probability: float) -> Tensor:
+    """x / (1 - probability) where the mask keeps it, else zero: contiguous, of x's dtype.
+
+    Args: x_TD: two dimensions. site: tells masks of the same seed apart. probability: at least 0, below 1.
+    """
+    threshold, scale = threshold_of(probability), 1.0 / (1.0 - probability)
+    if not use_kernel(x_TD.device):
+        return dropout_reference(x_TD, noise, site, probability)
+    from tunesmith.kernels.dropout_triton import dropout_operator
+
+    return dropout_operator(x_TD, noise.seed, site, noise.first_row, threshold, scale)
+
+
+def add_dropout_(out_TD: Tensor, x_TD: Tensor, noise: Noise, site: int, probability: float) -> None:
+    """out += dropout(x), added in float32 and rounded once."""
+    threshold, scale = threshold_of(probability), 1.0 / (1.0 - probability)
+    if not use_kernel(x_TD.device):
+        add_dropout_reference_(out_TD, x_TD, noise, site, probability)
+        return
+    from tunesmith.kernels.dropout_triton import add_dropout_operator
+
+    add_dropout_operator(out_TD, x_TD, noise.seed, site, noise.first_row, threshold, scale)
+
+
+def dropout_reference(x_TD: Tensor, noise: Noise, site: int, probability: float) -> Tensor:
+    """dropout by plain torch: the truth that the kernel must equal."""
+    return _masked(x_TD, noise, site, probability).to(x_TD.dtype)
+
+
+def add_dropout_reference_(out_TD: Tensor, x_TD: Tensor, noise: Noise, site: int, probability: float) -> None:
+    """add_dropout_ by plain torch."""
+    out_TD.copy_(out_TD.float() + _masked(x_TD, noise, site, probability))
+
+
+def kept(rows: int, columns: int, noise: Noise, site: int, probability: float) -> Tensor:
+    """The mask, bool [rows, columns], by plain torch."""
+    device = noise.seed.device
+    quarter = ceil_div(columns, 4)
+    row = (torch.arange(rows, device=device) + noise.first_row)[:, None].expand(rows, quarter)
+    words = philox(torch.arange(quarter, device=device).expand(rows, quarter), row, site, noise.seed)
+    return (torch.cat(words, dim=1)[:, :columns] >> (32 - WORD)) >= threshold_of(probability)
+
+
+def philox(c0: Tensor, c1: Tensor, site: int, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words, each int64 from 0 to below 2^32, of the counter (c0, c1, site, 0) under the key `seed`."""
+    c2, c3 = torch.full_like(c0, site), torch.zeros_like(c0)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(ROUNDS):
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # modulo 2^64: the bits are right
+        c0, c1 = ((second >> 32) & _MASK) ^ c1 ^ k0, second & _MASK
+        c2, c3 = ((first >> 32) & _MASK) ^ c3 ^ k1, first & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def threshold_of(probability: float) -> int:
+    """A word of `WORD` bits below this is dropped."""
+    if not 0 <= probability < 1:
+        raise ValueError(f"a probability of dropout is at least 0 and below 1, got {probability}")
+    return min(round(probability * 2**WORD), 2**WORD - 1)
+
+
+def _masked(x_TD: Tensor, noise: Noise, site: int, probability: float) -> Tensor:
+    mask = kept(*x_TD.shape, noise, site, probability)
+    return x_TD.float() * mask * (1.0 / (1.0 - probability))
