@@ -46,10 +46,11 @@ CASES: dict[str, dict[str, Any]] = {
     "full fp8": {"kind": "full", "fp8_compute": True},
     "lora": {"kind": "lora"},
     "lora fp8": {"kind": "lora", "base": "fp8"},
+    "lora fp8 all": {"kind": "lora", "base": "fp8", "fp8_blocks": "all"},
     "qlora": {"kind": "qlora"},
     "qlora fp8": {"kind": "qlora", "fp8_compute": True},
 }
-BESIDE = {"full fp8": "full", "lora fp8": "lora", "qlora fp8": "qlora"}
+BESIDE = {"full fp8": "full", "lora fp8": "lora", "lora fp8 all": "lora", "qlora fp8": "qlora"}
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 TRAINING_TEXT, HELD_OUT_TEXT = "builtin:pretrain-text?rows=60000&seed=21", "builtin:pretrain-text?rows=4000&seed=22"
 Row = dict[str, Any]

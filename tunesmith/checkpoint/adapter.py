@@ -191,7 +191,9 @@ def _quantisation(linears: Mapping[str, AdaptedLinear]) -> tuple[str, str]:
             kind = "nf4-double" if linear.base.is_double else "nf4"
             return kind, str(linear.base.dtype).removeprefix("torch.")
         if isinstance(linear.base, Fp8Linear):
-            return "fp8", str(linear.base.dtype).removeprefix("torch.")
+            # Adapters are in every block: those that are not on fp8 are the outer blocks'.
+            whole = all(isinstance(other.base, Fp8Linear) for other in linears.values())
+            return "fp8" if whole else "fp8-inner", str(linear.base.dtype).removeprefix("torch.")
     weight = next(iter(linears.values())).base.weight
     return "none", str(cast(Tensor, weight).dtype).removeprefix("torch.")
 

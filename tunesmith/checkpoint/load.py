@@ -33,7 +33,7 @@ from tunesmith.model.quant import NF4Linear, quantise_blocks, quantised, set_com
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.recipe.schema import ModelSection
 
-Quantize = Literal["nf4", "nf4-double", "fp8"]
+Quantize = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
 Progress = Callable[[int, int], None]
 Backend = Literal["auto", "native", "transformers"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,8 +56,8 @@ def load_model(
     Args:
         path_or_id: a model directory, `builtin:tiny`, or a Hub id.
         adapter: an adapter directory in PEFT's format, put on top; refused where it has another base on record.
-        quantize: hold the linears of the blocks in NF4, the scales too with "nf4-double", or in fp8
-            (a device without fp8 products dequantises for each product).
+        quantize: hold the linears of the blocks in NF4, the scales too with "nf4-double", or in fp8, all but the
+            first and the last block with "fp8-inner" (a device without fp8 products dequantises for each product).
         dtype: "auto" is the checkpoint's.
         device: "auto" is the GPU where there is one.
     Raises: ModelError, AdapterError or DeviceError.
@@ -68,7 +68,7 @@ def load_model(
     model = load_language_model(
         section, quantize=quantize, dtype=_dtype(dtype), device=torch.device(pick_device(str(device))), seed=seed
     )
-    if quantize == "fp8":
+    if quantize in ("fp8", "fp8-inner"):
         module = cast(nn.Module, model)
         set_compute(module, "fp8" if has_fp8(next(module.parameters()).device) else "weights")
     if adapter is not None:
@@ -257,7 +257,7 @@ class BnbWeights(CheckpointWeights):
 
         Raises: ModelError when other scales were asked for than the checkpoint has, or fp8.
         """
-        if asked == "fp8":
+        if asked in ("fp8", "fp8-inner"):
             raise ModelError(
                 f"{self.files.directory} is quantised to NF4 already: take the unquantised model for an fp8 base, or "
                 f"set method.kind to qlora, with method.fp8_compute for products in fp8"

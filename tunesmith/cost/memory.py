@@ -11,12 +11,13 @@ from typing import Literal
 
 from tunesmith.arch import ModelConfig
 from tunesmith.cost.params import adapter_parameters, count_parameters, trained_base_parameters
-from tunesmith.cost.shapes import LinearShape, Method, block_linears, linears
+from tunesmith.cost.shapes import LinearShape, Method, MethodShape, block_linears, linears
 from tunesmith.formats import FORMATS
 from tunesmith.units import MIB, ceil_div
 
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+_LEAST_BLOCKS = 3  # of fewer, an fp8 base holds all in fp8
 BLOCK_SIZE = 256  # values that share one scale in 8-bit optimiser states
 
 
@@ -64,9 +65,26 @@ def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DType
     width = FORMATS[weight_dtype].bytes_for(1)
     if method.kind != "qlora" and method.base != "fp8":
         return frozen * width
-    quantised = [linear for linear in linears(config) if linear.owner != "router"]
+    quantised = [linear for linear in linears(config) if linear.owner != "router" and _is_held(linear, config, method)]
     rest = frozen - sum(linear.copies * linear.weight_size for linear in quantised)
     return rest * width + sum(linear.copies * _part_bytes(linear, method) for linear in quantised)
+
+
+def keeps_outer_blocks(config: ModelConfig, weight_dtype: DTypeName) -> bool:
+    """Whether an fp8 base affords its first and last block in `weight_dtype`: for at most a tenth of its bytes more.
+
+    Or for 64 MiB: small models feel roundings most, and nobody misses that.
+    """
+    whole = frozen_weight_bytes(config, MethodShape("lora", base="fp8"), weight_dtype)
+    inner = frozen_weight_bytes(config, MethodShape("lora", base="fp8", fp8_blocks="inner"), weight_dtype)
+    return config.num_hidden_layers >= _LEAST_BLOCKS and inner - whole <= max(whole // 10, 64 * MIB)
+
+
+def _is_held(linear: LinearShape, config: ModelConfig, method: Method) -> bool:
+    """Whether the block of this linear is quantised: of an fp8 base perhaps the inner ones only."""
+    if method.kind == "qlora" or method.fp8_blocks != "inner" or config.num_hidden_layers < _LEAST_BLOCKS:
+        return True
+    return 0 < linear.layer < config.num_hidden_layers - 1
 
 
 def _part_bytes(linear: LinearShape, method: Method) -> int:

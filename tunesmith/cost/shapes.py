@@ -25,6 +25,8 @@ class Method(Protocol):
     @property
     def base(self) -> Literal["checkpoint", "fp8"]: ...
     @property
+    def fp8_blocks(self) -> Literal["auto", "all", "inner"]: ...
+    @property
     def double_quantisation(self) -> bool: ...
     @property
     def trainable(self) -> Sequence[str]: ...
@@ -41,6 +43,7 @@ class MethodShape:
     double_quantisation: bool = True
     trainable: Sequence[str] = ()
     base: Literal["checkpoint", "fp8"] = "checkpoint"
+    fp8_blocks: Literal["auto", "all", "inner"] = "all"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class LLM:
             (also one that is training: it is sampled as it stands, in evaluation mode, and left as it was).
         adapter: an adapter directory (or the run it came from), put on top of `model`.
         dtype: "auto" is the checkpoint's on a GPU, and float32 on a CPU, as training computes there.
-        quantize: "nf4", "nf4-double" or "fp8"; None: as stored, or as the run was trained.
+        quantize: "nf4", "nf4-double", "fp8" or "fp8-inner"; None: as stored, or as the run was trained.
         max_model_len: tokens of context, prompt and answer together; None: what the model was made for.
         max_running: requests that share a forward pass.
         tokenizer: for a loaded model: its tokenizer, or the directory of one. Without it only token ids go in and out.

@@ -14,7 +14,7 @@ from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
 from tunesmith.rundir.layout import RunDir, is_run, open_run
 
-Quantize = Literal["nf4", "nf4-double", "fp8"]
+Quantize = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
 _OUTCOMES = ("final", "adapter", "model")
 
 

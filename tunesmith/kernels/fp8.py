@@ -13,6 +13,7 @@ Source: arXiv 2209.05433 (the format); scales by row are this project's choice.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -27,6 +28,27 @@ from tunesmith.kernels.fp8_weight import SMALLEST_SCALE as SMALLEST_SCALE
 from tunesmith.kernels.fp8_weight import Fp8Weight as Fp8Weight
 from tunesmith.kernels.nf4 import use_kernel
 
+Codes = tuple[Tensor, Tensor]
+"""Codes [T, K] and their scales float32 [T, 1]: a matrix quantised by rows."""
+
+
+@dataclass
+class FastSums:
+    """Where fp8 products add up in the tensor cores' own short registers, by direction.
+
+    Of an fp8 product's sum Hopper's cores keep some 14 bits; "fast" leaves it there for the whole of K, otherwise it is
+    moved to float32 every 128 terms, which costs instructions in the inner loop. Forward, K is the model's width, and
+    what is lost (3e-4 of a sum of terms of one sign for each 2^-13 cut off) is below the 2^-4 that rounding the inputs
+    to e4m3 costs. Backward, the sums are as long as the layer is wide (37,888 for gate and up of a 7B model), and
+    errors of every block add up on the stream's way down: where precision may matter, it is there. Both are switches,
+    read at every product (recorded graphs keep what they were recorded with): which one costs what is to be measured.
+    """
+
+    forward: bool = True
+    backward: bool = True
+
+
+FAST_SUMS = FastSums()
 # Values quantised at once by plain torch: bounds its float32 copies.
 CHUNK = 2**24
 
@@ -64,7 +86,7 @@ def quantize_rows_fp8(x_TD: Tensor, fold_D: Tensor | None = None) -> tuple[Tenso
     scale = largest of the row / 448, never 0; rounded to the nearest, ties to even. What is not finite stays so: the
     codes of an infinity and of NaN are NaN.
     """
-    if x_TD.is_meta or not use_fp8_kernel(x_TD.device):
+    if not use_fp8_kernel(x_TD.device):
         return quantize_rows_reference(x_TD, fold_D)
     from tunesmith.kernels.fp8_triton import quantize_rows_operator
 
@@ -99,7 +121,7 @@ def to_codes(wide: Tensor, scale: Tensor) -> Tensor:
 
 def transpose_fp8(codes_FD: Tensor) -> Tensor:
     """codes_DF, contiguous."""
-    if codes_FD.is_meta or not use_kernel(codes_FD.device):
+    if not use_kernel(codes_FD.device):
         return codes_FD.view(torch.uint8).t().contiguous().view(FP8)
     from tunesmith.kernels.fp8_triton import transpose_operator
 
@@ -113,11 +135,13 @@ def fp8_product(
     w_scale_N: Tensor | None,
     bias_N: Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    backward: bool = False,
 ) -> Tensor:
     """y_TN = (x_codes * x_scale) @ (w_codes * w_scale).T + bias, in `out_dtype`. `w_scale_N` None: 1 everywhere.
 
-    On a GPU torch's scaled product: sums in float32 (to the hardware's fast accumulation), the output rounded to
-    bfloat16 first; widths that are no multiple of 16, and a CPU, take the reference.
+    On a GPU torch's scaled product: sums as `FAST_SUMS` says for a product of the forward or the `backward` pass, the
+    output rounded to bfloat16 first; widths that are no multiple of 16, and a CPU, take the reference.
     Raises: DeviceError on a GPU without fp8.
     """
     if not x_codes_TK.is_cuda:
@@ -133,7 +157,7 @@ def fp8_product(
         scale_b=scale_N.view(1, -1),
         bias=None if bias_N is None else bias_N.to(torch.bfloat16),
         out_dtype=torch.bfloat16,  # the one output that scales by row have everywhere
-        use_fast_accum=True,
+        use_fast_accum=FAST_SUMS.backward if backward else FAST_SUMS.forward,
     )
     return y_TN.to(out_dtype)
 

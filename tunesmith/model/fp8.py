@@ -5,7 +5,7 @@ Both products run in fp8: of the activations forward, and of the gradients backw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -17,11 +17,13 @@ from tunesmith.kernels.fp8 import (
     dequantize_rows,
     fp8_product,
     quantize_fp8_weight,
-    quantize_rows_fp8,
     transpose_fp8,
 )
+from tunesmith.model.coded import row_codes
 from tunesmith.model.frozen import FrozenProduct
 from tunesmith.model.layers import Linear, part_rows
+
+_LEAST_BLOCKS = 3
 
 
 class Fp8Linear(nn.Module):
@@ -100,16 +102,26 @@ class Fp8Linear(nn.Module):
         if self.compute == "weights":
             bias = None if self.bias is None else self.bias.to(x_TD.dtype)
             return nn.functional.linear(x_TD, self.weight(x_TD.dtype), bias)
-        x_codes, x_scale = quantize_rows_fp8(x_TD.flatten(0, -2))
-        y_TF = fp8_product(x_codes, x_scale, self.codes, self.scale, self.bias, x_TD.dtype)
+        codes = row_codes(x_TD.flatten(0, -2))
+        y_TF = fp8_product(*codes, self.codes, self.scale, self.bias, x_TD.dtype)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the products are of fp8 codes, so that whoever makes x or g may hand them over with it."""
+        return self.compute == "fp8"
+
+    @property
+    def fold(self) -> Tensor:
+        """What a gradient's columns are multiplied by before it is quantised: float32 [F]."""
+        return self.scale
 
     def input_grad(self, g_TF: Tensor) -> Tensor:
         """dx_TD = g @ weight in the dtype of g: the scales folded into g, which is quantised by rows."""
         if self.compute == "weights":
             return g_TF @ self.weight(g_TF.dtype)
-        g_codes, g_scale = quantize_rows_fp8(g_TF.flatten(0, -2), self.scale)
-        dx_TD = fp8_product(g_codes, g_scale, transpose_fp8(self.codes), None, None, g_TF.dtype)
+        codes = row_codes(g_TF.flatten(0, -2), self.scale)
+        dx_TD = fp8_product(*codes, transpose_fp8(self.codes), None, None, g_TF.dtype, backward=True)
         return dx_TD.view(*g_TF.shape[:-1], self.in_features)
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -140,6 +152,15 @@ def quantise_linears_fp8(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is Linear and name not in ("head", "router"):
                 setattr(parent, name, quantised_fp8(child))
+
+
+def inner_blocks(blocks: Sequence[nn.Module] | nn.ModuleList) -> list[nn.Module]:
+    """All blocks but the first and the last; of fewer than three, all.
+
+    The stream is most sensitive to roundings next to the embedding and the head.
+    """
+    found = list(blocks)
+    return found if len(found) < _LEAST_BLOCKS else found[1:-1]
 
 
 def quantised_fp8(linear: Linear) -> Fp8Linear:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import nn
 
 from tunesmith.errors import RecipeError, UnsupportedModelError, nearest
-from tunesmith.model.fp8 import Fp8Linear
+from tunesmith.model.fp8 import Fp8Linear, inner_blocks
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.layers import Linear
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
@@ -162,11 +162,19 @@ def quantise_model(model: LanguageModel, quantisation: Quantisation) -> None:
         quantise_blocks(module, quantisation)
         return
     _refuse_fused_experts(model)
+    wide = _outer_modules(module) if quantisation == "fp8-inner" else set()
     for target in block_linears(model):
-        if not isinstance(target.module, NF4Linear | Fp8Linear):
+        if target.module not in wide and not isinstance(target.module, NF4Linear | Fp8Linear):
             held = quantised_as(_as_linear(target), quantisation)
             held.keep_shell(target.module)
             target.replace(held)
+
+
+def _outer_modules(module: nn.Module) -> set[nn.Module]:
+    """What is in the first and the last block, where those are not all."""
+    blocks = _blocks(module)
+    inner = inner_blocks(blocks)
+    return {child for block in blocks if block not in inner for child in block.modules()}
 
 
 def _module(model: LanguageModel) -> nn.Module:

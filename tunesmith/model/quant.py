@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.kernels.fp8 import Fp8Weight, fp8_product, quantize_rows_fp8
+from tunesmith.kernels.fp8 import Fp8Weight, fp8_product
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, quantize_nf4
 from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
-from tunesmith.model.fp8 import Fp8Linear, quantise_linears_fp8, quantised_fp8
+from tunesmith.model.coded import row_codes
+from tunesmith.model.fp8 import Fp8Linear, inner_blocks, quantise_linears_fp8, quantised_fp8
 from tunesmith.model.frozen import FrozenProduct
 from tunesmith.model.layers import Linear, part_rows
 from tunesmith.model.trained_fp8 import TrainedFp8Linear
 
 Compute = Literal["weights", "fp8"]
-Quantisation = Literal["nf4", "nf4-double", "fp8"]
+Quantisation = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
 _STATE = ("codes", "scales", "scale_scales", "offset")
 
 
@@ -112,16 +113,26 @@ class NF4Linear(nn.Module):
             return self._input_grad_fp8(g_TF)
         return g_TF @ self.weight(g_TF.dtype)
 
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the products are of fp8 codes, see `Fp8Linear.takes_codes`."""
+        return self.compute == "fp8"
+
+    @property
+    def fold(self) -> Tensor:
+        """What a gradient's columns are multiplied by before it is quantised: float32 [F]."""
+        return self.row_scales()
+
     def _product_fp8(self, x_TD: Tensor) -> Tensor:
+        codes = row_codes(x_TD.flatten(0, -2))
         weight = nf4_to_fp8(self._all_parts(), scale_F=self.row_scales())
-        x_codes, x_scale = quantize_rows_fp8(x_TD.flatten(0, -2))
-        y_TF = fp8_product(x_codes, x_scale, weight.codes, weight.scale, self.bias, x_TD.dtype)
+        y_TF = fp8_product(*codes, weight.codes, weight.scale, self.bias, x_TD.dtype)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
 
     def _input_grad_fp8(self, g_TF: Tensor) -> Tensor:
+        codes = row_codes(g_TF.flatten(0, -2), self.row_scales())
         weight = nf4_to_fp8(self._all_parts(), transposed=True, scale_F=self.row_scales())
-        g_codes, g_scale = quantize_rows_fp8(g_TF.flatten(0, -2), weight.scale)
-        dx_TD = fp8_product(g_codes, g_scale, weight.codes, None, None, g_TF.dtype)
+        dx_TD = fp8_product(*codes, weight.codes, None, None, g_TF.dtype, backward=True)
         return dx_TD.view(*g_TF.shape[:-1], self.in_features)
 
     def row_scales(self) -> Tensor:
@@ -172,16 +183,22 @@ def quantise_linears(model: nn.Module, double: bool) -> None:
 
 
 def quantise_blocks(model: nn.Module, quantisation: Quantisation) -> None:
-    """Hold every linear of the blocks in NF4 or fp8: `quantise_linears` or `quantise_linears_fp8`."""
+    """Hold every linear of the blocks in NF4 or fp8: `quantise_linears` or `quantise_linears_fp8`.
+
+    "fp8-inner" leaves the first and the last block of a model's `blocks` as they are, see `fp8.inner_blocks`.
+    """
     if quantisation == "fp8":
         quantise_linears_fp8(model)
+    elif quantisation == "fp8-inner":
+        for block in inner_blocks(cast(Any, model).blocks):
+            quantise_linears_fp8(block)
     else:
         quantise_linears(model, quantisation == "nf4-double")
 
 
 def quantised_as(linear: Linear, quantisation: Quantisation) -> NF4Linear | Fp8Linear:
     """The quantised form of a linear, on its device."""
-    return quantised_fp8(linear) if quantisation == "fp8" else quantised(linear, quantisation == "nf4-double")
+    return quantised_fp8(linear) if quantisation.startswith("fp8") else quantised(linear, quantisation == "nf4-double")
 
 
 def quantised(linear: Linear, double: bool) -> NF4Linear:

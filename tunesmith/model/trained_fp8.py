@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.fp8 import fp8_product, quantize_rows_fp8
 from tunesmith.kernels.fp8_columns import quantize_columns_fp8
+from tunesmith.model.coded import row_codes
+from tunesmith.model.fp8 import inner_blocks
 from tunesmith.model.layers import Linear
-
-_LEAST_BLOCKS = 3
 
 
 class TrainedFp8Linear(Linear):
@@ -43,8 +43,7 @@ class TrainedFp8Linear(Linear):
         if self.compute == "weights":
             return super().product(x_TD)
         codes, scale = quantize_rows_fp8(self.weight.detach())
-        x_codes, x_scale = quantize_rows_fp8(x_TD.flatten(0, -2))
-        y_TF = fp8_product(x_codes, x_scale, codes, scale.view(-1), self.bias, x_TD.dtype)
+        y_TF = fp8_product(*row_codes(x_TD.flatten(0, -2)), codes, scale.view(-1), self.bias, x_TD.dtype)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
 
     def input_grad(self, g_TF: Tensor) -> Tensor:
@@ -52,16 +51,21 @@ class TrainedFp8Linear(Linear):
         if self.compute == "weights":
             return super().input_grad(g_TF)
         codes, scale = quantize_columns_fp8(self.weight.detach())
-        g_codes, g_scale = quantize_rows_fp8(_widened(g_TF.flatten(0, -2), codes.shape[1]))
-        dx_TD = fp8_product(g_codes, g_scale, codes, scale.view(-1), None, g_TF.dtype)
+        g = row_codes(_widened(g_TF.flatten(0, -2), codes.shape[1]))
+        dx_TD = fp8_product(*g, codes, scale.view(-1), None, g_TF.dtype, backward=True)
         return dx_TD.view(*g_TF.shape[:-1], self.in_features)
+
+    @property
+    def takes_codes(self) -> bool:
+        """Whether the products are of fp8 codes, see `Fp8Linear.takes_codes`."""
+        return self.compute == "fp8"
 
     def weight_grad(self, g_TF: Tensor, x_TD: Tensor) -> Tensor:
         """dW_FD = g.T @ x in the dtype of g."""
         if self.compute == "weights" or not self.fp8_weight_grad:
             return super().weight_grad(g_TF, x_TD)
         (g_codes, g_scale), (x_codes, x_scale) = quantize_columns_fp8(g_TF), quantize_columns_fp8(x_TD)
-        return fp8_product(g_codes, g_scale, x_codes, x_scale.view(-1), None, g_TF.dtype)
+        return fp8_product(g_codes, g_scale, x_codes, x_scale.view(-1), None, g_TF.dtype, backward=True)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.compute == "weights":
@@ -96,12 +100,10 @@ class TrainedProduct(torch.autograd.Function):
 def train_in_fp8(blocks: nn.ModuleList) -> int:
     """Put a `TrainedFp8Linear` in place of every linear of the inner blocks but routers; returns how many.
 
-    The first and the last block stay as they are: the stream is most sensitive to roundings next to the embedding and
-    the head. Of a model of fewer than three blocks, all are taken.
+    The first and the last block stay as they are, see `fp8.inner_blocks`.
     """
-    inner = list(blocks) if len(blocks) < _LEAST_BLOCKS else list(blocks)[1:-1]
     count = 0
-    for parent in [module for block in inner for module in block.modules()]:
+    for parent in [module for block in inner_blocks(blocks) for module in block.modules()]:
         for name, child in list(parent.named_children()):
             if type(child) is Linear and name != "router":
                 setattr(parent, name, TrainedFp8Linear(child))

@@ -85,6 +85,12 @@ class MethodSection(Section):
         description="lora: how the frozen base is held; checkpoint: in model.dtype; fp8: e4m3 codes with a scale for "
         "each output row, its products in fp8 (GPUs from sm_89 on; on a CPU a slow reference)",
     )
+    fp8_blocks: Literal["auto", "all", "inner"] = Field(
+        "auto",
+        description="the blocks that an fp8 base holds in fp8; inner: the first and the last stay in model.dtype, as "
+        "the stream is most sensitive to roundings next to the embedding and the head; auto: inner where that costs at "
+        "most a tenth of the weights' bytes, or 64 MiB",
+    )
     double_quantisation: bool = Field(True, description="qlora: quantise the scales too")
     fp8_compute: bool = Field(
         False,
@@ -98,11 +104,13 @@ class MethodSection(Section):
     adapter: str | None = Field(None, description="an adapter directory to continue from (PEFT's format)")
 
     @property
-    def quantisation(self) -> Literal["nf4", "nf4-double", "fp8"] | None:
-        """How the frozen base is held; None: in model.dtype."""
+    def quantisation(self) -> Literal["nf4", "nf4-double", "fp8", "fp8-inner"] | None:
+        """How the frozen base is held; None: in model.dtype. Unresolved, `fp8_blocks` counts as all."""
         if self.kind == "qlora":
             return "nf4-double" if self.double_quantisation else "nf4"
-        return "fp8" if self.base == "fp8" else None
+        if self.base != "fp8":
+            return None
+        return "fp8-inner" if self.fp8_blocks == "inner" else "fp8"
 
     @property
     def uses_fp8(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
-from tunesmith.arch import read_raw_config
+from tunesmith.arch import read_config, read_raw_config
 from tunesmith.checkpoint.source import resolve_model
-from tunesmith.errors import DeviceError
+from tunesmith.cost.memory import DTypeName, keeps_outer_blocks
+from tunesmith.errors import DeviceError, UnsupportedModelError
 from tunesmith.hardware import pick_device, supports_bf16
 from tunesmith.kernels.fp8 import require_fp8
 from tunesmith.recipe.schema import MethodSection, Recipe, TrainSection
@@ -27,8 +30,22 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
         require_fp8(device)
     _require_gpu_to_offload(recipe, device)
     train = _resolve_train(recipe, device)
-    model = recipe.model.model_copy(update={"device": str(device), "dtype": _weight_dtype(recipe, train)})
-    return recipe.model_copy(update={"model": model, "train": train})
+    dtype = weight_dtype(recipe, train)
+    model = recipe.model.model_copy(update={"device": str(device), "dtype": dtype})
+    method = _resolve_method(recipe, cast(DTypeName, dtype))
+    return recipe.model_copy(update={"model": model, "method": method, "train": train})
+
+
+def _resolve_method(recipe: Recipe, weight_dtype: DTypeName) -> MethodSection:
+    """The method with the blocks of an fp8 base decided. A family that is not known here keeps no block wide."""
+    method = recipe.method
+    if method.base != "fp8" or method.fp8_blocks != "auto":
+        return method
+    try:
+        config = read_config(resolve_model(recipe.model.path, recipe.model.revision))
+    except UnsupportedModelError:
+        return method.model_copy(update={"fp8_blocks": "all"})
+    return method.model_copy(update={"fp8_blocks": "inner" if keeps_outer_blocks(config, weight_dtype) else "all"})
 
 
 def _require_gpu_to_offload(recipe: Recipe, device: torch.device) -> None:
@@ -57,7 +74,7 @@ def _resolve_train(recipe: Recipe, device: torch.device) -> TrainSection:
     elif precision == "bfloat16" and device.type == "cuda" and not supports_bf16(device):
         raise DeviceError(f"{device} has no bfloat16: use --set train.precision=float16, or float32")
     master = "float32" if train.master_weights == "auto" else train.master_weights
-    tokens = train.micro_batch_tokens or _micro_batch_tokens(recipe.data.max_length, device)
+    tokens = train.micro_batch_tokens or default_tokens(recipe.data.max_length, device)
     values = {"precision": precision, "master_weights": master, "micro_batch_tokens": tokens}
     return train.model_copy(update={**values, "learning_rate": _learning_rate(recipe)})
 
@@ -77,12 +94,12 @@ def _learning_rate(recipe: Recipe) -> float:
     return rate / 10 if trains_base(recipe.method) else rate
 
 
-def _micro_batch_tokens(max_length: int, device: torch.device) -> int:
+def default_tokens(max_length: int, device: torch.device) -> int:
     """The smallest multiple of the longest document that holds the device's least."""
     return max_length * ceil_div(LEAST_TOKENS.get(device.type, LEAST_TOKENS["cuda"]), max_length)
 
 
-def _weight_dtype(recipe: Recipe, train: TrainSection) -> str:
+def weight_dtype(recipe: Recipe, train: TrainSection) -> str:
     """Frozen weights are held as they are computed with: a cast at each use would hold two copies of them."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype

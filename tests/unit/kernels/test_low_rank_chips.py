@@ -23,12 +23,14 @@ SCALES: dict[str, float] = {"INVERSE_LARGEST": 1 / LARGEST, "SMALLEST": SMALLEST
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, float], int]]:
     """Every kernel with its arguments' types (strides are multiples of 16), its constants and its warps."""
     from tunesmith.kernels import norm_fp8_triton, swiglu_fp8_triton, swiglu_low_rank_triton
+    from tunesmith.kernels import swiglu_low_rank_grads_triton as sums
 
     stream, wide, count = "*bf16", "*fp32", "i32"
     low, fp8 = swiglu_low_rank_triton, swiglu_fp8_triton
     forward = {**dict.fromkeys(("gate_up", "low", "up", "h"), stream), "num_rows": count, "stride": count}
     backward = {**forward, **dict.fromkeys(("grad_h", "dlow", "down", "out"), stream)}
     backward |= dict.fromkeys(("grad_stride", "out_stride"), count)
+    gradients = {"of_up": wide, "of_down": wide}
     counters = {**dict.fromkeys(("largest", "done", "ticket"), "*i32"), "codes": "*fp8e4nv", "scales": wide}
     counters |= dict.fromkeys(("num_groups", "num_behind"), count)
     shape: dict[str, float] = {"WIDTH": 18944, "ROWS": low.ROWS, "COLUMNS": low.COLUMNS, "STEPS": low.STEPS, **RANKS}
@@ -41,6 +43,12 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, float], int]]:
     return {
         "swiglu_low_rank": (low._forward_kernel, forward, shape, low.WARPS),
         "swiglu_low_rank_backward": (low._backward_kernel, backward, {**shape, **rest, **below}, low.WARPS),
+        "swiglu_low_rank_grads": (
+            sums._grads_kernel,
+            {**{name: kind for name, kind in backward.items() if name not in ("h", "out", "out_stride")}, **gradients},
+            {**shape, **GRAD_RANKS, "ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS, "STEPS": sums.STEPS},
+            sums.WARPS,
+        ),
         "swiglu_fp8": (fp8._forward_kernel, {**forward, **counters}, grouped, fp8.WARPS),
         "swiglu_fp8_backward": (
             fp8._backward_kernel,
@@ -57,7 +65,14 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, float], int]]:
     }
 
 
-NAMES = ["swiglu_low_rank", "swiglu_low_rank_backward", "swiglu_fp8", "swiglu_fp8_backward", "rms_norm_fp8"]
+NAMES = [
+    "swiglu_low_rank",
+    "swiglu_low_rank_backward",
+    "swiglu_low_rank_grads",
+    "swiglu_fp8",
+    "swiglu_fp8_backward",
+    "rms_norm_fp8",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
