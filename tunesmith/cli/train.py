@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from tunesmith.errors import RecipeError, VerificationError
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.verify.warm_up import Compiling
 
 app = typer.Typer(add_completion=False)
 
@@ -41,9 +43,12 @@ def train(
         from tunesmith.text.tokenise import refuse_pairs
 
         refuse_pairs(recipe.data)  # before a run directory, and the certificate's "mask shown", are made of them
+    from tunesmith.verify.warm_up import start_compiling
+
+    compiling = start_compiling(recipe)  # while torch is imported
     from tunesmith.train.run import train as run_training
 
-    result = run_training(recipe, resume=resume, preflight=_certify if verify else None)
+    result = run_training(recipe, resume=resume, preflight=partial(_prepare, compiling, verify))
     console.emit(result.facts())
     return result.exit_code
 
@@ -77,6 +82,16 @@ def _recipe(
     return recipe
 
 
+def _prepare(compiling: Compiling | None, verify: bool, recipe: Recipe, run_dir: Path) -> str:
+    """Kernels and certificate, before anything is loaded. Returns lines to show. Raises: VerificationError."""
+    from tunesmith.checkpoint.read_ahead import read_ahead
+
+    read_ahead(recipe.model)
+    compiled = None if compiling is None else compiling.wait()
+    certified = _certify(recipe, run_dir) if verify else None
+    return "\n".join(line for line in (compiled, certified) if line is not None)
+
+
 def _certify(recipe: Recipe, run_dir: Path) -> str:
     """The cheap part of the certificate, written into the run directory. Raises: VerificationError."""
     from tunesmith.units import format_seconds
@@ -89,6 +104,8 @@ def _certify(recipe: Recipe, run_dir: Path) -> str:
             f"the certificate failed ({', '.join(check.name for check in failed)}), so the run would be silently "
             f"wrong: {failed[0].detail}; see {run_dir}/certificate.json"
         )
-    how = "found in the cache" if certificate.cached else f"run in {format_seconds(certificate.duration_s)}"
+    longest = max(certificate.checks, key=lambda check: check.duration_s)
+    took, of_it = format_seconds(certificate.duration_s), format_seconds(longest.duration_s)
+    how = "found in the cache" if certificate.cached else f"run in {took}, {longest.name} in {of_it} of it"
     checks = f"{len(certificate.checks)} checks passed"
     return f"certificate: {checks} that training is correct here ({how}; tunesmith verify RECIPE shows them)"

@@ -12,7 +12,8 @@ Source: arXiv 2305.14314, section 3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -93,7 +94,7 @@ def dequantize_nf4(weights: NF4Weight | Sequence[NF4Weight], dtype: torch.dtype 
     """The weight [F, D] in `dtype` (None: its own); of several weights of one width, their rows below each other."""
     parts = [weights] if isinstance(weights, NF4Weight) else list(weights)
     first = parts[0]
-    if first.codes.is_meta or not use_kernel(first.codes.device):
+    if not use_kernel(first.codes.device):
         rows = [dequantize_reference(part, dtype) for part in parts]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
     from tunesmith.kernels.nf4_triton import dequantize_parts
@@ -101,9 +102,23 @@ def dequantize_nf4(weights: NF4Weight | Sequence[NF4Weight], dtype: torch.dtype 
     return dequantize_parts(parts, dtype or first.dtype)
 
 
+_kernel_devices: tuple[str, ...] = ("cuda",)
+
+
 def use_kernel(device: torch.device) -> bool:
     """Whether the Triton kernel runs on this device."""
-    return device.type == "cuda" and _has_triton()
+    return device.type in _kernel_devices and _has_triton()
+
+
+@contextmanager
+def kernels_on(device_type: str) -> Iterator[None]:
+    """On this kind of device too everything goes the kernels' way, for whoever wants to know which are launched."""
+    global _kernel_devices
+    before, _kernel_devices = _kernel_devices, (*_kernel_devices, device_type)
+    try:
+        yield
+    finally:
+        _kernel_devices = before
 
 
 @cache

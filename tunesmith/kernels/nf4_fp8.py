@@ -50,7 +50,7 @@ def nf4_to_fp8_reference(parts: Sequence[NF4Weight], scale_F: Tensor, transposed
 def _codes(parts: Sequence[NF4Weight], scale_F: Tensor, transposed: bool) -> Tensor:
     """By the kernel where it can be: it takes rows of whole blocks."""
     first = parts[0].codes
-    if first.is_meta or not use_fp8_kernel(first.device) or parts[0].shape[1] % BLOCK:
+    if not use_fp8_kernel(first.device) or parts[0].shape[1] % BLOCK:
         return nf4_to_fp8_reference(parts, scale_F, transposed)
     from tunesmith.kernels.nf4_fp8_triton import nf4_to_fp8_codes
 

@@ -129,7 +129,7 @@ def approximate_reciprocal(values: Tensor) -> Tensor:
     """1 / values by the chip's own approximation, off by one unit in the last place at most; float32."""
     out = torch.empty_like(values)
     count = values.numel()
-    with torch.cuda.device(out.device):
+    with _current(out.device):
         _reciprocal_kernel[(ceil_div(count, 1024),)](values, out, count, SIZE=1024)
     return out
 

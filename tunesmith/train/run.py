@@ -153,8 +153,9 @@ def _train(
 ) -> TrainResult:
     display.say(f"run directory: {run.path}")
     configure_cublas(recipe.train)
-    if preflight is not None:
-        display.say(preflight(recipe, run.path))
+    said = "" if preflight is None else preflight(recipe, run.path)
+    if said:
+        display.say(said)
     session = build_session(recipe, progress=display.loading)
     if session.recipe != recipe:
         recipe = session.recipe

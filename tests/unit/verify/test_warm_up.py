@@ -1,0 +1,88 @@
+"""The worker that compiles ahead: when it is started, what it answers, and that it can't hurt."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.recipe.load import recipe_from_mapping
+from tunesmith.recipe.schema import Recipe
+from tunesmith.verify import warm_up, warm_up_worker
+from tunesmith.verify.warm_up import Compiling, marker_of, start_compiling
+
+RECIPE = {"model": {"path": "builtin:tiny"}, "data": {"max_length": 64}, "train": {"micro_batch_tokens": 64}}
+
+
+def _recipe(**train: object) -> Recipe:
+    return recipe_from_mapping({**RECIPE, "train": {**RECIPE["train"], **train}})
+
+
+def _process(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_nothing_is_started_for_a_cpu() -> None:
+    assert start_compiling(recipe_from_mapping({**RECIPE, "model": {"path": "builtin:tiny", "device": "cpu"}})) is None
+
+
+def test_nothing_is_started_where_all_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(warm_up, "_is_wanted", lambda recipe: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    marker_of(_recipe()).touch()
+    assert start_compiling(_recipe()) is None
+
+
+def test_the_marker_goes_by_what_decides_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert marker_of(_recipe()) == marker_of(recipe_from_mapping({**RECIPE, "name": "other"}))
+    assert marker_of(_recipe()) != marker_of(_recipe(precision="float16"))
+    assert marker_of(_recipe()).parent == tmp_path
+
+
+def test_a_worker_without_a_gpu_has_nothing_to_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(warm_up, "_is_wanted", lambda recipe: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if warm_up_worker.compute_capability() is not None:
+        pytest.skip("there is a GPU here")
+    compiling = start_compiling(_recipe())
+    assert compiling is not None
+    assert compiling.wait() is None
+    assert not marker_of(_recipe()).exists()
+
+
+def test_its_answer_becomes_a_line() -> None:
+    answer = {"kernels": 3, "processes": 2, "duration_s": 1.5, "failed": []}
+    line = Compiling(_process(f"print({json.dumps(json.dumps(answer))})")).wait()
+    assert line is not None
+    assert line.startswith("kernels: 3 compiled ahead in 1.5")
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(1)", "print('no JSON')", "import time; time.sleep(60)"])
+def test_a_worker_that_fails_or_hangs_is_no_error(code: str) -> None:
+    process = _process(code)
+    assert Compiling(process).wait(patience_s=2.0) is None
+    assert process.poll() is not None
+
+
+def test_the_work_compiles_a_recipes_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a process of its own, as the worker is, in which two compile."""
+    pytest.importorskip("triton")
+    code = (
+        "import json; from tunesmith.recipe.load import recipe_from_mapping\n"
+        "from tunesmith.verify.warm_up_worker import work\n"
+        f"raw = recipe_from_mapping({{**{RECIPE!r}, 'method': {{'kind': 'lora', 'targets': ['q_proj']}}}})\n"
+        "print(json.dumps(work(raw.model_dump(mode='json'), (9, 0), 2)))"
+    )
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["failed"] == []
+    assert answer["kernels"] >= 8
+    assert len(list(tmp_path.rglob("*.cubin"))) == answer["kernels"]

@@ -1,0 +1,119 @@
+"""Compiling a recipe's kernels in the background, from the moment the recipe is known until they are needed.
+
+The work is done by another program (`warm_up_worker`), because Triton compiles with Python's lock held and the program
+that trains is importing, reading data and loading weights at that time. This module imports nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, cast
+
+import tunesmith
+from tunesmith.recipe.schema import Recipe
+from tunesmith.units import format_seconds
+
+# Longer than any chip's kernels take; after that they are compiled where they are launched.
+PATIENCE_S = 60.0
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_RELEVANT = {"model": {"path", "revision", "dtype", "backend"}, "method": True, "train": True, "data": {"max_length"}}
+
+
+class Compiling:
+    """A worker under way."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        atexit.register(self.stop)
+
+    def wait(self, patience_s: float = PATIENCE_S) -> str | None:
+        """A line on what was compiled, once it is done; None where there is nothing to say. Never raises."""
+        began = time.perf_counter()
+        try:
+            answer, _ = self._process.communicate(timeout=patience_s)
+            done = json.loads(answer)
+        except (subprocess.TimeoutExpired, ValueError, OSError):
+            self.stop()
+            return None
+        if not done.get("kernels"):
+            return None
+        waited = format_seconds(time.perf_counter() - began)
+        took, processes = format_seconds(done["duration_s"]), done["processes"]
+        return f"kernels: {done['kernels']} compiled ahead in {took} by {processes} processes, waited for {waited}"
+
+    def stop(self) -> None:
+        """End the worker, if it has not ended."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def start_compiling(recipe: Recipe) -> Compiling | None:
+    """Begin to compile the kernels of `recipe`; None where there is no NVIDIA GPU, no Triton, or nothing left to do."""
+    if not _is_wanted(recipe):
+        return None
+    marker = marker_of(recipe)
+    if marker.exists():
+        return None
+    command = [sys.executable, "-m", "tunesmith.verify.warm_up_worker"]
+    environment = {**os.environ, **dict.fromkeys(_THREADS, "1")}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is the training program's, which then ends this one
+    )
+    pipe = cast(IO[str], process.stdin)
+    try:
+        pipe.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "marker": str(marker)}))
+        pipe.close()
+        process.stdin = None
+    except OSError:
+        return None
+    return Compiling(process)
+
+
+def _is_wanted(recipe: Recipe) -> bool:
+    if not recipe.model.device.startswith(("auto", "cuda")) or recipe.model.backend == "transformers":
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def marker_of(recipe: Recipe) -> Path:
+    """The file that says that everything of this recipe is in Triton's cache. It lies in there, to go with it."""
+    content = recipe.model_dump(mode="json", include=cast(Any, _RELEVANT))
+    digest = hashlib.sha256(json.dumps([content, _versions()], sort_keys=True, default=str).encode()).hexdigest()
+    return triton_cache() / f"tunesmith-{digest}"
+
+
+def triton_cache() -> Path:
+    """Where Triton keeps what it has compiled."""
+    named = os.environ.get("TRITON_CACHE_DIR")
+    return Path(named) if named else Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
+
+
+def _versions() -> list[Any]:
+    """Of what decides which kernels there are: the packages, our own files, and which GPUs are visible."""
+    root = Path(tunesmith.__file__).parent
+    files = [(p.name, p.stat().st_mtime_ns) for p in sorted(root.rglob("*.py"))]
+    packages = [metadata.version(name) for name in ("torch", "triton")]
+    return [packages, files, os.environ.get("CUDA_VISIBLE_DEVICES")]
