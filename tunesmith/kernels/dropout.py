@@ -104,5 +104,6 @@ def threshold_of(probability: float) -> int:
 
 
 def _masked(x_TD: Tensor, noise: Noise, site: int, probability: float) -> Tensor:
-    mask = kept(*x_TD.shape, noise, site, probability)
+    rows, columns = x_TD.shape
+    mask = kept(rows, columns, noise, site, probability)
     return x_TD.float() * mask * (1.0 / (1.0 - probability))

@@ -27,8 +27,8 @@ def prepare_activations(model: LanguageModel, recipe: Recipe) -> None:
     name = "train.checkpointing 'offload'" if offloads else "train.mlp_tile_tokens"
     if not isinstance(model, Decoder) or not model.has_written_mlps:
         raise UnsupportedModelError(
-            f"{name} needs blocks whose MLP is written out: a dense SwiGLU one of the native decoder, without DoRA and "
-            "adapter dropout; leave it out, and use --set train.checkpointing=block"
+            f"{name} needs blocks whose MLP is written out: a dense SwiGLU one of the native decoder, without "
+            "adapter dropout where that is on a CPU or DoRA's; leave it out, and use --set train.checkpointing=block"
         )
     model.mlp_tile_tokens = tile_tokens
     if offloads:

@@ -140,13 +140,15 @@ class Session:
         self.model.train()
         batches = [batch.to(self.device) for batch in host.batches]
         with torch.autograd.set_detect_anomaly(self.recipe.train.detect_anomaly):
+            self._promise_same_weights(False)
             update = self.updater.submit(
                 self.step_number,
                 batches,
-                partial(language_model_loss, chunk_tokens=self.recipe.train.loss_chunk_tokens),
+                self._micro_batch_loss,
                 denominator=host.num_trained,
                 describe=lambda batch: describe_rows(self.data.train, batch.documents),
             )
+            self._promise_same_weights(False)
         timing = self.clock.stop()
         self.step_number += 1
         tokens = sum(batch.num_tokens for batch in batches)
@@ -163,6 +165,16 @@ class Session:
         }
         machine = self.speed.look(batches)
         return Pending(lambda: self._metrics(update.read(), timing(), facts, machine), is_ready=update.is_ready)
+
+    def _micro_batch_loss(self, model: nn.Module, batch: MicroBatch) -> tuple[Tensor, int]:
+        loss = language_model_loss(model, batch, self.recipe.train.loss_chunk_tokens)
+        self._promise_same_weights(True)
+        return loss
+
+    def _promise_same_weights(self, promised: bool) -> None:
+        """Whether the next forward pass finds the parameters that the last one found: within a step it does."""
+        if isinstance(self.model, Decoder):
+            self.model.has_same_weights = promised
 
     def _metrics(self, update: Update, time: StepTime, facts: dict[str, Any], machine: dict[str, Any]) -> StepMetrics:
         return step_metrics(update, time, **facts, **self.speed.with_rates(machine, time.duration_s))

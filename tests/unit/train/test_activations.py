@@ -52,7 +52,7 @@ def test_eager_blocks_are_refused_by_the_recipe(train: dict[str, Any], tiny_mode
     [
         ("gpt2", {"rank": 4}),
         ("mixtral", {"rank": 4}),
-        ("llama", {"rank": 4, "dora": True}),
+        ("llama", {"rank": 4, "dora": True, "dropout": 0.1}),
         ("llama", {"rank": 4, "dropout": 0.1}),
     ],
 )

@@ -14,7 +14,7 @@ from tunesmith.train.execution import execution_facts, execution_line
 Make = Callable[..., Path]
 
 
-@pytest.mark.parametrize(("family", "whole"), [("llama", 2), ("qwen3_moe", 0), ("gpt2", 0)])
+@pytest.mark.parametrize(("family", "whole"), [("llama", 2), ("qwen3", 2), ("qwen3_moe", 0), ("gpt2", 0)])
 def test_blocks_that_are_written_out_are_counted(family: str, whole: int, tiny_model_dir: Make) -> None:
     decoder = load_decoder(tiny_model_dir(family))
     assert execution_facts(decoder)["fused_blocks"] == 0
