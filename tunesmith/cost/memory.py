@@ -124,10 +124,15 @@ def _saved_bytes(config: ModelConfig, method: Method, layer: int, dtype: DTypeNa
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     rotated = [heads * config.head_dim, kv_heads * config.head_dim]
     values = [config.hidden_size, config.hidden_size, rotated[0] + 2 * rotated[1], rotated[0]]
-    values += [method.rank * len(linear.targeted(method)) for linear in block_linears(config, layer)]
+    linears_of_block = block_linears(config, layer)
+    values += [method.rank * len(linear.targeted(method)) for linear in linears_of_block]
     statistics = [wide * heads, wide, wide]  # log-sum-exp of the scores, and of both norms one number
     if config.qk_norm:
-        # Norms of the heads are eager: their input in float32, their output, and tables of the rotation.
-        values += [*rotated, config.head_dim, config.head_dim]
-        statistics += [wide * size for size in rotated]
+        # Query and key are new, and each of their heads has a number.
+        values += rotated
+        statistics += [wide * heads, wide * kv_heads]
+    if method.dora:
+        # What the rows' ratios are multiplied by; gate's and up's is made again.
+        *others, _, down = [linear.out_features if linear.targeted(method) else 0 for linear in linears_of_block]
+        values += [*others, down]
     return [width * value for value in values] + statistics

@@ -85,4 +85,14 @@ def test_offloaded_bytes_of_normed_heads() -> None:
     normed = replace(CONFIG, qk_norm=True)
     tokens = 2**16
     plain, more = (offloaded_bytes(config, MethodShape("full"), tokens, "bfloat16") for config in (CONFIG, normed))
-    assert more - plain == tokens * ((64 + 32) * (2 + 4) + 2 * 16 * 2)
+    # Query and key, and a number for each query head; those of the key heads are under a mebibyte.
+    assert more - plain == tokens * ((64 + 32) * 2 + 4 * 4)
+
+
+def test_offloaded_bytes_of_dora() -> None:
+    """Of q/k/v, of the output and of down what the ratios are multiplied by; of gate and up it is made again."""
+    tokens = 2**16
+    plain, more = (
+        offloaded_bytes(CONFIG, MethodShape("lora", rank=16, dora=dora), tokens, "bfloat16") for dora in (False, True)
+    )
+    assert more - plain == tokens * 2 * (128 + 64 + 64)
