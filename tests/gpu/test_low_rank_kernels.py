@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from tunesmith.kernels.fp8 import has_fp8, quantize_rows_fp8
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.norm_fp8 import rms_norm_fp8
-from tunesmith.kernels.rms_norm import rms_norm
+from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again
 from tunesmith.kernels.swiglu_fp8 import swiglu_fp8, swiglu_fp8_backward
 from tunesmith.kernels.swiglu_low_rank import (
     swiglu_low_rank,
@@ -23,6 +24,7 @@ from tunesmith.kernels.swiglu_low_rank import (
     swiglu_low_rank_backward_reference,
     swiglu_low_rank_reference,
 )
+from tunesmith.kernels.swiglu_low_rank_grads import swiglu_low_rank_grads
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,6 +59,17 @@ def assert_near(mine: Tensor, truth: Tensor, units: float) -> None:
     assert (mine.dtype, mine.shape) == (truth.dtype, truth.shape)
     limit = units * max(torch.finfo(mine.dtype).eps, 4e-6)
     torch.testing.assert_close(mine, truth, rtol=limit, atol=limit)
+
+
+def differing(mine: Tensor, truth: Tensor) -> int:
+    """How many bytes differ."""
+    assert (mine.dtype, mine.shape) == (truth.dtype, truth.shape)
+    return int((mine.view(torch.uint8) != truth.view(torch.uint8)).sum())
+
+
+def differing_codes(mine: Sequence[Tensor], truth: tuple[Tensor, Tensor]) -> tuple[int, int]:
+    """How many codes, and how many bytes of scales, differ."""
+    return differing(mine[0], truth[0]), differing(mine[1], truth[1])
 
 
 def same(mine: Tensor, truth: Tensor) -> bool:
@@ -109,12 +122,10 @@ def test_nothing_wide_is_allocated() -> None:
 def test_norm_with_codes(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = random(*shape, dtype=dtype), random(shape[1])
     y, rstd, codes, scale = rms_norm_fp8(x, weight, 1e-6)
-    true_y, true_rstd = rms_norm(x, weight, 1e-6)
-    true_codes, true_scale = quantize_rows_fp8(true_y)
-    assert torch.equal(y, true_y)
-    assert torch.equal(rstd, true_rstd)
-    assert torch.equal(scale, true_scale)
-    assert same(codes, true_codes)
+    # A row is summed in another order than in `rms_norm`: its threads hold more values, as a code is one byte.
+    torch.testing.assert_close(rstd, rms_norm(x, weight, 1e-6)[1], rtol=5e-7, atol=0)
+    assert differing(y, rms_norm_again(x, weight, rstd)) == 0
+    assert differing_codes((codes, scale), quantize_rows_fp8(y)) == (0, 0)
 
 
 @pytest.mark.usefixtures("fp8_device")
@@ -126,23 +137,41 @@ def test_swiglu_with_codes(shape: tuple[int, int, int, int], dtype: torch.dtype)
     factors = (low, up, dlow, down)
     fold = random(2 * shape[1]).abs()
     for _ in range(3):
-        h, codes, scale = swiglu_fp8(gate_up, low, up)
+        h, *codes = swiglu_fp8(gate_up, low, up)
         assert_near(h, swiglu_low_rank_reference(gate_up, low, up), 4)
-        true_codes, true_scale = quantize_rows_fp8(h)
-        assert torch.equal(scale, true_scale)
-        assert same(codes, true_codes)
+        assert differing_codes(codes, quantize_rows_fp8(h)) == (0, 0)
         held = gate_up.clone()
-        grad, again, codes, scale = swiglu_fp8_backward(grad_h, held, *factors, True, fold, held)
+        grad, again, *codes = swiglu_fp8_backward(grad_h, held, *factors, True, fold, held)
         assert grad is held
         assert again is not None
         assert_near(again, h, 2)
         assert_near(grad, swiglu_low_rank_backward_reference(grad_h, gate_up, *factors, False)[0], 8)
-        true_codes, true_scale = quantize_rows_fp8(grad, fold)
-        assert torch.equal(scale, true_scale)
-        assert same(codes, true_codes)
-        other, _, plain, _ = swiglu_fp8_backward(grad_h, gate_up, *factors, False, None)
-        assert torch.equal(other, grad)
-        assert same(plain, quantize_rows_fp8(grad)[0])
+        assert differing_codes(codes, quantize_rows_fp8(grad, fold)) == (0, 0)
+        # Another specialisation of the kernel: its products may be laid out differently.
+        other, _, *codes = swiglu_fp8_backward(grad_h, gate_up, *factors, False, None)
+        assert_near(other, grad, 2)
+        assert differing_codes(codes, quantize_rows_fp8(other)) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 48, 32, 16), (17, 200, 7, 1), (300, 3584, 32, 16), (2500, 18944, 64, 33)])
+def test_swiglu_with_the_adapters_gradients(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Against float64 sums over what the plain kernel makes; the same bits at every run."""
+    grad_h, gate_up, low, up, dlow, down = inputs(*shape, dtype)
+    factors = (low, up, dlow, down)
+    truth, h = swiglu_low_rank_backward(grad_h, gate_up, *factors, True)
+    assert h is not None
+    exact = truth.double().t() @ low.double(), dlow.double().t() @ h.double()
+    runs = []
+    for _ in range(2):
+        held = gate_up.clone()
+        sums = swiglu_low_rank_grads(grad_h, held, *factors)
+        assert_near(held, truth, 2)
+        for mine, theirs in zip(sums, exact, strict=True):
+            assert mine.dtype == torch.float32
+            assert (mine - theirs).norm() < 1e-4 * theirs.norm() + 1e-6
+        runs.append((held, *sums))
+    assert [differing(*pair) for pair in zip(*runs, strict=True)] == [0, 0, 0]
 
 
 @pytest.mark.usefixtures("fp8_device")

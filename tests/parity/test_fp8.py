@@ -83,13 +83,13 @@ def test_an_fp8_run_is_chatted_with_and_merged(tmp_path: Path, capsys: pytest.Ca
     rows = [row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]
     assert rows[-1] < rows[0]
     adapter = run / "final"
-    assert read_adapter_tensors(adapter)[1].quantisation == "fp8"
+    assert read_adapter_tensors(adapter)[1].quantisation == "fp8-inner"
     llm = LLM(run, device="cpu")
-    assert llm.source is not None and llm.source.quantize == "fp8"
+    assert llm.source is not None and llm.source.quantize == "fp8-inner"
     assert llm.generate(["hello"], max_tokens=3)
     report = merge_to_directory(None, adapter, tmp_path / "merged", device="cpu")
-    assert report.base_quantisation == "fp8"
-    trained = load_model("builtin:tiny", adapter=adapter, quantize="fp8", dtype="float32", device="cpu")
+    assert report.base_quantisation == "fp8-inner"
+    trained = load_model("builtin:tiny", adapter=adapter, quantize="fp8-inner", dtype="float32", device="cpu")
     merged = load_model(tmp_path / "merged", dtype="float32", device="cpu")
     expected, found = logits(trained, [[5, 9, 80, 31, 7]])[0], logits(merged, [[5, 9, 80, 31, 7]])[0]
     assert (expected - found).abs().max() / expected.abs().max() < 0.02  # merged weights are stored in bfloat16
@@ -115,7 +115,7 @@ def test_a_full_run_in_fp8_is_resumed_and_ends_in_an_ordinary_checkpoint(tmp_pat
 
 def test_an_adapter_of_an_fp8_base_comes_back_bit_for_bit(tmp_path: Path) -> None:
     result = train(recipe(FP8_BASE, tmp_path, max_steps=2))
-    model = load_model("builtin:tiny", adapter=result.run_dir / "final", quantize="fp8", device="cpu")
+    model = load_model("builtin:tiny", adapter=result.run_dir / "final", quantize="fp8-inner", device="cpu")
     stored, _ = read_adapter_tensors(result.run_dir / "final")
     held = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter_tensors(model).items()}
     assert held.keys() == stored.keys()
@@ -130,6 +130,17 @@ def test_a_gpu_without_fp8_is_refused_before_anything_is_loaded(monkeypatch: pyt
         with pytest.raises(DeviceError, match=r"has no fp8 products.*method.kind=qlora") as caught:
             build_session(recipe(method))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ["auto", "all", "inner"])
+def test_the_outer_blocks_stay_wide_unless_all_are_asked_for(asked: str, tmp_path: Path) -> None:
+    """`builtin:tiny` is small: what two wide blocks cost is under 64 MiB. What was decided is in the resolved recipe."""
+    session = build_session(recipe({**FP8_BASE, "fp8_blocks": asked}, tmp_path))
+    blocks: Any = cast(Any, session.model).blocks
+    held = [any(isinstance(child, Fp8Linear) for child in block.modules()) for block in blocks]
+    session.close()
+    assert session.recipe.method.fp8_blocks == ("all" if asked == "all" else "inner")
+    assert held == ([True] * 6 if asked == "all" else [False, True, True, True, True, False])
 
 
 def test_a_device_without_fp8_products_serves_an_fp8_base_from_its_weights() -> None:

@@ -15,6 +15,9 @@ from tunesmith.kernels.rms_norm import rms_norm_reference
 def rms_norm_fp8(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`rms_norm` of x, and `quantize_rows_fp8` of its rounded result.
 
+    y and codes have the bits that `rms_norm_again` and `quantize_rows_fp8` make of the rstd returned here. rstd itself
+    may differ in its last bit from that of `rms_norm`: on a GPU a row is summed in another order, since a thread that
+    writes 16 bytes of codes holds more values.
     Returns: y [T, D] contiguous, of x's dtype; rstd float32 [T]; codes float8_e4m3fn [T, D]; scale float32 [T, 1].
     """
     if not use_kernel(x_TD.device):

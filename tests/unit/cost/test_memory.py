@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tunesmith.arch import config_from_dict
-from tunesmith.cost.memory import offloaded_bytes, optimizer_bytes, state_bytes
+from tunesmith.cost.memory import keeps_outer_blocks, offloaded_bytes, optimizer_bytes, state_bytes
 from tunesmith.cost.params import adapter_parameters, count_parameters
 from tunesmith.cost.shapes import MethodShape, linears
 
@@ -60,6 +60,27 @@ def test_fp8_is_a_byte_and_a_scale_for_each_row() -> None:
     rows = sum(linear.out_features for linear in linears(CONFIG))
     owned = state_bytes(CONFIG, MethodShape("lora", rank=4, base="fp8"), weight_dtype="bfloat16")
     assert owned.weights == 2 * (TOTAL - quantised) + quantised + 4 * rows
+
+
+def test_an_fp8_base_with_wide_outer_blocks() -> None:
+    deep = replace(CONFIG, num_hidden_layers=4)
+    inner = [linear for linear in linears(deep) if linear.layer in (1, 2)]
+    quantised, rows = sum(linear.weight_size for linear in inner), sum(linear.out_features for linear in inner)
+    owned = state_bytes(deep, MethodShape("lora", base="fp8", fp8_blocks="inner"), weight_dtype="bfloat16")
+    assert owned.weights == 2 * (count_parameters(deep).total - quantised) + quantised + 4 * rows
+    short = replace(CONFIG, num_hidden_layers=2)
+    methods = [MethodShape("lora", base="fp8", fp8_blocks=blocks) for blocks in ("all", "inner")]
+    assert len({state_bytes(short, method, weight_dtype="bfloat16").weights for method in methods}) == 1
+
+
+def test_outer_blocks_stay_wide_where_that_is_cheap() -> None:
+    """A small model's 64 MiB, or a tenth of a large one's bytes; a model of two blocks has no inner ones."""
+    assert keeps_outer_blocks(replace(CONFIG, num_hidden_layers=4), "bfloat16")
+    assert not keeps_outer_blocks(replace(CONFIG, num_hidden_layers=2), "bfloat16")
+    wide = replace(CONFIG, hidden_size=4096, intermediate_size=16384, num_hidden_layers=32)
+    assert keeps_outer_blocks(wide, "bfloat16")
+    assert not keeps_outer_blocks(replace(wide, num_hidden_layers=8), "bfloat16")
+    assert not keeps_outer_blocks(wide, "float32")
 
 
 def test_optimizer_states() -> None:

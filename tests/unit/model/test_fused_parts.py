@@ -1,0 +1,109 @@
+"""Kernels that do more than one thing in the written-out blocks: the same gradients, whichever of them run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.checkpoint.load import load_decoder
+from tunesmith.model import coded, fused_parts
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.fused_parts import USED
+from tunesmith.model.methods import apply_method
+from tunesmith.model.packed import pack_documents
+from tunesmith.recipe.schema import MethodSection
+
+Make = Callable[..., Path]
+METHODS: dict[str, dict[str, Any]] = {
+    "fp8": {"kind": "lora", "rank": 4, "base": "fp8"},
+    "nf4": {"kind": "qlora", "rank": 4, "fp8_compute": True},
+    "full": {"kind": "full", "fp8_compute": True},
+    "plain": {"kind": "lora", "rank": 4},
+    "dora": {"kind": "lora", "rank": 4, "dora": True, "base": "fp8"},
+    "attention": {"kind": "lora", "rank": 4, "targets": ["q_proj", "down_proj"], "base": "fp8"},
+}
+CODES = ("norm_codes", "swiglu_codes", "swiglu_grad_codes")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    held = dict(vars(USED))
+    yield
+    vars(USED).update(held)
+
+
+def gradients(
+    directory: Path, method: str, *used: str, checkpointing: Any = "none"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    vars(USED).update({name: name in used for name in vars(USED)})
+    section = MethodSection(**METHODS[method])
+    decoder: Decoder = load_decoder(directory, quantize=section.quantisation).train()
+    apply_method(decoder, section, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.endswith(".B"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    decoder.is_fused, decoder.checkpointing = True, checkpointing
+    hidden = decoder.hidden(pack_documents([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10] * 3]))
+    (hidden.float() * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    return hidden.detach(), {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kernels_that_emit_codes_change_no_bit(method: str, tiny_model_dir: Make) -> None:
+    directory = tiny_model_dir("qwen2")
+    hidden, grads = gradients(directory, method)
+    again, again_grads = gradients(directory, method, *CODES)
+    assert torch.equal(hidden, again)
+    assert grads.keys() == again_grads.keys()
+    assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
+
+
+def test_the_codes_that_are_made_are_used(tiny_model_dir: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the quantisations of two blocks, so many less: the norms', and SwiGLU's forward and backward."""
+    calls = []
+
+    def counted(x: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        calls.append(x.shape)
+        return fused_quantise(x, fold)
+
+    fused_quantise = coded.quantize_rows_fp8
+    monkeypatch.setattr(coded, "quantize_rows_fp8", counted)
+    directory = tiny_model_dir("qwen2")
+    counts = []
+    for used in ((), CODES[:1], CODES[1:], CODES):
+        calls.clear()
+        gradients(directory, "fp8", *used)
+        counts.append(len(calls))
+    assert [counts[0] - count for count in counts] == [0, 4, 4, 8]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize("method", METHODS)
+def test_summed_adapter_gradients_are_those_of_their_products(
+    method: str, checkpointing: str, tiny_model_dir: Make
+) -> None:
+    directory = tiny_model_dir("qwen2")
+    hidden, grads = gradients(directory, method, checkpointing=checkpointing)
+    again, again_grads = gradients(directory, method, "adapter_grads", checkpointing=checkpointing)
+    assert torch.equal(hidden, again)
+    assert grads.keys() == again_grads.keys()
+    for name in grads:
+        torch.testing.assert_close(again_grads[name], grads[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_that_sums_is_asked(tiny_model_dir: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = fused_parts.swiglu_low_rank_grads
+    monkeypatch.setattr(fused_parts, "swiglu_low_rank_grads", lambda *a: (calls.append(1), real(*a))[1])
+    directory = tiny_model_dir("qwen2")
+    for method, expected in (("plain", True), ("fp8", True), ("full", False), ("dora", False), ("attention", False)):
+        calls.clear()
+        gradients(directory, method, "adapter_grads")
+        assert bool(calls) == expected, method
