@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.schema import BenchSection, Recipe
 
 # The best learning rate of LoRA is about ten times that of training all weights, whatever the model's size.
 # Source: Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025.
@@ -77,8 +77,8 @@ def _methods(recipe: Recipe) -> list[CellPlan]:
     plans = [CellPlan("full", "full", _method("full", full_rate) | _fp8("full", recipe))]
     for kind, label in (("lora", "LoRA"), ("qlora", "QLoRA")):
         changes = _method(kind, lora_rate) | _fp8(kind, recipe)
-        plans.append(CellPlan(kind, label, changes, "full"))
-        plans.append(_checkpointed(plans[-1]))
+        plan = CellPlan(kind, label, changes, "full")
+        plans += [plan, *_checkpointed(plan, recipe.bench)]
     return plans
 
 
@@ -94,10 +94,18 @@ def _fp8(kind: str, recipe: Recipe) -> dict[str, Any]:
     return {"method.base": "fp8" if kind == "lora" else "checkpoint", "method.fp8_compute": kind != "lora"}
 
 
-def _checkpointed(plan: CellPlan) -> CellPlan:
-    changes = {**plan.overrides, "train.checkpointing": "block"}
-    label = f"{plan.label} + checkpointing"
-    return CellPlan(f"{plan.name}+gc", label, changes, plan.name, "checkpointing", (*plan.inherits, plan.name))
+def _checkpointed(plan: CellPlan, bench: BenchSection) -> list[CellPlan]:
+    """The cell with checkpointing, of the kind that the recipe names; with `all`, block's own cell after it."""
+    kind = "selective" if bench.checkpointing == "all" else bench.checkpointing
+    cells = [_checkpointed_as(plan, kind, f"{plan.name}+gc", "checkpointing")]
+    if bench.checkpointing == "all":
+        cells.append(_checkpointed_as(plan, "block", f"{plan.name}+block", "block checkpointing"))
+    return cells
+
+
+def _checkpointed_as(plan: CellPlan, kind: str, name: str, gain: str) -> CellPlan:
+    changes = {**plan.overrides, "train.checkpointing": kind}
+    return CellPlan(name, f"{plan.label} + {gain}", changes, plan.name, gain, (*plan.inherits, plan.name))
 
 
 def _ladder(recipe: Recipe) -> list[CellPlan]:
@@ -109,7 +117,7 @@ def _ladder(recipe: Recipe) -> list[CellPlan]:
         CellPlan("fp32", "float32", wide),
         CellPlan("mixed", "mixed precision", mixed, "fp32", "mixed precision"),
     ]
-    return [*plans, _checkpointed(plans[-1])]
+    return [*plans, *_checkpointed(plans[-1], recipe.bench)]
 
 
 def _grid(recipe: Recipe) -> list[CellPlan]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tunesmith
 from tunesmith.errors import ModelError, nearest
+from tunesmith.recipe.schema import Recipe
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Never pickle: what may execute code is not even downloaded.
@@ -37,6 +38,13 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     raise ModelError(
         f"there is no model directory {path!r}: name a directory, {BUILTIN}tiny, or a Hub id like org/name"
     )
+
+
+def resolve_tokenizer(recipe: Recipe) -> Path:
+    """The directory of a recipe's tokenizer: the model's, unless data.tokenizer names another. Raises: ModelError."""
+    if recipe.data.tokenizer is not None:
+        return resolve_model(recipe.data.tokenizer)
+    return resolve_model(recipe.model.path, recipe.model.revision)
 
 
 def _builtin(name: str) -> Path:

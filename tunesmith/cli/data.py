@@ -29,13 +29,13 @@ def data(
 
     Of a file of preference pairs, one pair: the chosen and the rejected answer.
     """
-    from tunesmith.checkpoint.source import resolve_model
+    from tunesmith.checkpoint.source import resolve_tokenizer
     from tunesmith.recipe.load import recipe_from_mapping
     from tunesmith.text.preferences import holds_preferences
     from tunesmith.text.tokenizer import load_tokenizer
 
     recipe = recipe_from_mapping({"model": {"path": model}, "data": {"train": files}}, overrides or [])
-    tokenizer = load_tokenizer(resolve_model(recipe.model.path, recipe.model.revision))
+    tokenizer = load_tokenizer(resolve_tokenizer(recipe))
     show = _show_pairs if holds_preferences(recipe.data) else _show_documents
     show(recipe, tokenizer, example)
     return 0

@@ -135,6 +135,9 @@ class DataSection(Section):
         "stop", description="stop: an error with file and line; skip: count and report them"
     )
     max_rows: PositiveInt | None = Field(None, description="read at most so many rows")
+    tokenizer: str | None = Field(
+        None, description="folder, builtin: name or Hub id of a tokenizer instead of the model's own (random weights)"
+    )
     system: str | None = Field(None, description="system message put before every conversation that has none")
     chat_template: str | None = Field(None, description="a Jinja file instead of the tokenizer's own template")
     template_arguments: dict[str, Any] = Field(
@@ -322,6 +325,13 @@ class BenchSection(Section):
     )
     grid: dict[str, list[Any]] = Field(
         default_factory=dict, description="dotted recipe keys and their values, for matrix: grid"
+    )
+    checkpointing: Literal["selective", "block", "offload", "all"] = Field(
+        "selective",
+        description=(
+            "what the matrix's `+ checkpointing` cells do, see train.checkpointing; all: selective and block, each in "
+            "a cell of its own"
+        ),
     )
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="per-cell recipe overrides: {full: {train.learning_rate: 1e-5}}"

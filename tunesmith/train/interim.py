@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.checkpoint.source import resolve_model
+from tunesmith.checkpoint.source import resolve_model, resolve_tokenizer
 from tunesmith.checkpoint.state import TrainingState, list_states, load_latest
 from tunesmith.hardware import pick_device
 from tunesmith.recipe.load import load_recipe
@@ -62,5 +62,7 @@ def _write(recipe: Recipe, state: TrainingState, directory: Path) -> None:
     base = resolve_model(recipe.model.path, recipe.model.revision)
     model, _ = load_trainable(recipe)
     restore_weights(state, trained_weights(model))
-    tokenizer = None if recipe.data.format == "tokens" else with_template(recipe.data, load_tokenizer(base))
+    tokenizer = None
+    if recipe.data.format != "tokens":
+        tokenizer = with_template(recipe.data, load_tokenizer(resolve_tokenizer(recipe)))
     write_outcome(recipe, model, base, tokenizer, directory)

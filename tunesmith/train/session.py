@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tunesmith.arch import ModelConfig
 from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.load import load_language_model
-from tunesmith.checkpoint.source import resolve_model
+from tunesmith.checkpoint.source import resolve_model, resolve_tokenizer
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, DataError, NonFiniteError, RecipeError
 from tunesmith.model.captured import CapturedBlocks
@@ -305,9 +305,7 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
     model, summary = load_trainable(resolved, progress)
-    data = (
-        _random_data(resolved, model) if resolved.data.format == "tokens" else _load_data(resolved, directory, progress)
-    )
+    data = _random_data(resolved, model) if resolved.data.format == "tokens" else _load_data(resolved, progress)
     _check_positions(model, resolved.data)
     randomness.seed_everything(resolved.train.seed)
     return Session(resolved, model, data, summary, directory)
@@ -368,11 +366,11 @@ def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
     return summary
 
 
-def _load_data(recipe: Recipe, directory: Path, progress: Progress | None) -> SessionData:
+def _load_data(recipe: Recipe, progress: Progress | None) -> SessionData:
     data = recipe.data
     if not data.train:
         raise RecipeError("data.train is empty: name a file, a folder, builtin:shop, or a Hub dataset id")
-    loaded = load_data(data, load_tokenizer(directory), seed=recipe.train.seed, progress=progress)
+    loaded = load_data(data, load_tokenizer(resolve_tokenizer(recipe)), seed=recipe.train.seed, progress=progress)
     return SessionData(loaded.train, loaded.validation, loaded)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import tunesmith
+from tunesmith.checkpoint.source import resolve_tokenizer
 from tunesmith.errors import RunDirError
 from tunesmith.hardware import describe_device
 from tunesmith.recipe.schema import Recipe
@@ -117,7 +118,7 @@ def _run_checks(
 
 def _all_checks(recipe: Recipe, subject: Subject, device: torch.device) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     dtype = DTYPES[recipe.train.precision]
-    yield "mask shown", partial(mask_shown, recipe, subject.directory)
+    yield "mask shown", partial(mask_shown, recipe, resolve_tokenizer(recipe))
     yield "accumulation invariance", partial(accumulation_invariance, subject, device)
     yield "packing isolation", partial(packing_isolation, subject, device, dtype)
     yield "blocks written out", partial(blocks_written_out, subject, device)

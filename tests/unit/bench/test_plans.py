@@ -23,7 +23,7 @@ def test_methods_are_the_five_of_the_table() -> None:
     assert [plan.parent for plan in plans] == [None, "full", "lora", "full", "qlora"]
     recipes = [cell_recipe(recipe(), plan) for plan in plans]
     assert [r.method.kind for r in recipes] == ["full", "lora", "lora", "qlora", "qlora"]
-    assert [r.train.checkpointing for r in recipes] == ["none", "none", "block", "none", "block"]
+    assert [r.train.checkpointing for r in recipes] == ["none", "none", "selective", "none", "selective"]
     assert {r.train.max_steps for r in recipes} == {13}
 
 
@@ -54,8 +54,41 @@ def test_ladder_goes_from_float32_to_mixed_to_checkpointing() -> None:
     plans = plan_matrix(recipe(), "ladder")
     recipes = [cell_recipe(recipe(), plan) for plan in plans]
     assert [r.train.precision for r in recipes] == ["float32", "bfloat16", "bfloat16"]
-    assert [r.train.checkpointing for r in recipes] == ["none", "none", "block"]
+    assert [r.train.checkpointing for r in recipes] == ["none", "none", "selective"]
     assert [plan.parent for plan in plans] == [None, "fp32", "mixed"]
+
+
+@pytest.mark.parametrize("kind", ["selective", "block", "offload"])
+def test_the_recipe_names_the_kind_of_checkpointing(kind: str) -> None:
+    base = recipe(bench={"checkpointing": kind})
+    for matrix, cell in (("methods", "qlora+gc"), ("ladder", "mixed+gc")):
+        plans = {plan.name: plan for plan in plan_matrix(base, matrix)}
+        assert plans[cell].overrides["train.checkpointing"] == kind
+        assert plans[cell].gain == "checkpointing"
+
+
+def test_both_kinds_of_checkpointing_stand_beside_each_other() -> None:
+    base = recipe(bench={"checkpointing": "all", "overrides": {"lora": {"train.learning_rate": 0.01}}})
+    cells = plan_matrix(base)
+    assert [cell.name for cell in cells] == [
+        "full",
+        "lora",
+        "lora+gc",
+        "lora+block",
+        "qlora",
+        "qlora+gc",
+        "qlora+block",
+    ]
+    found = {cell.name: cell_recipe(base, cell) for cell in cells}
+    assert [found[f"lora+{name}"].train.checkpointing for name in ("gc", "block")] == ["selective", "block"]
+    assert found["lora+block"].train.learning_rate == 0.01
+    assert [cell.name for cell in plan_matrix(recipe(bench={"checkpointing": "all"}), "ladder")] == [
+        "fp32",
+        "mixed",
+        "mixed+gc",
+        "mixed+block",
+    ]
+    assert len({cell.label for cell in cells}) == len(cells)
 
 
 def test_grid_has_each_gain_alone_and_stacked() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from tunesmith.checkpoint.source import resolve_model
+from tunesmith.checkpoint.source import resolve_model, resolve_tokenizer
 from tunesmith.errors import ModelError
+from tunesmith.recipe.load import recipe_from_mapping
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
@@ -67,3 +68,10 @@ def test_an_unreachable_hub_is_one_line() -> None:
     with pytest.raises(ModelError, match="can't be had from the Hub") as caught:
         resolve_model("org/no-such-model")
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_may_name_another_tokenizer(tmp_path: Path) -> None:
+    own = recipe_from_mapping({"model": {"path": str(tmp_path)}})
+    assert resolve_tokenizer(own) == tmp_path
+    other = recipe_from_mapping({"model": {"path": str(tmp_path)}, "data": {"tokenizer": "builtin:tiny"}})
+    assert resolve_tokenizer(other) == resolve_model("builtin:tiny")
