@@ -15,6 +15,7 @@ from tunesmith.model.attention import Attend, PackedAttention
 from tunesmith.model.block import Block, Rope
 from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.checkpointing import run_checkpointed
+from tunesmith.model.final_norm import final_norm
 from tunesmith.model.fused_block import FusedBlocks, FusedRope
 from tunesmith.model.layers import Linear, make_norm, rope_frequencies, rope_tables
 from tunesmith.model.offload import OffloadedPass, Offloader
@@ -67,7 +68,7 @@ class Decoder(nn.Module):
         if not self.is_fused:
             return self.norm(self._run_eager(hidden, positions_T, attend, kind))
         seed = self._prepare_fused(hidden)
-        return self.norm(self._run_fused(hidden, positions_T, attend, kind, seed))
+        return final_norm(self.norm, self._run_fused(hidden, positions_T, attend, kind, seed))
 
     def _run_eager(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
         rope = self.rope(positions_T, hidden.dtype)
@@ -164,7 +165,7 @@ class Decoder(nn.Module):
         lengths_T = pack.length_of_each_token() if self.training and self.noise_alpha else None
         if self._captures(pack):
             hidden = self.embed(pack.tokens_T, pack.positions_T, lengths_T)
-            return self.norm(self._run_captured(hidden, pack))
+            return final_norm(self.norm, self._run_captured(hidden, pack))
         return self(pack.tokens_T, pack.positions_T, PackedAttention(self.config, pack), lengths_T)
 
     def embed(self, tokens_T: Tensor, positions_T: Tensor, lengths_T: Tensor | None = None) -> Tensor:

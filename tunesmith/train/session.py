@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,24 +16,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tunesmith.arch import ModelConfig
 from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.load import load_language_model
-from tunesmith.checkpoint.source import resolve_model, resolve_tokenizer
+from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
-from tunesmith.errors import CheckpointError, DataError, NonFiniteError, RecipeError
+from tunesmith.errors import CheckpointError, DataError, NonFiniteError
 from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary, apply_method
-from tunesmith.recipe.schema import DataSection, Recipe, TrainSection
-from tunesmith.text.dataset import DataSummary, TrainingData, load_data
+from tunesmith.recipe.schema import Recipe, TrainSection
 from tunesmith.text.packing import plan_epoch
-from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
+from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.train import randomness
 from tunesmith.train.activations import prepare_activations
 from tunesmith.train.allocator import prepare_allocator
-from tunesmith.train.batches import Dataset, MicroBatch, RandomTokens, build_micro_batch, describe_rows
+from tunesmith.train.batches import Dataset, MicroBatch, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
 from tunesmith.train.losses import cross_entropy_sum, head_of
 from tunesmith.train.metrics import EvalMetrics, StepMetrics, step_metrics
@@ -41,26 +39,12 @@ from tunesmith.train.order import DataOrder, Window
 from tunesmith.train.pending import Pending
 from tunesmith.train.prefetch import Prefetcher
 from tunesmith.train.resolve import DTYPES, resolve_recipe, trained_dtype
+from tunesmith.train.session_data import DEFAULT_RANDOM_ROWS as DEFAULT_RANDOM_ROWS
+from tunesmith.train.session_data import Progress, check_positions, model_vocab_size, session_data
+from tunesmith.train.session_data import SessionData as SessionData
 from tunesmith.train.speed import SpeedMeter
 from tunesmith.train.states import capture_state, restore_state
 from tunesmith.train.update import Update, Updater
-
-Progress = Callable[[str, int, int], None]
-DEFAULT_RANDOM_ROWS = 512
-
-
-@dataclass(frozen=True)
-class SessionData:
-    """What is trained on. `loaded` is what text made of files; None for random tokens."""
-
-    train: Dataset
-    validation: Dataset | None = None
-    loaded: TrainingData | None = None
-
-    @property
-    def summary(self) -> DataSummary | None:
-        """The data in numbers, where it came from files."""
-        return None if self.loaded is None else self.loaded.summary
 
 
 @dataclass(frozen=True)
@@ -290,11 +274,6 @@ def trained_weights(model: LanguageModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def model_vocab_size(model: LanguageModel) -> int | None:
-    """Rows of the embedding, where the model says."""
-    return getattr(getattr(model, "config", None), "vocab_size", None)
-
-
 def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Session:
     """The session of a recipe: its autos resolved into a new recipe, model and data loaded, method applied.
 
@@ -305,8 +284,8 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
     model, summary = load_trainable(resolved, progress)
-    data = _random_data(resolved, model) if resolved.data.format == "tokens" else _load_data(resolved, progress)
-    _check_positions(model, resolved.data)
+    data = session_data(resolved, model, progress)
+    check_positions(model, resolved.data)
     randomness.seed_everything(resolved.train.seed)
     return Session(resolved, model, data, summary, directory)
 
@@ -364,34 +343,6 @@ def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
         elif recipe.method.kind == "freeze" and parameter.is_floating_point():
             parameter.data = parameter.data.to(narrow)
     return summary
-
-
-def _load_data(recipe: Recipe, progress: Progress | None) -> SessionData:
-    data = recipe.data
-    if not data.train:
-        raise RecipeError("data.train is empty: name a file, a folder, builtin:shop, or a Hub dataset id")
-    loaded = load_data(data, load_tokenizer(resolve_tokenizer(recipe)), seed=recipe.train.seed, progress=progress)
-    return SessionData(loaded.train, loaded.validation, loaded)
-
-
-def _random_data(recipe: Recipe, model: LanguageModel) -> SessionData:
-    data, vocab_size = recipe.data, model_vocab_size(model)
-    if vocab_size is None:
-        raise RecipeError("data.format 'tokens' needs a model whose config has vocab_size")
-    count = data.max_rows or DEFAULT_RANDOM_ROWS
-    train = RandomTokens(count, data.max_length, vocab_size, recipe.train.seed)
-    held_out = math.ceil(min(count, 16) * data.validation_fraction)
-    if not held_out:
-        return SessionData(train)
-    return SessionData(train, RandomTokens(held_out, data.max_length, vocab_size, recipe.train.seed, count))
-
-
-def _check_positions(model: LanguageModel, data: DataSection) -> None:
-    config = getattr(model, "config", None)
-    if isinstance(config, ModelConfig) and config.learned_positions:
-        most = config.max_position_embeddings
-        if data.max_length > most:
-            raise RecipeError(f"data.max_length {data.max_length} is over the model's {most} learned positions")
 
 
 def _set_determinism(recipe: Recipe) -> None:
