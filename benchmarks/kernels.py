@@ -25,14 +25,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from tunesmith.kernels.adamw import AdamWSettings, Updated, update
-from tunesmith.kernels.fp8 import has_fp8, quantize_rows_fp8
+from tunesmith.kernels.fp8 import FAST_SUMS, FP8, fp8_product, has_fp8, quantize_rows_fp8, transpose_fp8
 from tunesmith.kernels.grad_norm import global_norm
+from tunesmith.kernels.nf4 import quantize_nf4
+from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
 from tunesmith.kernels.norm_fp8 import rms_norm_fp8
 from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from tunesmith.kernels.rope import rope_, rope_tables_half
 from tunesmith.kernels.swiglu import swiglu, swiglu_backward
 from tunesmith.kernels.swiglu_fp8 import swiglu_fp8, swiglu_fp8_backward
 from tunesmith.kernels.swiglu_low_rank import swiglu_low_rank, swiglu_low_rank_backward
+from tunesmith.kernels.swiglu_low_rank_grads import swiglu_low_rank_grads
+from tunesmith.model.low_rank import wide_product
 
 RUNS = 20
 WARM_UP = 3
@@ -237,6 +241,99 @@ def fp8_cases(tokens: int, hidden: int, width: int, rank: int, dtype: torch.dtyp
     yield Case("swiglu_fp8_backward_afterwards", shape, dtype, lambda: backward(backward_then))
 
 
+def adapter_sum_cases(tokens: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Case]:
+    """SwiGLU's gradient with the adapters' gradients in one launch, and by products of their own afterwards."""
+    shape = {"T": tokens, "I": width, "R": rank}
+
+    def make(run: Callable[..., object]) -> Work:
+        gate_up, low, up = (
+            torch.randn(*size, device="cuda", dtype=dtype)
+            for size in ((tokens, 2 * width), (tokens, 2 * rank), (2 * width, 2 * rank))
+        )
+        grad_h, dlow, down = (
+            torch.randn(*size, device="cuda", dtype=dtype) for size in ((tokens, width), (tokens, rank), (rank, width))
+        )
+        moved = 2 * gate_up.nbytes + grad_h.nbytes + low.nbytes + up.nbytes + dlow.nbytes + down.nbytes
+        # Its own gradient takes the input's place at every run: only the time is looked at.
+        return Work(lambda: run(grad_h, gate_up, low, up, dlow, down), moved)
+
+    def products(*inputs: Tensor) -> object:
+        _, gate_up, low, _, dlow, _ = inputs
+        grad, h = swiglu_low_rank_backward(*inputs, True, out=gate_up)
+        assert h is not None
+        return wide_product(grad.t(), low), wide_product(dlow.t(), h)
+
+    yield Case("swiglu_low_rank_grads", shape, dtype, lambda: make(swiglu_low_rank_grads))
+    yield Case("swiglu_low_rank_grads_afterwards", shape, dtype, lambda: make(products))
+
+
+def product_cases(tokens: int, width: int, rows: int) -> Iterator[Case]:
+    """An fp8 product x [T, D] by w [F, D], its sums in short registers or in float32, and the same in bfloat16."""
+    shape = {"T": tokens, "D": width, "F": rows}
+
+    def make(dtype: torch.dtype, fast: bool = True) -> Work:
+        x, w = (torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for n in (tokens, rows))
+        flops, out_bytes = 2 * tokens * width * rows, 2 * tokens * rows
+        if dtype == torch.bfloat16:
+            return Work(lambda: x @ w.t(), x.nbytes + w.nbytes + out_bytes, flops)
+        codes, (w_codes, w_scale) = quantize_rows_fp8(x), quantize_rows_fp8(w)
+
+        def product() -> object:
+            FAST_SUMS.forward = fast
+            return fp8_product(*codes, w_codes, w_scale.view(-1), None, torch.bfloat16)
+
+        return Work(product, codes[0].nbytes + w_codes.nbytes + out_bytes, flops)
+
+    yield Case("fp8_product_fast_sums", shape, FP8, lambda: make(FP8))
+    yield Case("fp8_product_wide_sums", shape, FP8, lambda: make(FP8, False))
+    yield Case("bf16_product", shape, torch.bfloat16, lambda: make(torch.bfloat16))
+
+
+def fp8_weight_cases(rows: int, width: int, double: bool) -> Iterator[Case]:
+    """A weight [F, D] on its way to a product: NF4 to fp8, as it lies and transposed, and fp8 codes transposed."""
+    shape = {"F": rows, "D": width, "double": int(double)}
+
+    def from_nf4(transposed: bool) -> Work:
+        weight = quantize_nf4(torch.randn(rows, width, device="cuda", dtype=torch.bfloat16), double)
+        scale = nf4_row_scales(weight)
+        moved = weight.num_bytes + scale.nbytes + rows * width
+        return Work(lambda: nf4_to_fp8(weight, transposed, scale), moved)
+
+    def transposed_codes() -> Work:
+        codes = torch.randn(rows, width, device="cuda").to(FP8)
+        return Work(lambda: transpose_fp8(codes), 2 * codes.nbytes)
+
+    yield Case("nf4_to_fp8", shape, FP8, lambda: from_nf4(False))
+    yield Case("nf4_to_fp8_transposed", shape, FP8, lambda: from_nf4(True))
+    if double:
+        yield Case("fp8_transpose", shape, FP8, transposed_codes)
+
+
+def quantise_cases(tokens: int, width: int) -> Iterator[Case]:
+    """Rows of activations and (with a fold) of gradients."""
+
+    def make(fold: bool) -> Work:
+        x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        factors = torch.ones(width, device="cuda") if fold else None
+        return Work(lambda: quantize_rows_fp8(x, factors), x.nbytes + x.numel() + 4 * tokens)
+
+    yield Case("quantize_rows", {"T": tokens, "D": width}, torch.bfloat16, lambda: make(False))
+    yield Case("quantize_rows_folded", {"T": tokens, "D": width}, torch.bfloat16, lambda: make(True))
+
+
+def low_precision_cases() -> Iterator[Case]:
+    """What steps with an fp8 or NF4 base of Qwen2.5-7B are made of, where the chip has fp8."""
+    if not has_fp8("cuda"):
+        return
+    for width, rows in [(3584, 4608), (3584, 3584), (3584, 37888), (18944, 3584), (37888, 3584)]:
+        yield from product_cases(8192, width, rows)
+    for double in (True, False):
+        for rows, width in [(37888, 3584), (3584, 18944), (4608, 3584), (3584, 3584)]:
+            yield from fp8_weight_cases(rows, width, double)
+    for width in (3584, 18944, 37888):
+        yield from quantise_cases(8192, width)
+
+
 def low_rank_cases() -> Iterator[Case]:
     """The kernels with the adapters' sums, not what they are compared with: of Qwen2.5-7B and Llama-3.2-3B."""
     yield from (case for case in adapted_cases() if not case.name.endswith(("_before", "_afterwards")))
@@ -246,6 +343,7 @@ def adapted_cases() -> Iterator[Case]:
     """SwiGLU with the adapters' sums, and with codes where the chip has fp8."""
     for tokens, width, rank in [(8192, 18944, 16), (2048, 8192, 8)]:
         yield from skinny_swiglu_cases(tokens, width, rank, torch.bfloat16)
+        yield from adapter_sum_cases(tokens, width, rank, torch.bfloat16)
     if has_fp8("cuda"):
         yield from fp8_cases(8192, 3584, 18944, 16, torch.bfloat16)
 
@@ -302,7 +400,7 @@ def optimiser_cases() -> Iterator[Case]:
     yield from adamw_cases(4, 37888 * 3584, wide, wide)
 
 
-SOURCES: list[Callable[[], Iterator[Case]]] = [elementwise_cases, adapted_cases, optimiser_cases]
+SOURCES: list[Callable[[], Iterator[Case]]] = [elementwise_cases, adapted_cases, low_precision_cases, optimiser_cases]
 
 
 def cases() -> Iterator[Case]:

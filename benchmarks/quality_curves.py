@@ -33,6 +33,7 @@ import torch
 
 from tunesmith.errors import TunesmithError
 from tunesmith.hardware import pick_device
+from tunesmith.kernels.fp8 import FAST_SUMS
 from tunesmith.model.quant import set_compute
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.report.style import MUTED, SERIES, canvas, standalone, to_svg
@@ -50,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qlora": {"kind": "qlora"},
     "qlora fp8": {"kind": "qlora", "fp8_compute": True},
 }
+FAST = {"both": (True, True), "forward": (True, False), "none": (False, False)}
 BESIDE = {"full fp8": "full", "lora fp8": "lora", "lora fp8 all": "lora", "qlora fp8": "qlora"}
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 TRAINING_TEXT, HELD_OUT_TEXT = "builtin:pretrain-text?rows=60000&seed=21", "builtin:pretrain-text?rows=4000&seed=22"
@@ -59,6 +61,7 @@ Row = dict[str, Any]
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
     options = parse(arguments)
+    FAST_SUMS.forward, FAST_SUMS.backward = FAST[options.fast_sums]
     options.out.mkdir(parents=True, exist_ok=True)
     sources = split_text(options) if options.text else ([TRAINING_TEXT], [HELD_OUT_TEXT])
     rows: list[Row] = []
@@ -89,6 +92,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--validation-batches", type=int, default=16, help="at most so many micro-batches")
     parser.add_argument("--learning-rate", type=float, default=None, help="of every case; none: a recipe's own")
+    parser.add_argument(
+        "--fast-sums", choices=list(FAST), default="both", help="the passes whose fp8 products sum in short registers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("quality-curves"))

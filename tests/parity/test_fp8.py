@@ -134,7 +134,7 @@ def test_a_gpu_without_fp8_is_refused_before_anything_is_loaded(monkeypatch: pyt
 
 @pytest.mark.parametrize("asked", ["auto", "all", "inner"])
 def test_the_outer_blocks_stay_wide_unless_all_are_asked_for(asked: str, tmp_path: Path) -> None:
-    """`builtin:tiny` is small: what two wide blocks cost is under 64 MiB. What was decided is in the resolved recipe."""
+    """`builtin:tiny` is small: two wide blocks cost less than 64 MiB. The resolved recipe says what was decided."""
     session = build_session(recipe({**FP8_BASE, "fp8_blocks": asked}, tmp_path))
     blocks: Any = cast(Any, session.model).blocks
     held = [any(isinstance(child, Fp8Linear) for child in block.modules()) for block in blocks]

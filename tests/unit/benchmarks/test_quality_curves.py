@@ -45,7 +45,7 @@ def test_every_case_has_a_curve_and_every_fp8_case_a_verdict(
     assert list(ends) == list(script.CASES)
     assert [row["step"] for row in lines if row.get("case") == "lora" and "step" in row] == [2, 3]
     verdicts = [row for row in lines if "verdict" in row]
-    assert [row["verdict"] for row in verdicts] == ["full fp8", "lora fp8", "qlora fp8"]
+    assert [row["verdict"] for row in verdicts] == ["full fp8", "lora fp8", "lora fp8 all", "qlora fp8"]
     assert all(row["within"] for row in verdicts)
     for case in script.BESIDE:
         assert ends[case]["validation_loss_of_weights"] == pytest.approx(ends[case]["validation_loss"], rel=0.05)
