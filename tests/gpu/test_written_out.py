@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.kernels.column_dot import column_dot, column_dot_reference
 from tunesmith.kernels.dropout import Noise, add_dropout_, add_dropout_reference_, dropout, dropout_reference, kept
 from tunesmith.kernels.fp8 import has_fp8
 from tunesmith.model.captured import CapturedBlocks
@@ -179,6 +180,15 @@ def test_the_kernel_is_the_reference(shape: tuple[int, int], dtype: torch.dtype)
         add_dropout_reference_(expected, x, noise, 3, probability)
         limit = torch.finfo(dtype).eps
         torch.testing.assert_close(out, expected, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (17, 200), (513, 7), (8192, 3584)])
+def test_inner_products_of_columns(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    left, right = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    found = column_dot(left, right)
+    torch.testing.assert_close(found, column_dot_reference(left, right), rtol=1e-4, atol=1e-3)
+    assert torch.equal(found, column_dot(left, right))
 
 
 def test_dropout_has_most_of_a_copys_bandwidth() -> None:

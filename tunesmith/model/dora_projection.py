@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tunesmith.kernels.dropout import Noise
 from tunesmith.model.layers import Linear
+from tunesmith.model.low_rank import wide_product
 from tunesmith.model.projection import Projection
 from tunesmith.model.row_scale import RowScale
 
@@ -69,10 +70,12 @@ class DoraProjection(Projection):
         noise: Noise | None = None,
     ) -> list[Tensor]:
         """The gradients of `trained`; held[2] is free."""
-        *_, free = held
-        assert free is not None
-        masters = super().parameter_grads(g_TF * self.rows.ratio_F, x_TD, held)
-        return [*masters, *self.rows.magnitude_grads(g_TF, free)]
+        low, dlow, free = held
+        assert self.low_rank is not None and x_TD is not None and low is not None and free is not None
+        ratio_F1 = self.rows.ratio_F[:, None]
+        dlow = g_TF @ (ratio_F1 * self.low_rank.up_FR) if dlow is None else dlow
+        grad_up, grad_down = wide_product(g_TF.t(), low) * ratio_F1, wide_product(dlow.t(), x_TD)
+        return [*self.low_rank.master_grads(grad_down, grad_up), *self.rows.magnitude_grads(g_TF, free)]
 
     def _free_product(self, x_TD: Tensor) -> Tensor:
         """x W.T."""

@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels.column_dot import column_dot
 from tunesmith.model.lora import AdaptedLinear, Adapter
 from tunesmith.model.low_rank import wide_product
 from tunesmith.model.quant import dense_weight
@@ -61,7 +62,7 @@ class RowScale:
 
     def magnitude_grads(self, g_TF: Tensor, free_TF: Tensor) -> list[Tensor]:
         """The gradients of the magnitudes: the sum over the tokens of g times what the ratio is multiplied by."""
-        total = (g_TF * free_TF).sum(0, dtype=torch.float32) / self.norm_F
+        total = column_dot(g_TF, free_TF) / self.norm_F
         return [total[rows].to(magnitude.dtype) for rows, _, magnitude in self.scaled]
 
 

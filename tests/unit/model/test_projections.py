@@ -110,8 +110,8 @@ def test_whole_blocks_equal_the_eager_ones(model: str, method: str, tiny_model_d
     expected = _gradients(decoder, False)
     found = _gradients(decoder, True)
     assert decoder.num_fused_blocks == 2
-    # With biases under the norms of heads, the eager float32 gradients are 2.5e-5 off float64's, these 1e-5.
-    _assert_equal(expected, found, 6e-5 if model == "qwen3 biases" else 2e-5)
+    # With biases, gradients of q and k cancel: the eager float32 ones are up to 2.5e-5 off float64's, these 1e-5.
+    _assert_equal(expected, found, 6e-5 if "biases" in model else 2e-5)
     if method == "full":
         assert any("q_norm" in name for name in found) == family.startswith("qwen3")
         assert any("bias" in name for name in found) == (model in ("qwen2", "biases", "qwen3 biases"))
