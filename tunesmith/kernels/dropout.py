@@ -3,8 +3,7 @@
 Whether element (row, column) of site s is kept is one word of the counter-based generator Philox4x32, seven rounds:
 the counter is (column mod ceil(D / 4), row, s, 0), the word column div ceil(D / 4), and the key the 64 bits of the
 seed. The seed is read from the device, so that recorded launches draw a new mask when another seed is put there.
-Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), sections 3.3 and 4
-(seven rounds pass BigCrush); arXiv 1207.0580 (dropout).
+Source: arXiv 1207.0580; the generator's is in `tunesmith.kernels.philox`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.kernels.philox import WORD, philox
 from tunesmith.units import ceil_div
-
-ROUNDS = 7
-WORD = 31
-"""Bits of a word that are compared with the probability."""
-_MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 @dataclass(frozen=True)
@@ -82,18 +75,6 @@ def kept(rows: int, columns: int, noise: Noise, site: int, probability: float) -
     row = (torch.arange(rows, device=device) + noise.first_row)[:, None].expand(rows, quarter)
     words = philox(torch.arange(quarter, device=device).expand(rows, quarter), row, site, noise.seed)
     return (torch.cat(words, dim=1)[:, :columns] >> (32 - WORD)) >= threshold_of(probability)
-
-
-def philox(c0: Tensor, c1: Tensor, site: int, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four words, each int64 from 0 to below 2^32, of the counter (c0, c1, site, 0) under the key `seed`."""
-    c2, c3 = torch.full_like(c0, site), torch.zeros_like(c0)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(ROUNDS):
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # modulo 2^64: the bits are right
-        c0, c1 = ((second >> 32) & _MASK) ^ c1 ^ k0, second & _MASK
-        c2, c3 = ((first >> 32) & _MASK) ^ c3 ^ k1, first & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
 
 
 def threshold_of(probability: float) -> int:

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.dropout import ROUNDS, WORD
 from tunesmith.kernels.launch import current, in_rows
+from tunesmith.kernels.philox import ROUNDS, WORD
 from tunesmith.units import ceil_div
 
 # Columns of each of a program's four strips: 16 bytes a thread in 16-bit formats.

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tunesmith.kernels import dropout as module
-from tunesmith.kernels.dropout import Noise, add_dropout_, dropout, kept, philox
+from tunesmith.kernels import philox as module
+from tunesmith.kernels.dropout import Noise, add_dropout_, dropout, kept
+from tunesmith.kernels.philox import philox
 
 
 def noise(seed: int = 1, first_row: int = 0) -> Noise:
