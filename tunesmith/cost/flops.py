@@ -16,7 +16,7 @@ from tunesmith.arch import ModelConfig
 from tunesmith.cost.params import TrainedParts, trained_parts
 from tunesmith.cost.shapes import LinearShape, Method, block_linears
 
-Checkpointing = Literal["none", "block", "selective", "offload"]
+Checkpointing = Literal["none", "block", "selective", "offload", "offload-block"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def training_flops(
 
     The head is applied to `trained_tokens` only (None: all), as the loss does. "block" recomputes every block that the
     gradient passes; "selective" holds products and attention, so it recomputes nothing that is counted here;
-    "offload" recomputes the product into a dense MLP.
+    "offload" recomputes the product into a dense MLP; "offload-block" is as "block".
     """
     head_tokens = length if trained_tokens is None else trained_tokens
     parts = trained_parts(config, method)
@@ -106,7 +106,7 @@ def training_flops(
 def _recomputed(config: ModelConfig, layer: int, length: int, checkpointing: Checkpointing, whole: int) -> int:
     """Operations that one block computes twice; adapters are left out with "offload"."""
     if checkpointing != "offload":
-        return whole if checkpointing == "block" else 0
+        return whole if checkpointing in ("block", "offload-block") else 0
     first = next((linear for linear in block_linears(config, layer) if linear.owner == "mlp"), None)
     return 0 if first is None else linear_flops(first, length)
 

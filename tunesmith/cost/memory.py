@@ -108,12 +108,18 @@ def optimizer_bytes(num_trained: int, optimizer: Optimizer, width: int) -> int:
     return 2 * (num_trained + 4 * ceil_div(num_trained, BLOCK_SIZE))
 
 
-def offloaded_bytes(config: ModelConfig, method: Method, num_tokens: int, dtype: DTypeName) -> int:
+def offloaded_bytes(
+    config: ModelConfig, method: Method, num_tokens: int, dtype: DTypeName, inputs_only: bool = False
+) -> int:
     """Host bytes of checkpointing "offload": what every block but the last saves for its backward pass, on a GPU.
+
+    inputs_only: of "offload-block", where that is a block's input.
 
     Storages under a mebibyte stay on the device. All blocks count, also those that a method's gradient never reaches.
     """
     blocks = range(config.num_hidden_layers - 1)
+    if inputs_only:
+        return len(blocks) * num_tokens * config.hidden_size * FORMATS[dtype].bytes_for(1)
     sizes = (num_tokens * size for layer in blocks for size in _saved_bytes(config, method, layer, dtype))
     return sum(size for size in sizes if size >= MIB)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +23,9 @@ from tunesmith.model.offload import OffloadedPass, Offloader
 from tunesmith.model.packed import PackedTokens
 from tunesmith.model.transfer import CudaTransfer
 
-Checkpointing = Literal["none", "block", "selective", "offload"]
+Checkpointing = Literal["none", "block", "selective", "offload", "offload-block"]
+_ON_DEVICE: dict[str, Checkpointing] = {"offload": "selective", "offload-block": "block"}
+"""Kinds that move what is held to the host, and the same without moving it."""
 
 
 class Decoder(nn.Module):
@@ -32,7 +35,7 @@ class Decoder(nn.Module):
     With `is_fused` the blocks run in their written-out form (model/fused.py), where they have one; with `captured` too,
     that is recorded as CUDA graphs while training. There, checkpointing "offload" is "selective" with what is held
     moved to the host, and `mlp_tile_tokens` are how many tokens the MLP goes through at a time; the eager blocks, which
-    are the reference, take "offload" as "selective" and know no tiles. `has_same_weights` promises that no parameter
+    are the reference, move nothing and know no tiles. `has_same_weights` promises that no parameter
     was written since the last forward pass (a step of several micro-batches): what depends on them alone is kept.
     """
 
@@ -72,7 +75,7 @@ class Decoder(nn.Module):
 
     def _run_eager(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
         rope = self.rope(positions_T, hidden.dtype)
-        kind = "selective" if kind == "offload" else kind
+        kind = _ON_DEVICE.get(kind, kind)
         for layer, block in enumerate(self.blocks):
             hidden = run_checkpointed(self._kind_of(layer, kind), block, hidden, rope, attend[layer])
         return hidden
@@ -101,8 +104,10 @@ class Decoder(nn.Module):
                 hidden = run_checkpointed(kind, block.block, hidden, tables, attend[layer])
             elif offloaded is not None:
                 fixed, is_last = block.fixed(rope), layer == len(blocks) - 1
+                whole, again = kind == "offload-block", kind == "offload"
+                run = partial(run_checkpointed, "block", block, is_random=not block.is_whole) if whole else block
                 hidden = offloaded.run(
-                    block, hidden, rope, attend[layer], True, tile, noise, kept=fixed, is_last=is_last
+                    run, hidden, rope, attend[layer], again, tile, noise, kept=fixed, is_last=is_last
                 )
             else:
                 outer = "block" if kind == "block" else "none"
@@ -114,10 +119,10 @@ class Decoder(nn.Module):
 
     def _kind_of(self, layer: int, kind: Checkpointing) -> Checkpointing:
         """How one block is checkpointed: the last `skip_last` hold everything, for a moment only."""
-        return "none" if kind != "offload" and layer >= len(self.blocks) - self.skip_last else kind
+        return "none" if kind not in _ON_DEVICE and layer >= len(self.blocks) - self.skip_last else kind
 
     def _begin_offloading(self, kind: Checkpointing, device: torch.device) -> OffloadedPass | None:
-        if kind != "offload" or not torch.is_grad_enabled():
+        if kind not in _ON_DEVICE or not torch.is_grad_enabled():
             return None
         if self.offloader is None:
             self.offloader = Offloader(CudaTransfer(device))

@@ -209,11 +209,11 @@ class TrainSection(Section):
         "auto",
         description="dtype of trained weights and their states; compute: as precision (pure bfloat16); auto: float32",
     )
-    checkpointing: Literal["none", "block", "selective", "offload"] = Field(
+    checkpointing: Literal["none", "block", "selective", "offload", "offload-block"] = Field(
         "none",
         description=(
             "gradient checkpointing: hold everything, recompute every block, or recompute all but products and "
-            "attention; offload: as selective, and what is held waits in pinned host memory (a GPU with fused blocks)"
+            "attention; offload, offload-block: as selective or block, what is held waits on the host (fused, on a GPU)"
         ),
     )
     mlp_tile_tokens: PositiveInt | None = Field(
@@ -261,7 +261,10 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _needs_fused_blocks(self) -> TrainSection:
-        wants = {"checkpointing 'offload'": self.checkpointing == "offload", "mlp_tile_tokens": self.mlp_tile_tokens}
+        wants = {
+            f"checkpointing '{self.checkpointing}'": "offload" in self.checkpointing,
+            "mlp_tile_tokens": self.mlp_tile_tokens,
+        }
         for name, is_wanted in wants.items():
             if is_wanted and self.blocks == "eager":
                 raise ValueError(f"train.{name} is for the blocks written out: set train.blocks to fused (it is eager)")
@@ -328,10 +331,7 @@ class BenchSection(Section):
     )
     checkpointing: Literal["selective", "block", "offload", "all"] = Field(
         "selective",
-        description=(
-            "what the matrix's `+ checkpointing` cells do, see train.checkpointing; all: selective and block, each in "
-            "a cell of its own"
-        ),
+        description="what `+ checkpointing` cells do (train.checkpointing); all: selective, and block in cells of its own",
     )
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="per-cell recipe overrides: {full: {train.learning_rate: 1e-5}}"

@@ -12,6 +12,8 @@ from tunesmith.model.language_model import LanguageModel
 from tunesmith.recipe.schema import Recipe
 from tunesmith.units import format_bytes
 
+OFFLOADS = ("offload", "offload-block")
+"""Kinds of train.checkpointing that move what is held to the host."""
 _log = logging.getLogger(__name__)
 
 
@@ -21,10 +23,10 @@ def prepare_activations(model: LanguageModel, recipe: Recipe) -> None:
     Says how much host memory offloading takes. Raises: UnsupportedModelError where a block's MLP has no written-out
     form; DeviceError when the host has too little memory.
     """
-    offloads, tile_tokens = recipe.train.checkpointing == "offload", recipe.train.mlp_tile_tokens
+    offloads, tile_tokens = recipe.train.checkpointing in OFFLOADS, recipe.train.mlp_tile_tokens
     if not offloads and tile_tokens is None:
         return
-    name = "train.checkpointing 'offload'" if offloads else "train.mlp_tile_tokens"
+    name = f"train.checkpointing '{recipe.train.checkpointing}'" if offloads else "train.mlp_tile_tokens"
     if not isinstance(model, Decoder) or not model.has_written_mlps:
         raise UnsupportedModelError(
             f"{name} needs blocks whose MLP is written out: a dense SwiGLU one of the native decoder, without "
@@ -39,9 +41,10 @@ def _check_host(model: Decoder, recipe: Recipe) -> None:
     train = recipe.train
     assert train.micro_batch_tokens is not None
     assert train.precision != "auto"
-    need = offloaded_bytes(model.config, recipe.method, train.micro_batch_tokens, train.precision)
+    inputs_only = train.checkpointing == "offload-block"
+    need = offloaded_bytes(model.config, recipe.method, train.micro_batch_tokens, train.precision, inputs_only)
     free = available_memory_bytes()
-    said = f"train.checkpointing 'offload' takes {format_bytes(need)} of pinned host memory"
+    said = f"train.checkpointing '{train.checkpointing}' takes {format_bytes(need)} of pinned host memory"
     if need > free:
         raise DeviceError(
             f"{said}, and {format_bytes(free)} are free: lower train.micro_batch_tokens (it is "

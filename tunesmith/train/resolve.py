@@ -49,10 +49,10 @@ def _resolve_method(recipe: Recipe, weight_dtype: DTypeName) -> MethodSection:
 
 
 def _require_gpu_to_offload(recipe: Recipe, device: torch.device) -> None:
-    if recipe.train.checkpointing == "offload" and device.type != "cuda":
+    if recipe.train.checkpointing in ("offload", "offload-block") and device.type != "cuda":
         raise DeviceError(
-            f"train.checkpointing 'offload' moves activations from a GPU to the host, and the device is {device}: "
-            "use --set train.checkpointing=selective"
+            f"train.checkpointing '{recipe.train.checkpointing}' moves activations from a GPU to the host, and the "
+            f"device is {device}: use --set train.checkpointing=selective"
         )
 
 

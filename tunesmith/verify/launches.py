@@ -36,6 +36,8 @@ from tunesmith.verify.subject import reduced_config
 META = torch.device("meta")
 _CERTIFIED = 2_000_000_000
 _DOCUMENTS = 2
+_WHOLE = ("none", "block", "offload-block")
+"""Checkpointing that makes nothing again inside a block."""
 
 
 def launches_of(recipe: Recipe, *, has_bf16: bool = True, certified: bool = True) -> list[Launch]:
@@ -92,7 +94,7 @@ def _step(recipe: Recipe, config: ModelConfig) -> None:
             parameter.data = parameter.data.to(wide)
     model.compute_dtype = compute
     model.is_fused = train.blocks == "fused"
-    model.checkpointing = "none" if train.checkpointing in ("none", "block") else "selective"
+    model.checkpointing = "none" if train.checkpointing in _WHOLE else "selective"
     if model.is_fused and model.has_written_mlps:
         model.mlp_tile_tokens = train.mlp_tile_tokens
     assert train.micro_batch_tokens is not None
@@ -111,7 +113,7 @@ def _certified_step(recipe: Recipe, config: ModelConfig) -> None:
     set_compute(cast(nn.Module, model), "weights")
     model.compute_dtype = torch.float32
     model.is_fused = True
-    model.checkpointing = "none" if recipe.train.checkpointing in ("none", "block") else "selective"
+    model.checkpointing = "none" if recipe.train.checkpointing in _WHOLE else "selective"
     _pass(model.train(), sum(LENGTHS), recipe.train.loss_chunk_tokens)
 
 

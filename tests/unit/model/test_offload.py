@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.cost.memory import offloaded_bytes
 from tunesmith.errors import DeviceError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import apply_method
@@ -92,9 +93,9 @@ def _decoder(make: Make, method: str, family: str = "qwen2") -> Decoder:
     return decoder
 
 
-def _offloading(decoder: Decoder, least_bytes: int = 1024) -> tuple[LateTransfer, Offloader]:
+def _offloading(decoder: Decoder, least_bytes: int = 1024, kind: Any = "offload") -> tuple[LateTransfer, Offloader]:
     transfer = LateTransfer()
-    decoder.checkpointing = "offload"
+    decoder.checkpointing = kind
     decoder.offloader = Offloader(transfer, least_bytes)
     return transfer, decoder.offloader
 
@@ -134,6 +135,24 @@ def test_gradients_are_those_without_it_bit_for_bit(family: str, method: str, ti
     assert transfer.sent
     assert len(transfer.sent) == len(transfer.fetched)
     assert transfer.pending == {}
+    assert offloader.host.leased_bytes == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full", "dora"])
+@pytest.mark.parametrize("tile_tokens", [None, 5])
+def test_blocks_made_again_from_offloaded_inputs(method: str, tile_tokens: int | None, tiny_model_dir: Make) -> None:
+    """The same gradients, and of each block but the last its input alone has moved."""
+    decoder = _decoder(tiny_model_dir, method)
+    decoder.mlp_tile_tokens = tile_tokens
+    expected = _gradients(decoder, times=2)
+    transfer, offloader = _offloading(decoder, kind="offload-block")
+    for _ in range(2):
+        _assert_same(expected, _gradients(decoder, times=2))
+    assert {len(addresses) for addresses in transfer.sent} == {1}
+    assert transfer.pending == {}
+    tokens = sum(map(len, DOCUMENTS))
+    held = offloaded_bytes(decoder.config, MethodSection(), tokens, "float32", inputs_only=True)
+    assert offloader.host.total_bytes == held
     assert offloader.host.leased_bytes == 0
 
 
