@@ -257,9 +257,10 @@ def adapter_sum_cases(tokens: int, width: int, rank: int, dtype: torch.dtype) ->
         # Its own gradient takes the input's place at every run: only the time is looked at.
         return Work(lambda: run(grad_h, gate_up, low, up, dlow, down), moved)
 
-    def products(*inputs: Tensor) -> object:
-        _, gate_up, low, _, dlow, _ = inputs
-        grad, h = swiglu_low_rank_backward(*inputs, True, out=gate_up)
+    def products(
+        grad_h: Tensor, gate_up: Tensor, low: Tensor, up: Tensor, dlow: Tensor, down: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad, h = swiglu_low_rank_backward(grad_h, gate_up, low, up, dlow, down, True, out=gate_up)
         assert h is not None
         return wide_product(grad.t(), low), wide_product(dlow.t(), h)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,8 @@ def test_compiles_where_the_chip_has_fp8(name: str, tmp_path: Path, monkeypatch:
         compiled = triton.compile(source, target=target, options=options)
         assert f".target sm_{chip}" in compiled.asm["ptx"]
         assert compiled.metadata.shared <= generation.shared_bytes
+        if name in ("transpose", "nf4_to_fp8", "nf4_to_fp8_transposed"):
+            # Codes are read and written sixteen bytes at a time, transposed or not; tables and scales are single.
+            stores = re.findall(r"st\.global\S*\.[bf]\d+", compiled.asm["ptx"])
+            assert stores and all("v4.b32" in store for store in stores), (chip, stores)
+            assert re.search(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])
