@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from tunesmith.arch import config_from_dict
-from tunesmith.kernels.fp8 import FP8, dequantize_rows, quantize_rows_fp8
+from tunesmith.kernels.fp8 import FP8, dequantize_rows, fp8_product, quantize_rows_fp8
 from tunesmith.kernels.nf4_fp8 import nf4_to_fp8
+from tunesmith.model import fp8 as fp8_module
+from tunesmith.model import quant as quant_module
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.fp8 import Fp8Linear, quantise_linears_fp8, quantised_fp8
 from tunesmith.model.layers import Linear
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
-from tunesmith.model.quant import NF4Linear, dense_weight, quantised, quantised_as, set_compute
+from tunesmith.model.quant import NF4Linear, dense_weight, quantise_blocks, quantised, quantised_as, set_compute
 
 PARTS = {"q_proj": 64, "k_proj": 32, "v_proj": 32}
 WIDTH = 48
@@ -182,3 +184,31 @@ def test_row_scales_of_nf4_follow_a_new_weight() -> None:
     before = made.row_scales()
     made.load_part("q_proj", 2 * linear().part_weight("q_proj"))
     assert not torch.equal(made.row_scales(), before)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4-double"])
+def test_products_say_which_pass_they_belong_to(
+    kind: Literal["fp8", "nf4-double"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How a product on a GPU sums is chosen by direction."""
+    made, said = held(kind), []
+
+    def product(*arguments: Any, backward: bool = False) -> Tensor:
+        said.append(backward)
+        return fp8_product(*arguments, backward=backward)
+
+    for module in (fp8_module, quant_module):
+        monkeypatch.setattr(module, "fp8_product", product)
+    made(torch.randn(3, WIDTH, requires_grad=True)).sum().backward()
+    assert said == [False, True]
+
+
+def test_inner_blocks_alone_are_held_in_fp8() -> None:
+    with torch.device("meta"):
+        decoder = Decoder(config_from_dict({**MIXTRAL, "num_hidden_layers": 4}))
+        quantise_blocks(decoder, "fp8-inner")
+        short = Decoder(config_from_dict(MIXTRAL))
+        quantise_blocks(short, "fp8-inner")
+    held_by_block = [any(isinstance(child, Fp8Linear) for child in block.modules()) for block in decoder.blocks]
+    assert held_by_block == [False, True, True, False]
+    assert all(any(isinstance(child, Fp8Linear) for child in block.modules()) for block in short.blocks)
