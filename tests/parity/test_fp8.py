@@ -195,3 +195,10 @@ def test_the_transformers_backend_holds_an_fp8_base_too(
     assert not any(isinstance(child, AdaptedLinear) for child in merged.modules())
     found = logits(cast(LanguageModel, merged), [[5, 9, 80, 31, 7]])[0]
     assert torch.allclose(expected, found, atol=1e-5)
+
+
+def test_a_foreign_models_outer_blocks_stay_wide_too() -> None:
+    model: Any = load_model("builtin:tiny", quantize="fp8-inner", backend="transformers", device="cpu")
+    names = {name for name, child in model.named_modules() if isinstance(child, Fp8Linear)}
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {1, 2, 3, 4}
+    assert len(names) == 4 * 7

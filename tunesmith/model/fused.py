@@ -125,9 +125,7 @@ class NormMlp(torch.autograd.Function):
         else:
             ddown = adapter_grads(down, g, None, low_down, dlow, (None, made.of_narrow))
         made.hidden = None
-        dx, dnorm, dup = _through_norm(
-            ctx, made.gate_up, (x, norm_weight, rstd, low_up, free_up), g, y, made.of_wide
-        )
+        dx, dnorm, dup = _through_norm(ctx, made.gate_up, (x, norm_weight, rstd, low_up, free_up), g, y, made.of_wide)
         return dx, dnorm, None, None, None, None, None, *dup, *ddown
 
 
