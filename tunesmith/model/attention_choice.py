@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import torch
@@ -22,6 +22,9 @@ from tunesmith.model.uncompiled import gradients
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 LONG = 1024
 """A mean document length, in tokens, from which one launch for each document may pay."""
+MOST_MEASURED = 65536
+"""Tokens from which nothing is measured: it would take minutes and as much memory as a block does. What was fastest
+for fewer tokens is taken."""
 _ROUNDS = 5
 
 
@@ -82,6 +85,8 @@ def choose(
     if len(candidates) == 1:
         _chosen.setdefault(shape, (candidates[0], {}))
         return kernels[candidates[0]]
+    if shape not in _chosen and shape.num_tokens > MOST_MEASURED:
+        _chosen[shape] = (_of_fewer_tokens(shape) or candidates[0], {})
     if shape not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return kernels[candidates[0]]
@@ -90,6 +95,14 @@ def choose(
         fastest = min(known, key=lambda name: known[name]) if known else candidates[0]
         _chosen[shape] = (fastest, known)
     return kernels[_chosen[shape][0]]
+
+
+def _of_fewer_tokens(shape: AttentionShape) -> str | None:
+    """What was chosen for the longest shape that is otherwise the same."""
+    alike = [
+        known for known in _chosen if replace(known, num_tokens=0, length=0) == replace(shape, num_tokens=0, length=0)
+    ]
+    return _chosen[max(alike, key=lambda known: known.num_tokens)][0] if alike else None
 
 
 def choices() -> list[dict[str, object]]:

@@ -331,7 +331,7 @@ class BenchSection(Section):
     )
     checkpointing: Literal["selective", "block", "offload", "all"] = Field(
         "selective",
-        description="what `+ checkpointing` cells do (train.checkpointing); all: selective, and block in cells of its own",
+        description="what `+ checkpointing` cells do; all: selective, and block in cells of its own",
     )
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="per-cell recipe overrides: {full: {train.learning_rate: 1e-5}}"

@@ -1,0 +1,73 @@
+"""On a GPU: kernels compiled ahead are the ones that a run looks for, and offloaded block inputs change no gradient."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith.recipe.load import recipe_from_mapping
+from tunesmith.train.session import build_session
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+ROOT = Path(__file__).parents[2]
+RECIPE: dict[str, Any] = {
+    "model": {"path": "recipes/configs/llama-3.2-3b", "weights": "random"},
+    "data": {"format": "tokens", "max_length": 512, "max_rows": 8, "validation_fraction": 0},
+    "train": {"micro_batch_tokens": 2048, "max_steps": 1, "learning_rate": 1e-4},
+}
+_RUN = """
+import json, sys
+from triton import knobs
+misses = []
+knobs.compilation.listener = lambda **facts: None if facts["cache_hit"] else misses.append(str(facts["src"].name))
+from tunesmith.recipe.load import recipe_from_mapping
+from tunesmith.train.session import build_session
+from tunesmith.verify.certificate import certify
+recipe = recipe_from_mapping(json.loads(sys.argv[1]))
+certify(recipe, full=False)
+session = build_session(recipe)
+session.step()
+session.close()
+print(json.dumps(misses))
+"""
+
+
+@pytest.mark.parametrize("method", [{"kind": "lora"}, {"kind": "qlora"}, {"kind": "lora", "base": "fp8"}])
+def test_a_run_compiles_nothing_that_was_compiled_ahead(method: dict[str, Any], tmp_path: Path) -> None:
+    raw = {**RECIPE, "method": method}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton"), "XDG_CACHE_HOME": str(tmp_path)}
+    request = json.dumps({"recipe": raw, "marker": str(tmp_path / "marker")})
+    command = [sys.executable, "-m", "tunesmith.verify.warm_up_worker"]
+    done = subprocess.run(command, input=request, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    answer = json.loads(done.stdout)
+    assert answer["failed"] == []
+    assert answer["kernels"] >= 10
+    run = [sys.executable, "-c", _RUN, json.dumps(raw)]
+    ran = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    assert json.loads(ran.stdout.splitlines()[-1]) == []
+
+
+def test_block_inputs_on_the_host_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    losses, norms, peaks = [], [], []
+    for kind in ("block", "offload-block"):
+        train = {**RECIPE["train"], "checkpointing": kind, "mlp_tile_tokens": 512, "graphs": "off"}
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        session = build_session(recipe_from_mapping({**RECIPE, "method": {"kind": "qlora"}, "train": train}))
+        metrics = session.step()
+        session.close()
+        losses.append(metrics.loss)
+        norms.append(metrics.grad_norm)
+        peaks.append(torch.cuda.max_memory_allocated())
+        del session
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    assert peaks[1] < peaks[0]
