@@ -161,7 +161,8 @@ def find(recipe: Recipe, cap_bytes: int, lengths: Sequence[int], most: int, trie
     peaks = _near_the_end(recipe, blocks, room, lengths, min(bounds.values()))
     bounds["device memory"] = peaks.most_tokens(blocks, room)
     stopped_by = min(bounds, key=lambda name: bounds[name])
-    tokens, steps = bounds[stopped_by] // 128 * 128, []
+    tokens = bounds[stopped_by] // 128 * 128
+    steps: list[Step] = []
     while tokens > 0 and len(steps) < tries:
         steps.append(_tried(of_length(recipe, tokens), cap_bytes))
         if steps[-1].error is None:

@@ -62,6 +62,8 @@ def shapes_of(config: ModelConfig, train: TrainSection, device: torch.device) ->
     """Real widths; on a CPU few tokens, and nowhere more words than make a matrix of 2^26 weights."""
     most = 1024 if device.type == "cuda" else 96
     vocab_size = min(config.vocab_size, max(256, 2**26 // config.hidden_size))
+    if device.type == "cuda" and vocab_size < config.vocab_size:
+        vocab_size -= vocab_size % 128  # as aligned as real vocabularies are: the run's own kernel, not another
     if device.type == "cpu":
         vocab_size = min(vocab_size, max(256, 2**21 // config.hidden_size))
     return Shapes(config, min(train.micro_batch_tokens or most, most), vocab_size)

@@ -118,12 +118,15 @@ def _certified_step(recipe: Recipe, config: ModelConfig) -> None:
 
 
 def _pass(model: Decoder, num_tokens: int, chunk_tokens: int) -> None:
-    """Forward, loss and backward of a micro-batch of two documents."""
+    """Forward, loss (once without a gradient) and backward of a micro-batch of two documents."""
     half = num_tokens // _DOCUMENTS
     tokens = torch.empty(num_tokens, dtype=torch.int64, device=META)
     hidden = model.hidden(packed(tokens, (half, num_tokens - half)))
     index = torch.empty(num_tokens - _DOCUMENTS, dtype=torch.int64, device=META)
-    cross_entropy_sum(hidden, index, torch.empty_like(index), head_of(model), chunk_tokens).backward()
+    loss = partial(cross_entropy_sum, index=index, targets=index, head=head_of(model), chunk_tokens=chunk_tokens)
+    with torch.no_grad():
+        loss(hidden)  # as validation does
+    loss(hidden).backward()
 
 
 def _update(recipe: Recipe, model: Decoder) -> None:
