@@ -22,6 +22,8 @@ def test_there_are_recipes():
         "demo-quality",
         "qwen2.5-7b-matrix",
         "llama-3.2-3b-matrix",
+        "llama-3.2-3b-text-matrix",
+        "llama-3.1-8b-long-context",
     }
 
 
@@ -36,7 +38,13 @@ def test_recipe_is_valid(path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "billions"), [("probe-30m", 0.030), ("configs/qwen2.5-7b", 7.62), ("configs/llama-3.2-3b", 3.21)]
+    ("folder", "billions"),
+    [
+        ("probe-30m", 0.030),
+        ("configs/qwen2.5-7b", 7.62),
+        ("configs/llama-3.2-3b", 3.21),
+        ("configs/llama-3.1-8b", 8.03),
+    ],
 )
 def test_shapes_have_the_parameters_they_are_named_after(folder, billions):
     config = read_config(RECIPES / folder)
