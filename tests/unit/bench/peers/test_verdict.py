@@ -18,6 +18,7 @@ def row(peer: str = "tunesmith", seconds: float = 1.0, **changes: Any) -> dict[s
         "reserved_peak_bytes": 3_000_000_000,
         "resident_peak_bytes": 4_000_000_000,
         "all_steps_allocated_peak_bytes": 2_500_000_000,
+        "all_steps_reserved_peak_bytes": 3_500_000_000,
     }
     base = {
         "peer": peer,
