@@ -120,6 +120,6 @@ def test_the_page_has_a_line_for_each() -> None:
     made = record([row(), row("peer"), {**row("gone"), "status": "missing", "reason": "a | b", "steps": []}])
     group = {**made, "what": "a row", "rows": summarise(made)}
     page = markdown([group])
-    assert "| **tunesmith** | 75 (50 to 100) | - | 2.00 / 3.00 GB | 9.00 s | 2.0000, 1 | - | 1 | ours |" in page
+    assert "| **tunesmith** | 75 (50 to 100) | - | 2.50 / 3.50 GB | 9.00 s | 2.0000, 1 | - | 1 | ours |" in page
     assert "| peer | 75 (50 to 100) | 1.00x |" in page
     assert "missing: a / b; proves nothing |" in page
