@@ -115,8 +115,10 @@ class DataSection(Section):
     validation: list[str] = Field(
         default_factory=list, description="as train; empty: validation_fraction is split off the training data"
     )
-    validation_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.05, description="share of the rows kept for validation when no validation file is named; 0: none"
+    validation_fraction: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="share of the documents kept out of training to validate on, when data.validation is empty; "
+        "0: none are; none: 0.05, but with fewer than 100 documents all are trained on",
     )
     format: Literal["auto", "alpaca", "messages", "sharegpt", "text", "preference", "tokens"] = Field(
         "auto",

@@ -29,6 +29,7 @@ from tunesmith.model.methods import MethodSummary, apply_method
 from tunesmith.recipe.schema import DataSection, Recipe, TrainSection
 from tunesmith.text.dataset import DataSummary, TrainingData, load_data
 from tunesmith.text.packing import plan_epoch
+from tunesmith.text.split import LEAST_DOCUMENTS, fraction_of
 from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
 from tunesmith.train import randomness
 from tunesmith.train.activations import prepare_activations
@@ -370,7 +371,7 @@ def _random_data(recipe: Recipe, model: LanguageModel) -> SessionData:
         raise RecipeError("data.format 'tokens' needs a model whose config has vocab_size")
     count = data.max_rows or DEFAULT_RANDOM_ROWS
     train = RandomTokens(count, data.max_length, vocab_size, recipe.train.seed)
-    held_out = math.ceil(min(count, 16) * data.validation_fraction)
+    held_out = math.ceil(min(count, 16) * fraction_of(data, LEAST_DOCUMENTS))
     if not held_out:
         return SessionData(train)
     return SessionData(train, RandomTokens(held_out, data.max_length, vocab_size, recipe.train.seed, count))
