@@ -92,3 +92,12 @@ def _step(decoder: Decoder, optimizer: torch.optim.Optimizer, number: int) -> fl
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss)
+
+
+def test_two_micro_batches_in_flight_are_refused(tiny_model_dir: Make) -> None:
+    decoder = _decoder(tiny_model_dir("llama"), "lora", "none")
+    decoder.captured = CapturedBlocks()
+    first = decoder.hidden(_pack(EVEN, 0))
+    decoder.hidden(_pack(EVEN, 1))
+    with pytest.raises(RuntimeError, match="go backward through it before the next goes forward"):
+        first.sum().backward()
