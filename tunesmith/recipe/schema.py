@@ -185,9 +185,11 @@ class TrainSection(Section):
             "memory; needs accumulation 1 and max_grad_norm 0"
         ),
     )
-    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="AdamW: how long gradients are remembered")
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(0.999, description="AdamW: how long their squares are")
+    eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = Field(
+        1e-8, description="AdamW: added to the divisor, so that it is never zero"
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="gradient clipping by global norm; 0: none")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -237,7 +239,7 @@ class TrainSection(Section):
     )
     neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
     loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="of everything random: another one gives another run")
     deterministic: bool = Field(False, description="deterministic kernels on a GPU (a CPU always is)")
     detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
 
@@ -296,7 +298,7 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    every_steps: PositiveInt = 1
+    every_steps: PositiveInt = Field(1, description="a row in metrics.jsonl every so many steps")
     trackers: list[Tracker] = Field(
         default=["tensorboard"],
         description=(
