@@ -50,8 +50,10 @@ def beside_ours() -> dict[tuple[str, str], dict[str, Any]]:
     groups = json.loads((RESULTS / "peers" / "peers.json").read_text(encoding="utf-8"))["groups"]
     found = {}
     for group in groups:
-        cell = SIDE_BY_SIDE.get(group["key"]["row"])
-        for row in group["rows"] if cell else []:
+        if group["key"]["row"] not in SIDE_BY_SIDE:
+            continue
+        cell = SIDE_BY_SIDE[group["key"]["row"]]
+        for row in group["rows"]:
             if row["peer"] in NAMES and row["tokens_per_s"] is not None:
                 rate, peak = row["tokens_per_s"]["median"], row["all_steps_allocated_peak_bytes"]
                 name = NAMES[row["peer"]]
