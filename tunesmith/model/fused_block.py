@@ -12,6 +12,7 @@ from tunesmith.model.attention import AttendLayer
 from tunesmith.model.block import Block, Mlp
 from tunesmith.model.fused import HalfRope, Heads, add_projection, norm_mlp, norm_qkv
 from tunesmith.model.layers import RMSNorm, apply_rope
+from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.low_rank import refresh
 from tunesmith.model.projection import Projection, projection_of
 from tunesmith.model.tiled import tiled_mlp
@@ -42,6 +43,7 @@ class FusedBlock:
         self.dtype = dtype
         attention = block.attention
         self.linears = self._linears()
+        self.masters = _masters(self.linears)
         self.heads = Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim)
         self.qkv = projection_of(attention.qkv, dtype) if _is_rms(block.attention_norm) else None
         self.output = projection_of(attention.output, dtype)
@@ -49,7 +51,9 @@ class FusedBlock:
 
     def is_current(self) -> bool:
         """Whether the block still has the modules that this was made from."""
-        return all(now is then for now, then in zip(self._linears(), self.linears, strict=True))
+        linears = self._linears()
+        same = all(now is then for now, then in zip(linears, self.linears, strict=True))
+        return same and _masters(linears) == self.masters
 
     @property
     def projections(self) -> list[Projection]:
@@ -129,6 +133,12 @@ class FusedBlocks:
     def refresh(self) -> None:
         """Bring the copies of the adapters up to date."""
         refresh([p.low_rank for b in self._blocks for p in b.projections if p.low_rank is not None])
+
+
+def _masters(linears: list[nn.Module]) -> list[tuple[int, torch.device]]:
+    """Which tensors the adapters are, and where."""
+    adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+    return [(id(parameter), parameter.device) for linear in adapted for parameter in linear.adapters.parameters()]
 
 
 def _mlp_projections(block: Block, dtype: torch.dtype) -> tuple[Projection | None, Projection | None]:
