@@ -116,7 +116,7 @@ def _show_tables(rows: Sequence[KeyRow]) -> None:
         for row in keys:
             table.add_row(*(Text(cell) for cell in (row.key, row.default, row.allowed, row.meaning)))
         out.print(table, soft_wrap=False)
-    out.print(f'Where a meaning begins with "none:", that is what happens while the key is {NOT_SET}.', highlight=False)
+    out.print(f'What a meaning says after "none:" is what happens while the key is {NOT_SET}.', highlight=False)
     out.print("As JSON Schema: tunesmith recipe schema --format json", highlight=False)
 
 
@@ -209,7 +209,12 @@ def _check_output(folder: str) -> None:
 
 
 def _may_be_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and path[0] not in "./~" and path[-1] != "/" and not Path(path).exists()
+    folder, slash, name = path.partition("/")
+    return (
+        bool(slash and name and "/" not in name)
+        and folder not in ("", ".", "..", "~", "runs")
+        and not Path(folder).is_dir()
+    )
 
 
 def _run_name(path: Path) -> str:
