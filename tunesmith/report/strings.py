@@ -108,7 +108,7 @@ _EN = {
     "range": "{low} to {high}",
     "noisy": (
         "The times are noisy: a step of {label} took {time} at the median, with a 95 % interval from {low} to {high}. "
-        "Smaller differences mean nothing here: measure again on a machine that does nothing else."
+        "Differences of that size mean nothing: measure again on a machine that does nothing else."
     ),
     "loss_change": "loss {x}",
     "losses_differ": "validation loss {after} instead of {before}",
@@ -230,7 +230,7 @@ _ZH = {
     "range": "{low} 至 {high}",
     "noisy": (
         "计时噪声很大：{label} 每步的中位数为 {time}，95 % 区间为 {low} 至 {high}。"
-        "更小的差别没有意义：请在空闲的机器上重新测量。"
+        "这样大小的差别没有意义：请在空闲的机器上重新测量。"
     ),
     "loss_change": "损失 {x}",
     "losses_differ": "验证损失 {after}（对比 {before}）",

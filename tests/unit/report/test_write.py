@@ -73,6 +73,14 @@ def test_every_plot_has_a_title_a_description_and_page_colours(methods_run: Path
     assert len(set(ids)) == len(ids)
 
 
+def test_every_line_of_a_chart_is_labelled(bench_run: BenchRun, cell: Make) -> None:
+    """The bug: labels that were pushed below the axis were not drawn, where curves end together at its bottom."""
+    names = [f"method {number}" for number in range(6)]
+    text = page_of(bench_run(*(cell(name, losses={"training": [8.0, 1.0, 0.1]}) for name in names)))
+    chart = next(svg for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL) if '<title id="b0-losses' in svg)
+    assert [name for name in names if not re.search(rf"<text[^>]*>{name}</text>", chart)] == []
+
+
 def test_hostile_texts_are_shown_and_do_nothing(bench_run: BenchRun, cell: Make, failed: Make) -> None:
     run = bench_run(
         cell(HOSTILE, label=HOSTILE, command=HOSTILE, gain=HOSTILE, device={"name": HOSTILE}),
