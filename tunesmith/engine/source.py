@@ -13,7 +13,7 @@ from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
-from tunesmith.rundir.layout import RunDir, is_run, open_run
+from tunesmith.rundir.layout import RunDir, RunInfo, is_run, open_run
 
 Quantize = Literal["nf4", "nf4-double", "fp8"]
 _OUTCOMES = ("final", "adapter", "model")
@@ -50,6 +50,8 @@ def find_source(path: str, adapter: str | Path | None, quantize: str | None, rev
     """
     wanted = cast("Quantize | None", quantize)
     run = None if path.startswith("builtin:") else _run_of(Path(path).expanduser())
+    if run is None and (inside := _runs_inside(Path(path).expanduser())):
+        raise RunDirError(f"{path} holds runs and is none itself: name one of them: {', '.join(inside)}")
     if run is not None:
         if adapter is not None:
             raise AdapterError(
@@ -69,6 +71,15 @@ def _run_of(path: Path) -> RunDir | None:
     return open_run(parent) if path.name in _OUTCOMES and is_run(parent) else None
 
 
+def _runs_inside(path: Path) -> list[str]:
+    """The newest training runs in a folder that is no model's."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return []
+    found = [RunDir(child) for child in path.iterdir() if is_run(child)]
+    training = [run.path for run in found if run.info().kind == "train"]
+    return [shlex.quote(str(child)) for child in sorted(training, key=lambda p: -p.stat().st_mtime)[:3]]
+
+
 def _adapted_source(path: str, adapter: Path, quantize: Quantize | None, revision: str | None) -> ModelSource:
     """A base and an adapter; where the adapter is a run's, the run says how it was trained."""
     run = _run_of(adapter)
@@ -84,12 +95,7 @@ def _adapted_source(path: str, adapter: Path, quantize: Quantize | None, revisio
 
 
 def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) -> ModelSource:
-    info = run.info()
-    if info.kind != "train":
-        raise RunDirError(
-            f"{run.path} is a {info.kind} run: chat, eval and merge take a training run (what it measured: "
-            f"tunesmith report {shlex.quote(str(run.path))})"
-        )
+    info = check_training(run)
     recipe = load_recipe(run.recipe)
     outcome = _outcome(run)
     is_adapter = _is_adapter(outcome)
@@ -108,6 +114,17 @@ def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) ->
         system=recipe.data.system,
         single_turns=_single_turns(info.facts),
     )
+
+
+def check_training(run: RunDir) -> RunInfo:
+    """What run.json says. Raises: RunDirError for a run of a kind that trains no model to keep."""
+    info = run.info()
+    if info.kind != "train":
+        raise RunDirError(
+            f"{run.path} is a {info.kind} run: chat, eval and merge take a training run (what it measured: "
+            f"tunesmith report {shlex.quote(str(run.path))})"
+        )
+    return info
 
 
 def _single_turns(facts: Mapping[str, Any]) -> bool:
@@ -130,10 +147,11 @@ def _outcome(run: RunDir) -> Path:
     for directory in [*(run.path / name for name in _OUTCOMES), *interim]:
         if (directory / "config.json").is_file() or _is_adapter(directory):
             return directory
-    raise RunDirError(_why_no_outcome(run, bool(states)))
+    raise RunDirError(why_no_outcome(run, has_checkpoint=bool(states)))
 
 
-def _why_no_outcome(run: RunDir, has_checkpoint: bool) -> str:
+def why_no_outcome(run: RunDir, *, has_checkpoint: bool) -> str:
+    """Why a run without an outcome can't be used, and what to type."""
     again = f"tunesmith train --resume {shlex.quote(str(run.path))}"
     if has_checkpoint:
         return (

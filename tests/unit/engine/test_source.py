@@ -178,3 +178,12 @@ def test_whether_its_conversations_had_one_question_each(base: Path, tmp_path: P
     save_adapter(trained(base, LORA), run.final, str(base))
     run.set_status("finished", data=data)
     assert find_source(str(run.path), None, None, None).single_turns is single
+
+
+def test_a_folder_of_runs_names_them(base: Path, tmp_path: Path) -> None:
+    """The bug: the demo's folder was said to have no config.json."""
+    recipe = Recipe(output=str(tmp_path), model=ModelSection(path=str(base)))
+    create_run(recipe, kind="bench", path=tmp_path / "matrix")
+    create_run(recipe, path=tmp_path / "quality")
+    with pytest.raises(RunDirError, match=rf"holds runs and is none itself: name one of them: {tmp_path}/quality$"):
+        find_source(str(tmp_path), None, None, None)
