@@ -120,7 +120,7 @@ class NormMlp(torch.autograd.Function):
         y, rstd = rms_norm(x_TD, norm_weight, eps)
         gate_up, low_up = up.forward_apart(y)
         del y
-        hidden = swiglu_low_rank(gate_up, low_up, up.wide)
+        hidden = swiglu_low_rank(gate_up, low_up, up.wide(x_TD))
         out, low_down = down.forward(hidden, x_TD)
         ctx.save_for_backward(x_TD, norm_weight, rstd, low_up, low_down, None if again else gate_up)
         ctx.projection, ctx.down = up, down
@@ -136,9 +136,9 @@ class NormMlp(torch.autograd.Function):
             gate_up, _ = ctx.projection.forward_apart(y)
         down: Projection = ctx.down
         dhidden, dlow = down.input_grad_apart(g)
-        dgate_up, hidden = swiglu_low_rank_backward(
-            dhidden, gate_up, low_up, ctx.projection.wide, dlow, down.narrow, down.needs_input, gate_up
-        )
+        wide, narrow = ctx.projection.wide(g), down.narrow(g)
+        low = (None if wide is None else low_up, wide, None if narrow is None else dlow, narrow)
+        dgate_up, hidden = swiglu_low_rank_backward(dhidden, gate_up, *low, down.needs_input, gate_up)
         del dhidden, gate_up
         ddown = down.parameter_grads(g, hidden, low_down, dlow)
         del hidden
