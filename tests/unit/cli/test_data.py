@@ -51,7 +51,7 @@ def test_shows_a_preference_pair_with_both_masks(
         (trained,) = (piece["text"] for piece in result["example"][side]["pieces"] if piece["trained"])
         assert trained.startswith(start)
         assert trained.endswith("<|im_end|>")
-    for shown in ("format preference", "19 pairs to train on, 1 to validate on", "chosen: ", "rejected: "):
+    for shown in ("format preference", "20 pairs to train on, 0 to validate on", "chosen: ", "rejected: "):
         assert shown in done.stderr
 
 
