@@ -20,6 +20,7 @@ from tunesmith.kernels.swiglu_low_rank import (
     swiglu_low_rank_reference,
 )
 
+Pair = tuple[Tensor | None, Tensor | None]
 # Sums of a few products in another order.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SHAPES = [(1, 48), (3, 200), (17, 96), (2, 3584)]
@@ -55,8 +56,8 @@ def test_swiglu(rows: int, width: int, over_the_input: bool) -> None:
 @pytest.mark.parametrize("over_the_input", [True, False])
 def test_swiglu_with_adapters(adapted: str, over_the_input: bool) -> None:
     gate_up, grad_h = random(17, 96), random(17, 48, seed=1)
-    low = (random(17, 5, seed=2), random(96, 5, seed=3)) if adapted != "second" else (None, None)
-    dlow = (random(17, 3, seed=4), random(3, 48, seed=5)) if adapted != "first" else (None, None)
+    low: Pair = (random(17, 5, seed=2), random(96, 5, seed=3)) if adapted != "second" else (None, None)
+    dlow: Pair = (random(17, 3, seed=4), random(3, 48, seed=5)) if adapted != "first" else (None, None)
     torch.testing.assert_close(swiglu_low_rank(gate_up, *low), swiglu_low_rank_reference(gate_up, *low), **CLOSE)
     expected = swiglu_low_rank_backward_reference(grad_h, gate_up, *low, *dlow, True)
     before = gate_up.clone()
