@@ -126,8 +126,8 @@ def test_adapters_written_by_the_optimiser_are_seen(is_fused: bool, tiny_model_d
     hidden, grads = _gradients(decoder, True)
     expected, expected_grads = _gradients(decoder, False)
     assert (hidden - before).norm() > 1e-2 * before.norm()
-    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
-    _assert_equal(expected_grads, grads, 2e-5)
+    torch.testing.assert_close(hidden, expected, rtol=5e-5, atol=5e-5)
+    _assert_equal(expected_grads, grads, 1e-4)
 
 
 def test_a_method_applied_later_is_seen(tiny_model_dir: Make) -> None:
