@@ -32,10 +32,46 @@ def ours() -> list[dict[str, Any]]:
     return rows
 
 
+SIDE_BY_SIDE = {
+    "7b-lora": "LoRA",
+    "7b-lora-gc": "LoRA + checkpointing",
+    "7b-qlora": "QLoRA",
+    "7b-qlora-gc": "QLoRA + checkpointing",
+}
+NAMES = {
+    "transformers": "transformers + PEFT",
+    "liger": "transformers + PEFT + Liger",
+    "unsloth": "Unsloth 2026.10.7",
+}
+
+
+def beside_ours() -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of other projects that ran in turn with ours, by project and cell."""
+    groups = json.loads((RESULTS / "peers" / "peers.json").read_text(encoding="utf-8"))["groups"]
+    found = {}
+    for group in groups:
+        if group["key"]["row"] not in SIDE_BY_SIDE:
+            continue
+        cell = SIDE_BY_SIDE[group["key"]["row"]]
+        for row in group["rows"]:
+            if row["peer"] in NAMES and row["tokens_per_s"] is not None:
+                rate, peak = row["tokens_per_s"]["median"], row["all_steps_allocated_peak_bytes"]
+                name = NAMES[row["peer"]]
+                found[name, cell] = {
+                    "peer": name,
+                    "cell": cell,
+                    "tokens_per_s": rate,
+                    "allocated_peak_bytes": peak,
+                }
+    return found
+
+
 def peers() -> list[dict[str, Any]]:
-    """The rows measured of other projects."""
+    """The rows measured of other projects: beside ours where that was done, else in a session of their own."""
     path = RESULTS / "peers-h200-2026-11-22" / "peers.json"
-    return list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    apart = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = {(row["peer"], row["cell"]): row for row in apart if row["cell"] in MARKS}
+    return list((rows | beside_ours()).values())
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A process that trained keeps its memory (train/allocator.py), and tests of memory come after tests of training.
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
 
 ROOT = Path(__file__).resolve().parents[1]
 _PATH = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "

@@ -150,13 +150,27 @@ def pick_device(asked: str = "auto") -> torch.device:
     if kind == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise DeviceError(f"{asked} was asked for, and torch can use no CUDA device here: tunesmith doctor says why")
+        raise DeviceError(
+            f"{asked} was asked for, and {_why_no_cuda()}. tunesmith doctor shows what was found; to go on without a "
+            f"GPU: --set model.device=cpu"
+        )
     number = int(index) if index else torch.cuda.current_device()
     if number >= torch.cuda.device_count():
         raise DeviceError(
             f"{asked} was asked for, and there are {torch.cuda.device_count()} CUDA devices (0 is the first)"
         )
     return torch.device("cuda", number)
+
+
+def _why_no_cuda() -> str:
+    """Why torch can use no CUDA device, as far as it can be told here."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    if nvml_devices():
+        return "torch can't use the NVIDIA GPU that is here"
+    return "no NVIDIA GPU with a working driver is found here"
 
 
 @cache

@@ -37,7 +37,9 @@ def test_every_verb_explains_itself(tunesmith_cli: Cli, verb: str) -> None:
 
 
 def test_a_recipe_is_written_checked_and_shown(tunesmith_cli: Cli, tmp_path: Path) -> None:
-    done = tunesmith_cli("recipe", "init", "我的/商店.yaml", "--data", "问答.json", "--method", "qlora", check=True)
+    (tmp_path / "问答.json").write_text("[]", encoding="utf-8")
+    given = ("--model", "builtin:tiny", "--data", "问答.json", "--method", "qlora")
+    done = tunesmith_cli("recipe", "init", "我的/商店.yaml", *given, check=True)
     assert "tunesmith train 我的/商店.yaml" in done.stderr
     recipe = load_recipe(tmp_path / "我的" / "商店.yaml")
     assert (recipe.name, recipe.method.kind, recipe.data.train) == ("商店", "qlora", ["问答.json"])
@@ -60,15 +62,13 @@ def test_a_wrong_recipe_is_one_line_and_code_2(tunesmith_cli: Cli, tmp_path: Pat
 
 
 def test_the_schema_is_json(tunesmith_cli: Cli) -> None:
-    assert (
-        "learning_rate"
-        in json.loads(tunesmith_cli("recipe", "schema", check=True).stdout)["$defs"]["TrainSection"]["properties"]
-    )
+    done = tunesmith_cli("recipe", "schema", "--format", "json", check=True)
+    assert "learning_rate" in json.loads(done.stdout)["$defs"]["TrainSection"]["properties"]
 
 
 def test_an_answer_can_be_piped_into_a_reader_that_stops(tmp_path: Path) -> None:
     tunesmith = Path(sys.executable).with_name("tunesmith")
-    command = f"'{tunesmith}' recipe schema | head -n 1"
+    command = f"'{tunesmith}' recipe schema --format json | head -n 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "{\n"
     assert done.stderr == ""

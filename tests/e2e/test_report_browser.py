@@ -47,7 +47,7 @@ def cell(name: str, sizes: tuple[float, ...], step_s: float) -> dict[str, Any]:
         "status": "ok",
         "command": "tunesmith bench train shop.yaml",
         "times": {"steps_s": [step_s, step_s * 1.01, step_s * 0.99]},
-        "throughput": {"tokens_per_s": 100 / step_s},
+        "work": {"steps": 3, "tokens": 300, "trained_tokens": 100},
         "memory": {"allocated_peak_bytes": sum(sizes), "resident_peak_bytes": 6e8},
         "owners": {f"{owner}_bytes": size for owner, size in zip(OWNERS, sizes, strict=True)},
         "losses": {"training": [3, 2, 1.5], "validation": 2.0},

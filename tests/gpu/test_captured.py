@@ -51,9 +51,11 @@ def _accumulated(decoder: Decoder, packs: list[PackedTokens]) -> tuple[list[Tens
 @pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_graphs_repeat_what_launches_do(kind: str, checkpointing: str, tiny_model_dir: Make) -> None:
-    decoder = _decoder(tiny_model_dir("qwen2", hidden_size=64, num_attention_heads=4), kind, checkpointing)
+    """Two models of the same weights: what took part in an ordinary backward pass is not recorded afterwards."""
+    directory = tiny_model_dir("qwen2", hidden_size=64, num_attention_heads=4)
     packs = [_pack(EVEN, 0), *(_pack(lengths, i) for i, lengths in enumerate(RAGGED)), _pack(EVEN, 9)]
-    outs, grads = _accumulated(decoder, packs)
+    outs, grads = _accumulated(_decoder(directory, kind, checkpointing), packs)
+    decoder = _decoder(directory, kind, checkpointing)
     decoder.captured = CapturedBlocks()
     for _ in range(2):
         again, again_grads = _accumulated(decoder, packs)
@@ -90,3 +92,12 @@ def _step(decoder: Decoder, optimizer: torch.optim.Optimizer, number: int) -> fl
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss)
+
+
+def test_two_micro_batches_in_flight_are_refused(tiny_model_dir: Make) -> None:
+    decoder = _decoder(tiny_model_dir("llama"), "lora", "none")
+    decoder.captured = CapturedBlocks()
+    first = decoder.hidden(_pack(EVEN, 0))
+    decoder.hidden(_pack(EVEN, 1))
+    with pytest.raises(RuntimeError, match="go backward through it before the next goes forward"):
+        first.sum().backward()

@@ -151,3 +151,22 @@ def test_the_gpu_that_is_here_is_described() -> None:
     assert info.kind == "cuda"
     assert info.capability is not None
     assert info.memory_bytes > 10**9
+
+
+@pytest.mark.parametrize(
+    ("built_for", "gpus", "why"),
+    [
+        (None, [], r"this torch \(.*\) is built without CUDA"),
+        ("13.0", [], "no NVIDIA GPU with a working driver is found here"),
+        ("13.0", [object()], "torch can't use the NVIDIA GPU that is here"),
+    ],
+)
+def test_a_gpu_that_can_not_be_had_is_explained(
+    monkeypatch: pytest.MonkeyPatch, built_for: str | None, gpus: list[object], why: str
+) -> None:
+    """It sent people to doctor, which said that all was ready."""
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(hardware, "nvml_devices", lambda: gpus)
+    with pytest.raises(DeviceError, match=f"cuda was asked for, and {why}.*model.device=cpu"):
+        hardware.pick_device("cuda")

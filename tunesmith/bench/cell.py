@@ -185,8 +185,8 @@ def steps_per_epoch(session: Session) -> int:
 
 
 def throughput(seconds: Sequence[float], steps: Sequence[StepMetrics]) -> dict[str, float | None]:
-    """Rates over all timed steps together."""
-    total = sum(seconds)
+    """Rates at the median step's time, so that they say the same as it does; the wait for data is over all steps."""
+    total = statistics.median(seconds) * len(seconds)
     flops = [step.model_flops for step in steps if step.model_flops is not None]
     peaks = [s.model_flops_per_s / s.mfu_ratio for s in steps if s.model_flops_per_s and s.mfu_ratio]
     flops_per_s = sum(flops) / total if len(flops) == len(steps) else None

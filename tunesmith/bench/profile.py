@@ -9,6 +9,9 @@ profile/memory.json      allocated bytes over one more step that is not timed, w
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,8 @@ from tunesmith.rundir.layout import create_run
 from tunesmith.train.session import Session, build_session
 
 SHOWN = 40
+STDERR = 2
+CHATTER = b"USDT:"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def _profile_session(session: Session, steps: int, warmup_steps: int, nvtx: bool
     on_cuda = session.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
     ranges = nvtx_ranges(session.module) if nvtx else contextlib.nullcontext()
-    with ranges, torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+    with ranges, _profiling(torch.profiler.profile(activities=activities, acc_events=True)) as profiler:
         for index in range(steps):
             with record_function(f"step {index + 1}"):
                 session.step()
@@ -81,6 +86,41 @@ def _profile_session(session: Session, steps: int, warmup_steps: int, nvtx: bool
     timeline = memory_timeline(session)
     write_json_atomic(folder / "memory.json", {**timeline, "owners": owner_bytes(session.module, session.optimizer)})
     return operators
+
+
+@contextlib.contextmanager
+def _profiling(profiler: torch.profiler.profile) -> Iterator[torch.profiler.profile]:
+    """The profiler at work, without the lines that its C++ side prints when it starts and stops."""
+    with without_lines(CHATTER):
+        profiler.start()
+    try:
+        yield profiler
+    finally:
+        with without_lines(CHATTER):
+            profiler.stop()
+
+
+@contextlib.contextmanager
+def without_lines(beginning: bytes) -> Iterator[None]:
+    """Inside, nothing reaches standard error's file descriptor; afterwards all does but lines with this beginning."""
+    sys.stderr.flush()
+    try:
+        real = os.dup(STDERR)
+    except OSError:  # there is no standard error
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(real, STDERR)
+            os.close(real)
+            held.seek(0)
+            for line in held:
+                if not line.startswith(beginning):
+                    os.write(STDERR, line)
 
 
 def _by(on_cuda: bool) -> str:

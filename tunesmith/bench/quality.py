@@ -6,7 +6,8 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +65,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares are 0 to 1; `low` and `high` bound the 95 % interval (Wilson). Cut answers hit the token limit."""
+    """Shares are 0 to 1; `low` and `high` bound the 95 % interval (Wilson). Cut answers hit the token limit.
+
+    examples: the first questions, and after them the first that were answered wrongly.
+    """
 
     questions: str
     accuracy: float
@@ -124,7 +128,8 @@ def evaluate(
         max_length: tokens of a window of text; None: 1024, or the model's context when that is shorter.
         comparison: "exact" (NFKC, space collapsed) or "number" (the last number, or the one after ####); None: number
             where all answers are GSM8K's, else exact.
-        run_dir: where evaluations/<name>.json goes; None: into `model` when that is a run directory.
+        run_dir: where evaluations/<name>.json goes (<name>-2.json where that is there already, and so on); None: into
+            `model` when that is a run directory.
         loading: passed on to `LLM`: tokenizer, quantize, dtype, device, backend, max_model_len.
     Raises: DataError, RequestError, and what LLM raises.
     """
@@ -143,6 +148,8 @@ def evaluate(
     )
     if target is not None:
         target.parent.mkdir(exist_ok=True)
+        target = _unused(target)
+        result = replace(result, path=target)
         write_json_atomic(target, result.to_json())
     return result
 
@@ -155,6 +162,12 @@ def _target(run_dir: str | Path | None, model: object, name: str) -> Path | None
     if isinstance(model, str | Path) and is_run(Path(model)):
         return Path(model) / "evaluations" / f"{name}.json"
     return None
+
+
+def _unused(target: Path) -> Path:
+    """`target`, or where an earlier evaluation is there the same name with the first free number from 2 on."""
+    numbered = (target.with_name(f"{target.stem}-{number}{target.suffix}") for number in count(2))
+    return next(path for path in chain([target], numbered) if not path.exists())
 
 
 def _llm(model: str | Path | LLM | LanguageModel, adapter: str | Path | None, loading: dict[str, Any]) -> LLM:
@@ -300,8 +313,14 @@ def _accuracy(
         mean_new_tokens=num_new / len(asked),
         new_tokens_per_s=num_new / duration_s,
         duration_s=duration_s,
-        examples=tuple(examples[:KEPT_EXAMPLES]),
+        examples=tuple(kept_examples(examples)),
     )
+
+
+def kept_examples(examples: Sequence[Example]) -> list[Example]:
+    """The first KEPT_EXAMPLES, and as many wrong ones after them as fill up so many wrong ones; in the order asked."""
+    first, later = examples[:KEPT_EXAMPLES], [one for one in examples[KEPT_EXAMPLES:] if not one.right]
+    return [*first, *later[: KEPT_EXAMPLES - sum(not one.right for one in first)]]
 
 
 def _ask(llm: LLM, asked: Sequence[Question], max_new_tokens: int, progress: Progress | None) -> list[Completion]:

@@ -7,7 +7,7 @@
     overrides, recipe, recipe_hash  what the cell changed, and the whole resolved recipe
     times                           total_s, steps_s, warmup_steps_s, first_step_s, setup_s, evaluation_s,
                                     epoch_estimate_s
-    throughput                      tokens_per_s, trained_tokens_per_s, samples_per_s, model_flops_per_s, mfu_ratio
+    throughput (median step)        tokens_per_s, trained_tokens_per_s, samples_per_s, model_flops_per_s, mfu_ratio
     memory                          allocated_peak_bytes and its source (cuda, live storages), reserved_peak_bytes,
                                     device_peak_bytes, resident_peak_bytes, resident_start_bytes
     owners                          weights_bytes, adapters_bytes, gradients_bytes, optimizer_bytes, activations_bytes

@@ -26,6 +26,9 @@ BUILTIN = "builtin:"
 def resolve_model(path: str, revision: str | None = None) -> Path:
     """The directory of a model: a path, `builtin:NAME`, or a Hub id such as `Qwen/Qwen2.5-0.5B` (downloaded once).
 
+    A name that looks like a path (its folder is here, or it begins with runs/) is never looked up on the Hub, unless a
+    revision says that it is one of the Hub's.
+
     Raises: ModelError when there is no such model, or it can't be downloaded.
     """
     if path.startswith(BUILTIN):
@@ -33,10 +36,11 @@ def resolve_model(path: str, revision: str | None = None) -> Path:
     directory = Path(path).expanduser()
     if directory.exists():
         return _local(directory, revision)
-    if _HUB_ID.fullmatch(path):
+    if _HUB_ID.fullmatch(path) and (revision is not None or not _is_path(directory)):
         return _download(path, revision)
     raise ModelError(
-        f"there is no model directory {path!r}: name a directory, {BUILTIN}tiny, or a Hub id like org/name"
+        f"there is no model or run directory {path!r}{_neighbours(directory)}: name a directory, {BUILTIN}tiny, or a "
+        f"Hub id like org/name"
     )
 
 
@@ -45,6 +49,25 @@ def resolve_tokenizer(recipe: Recipe) -> Path:
     if recipe.data.tokenizer is not None:
         return resolve_model(recipe.data.tokenizer)
     return resolve_model(recipe.model.path, recipe.model.revision)
+
+
+def _is_path(directory: Path) -> bool:
+    return directory.parts[0] == "runs" or directory.parent.is_dir()
+
+
+def _neighbours(directory: Path) -> str:
+    """What is in the folder where `directory` was looked for: the nearest name, and the newest ones."""
+    folder = directory.parent
+    try:
+        found = sorted(
+            (p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."), key=lambda p: -p.stat().st_mtime
+        )
+    except OSError:
+        return ""
+    names = [path.name for path in found]
+    if not names or folder == Path():
+        return nearest(directory.name, names)
+    return f"{nearest(directory.name, names)} ({folder} holds {', '.join(names[:3])}{', ...' if names[3:] else ''})"
 
 
 def _builtin(name: str) -> Path:
@@ -73,7 +96,13 @@ def _download(repo: str, revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{repo!r} is no local directory, it was not downloaded before, and it can't be had from the Hub: the Hub "
+            f"can't be reached (or HF_HUB_OFFLINE is set). Check the connection, or download it elsewhere and name its "
+            f"directory"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{repo!r} is no local directory, and it can't be had from the Hub: {reason}. "

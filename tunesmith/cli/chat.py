@@ -28,9 +28,14 @@ if TYPE_CHECKING:
     from tunesmith.engine.conversation import Answer, Conversation, Mode
     from tunesmith.engine.llm import LLM
     from tunesmith.engine.request import Completion
+    from tunesmith.engine.source import ModelSource
 
 app = typer.Typer(add_completion=False)
 BLOCK = '"""'
+ALONE = (
+    "This run learnt from single questions, so each one is asked without what was said before "
+    "(to keep it: --history, or type /history on)."
+)
 
 
 @app.command()
@@ -39,6 +44,10 @@ def chat(
     adapter: Annotated[Path | None, typer.Option(help="an adapter directory, put on top of the model")] = None,
     prompt: Annotated[str | None, typer.Option(help="ask this and leave; - reads all of stdin as one message")] = None,
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    history: Annotated[
+        bool | None,
+        typer.Option(help="answers see what was said before; by default, unless a run learnt single questions only"),
+    ] = None,
     mode: Annotated[
         str, typer.Option(help="auto, chat (use the chat template), complete (continue the text)")
     ] = "auto",
@@ -73,15 +82,34 @@ def chat(
     use_checkpoint(model, adapter)
     with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
         llm = LLM(model, adapter=adapter, quantize=quantize, dtype=dtype, device=device, max_model_len=max_model_len)
-    conversation = Conversation(llm, params, system=system or llm.system, mode=choose_mode(llm, mode))
-    talk = Talk(conversation)
+    chosen = choose_mode(llm, mode)
+    alone = learnt_single_turns(llm) and chosen == "chat" and history is None
+    conversation = Conversation(llm, params, system or llm.system, chosen, history=not alone and history is not False)
+    talk = Talk(conversation, describe_model(model, llm.source), ALONE if alone else None)
     if prompt is not None:
         talk.answer(sys.stdin.read().strip() if prompt == "-" else prompt)
     elif sys.stdin.isatty():
         talk.interactive()
     else:
         talk.follow(read_turns(_lines_of_stdin()))
-    emit({"messages": conversation.messages(), "mode": conversation.mode, "answers": talk.answers})
+    facts = {"mode": conversation.mode, "history": conversation.history, "answers": talk.answers}
+    emit({"messages": conversation.messages(), **facts})
+
+
+def learnt_single_turns(llm: LLM) -> bool:
+    """Whether the model comes from a run whose conversations had one question each."""
+    return llm.source is not None and llm.source.single_turns
+
+
+def describe_model(asked: str, source: ModelSource | None) -> str:
+    """What one talks with, in words: what was asked for, and what is loaded for it."""
+    if source is None:
+        return asked
+    if source.adapter is None:
+        return asked if asked == source.path else f"{asked} (the whole model, {source.path})"
+    if asked == source.path:
+        return f"{asked} with the adapter {source.adapter}"
+    return f"{asked} ({source.path} with the adapter that the run trained, {source.adapter})"
 
 
 def choose_mode(llm: LLM, wanted: str) -> Mode:
@@ -127,16 +155,19 @@ def read_turns(lines: Iterator[str]) -> Iterator[str]:
 class Talk:
     """The loop between a person (or a pipe) and a conversation. Answers go to stdout, all else to stderr."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, name: str, note: str | None = None) -> None:
         self.conversation = conversation
+        self.name = name
+        self.note = note  # what a person has to know before the second question
         self.answers: list[dict[str, Any]] = []
         self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "/help": ("this list", self._help),
             "/system": ("TEXT: set the system message and start anew; alone: show it", self._system),
             "/reset": ("forget what was said", self._reset),
+            "/history": ("on or off: whether answers see what was said before; alone: show it", self._history),
             "/stats": ("speed of the last answer, and how full the context is", self._stats),
-            "/save": ("FILE: the conversation as a line of JSON that `tunesmith train --data` reads", self._save),
+            "/save": ("FILE: the conversation as lines of JSON that `tunesmith train --data` reads", self._save),
             "/exit": ("leave (so does Ctrl-D)", self._exit),
         }
         self.left = False
@@ -144,8 +175,10 @@ class Talk:
     def interactive(self) -> None:
         """Read turns from the terminal until the person leaves."""
         err.print(
-            f"Chat with {self._name()}. /help lists the commands; \\ at a line's end, or {BLOCK} lines, for more lines."
+            f"Chat with {self.name}. /help lists the commands; \\ at a line's end, or {BLOCK} lines, for more lines.",
+            markup=False,
         )
+        self._say_note()
         while not self.left:
             try:
                 for turn in read_turns(_typed_lines()):
@@ -163,9 +196,10 @@ class Talk:
             if self.left:
                 return
 
-    def _name(self) -> str:
-        source = self.conversation.llm.source
-        return "the model" if source is None else source.path
+    def _say_note(self) -> None:
+        if self.note is not None:
+            err.print(self.note, style="yellow", markup=False)
+        self.note = None
 
     def _take_safely(self, turn: str) -> None:
         try:
@@ -184,6 +218,8 @@ class Talk:
 
     def answer(self, text: str) -> None:
         """Say `text` and show the answer as it comes; Ctrl-C keeps what was said."""
+        if self.answers:
+            self._say_note()
         answer = self.conversation.say(text)
         if self.conversation.num_dropped:
             err.print(
@@ -220,7 +256,7 @@ class Talk:
 
     def _help(self, rest: str) -> None:
         for name, (what, _) in self.commands.items():
-            err.print(f"  {name:<8} {what}", markup=False)
+            err.print(f"  {name:<9} {what}", markup=False)
 
     def _system(self, rest: str) -> None:
         if rest:
@@ -232,15 +268,23 @@ class Talk:
         self.conversation.reset()
         err.print("(forgotten)", style="dim")
 
+    def _history(self, rest: str) -> None:
+        if rest not in ("", "on", "off"):
+            raise RequestError(f"/history takes on or off, got {rest!r}{nearest(rest, ('on', 'off'))}")
+        if rest:
+            self.conversation.history, self.note = rest == "on", None
+        seen = "the answers see what was said before" if self.conversation.history else "every question stands alone"
+        err.print(f"(history {'on' if self.conversation.history else 'off'}: {seen})", style="dim")
+
     def _stats(self, rest: str) -> None:
         err.print(describe(self.conversation), style="dim", markup=False)
 
     def _save(self, rest: str) -> None:
         if not rest:
             raise RequestError("/save needs a file name, for instance: /save talk.jsonl")
-        row = json.dumps({"messages": self.conversation.messages()}, ensure_ascii=False)
+        rows = (json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in self.conversation.rows())
         try:
-            Path(rest).expanduser().write_text(row + "\n", encoding="utf-8")
+            Path(rest).expanduser().write_text("".join(rows), encoding="utf-8")
         except OSError as error:
             raise RequestError(f"{rest} can't be written: {error.strerror}") from None
         err.print(f"(saved {len(self.conversation.turns)} messages to {rest})", style="dim", markup=False)

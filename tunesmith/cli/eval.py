@@ -17,11 +17,11 @@ from tunesmith.errors import DataError, nearest
 from tunesmith.units import format_seconds
 
 if TYPE_CHECKING:
+    from tunesmith.bench.quality import Accuracy, Example, QualityResult
     from tunesmith.bench.quality import Progress as Report
-    from tunesmith.bench.quality import QualityResult
 
 app = typer.Typer(add_completion=False)
-SHOWN_EXAMPLES = 5
+SHOWN_WRONG, SHOWN_RIGHT = 5, 3
 
 
 @app.command(name="eval")
@@ -101,7 +101,7 @@ def _progress() -> Iterator[Report | None]:
 
 
 def show(result: QualityResult) -> None:
-    """Print what was measured, and the first answers, on stderr."""
+    """Print what was measured, and some answers (wrong ones first), on stderr."""
     text, answers = result.perplexity, result.accuracy
     if text is not None:
         err.print(
@@ -115,15 +115,33 @@ def show(result: QualityResult) -> None:
             f"({answers.comparison}; 95 % interval {answers.low:.1%} to {answers.high:.1%}){cut}, "
             f"{answers.new_tokens_per_s:,.0f} tokens/s"
         )
-    for example in answers.examples[:SHOWN_EXAMPLES] if answers is not None else ():
-        mark = ("right", "green") if example.right else ("wrong", "red")
-        err.print(
-            Text.assemble(mark, "  ", _short(example.question), "\n       said ", (_short(example.said), "bold")),
-            Text(f"       expected {_short(example.expected[0])}", style="dim"),
-            sep="\n",
-        )
+        _show_answers(answers)
     if result.path is not None:
-        err.print(f"written to {result.path}", markup=False)
+        before = "" if result.path.stem == result.name else f" (an earlier one named {result.name!r} stays)"
+        err.print(f"written to {result.path}{before}", markup=False)
+
+
+def _show_answers(answers: Accuracy) -> None:
+    """Wrong ones first, then some that were right; how many there are of each that are not shown."""
+    for right, most, total in (
+        (False, SHOWN_WRONG, answers.num_questions - answers.num_right),
+        (True, SHOWN_RIGHT, answers.num_right),
+    ):
+        shown = [example for example in answers.examples if example.right is right][:most]
+        for example in shown:
+            _show_answer(example)
+        if len(shown) < total:
+            err.print(f"       ... {total - len(shown)} more {'right' if right else 'wrong'}", style="dim")
+
+
+def _show_answer(example: Example) -> None:
+    mark = ("right", "green") if example.right else ("wrong", "red")
+    cut = "  (cut at the token limit)" if example.finish_reason == "length" else ""
+    err.print(
+        Text.assemble(mark, "  ", _short(example.question), "\n       said ", (_short(example.said), "bold"), cut),
+        Text(f"       expected {_short(example.expected[0])}", style="dim"),
+        sep="\n",
+    )
 
 
 def _short(text: str, length: int = 160) -> str:

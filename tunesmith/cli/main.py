@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tunesmith import __version__
@@ -41,6 +41,8 @@ GLOBAL_OPTIONS = {
     "--help": "print this; tunesmith VERB --help explains a verb",
 }
 INTERRUPTED = 130
+_ELSEWHERE = {"run": "train", "methods": "train", "matrix": "train", "new": "init", "create": "init", "print": "show"}
+"""What subcommands are called in other tools."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,7 +151,23 @@ def _usage_message(error: Any) -> str:
         options = [name for option in context.command.params for name in (*option.opts, *option.secondary_opts)]
         options = [name for name in (*options, "--help", "--json", "--debug") if name.startswith("--")]
         return f"there is no option {wrong}{option_hint(wrong, options)}{help_hint}"
-    return f"{error.format_message().rstrip('.')}{help_hint}"
+    message = error.format_message().rstrip(".")
+    subcommands = getattr(getattr(context, "command", None), "commands", None)
+    if context is not None and subcommands and message.startswith("No such command"):
+        return f"{message}{subcommand_hint(message.split(chr(39))[1], context.command_path, subcommands)}{help_hint}"
+    return f"{message}{help_hint}"
+
+
+def subcommand_hint(wrong: str, verb: str, known: Iterable[str]) -> str:
+    """What was meant by the subcommand `wrong` of `verb`: the nearest, or what people call it elsewhere, or all."""
+    names = list(known)
+    meant = _ELSEWHERE.get(wrong)
+    if meant in names:
+        return f", did you mean: {verb} {meant}"
+    near = nearest(wrong, names)
+    if near:
+        return f", did you mean: {verb} {near.split(chr(39))[1]}"
+    return f"; there are: {', '.join(f'{verb} {name}' for name in names)}"
 
 
 def option_hint(wrong: str, options: Sequence[str]) -> str:

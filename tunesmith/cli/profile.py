@@ -12,6 +12,20 @@ from tunesmith.cli import console
 app = typer.Typer(add_completion=False)
 
 
+FILES = {
+    "operators.txt": "the table above, longer; operators.json is all of it",
+    "trace.json.gz": "every operator in time: open it in https://ui.perfetto.dev (it stays on this machine) or in "
+    "Chrome at chrome://tracing",
+    "memory.svg": "allocated bytes over one step: open it in a browser; memory.json is its numbers",
+}
+
+
+def files_text(folder: Path) -> str:
+    """What the profile's files are and how to open them, a line each."""
+    lines = [f"  {name:<14} {what}" for name, what in FILES.items() if (folder / name).is_file()]
+    return "\n".join(["", "Written:", *lines, "all in the folder:"])
+
+
 @app.command()
 def profile(
     recipe: Annotated[Path, typer.Argument(help="the recipe to profile")],
@@ -37,5 +51,6 @@ def profile(
         write_text_atomic(folder / "memory.svg", svg)
     table = (folder / "operators.txt").read_text(encoding="utf-8").splitlines()
     console.err.print("\n".join(table[:16]), markup=False)
+    console.err.print(files_text(folder), markup=False)
     console.out.print(str(folder), markup=False)
     console.emit({"run_dir": result.run_dir, "profile": folder, "operators": list(result.operators[:10])})

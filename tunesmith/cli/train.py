@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli import console
-from tunesmith.errors import RecipeError, VerificationError
+from tunesmith.errors import DataError, RecipeError, VerificationError
 
 if TYPE_CHECKING:
     from tunesmith.recipe.schema import Recipe
     from tunesmith.verify.warm_up import Compiling
 
 app = typer.Typer(add_completion=False)
+_NO_DATA = ("config.json", "adapter_config.json", "tokenizer.json", "run.json")
+"""What the folder of a model, an adapter or a run holds, and one of data does not."""
 
 
 @app.command()
@@ -73,6 +76,7 @@ def _recipe(
             [f"method.kind={method}"] if method else []
         )
         return load_recipe(target, [*more, *overrides])
+    _refuse_data(target)
     mapping: dict[str, Any] = {"model": {"path": target}, "data": {"train": data}}
     if method is not None:
         mapping["method"] = {"kind": method}
@@ -92,20 +96,36 @@ def _prepare(compiling: Compiling | None, verify: bool, recipe: Recipe, run_dir:
     return "\n".join(line for line in (compiled, certified) if line is not None)
 
 
+def _refuse_data(target: str) -> None:
+    """Raises: RecipeError where data is named in the model's place."""
+    from tunesmith.text.files import ROW_SUFFIXES, split_suffixes
+    from tunesmith.text.sources import SOURCES
+
+    path = Path(target).expanduser()
+    files = list(path.iterdir()) if path.is_dir() else [path]
+    is_model = any(file.name in _NO_DATA or file.suffix == ".safetensors" for file in files)
+    is_builtin = target.startswith("builtin:") and target[8:].partition("?")[0] in SOURCES
+    if is_builtin or (not is_model and any(split_suffixes(file)[0] in ROW_SUFFIXES for file in files)):
+        raise RecipeError(f"{target} looks like data: tunesmith train builtin:tiny --data {shlex.quote(target)}")
+
+
 def _certify(recipe: Recipe, run_dir: Path) -> str:
-    """The cheap part of the certificate, written into the run directory. Raises: VerificationError."""
+    """The cheap part of the certificate, written into the run directory. Raises: VerificationError, DataError."""
     from tunesmith.units import format_seconds
-    from tunesmith.verify.certificate import certify
+    from tunesmith.verify.certificate import LEFT_TO_VERIFY, MASK_SHOWN, certify
 
     certificate = certify(recipe, full=False, run_dir=run_dir)
     failed = [check for check in certificate.checks if not check.passed]
+    if [check.name for check in failed] == [MASK_SHOWN]:
+        raise DataError(failed[0].detail)  # nothing is wrong with the machine: it is the data that teaches nothing
     if failed:
         raise VerificationError(
             f"the certificate failed ({', '.join(check.name for check in failed)}), so the run would be silently "
             f"wrong: {failed[0].detail}; see {run_dir}/certificate.json"
         )
     longest = max(certificate.checks, key=lambda check: check.duration_s)
-    took, of_it = format_seconds(certificate.duration_s), format_seconds(longest.duration_s)
-    how = "found in the cache" if certificate.cached else f"run in {took}, {longest.name} in {of_it} of it"
-    checks = f"{len(certificate.checks)} checks passed"
-    return f"certificate: {checks} that training is correct here ({how}; tunesmith verify RECIPE shows them)"
+    took = f"in {format_seconds(certificate.duration_s)}, {longest.name} {format_seconds(longest.duration_s)} of it"
+    how = "kept from an earlier run" if certificate.cached else took
+    quick, left = len(certificate.checks), list(certificate.skipped.values()).count(LEFT_TO_VERIFY)
+    more = f"; tunesmith verify {shlex.quote(str(run_dir))} runs all {quick + left}" if left else ""
+    return f"certificate: {quick} quick checks passed that training is correct here ({how}{more})"

@@ -20,12 +20,14 @@ class Conversation:
 
     mode: "chat" renders the template over all turns; "complete" goes on from the last text alone, which is all that
     can be asked of a base model.
+    history: whether an answer sees the turns before its question; all turns are kept either way.
     """
 
     llm: LLM
     params: SamplingParams = field(default_factory=SamplingParams)
     system: str | None = None
     mode: Mode = "chat"
+    history: bool = True
     turns: list[Turn] = field(default_factory=list)
     num_dropped: int = 0
     last: Completion | None = None
@@ -34,6 +36,19 @@ class Conversation:
         """The system message, if there is one, and all turns."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         return [*head, *self.turns]
+
+    def asked(self) -> list[Turn]:
+        """What the model reads for the last question: all messages, or without history only those that it needs."""
+        messages = self.messages()
+        return messages if self.history else [*messages[: len(messages) - len(self.turns)], *self.turns[-1:]]
+
+    def rows(self) -> list[list[Turn]]:
+        """The conversation as training rows: one, or without history one for each question."""
+        messages = self.messages()
+        if self.history or not self.turns:
+            return [messages]
+        head = messages[: len(messages) - len(self.turns)]
+        return [[*head, *self.turns[at : at + 2]] for at in range(0, len(self.turns), 2)]
 
     def say(self, text: str) -> Answer:
         """The answer to `text`, to be iterated. `num_dropped` tells how many old turns had to go for it.
@@ -46,7 +61,7 @@ class Conversation:
         self.turns.append({"role": "user", "content": text})
         try:
             ids = self._fit()
-            stream = self.llm.stream_chat(self.messages(), self._params(ids))
+            stream = self.llm.stream_chat(self.asked(), self._params(ids))
         except BaseException:
             self.turns.pop()
             raise
@@ -58,11 +73,11 @@ class Conversation:
         kept = list(self.turns)
         limit = self.llm.max_model_len
         room = min(self.params.max_tokens or DEFAULT_MAX_TOKENS, limit // 4)
-        ids = self.llm.encode_messages(self.messages())
-        while len(ids) + room > limit and len(self.turns) > 1:
+        ids = self.llm.encode_messages(self.asked())
+        while self.history and len(ids) + room > limit and len(self.turns) > 1:
             # A question goes with its answer: what is left begins with the user again.
             del self.turns[: 2 if len(self.turns) > 2 else 1]
-            ids = self.llm.encode_messages(self.messages())
+            ids = self.llm.encode_messages(self.asked())
         if len(ids) >= limit:
             self.turns[:] = kept
             raise RequestError(

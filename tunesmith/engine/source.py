@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from tunesmith.checkpoint.adapter import read_adapter_tensors
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
-from tunesmith.rundir.layout import RunDir, is_run, open_run
+from tunesmith.rundir.layout import RunDir, RunInfo, is_run, open_run
 
 Quantize = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
 _OUTCOMES = ("final", "adapter", "model")
@@ -20,7 +21,10 @@ _OUTCOMES = ("final", "adapter", "model")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A base model, what goes on top of it, where its tokenizer is, and how its template is called."""
+    """A base model, what goes on top of it, where its tokenizer is, and how its template is called.
+
+    single_turns: it was trained on conversations of which none had a second question.
+    """
 
     path: str
     adapter: Path | None = None
@@ -30,6 +34,7 @@ class ModelSource:
     template_arguments: dict[str, object] | None = None
     chat_template: Path | None = None
     system: str | None = None
+    single_turns: bool = False
 
     @property
     def is_tuned(self) -> bool:
@@ -45,6 +50,8 @@ def find_source(path: str, adapter: str | Path | None, quantize: str | None, rev
     """
     wanted = cast("Quantize | None", quantize)
     run = None if path.startswith("builtin:") else _run_of(Path(path).expanduser())
+    if run is None and (inside := _runs_inside(Path(path).expanduser())):
+        raise RunDirError(f"{path} holds runs and is none itself: name one of them: {', '.join(inside)}")
     if run is not None:
         if adapter is not None:
             raise AdapterError(
@@ -64,6 +71,15 @@ def _run_of(path: Path) -> RunDir | None:
     return open_run(parent) if path.name in _OUTCOMES and is_run(parent) else None
 
 
+def _runs_inside(path: Path) -> list[str]:
+    """The newest training runs in a folder that is no model's."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return []
+    found = [RunDir(child) for child in path.iterdir() if is_run(child)]
+    training = [run.path for run in found if run.info().kind == "train"]
+    return [shlex.quote(str(child)) for child in sorted(training, key=lambda p: -p.stat().st_mtime)[:3]]
+
+
 def _adapted_source(path: str, adapter: Path, quantize: Quantize | None, revision: str | None) -> ModelSource:
     """A base and an adapter; where the adapter is a run's, the run says how it was trained."""
     run = _run_of(adapter)
@@ -79,6 +95,7 @@ def _adapted_source(path: str, adapter: Path, quantize: Quantize | None, revisio
 
 
 def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) -> ModelSource:
+    info = check_training(run)
     recipe = load_recipe(run.recipe)
     outcome = _outcome(run)
     is_adapter = _is_adapter(outcome)
@@ -95,7 +112,25 @@ def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) ->
         # A tokenizer that was saved with the outcome has the template already.
         chat_template=Path(template) if template is not None and tokenizer is None else None,
         system=recipe.data.system,
+        single_turns=_single_turns(info.facts),
     )
+
+
+def check_training(run: RunDir) -> RunInfo:
+    """What run.json says. Raises: RunDirError for a run of a kind that trains no model to keep."""
+    info = run.info()
+    if info.kind != "train":
+        raise RunDirError(
+            f"{run.path} is a {info.kind} run: chat, eval and merge take a training run (what it measured: "
+            f"tunesmith report {shlex.quote(str(run.path))})"
+        )
+    return info
+
+
+def _single_turns(facts: Mapping[str, Any]) -> bool:
+    """Whether the run's data had conversations, and none with a second question; False where it was not recorded."""
+    data = facts.get("data")
+    return isinstance(data, Mapping) and bool(data.get("conversations")) and data.get("multi_turn") == 0
 
 
 def _recorded(adapter: Path) -> Quantize | None:
@@ -107,13 +142,29 @@ def _recorded(adapter: Path) -> Quantize | None:
 
 
 def _outcome(run: RunDir) -> Path:
-    interim = [run.outcome_of(state) for state in reversed(list_states(run.checkpoints))]
+    states = list_states(run.checkpoints)
+    interim = [run.outcome_of(state) for state in reversed(states)]
     for directory in [*(run.path / name for name in _OUTCOMES), *interim]:
         if (directory / "config.json").is_file() or _is_adapter(directory):
             return directory
-    raise RunDirError(
-        f"the run {run.path} has no trained model yet (no {run.final.name}/): let it finish, "
-        f"or go on with: tunesmith train --resume {shlex.quote(str(run.path))}"
+    raise RunDirError(why_no_outcome(run, has_checkpoint=bool(states)))
+
+
+def why_no_outcome(run: RunDir, *, has_checkpoint: bool) -> str:
+    """Why a run without an outcome can't be used, and what to type."""
+    again = f"tunesmith train --resume {shlex.quote(str(run.path))}"
+    if has_checkpoint:
+        return (
+            f"the run {run.path} has no trained model yet (no {run.final.name}/): let it finish, or go on with: {again}"
+        )
+    if run.info().status == "running":
+        return (
+            f"the run {run.path} has no checkpoint yet: let it go on. If it is running no more, there is nothing to go "
+            f"on from, and this trains it anew, from the first step: {again}"
+        )
+    return (
+        f"the run {run.path} ended before its first checkpoint: nothing it learnt was kept, and there is nothing to go "
+        f"on from. Train it anew, from the first step: {again}"
     )
 
 

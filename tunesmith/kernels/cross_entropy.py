@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 
 IGNORED = -100
@@ -35,6 +36,8 @@ def cross_entropy_and_grad_(logits_TV: Tensor, targets_T: Tensor, scale: Tensor 
     Args: as `cross_entropy`; scale: a number, or a tensor of one element on the logits' device, which is not read by
     the host. In float16 a scale of more than 1 keeps small probabilities from vanishing below 6e-8.
     """
+    if in_float32_on_cpu(logits_TV):
+        return _cross_entropy_and_grad_in_place(logits_TV, targets_T, scale)
     if not use_kernel(logits_TV.device):
         return cross_entropy_and_grad_reference_(logits_TV, targets_T, scale)
     from tunesmith.kernels.cross_entropy_triton import cross_entropy_and_grad_operator
@@ -62,11 +65,27 @@ def cross_entropy_and_grad_reference_(logits_TV: Tensor, targets_T: Tensor, scal
     return losses
 
 
+def _cross_entropy_and_grad_in_place(logits_TV: Tensor, targets_T: Tensor, scale: Tensor | float) -> Tensor:
+    """cross_entropy_and_grad_ without a second tensor of the logits' size."""
+    column = _in_vocabulary(targets_T, logits_TV.shape[-1])[:, None]
+    logits_TV.sub_(logits_TV.amax(-1, keepdim=True))
+    of_target = logits_TV.gather(1, column)
+    total = logits_TV.exp_().sum(-1, keepdim=True)
+    kept = targets_T[:, None] != IGNORED
+    factor = torch.where(kept, scale / total, 0.0)
+    logits_TV.mul_(factor)
+    logits_TV.scatter_add_(1, column, torch.where(kept, -scale * torch.ones_like(total), 0.0))
+    return _kept((total.log_() - of_target).squeeze(1), column.squeeze(1), targets_T)
+
+
 def _losses(log_probabilities_TV: Tensor, targets_T: Tensor) -> Tensor:
     column = _in_vocabulary(targets_T, log_probabilities_TV.shape[-1])
-    losses = -log_probabilities_TV.gather(1, column[:, None]).squeeze(1)
-    losses = losses.masked_fill(column != targets_T, torch.nan)
-    return losses.masked_fill(targets_T == IGNORED, 0.0)
+    return _kept(-log_probabilities_TV.gather(1, column[:, None]).squeeze(1), column, targets_T)
+
+
+def _kept(losses_T: Tensor, column_T: Tensor, targets_T: Tensor) -> Tensor:
+    """NaN where the target is no word (it was read at `column` instead), 0 where it is ignored."""
+    return losses_T.masked_fill(column_T != targets_T, torch.nan).masked_fill(targets_T == IGNORED, 0.0)
 
 
 def _in_vocabulary(targets_T: Tensor, vocab_size: int) -> Tensor:

@@ -113,6 +113,8 @@ class _Head:
         losses_N = torch.zeros(self.targets.numel(), dtype=torch.float32, device=self.hidden.device)
         num_rows = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
         buffer = self.hidden.new_empty(num_rows, ceil_div(len(self.weight), _ALIGNMENT) * _ALIGNMENT)
+        # oneDNN's bfloat16 product reads past the rows of its left factor, and NaN times nothing is NaN.
+        buffer[:, len(self.weight) :].zero_()
         for chunk in self.chunks:
             logits = buffer[: chunk.stop - chunk.start, : len(self.weight)]
             losses_N[chunk] = self._chunk(chunk, logits)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 
 
@@ -26,6 +27,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
         from tunesmith.kernels.rms_norm_triton import rms_norm_operator
 
         return rms_norm_operator(x_TD, weight_D, eps)
+    if in_float32_on_cpu(x_TD, weight_D):
+        rstd = x_TD.square().mean(-1).add_(eps).rsqrt_()
+        return rms_norm_again(x_TD, weight_D, rstd), rstd
     return rms_norm_reference(x_TD, weight_D, eps)
 
 
@@ -35,6 +39,8 @@ def rms_norm_again(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> Tensor:
         from tunesmith.kernels.rms_norm_triton import rms_norm_again_operator
 
         return rms_norm_again_operator(x_TD, weight_D, rstd_T)
+    if in_float32_on_cpu(x_TD, weight_D):
+        return x_TD.mul(rstd_T[..., None]).mul_(weight_D).contiguous()
     return rms_norm_again_reference(x_TD, weight_D, rstd_T)
 
 
@@ -48,6 +54,8 @@ def rms_norm_backward(
     Returns: grad_x contiguous, of x's shape and dtype; grad_weight float32 [D] or None, summed in an order that is
     the same in every run on the same chip.
     """
+    if in_float32_on_cpu(grad_y_TD, x_TD, weight_D, add_TD):
+        return _rms_norm_backward_in_place(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
     if not use_kernel(x_TD.device):
         return rms_norm_backward_reference(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
     from tunesmith.kernels.rms_norm_triton import rms_norm_backward_operator
@@ -82,3 +90,15 @@ def rms_norm_backward_reference(
     if weight_grad:
         grad_weight = (grad_y * normal.to(x_TD.dtype).float()).flatten(0, -2).sum(0)
     return grad_x.to(x_TD.dtype).contiguous(), grad_weight
+
+
+def _rms_norm_backward_in_place(
+    grad_y_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, add_TD: Tensor | None, weight_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """rms_norm_backward as rstd * c - x * (rstd^3 * mean(c * x)), in one tensor."""
+    rstd = rstd_T[..., None]
+    grad_weight = (grad_y_TD * x_TD).mul_(rstd).flatten(0, -2).sum(0) if weight_grad else None
+    grad_x = grad_y_TD.contiguous() * weight_D
+    along_x = torch.linalg.vecdot(grad_x, x_TD)[..., None].mul_(rstd).mul_(rstd).mul_(rstd).div_(-x_TD.shape[-1])
+    grad_x.mul_(rstd).addcmul_(x_TD, along_x)
+    return grad_x if add_TD is None else grad_x.add_(add_TD), grad_weight

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 
 
@@ -24,6 +25,8 @@ def rope_(x_TNH: Tensor, cos_TH2: Tensor, sin_TH2: Tensor, inverse: bool = False
         from tunesmith.kernels.rope_triton import rope_operator
 
         rope_operator(x_TNH, cos_TH2, sin_TH2, inverse)
+    elif in_float32_on_cpu(x_TNH):
+        _rope_in_place(x_TNH, cos_TH2, sin_TH2, inverse)
     else:
         rope_reference_(x_TNH, cos_TH2, sin_TH2, inverse)
 
@@ -35,6 +38,15 @@ def rope_reference_(x_TNH: Tensor, cos_TH2: Tensor, sin_TH2: Tensor, inverse: bo
         sin = -sin
     first, second = x_TNH.float().chunk(2, dim=-1)
     x_TNH.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+
+
+def _rope_in_place(x_TNH: Tensor, cos_TH2: Tensor, sin_TH2: Tensor, inverse: bool) -> None:
+    """rope_ by halves, with a copy of the first."""
+    cos, sin = cos_TH2[:, None, :], sin_TH2[:, None, :]
+    first, second = x_TNH.chunk(2, dim=-1)
+    before, sign = first.clone(), -1 if inverse else 1
+    first.mul_(cos).addcmul_(second, sin, value=-sign)
+    second.mul_(cos).addcmul_(before, sin, value=sign)
 
 
 def rope_tables_half(inverse_H2: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 
 
@@ -20,6 +21,8 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
         from tunesmith.kernels.swiglu_triton import swiglu_operator
 
         return swiglu_operator(gate_up_TF)
+    if in_float32_on_cpu(gate_up_TF):
+        return _swiglu_in_place(gate_up_TF)
     return swiglu_reference(gate_up_TF)
 
 
@@ -36,6 +39,8 @@ def swiglu_backward(
         from tunesmith.kernels.swiglu_triton import swiglu_backward_on_gpu
 
         return swiglu_backward_on_gpu(grad_h_TI, gate_up_TF, want_h, out)
+    if in_float32_on_cpu(grad_h_TI, gate_up_TF, out):
+        return _swiglu_backward_in_place(grad_h_TI, gate_up_TF, want_h, out)
     return swiglu_backward_reference(grad_h_TI, gate_up_TF, want_h, out)
 
 
@@ -56,3 +61,27 @@ def swiglu_backward_reference(
     grad_gate = grad_h * up * gate_sigmoid * (1 + gate * (1 - gate_sigmoid))
     grad = torch.cat((grad_gate, grad_h * gate * gate_sigmoid), dim=-1).to(gate_up_TF.dtype)
     return (grad if out is None else out.copy_(grad)), h
+
+
+def _swiglu_in_place(gate_up_TF: Tensor) -> Tensor:
+    """swiglu with one tensor besides its input."""
+    gate, up = gate_up_TF.chunk(2, dim=-1)
+    h = gate_up_TF.new_empty(gate.shape)
+    torch.ops.aten.silu.out(gate, out=h)
+    return h.mul_(up)
+
+
+def _swiglu_backward_in_place(
+    grad_h_TI: Tensor, gate_up_TF: Tensor, want_h: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """swiglu_backward; every half of gate_up is read for the last time by what writes over it."""
+    gate, up = gate_up_TF.chunk(2, dim=-1)
+    out = torch.empty_like(gate_up_TF) if out is None else out
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    activated = gate_up_TF.new_empty(gate.shape)
+    torch.ops.aten.silu.out(gate, out=activated)
+    grad_activated = grad_h_TI * up
+    h = activated * up if want_h else None
+    torch.mul(grad_h_TI, activated, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_activated, gate, grad_input=grad_gate)
+    return out, h

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.swiglu import swiglu, swiglu_backward
 
@@ -24,6 +25,8 @@ def swiglu_low_rank(gate_up_TF: Tensor, low_TR: Tensor | None, up_FR: Tensor | N
     """
     if low_TR is None or up_FR is None:
         return swiglu(gate_up_TF)
+    if in_float32_on_cpu(gate_up_TF, low_TR, up_FR):
+        return swiglu(_summed(gate_up_TF, low_TR, up_FR.t()))
     if not use_kernel(gate_up_TF.device):
         return swiglu_low_rank_reference(gate_up_TF, low_TR, up_FR)
     from tunesmith.kernels.swiglu_low_rank_triton import swiglu_low_rank_operator
@@ -47,6 +50,9 @@ def swiglu_low_rank_backward(
     out: where the gradient is written; gate_up itself is allowed, no other overlap.
     Returns: the gradient (`out` where given); h [T, I], the bits of the forward pass's, or None.
     """
+    if in_float32_on_cpu(grad_h_TI, gate_up_TF, low_TR, up_FR, dlow_TS, down_SI, out):
+        gate_up = _summed(gate_up_TF, low_TR, None if up_FR is None else up_FR.t())
+        return swiglu_backward(_summed(grad_h_TI, dlow_TS, down_SI), gate_up, want_h, out)
     if not use_kernel(gate_up_TF.device):
         return swiglu_low_rank_backward_reference(grad_h_TI, gate_up_TF, low_TR, up_FR, dlow_TS, down_SI, want_h, out)
     if low_TR is None and dlow_TS is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Protocol
 
@@ -73,7 +74,10 @@ class PackedAttention:
         def attend(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> Tensor:
             if query_TNH.is_cuda and fits_varlen(query_TNH, _capability(query_TNH.device)):
                 return self._attend_fastest(query_TNH, key_TKH, value_TKH, window)
-            return _attend_each(query_TNH, key_TKH, value_TKH, self.pack.lengths, window)
+            lengths = self.pack.lengths
+            if query_TNH.device.type == "cpu" and (window is None or window >= lengths[0]) and len(set(lengths)) == 1:
+                return _attend_dense(query_TNH, key_TKH, value_TKH, lengths[0])
+            return _attend_each(query_TNH, key_TKH, value_TKH, lengths, window)
 
         return attend
 
@@ -93,11 +97,11 @@ class PackedAttention:
         return choose(shape, kernels, query, key, value)(query, key, value)
 
 
-def _attend_dense(query: Tensor, key: Tensor, value: Tensor, length: int, backend: SDPBackend) -> Tensor:
-    """Documents of one length, as a batch."""
+def _attend_dense(query: Tensor, key: Tensor, value: Tensor, length: int, backend: SDPBackend | None = None) -> Tensor:
+    """Documents of one length, as a batch; `backend` None: torch chooses."""
     num_tokens, num_heads, head_dim = query.shape
     q, k, v = (t.view(num_tokens // length, length, t.shape[1], head_dim).transpose(1, 2) for t in (query, key, value))
-    with sdpa_kernel(backend):
+    with nullcontext() if backend is None else sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=num_heads != key.shape[1])
     return out.transpose(1, 2).reshape(num_tokens, num_heads, head_dim)
 

@@ -8,8 +8,8 @@ since are noticed. What is recorded must not ask the device for numbers: mixture
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,8 @@ Run = Callable[[Tensor, PackedTokens, Tensor | None], Tensor]
 """hidden_TD, the pack it belongs to, and the seed of what is random in the blocks -> hidden_TD after the blocks."""
 MOST_GRAPHS = 8
 """Shapes that are recorded; further ones run launch by launch."""
-MOST_GRADIENT_BYTES = 2 << 30
-"""Gradients that recordings may hold together; the first recording is made whatever it holds."""
+SPARE_MEMORY = 1.1
+"""Memory that must be free before another shape is recorded, as a share of what the recordings hold."""
 _WARM_UPS = 2
 _ATTEMPTS = 2
 
@@ -44,6 +44,24 @@ class Signature:
     lengths: tuple[int, ...]
     num_documents: int
     max_length: int
+
+    def bounded(self, num_documents: int, max_length: int) -> Signature:
+        """This signature with other bounds."""
+        return replace(self, num_documents=num_documents, max_length=max_length)
+
+    def is_like(self, other: Signature) -> bool:
+        """Whether two signatures of uneven packs differ by their bounds at most."""
+        return not self.lengths and self.bounded(other.num_documents, other.max_length) == other
+
+    def covers(self, other: Signature) -> bool:
+        """Whether graphs of this signature run micro-batches of the other one, too."""
+        within = self.num_documents >= other.num_documents and self.max_length >= other.max_length
+        return self == other or (self.is_like(other) and within)
+
+    def grown(self, others: Iterable[Signature]) -> Signature:
+        """The least signature that covers this one and those of the others that differ by their bounds alone."""
+        like = [self, *(other for other in others if self.is_like(other))]
+        return self.bounded(max(one.num_documents for one in like), max(one.max_length for one in like))
 
     @classmethod
     def of(cls, hidden_TD: Tensor, pack: PackedTokens, kind: str) -> Signature:
@@ -83,7 +101,9 @@ class Recording:
         self.grad_out = torch.zeros_like(hidden_TD)
         self.inputs = [*([self.hidden] if signature.wants_input_grad else []), *self.parameters]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.generation = 0
         self._warm_up(run)
+        before = torch.cuda.memory_reserved()
         # thread_local: the backward pass is recorded on autograd's thread, where kernels may still be loaded.
         with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
             out = run(self.hidden, self.pack, self.seed)
@@ -91,9 +111,11 @@ class Recording:
             grads = self._backward(out)
         self.out = out.detach()
         self.grads = grads
+        self.num_bytes = torch.cuda.memory_reserved() - before
 
     def load(self, hidden_TD: Tensor, pack: PackedTokens, seed: Tensor | None) -> None:
         """Put a micro-batch, and the seed of its masks, where the graphs read it."""
+        self.generation += 1
         if self.seed is not None and seed is not None:
             self.seed.copy_(seed)
         self.hidden.detach().copy_(hidden_TD)
@@ -127,13 +149,18 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, recording: Recording, exclusive: bool, *parameters: Tensor) -> Tensor:
-        ctx.recording, ctx.exclusive = recording, exclusive
+        ctx.recording, ctx.exclusive, ctx.generation = recording, exclusive, recording.generation
         recording.forward_graph.replay()
         return recording.out.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         recording: Recording = ctx.recording
+        if ctx.generation != recording.generation:
+            raise RuntimeError(
+                "the blocks' CUDA graphs hold one micro-batch: go backward through it before the next goes forward, "
+                "or set train.graphs to off"
+            )
         recording.grad_out.copy_(grads[0])
         recording.backward_graph.replay()
         # Gradients that wait for the next micro-batch must not lie where its activations will be written.
@@ -176,6 +203,16 @@ class CapturedBlocks:
         recording.load(hidden_TD, pack, seed)
         return cast(Tensor, _Replay.apply(hidden_TD, recording, self.exclusive, *recording.parameters))
 
+    def give_up(self, reason: str) -> None:
+        """Drop every recording and record no more: the blocks run launch by launch from now on."""
+        self.refused = reason
+        self._drop()
+
+    def _drop(self) -> None:
+        self._recordings.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+
     def _recording(
         self,
         run: Run,
@@ -185,35 +222,54 @@ class CapturedBlocks:
         parameters: Sequence[nn.Parameter],
         seed: Tensor | None,
     ) -> Recording | None:
-        signature = Signature.of(hidden_TD, pack, f"{kind}, {'random' if seed is not None else 'exact'}")
-        known = self._recordings.get(signature)
+        wanted = Signature.of(hidden_TD, pack, f"{kind}, {'random' if seed is not None else 'exact'}")
+        known = next((made for held, made in self._recordings.items() if held.covers(wanted)), None)
         if known is not None and known.is_current():
             return known
         if known is not None:
-            self._recordings.clear()
-        if self.refused is not None or not self._has_room(parameters):
+            self._drop()
+        if self.refused is not None or len(self._recordings) >= MOST_GRAPHS:
             return None
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if not self._has_room():
+            self.give_up("documents come in shapes that take more memory to record than is free")
+            return None
+        signature = wanted.grown(self._recordings)
+        self._recordings = {held: made for held, made in self._recordings.items() if not signature.covers(held)}
+        return self._record(run, hidden_TD, pack, signature, parameters, seed)
+
+    def _record(
+        self,
+        run: Run,
+        hidden_TD: Tensor,
+        pack: PackedTokens,
+        signature: Signature,
+        parameters: Sequence[nn.Parameter],
+        seed: Tensor | None,
+    ) -> Recording | None:
         for _ in range(_ATTEMPTS):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             try:
                 recording = Recording(run, hidden_TD, pack, signature, parameters, self._pool, seed)
             except torch.OutOfMemoryError:
-                raise
+                self.give_up("recording takes more memory than there is")
+                return None
             except RuntimeError as error:
                 # An operator that asks the device for a number, say; or a kernel first loaded while recording.
-                self.refused = str(error).splitlines()[0]
                 _log.debug("a recording failed", exc_info=True)
-                self._pool = torch.cuda.graph_pool_handle()
+                self.give_up(str(error).splitlines()[0])
             else:
                 self.refused = None
                 self._recordings[signature] = recording
                 return recording
         return None
 
-    def _has_room(self, parameters: Sequence[nn.Parameter]) -> bool:
-        each = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        num = len(self._recordings)
-        return num == 0 or (num < MOST_GRAPHS and (num + 1) * each <= MOST_GRADIENT_BYTES)
+    def _has_room(self) -> bool:
+        """Whether as much is free as the recordings hold: another shape is first run beside them, to warm up."""
+        if not self._recordings:
+            return True
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        return free >= SPARE_MEMORY * sum(recording.num_bytes for recording in self._recordings.values())
 
 
 def _static_pack(pack: PackedTokens, signature: Signature) -> PackedTokens:

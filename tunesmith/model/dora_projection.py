@@ -54,6 +54,10 @@ class DoraProjection(Projection):
             return free_TF * self.rows.ratio_F
         return torch.addcmul(self.base.bias.to(free_TF.dtype), free_TF, self.rows.ratio_F)
 
+    def merges(self, x_T: Tensor) -> bool:
+        """Never: rows are scaled between the product and the bias."""
+        return False
+
     def beside(self, low_TR: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Nothing: the adapters are in `output`."""
         return None, None

@@ -15,6 +15,7 @@ from tunesmith.model.dora_projection import DoraProjection
 from tunesmith.model.fused import add_projection, norm_mlp, norm_qkv
 from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
+from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.low_rank import refresh
 from tunesmith.model.projection import Projection
 from tunesmith.model.projections import projection_of
@@ -50,6 +51,7 @@ class FusedBlock:
         self.dtype = dtype
         attention = block.attention
         self.linears = self._linears()
+        self.masters = _masters(self.linears)
         self.head_norms = _head_norms(block)
         eps = 0.0 if self.head_norms is None else self.head_norms[0].eps
         self.heads = Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim, eps)
@@ -62,7 +64,9 @@ class FusedBlock:
 
     def is_current(self) -> bool:
         """Whether the block still has the modules that this was made from."""
-        return all(now is then for now, then in zip(self._linears(), self.linears, strict=True))
+        linears = self._linears()
+        same = all(now is then for now, then in zip(linears, self.linears, strict=True))
+        return same and _masters(linears) == self.masters
 
     @property
     def projections(self) -> list[Projection]:
@@ -166,6 +170,12 @@ class FusedBlocks:
 def _head_norms(block: Block) -> tuple[RMSNorm, RMSNorm] | None:
     query, key = block.attention.q_norm, block.attention.k_norm
     return (query, key) if type(query) is RMSNorm and type(key) is RMSNorm else None
+
+
+def _masters(linears: list[nn.Module]) -> list[tuple[int, torch.device]]:
+    """Which tensors the adapters are, and where."""
+    adapted = [linear for linear in linears if isinstance(linear, AdaptedLinear)]
+    return [(id(parameter), parameter.device) for linear in adapted for parameter in linear.adapters.parameters()]
 
 
 def _mlp_projections(block: Block, dtype: torch.dtype, first_site: int) -> tuple[Projection | None, Projection | None]:

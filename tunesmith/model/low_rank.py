@@ -37,21 +37,50 @@ class LowRank:
 
     def copies(self) -> Iterable[tuple[Tensor, Tensor, float]]:
         """(where a master is copied to, the master, what it is multiplied by)."""
-        for (rows, columns), scale, down, up in zip(
-            self.blocks, self.scales, self.masters[::2], self.masters[1::2], strict=True
-        ):
+        for (rows, columns), scale, down, up in self._parts():
             yield self.down_RD[columns], down, scale
             yield self.up_FR[rows, columns], up, 1.0
+
+    def added_to(self, weight_FD: Tensor) -> Tensor:
+        """weight + up @ down, without the products of the diagonal's zeros."""
+        adapted = sum(rows.stop - rows.start for rows, _ in self.blocks)
+        total = torch.empty_like(weight_FD) if adapted == len(weight_FD) else weight_FD.clone()
+        for rows, columns in self.blocks:
+            torch.addmm(weight_FD[rows], self.up_FR[rows, columns], self.down_RD[columns], out=total[rows])
+        return total
+
+    def inner_grad(self, g_TF: Tensor) -> Tensor:
+        """g @ up [T, R]: on a CPU without the products of the diagonal's zeros, elsewhere in one launch."""
+        if g_TF.is_cuda or len(self.blocks) == 1:
+            return g_TF @ self.up_FR
+        dlow = g_TF.new_empty(g_TF.shape[0], self.up_FR.shape[1])
+        for rows, columns in self.blocks:
+            torch.mm(g_TF[:, rows], self.up_FR[rows, columns], out=dlow[:, columns])
+        return dlow
+
+    def grads_by_part(self, g_TF: Tensor, x_TD: Tensor, low_TR: Tensor, dlow_TR: Tensor) -> list[Tensor]:
+        """The gradients of A, B, A, B ..., one projection after the other: what a CPU has the least work with.
+
+        Args: as `Projection.parameter_grads`.
+        """
+        grad_down = dlow_TR.t() @ x_TD
+        grads = []
+        for (rows, columns), scale, down, up in self._parts():
+            grads.append(grad_down[columns].to(down.dtype) * scale)
+            grads.append((low_TR[:, columns].t() @ g_TF[:, rows]).t().to(up.dtype).contiguous())
+        return grads
 
     def master_grads(self, grad_down_RD: Tensor, grad_up_FR: Tensor) -> list[Tensor]:
         """The gradients of A, B, A, B ... from those of `down` (not yet scaled) and `up`."""
         grads = []
-        for (rows, columns), scale, down, up in zip(
-            self.blocks, self.scales, self.masters[::2], self.masters[1::2], strict=True
-        ):
+        for (rows, columns), scale, down, up in self._parts():
             grads.append(grad_down_RD[columns].to(down.dtype) * scale)
             grads.append(grad_up_FR[rows, columns].to(up.dtype, memory_format=torch.contiguous_format))
         return grads
+
+    def _parts(self) -> Iterable[tuple[tuple[slice, slice], float, nn.Parameter, nn.Parameter]]:
+        """Of every adapted projection: its rows and inner columns, the scale, A, B."""
+        return zip(self.blocks, self.scales, self.masters[::2], self.masters[1::2], strict=True)
 
 
 @torch.no_grad()

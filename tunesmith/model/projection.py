@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.kernels.dropout import Noise, add_dropout_, dropout
+from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.layers import Linear
 from tunesmith.model.low_rank import LowRank, wide_product
@@ -41,6 +43,21 @@ class Projection:
         own = [self.base.weight, self.base.bias] if isinstance(self.base, Linear) else [self.base.bias]
         return [tensor for tensor in own if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
 
+    def merges(self, x_T: Tensor) -> bool:
+        """Whether, for these tokens (a row each), the adapters are added to the weight before the product.
+
+        In float32 on a CPU that is the same sum but for the order, and where there are more tokens than the weight has
+        rows and columns the cheaper one: a weight is smaller than the activations it takes and makes.
+        """
+        if (
+            self.low_rank is None
+            or self.dropout
+            or type(self.base) is not Linear
+            or not in_float32_on_cpu(x_T, self.base.weight)
+        ):
+            return False
+        return x_T.shape[0] >= self.base.in_features + self.base.out_features
+
     @property
     def needs_input(self) -> bool:
         """Whether the backward pass asks for the input again."""
@@ -51,8 +68,9 @@ class Projection:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """y_TF = residual + x W.T + bias + (x down.T) up.T; what `parameter_grads` takes as low [T, R] and free."""
         y, low = self._base_product(x_TD, residual_TF), self._low(x_TD, noise)
-        if self.low_rank is not None and low is not None:
-            y.addmm_(low, self.low_rank.up_FR.t())
+        left, right = self.beside(low)
+        if left is not None and right is not None:
+            y.addmm_(left, right.t())
         return y, low, None
 
     def forward_apart(
@@ -62,7 +80,7 @@ class Projection:
 
         low_TR: what this returned the first time, where it did.
         """
-        return self.base.product(x_TD), self._low(x_TD, noise) if low_TR is None else low_TR
+        return self._base_product(x_TD, None), self._low(x_TD, noise) if low_TR is None else low_TR
 
     def output(self, free_TF: Tensor) -> Tensor:
         """The output that `forward_apart` leads to: free itself, or a tensor of its own."""
@@ -70,7 +88,9 @@ class Projection:
 
     def beside(self, low_TR: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """low and up_FR whose product belongs to `output`, or two times None."""
-        return (None, None) if self.low_rank is None else (low_TR, self.low_rank.up_FR)
+        if self.low_rank is None or low_TR is None or self.merges(low_TR):
+            return None, None
+        return low_TR, self.low_rank.up_FR
 
     def input_grad(self, g_TF: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
         """The gradients of x [T, D] and of the adapters' inner activation [T, R]."""
@@ -82,17 +102,17 @@ class Projection:
 
     def input_grad_apart(self, g_TF: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
         """`input_grad` with the product of `beside_grad` left to the caller: g W, and g up [T, R]."""
-        dx = self.base.input_grad(g_TF)
+        dx = g_TF @ self._merged_weight() if self.merges(g_TF) else self.base.input_grad(g_TF)
         if self.low_rank is None:
             return dx, None
-        dlow = g_TF @ self.low_rank.up_FR
+        dlow = self.low_rank.inner_grad(g_TF)
         if noise is not None and self.dropout:
             add_dropout_(dx, dlow @ self.low_rank.down_RD, noise, self.site, self.dropout)
         return dx, dlow
 
     def beside_grad(self, dlow_TR: Tensor | None, noise: Noise | None) -> tuple[Tensor | None, Tensor | None]:
         """dlow and down_RD whose product belongs to the input's gradient, or two times None: it is there already."""
-        if self.low_rank is None or (noise is not None and self.dropout):
+        if self.low_rank is None or dlow_TR is None or (noise is not None and self.dropout) or self.merges(dlow_TR):
             return None, None
         return dlow_TR, self.low_rank.down_RD
 
@@ -112,16 +132,31 @@ class Projection:
         if self.low_rank is None:
             return self._own_grads(g_TF, x_TD)
         assert x_TD is not None and low is not None
-        dlow = g_TF @ self.low_rank.up_FR if dlow is None else dlow
+        dlow = self.low_rank.inner_grad(g_TF) if dlow is None else dlow
+        if not g_TF.is_cuda:
+            return self.low_rank.grads_by_part(g_TF, self._dropped(x_TD, noise), low, dlow)
         grad_up, grad_down = wide_product(g_TF.t(), low), wide_product(dlow.t(), self._dropped(x_TD, noise))
         return self.low_rank.master_grads(grad_down, grad_up)
 
     def _base_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
+        if self.merges(x_TD):
+            return self._merged_product(x_TD, residual_TF)
         if residual_TF is None:
             return self.base.product(x_TD)
         if type(self.base) is Linear and self.base.bias is None:
             return torch.addmm(residual_TF, x_TD, self.base.weight.to(x_TD.dtype).t())
         return self.base.product(x_TD).add_(residual_TF)
+
+    def _merged_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
+        weight, bias = self._merged_weight(), self.base.bias
+        if residual_TF is None:
+            return F.linear(x_TD, weight, None if bias is None else bias.to(x_TD.dtype))
+        y = torch.addmm(residual_TF, x_TD, weight.t())
+        return y if bias is None else y.add_(bias)
+
+    def _merged_weight(self) -> Tensor:
+        assert self.low_rank is not None and isinstance(self.base, Linear)
+        return self.low_rank.added_to(self.base.weight.detach())
 
     def _low(self, x_TD: Tensor, noise: Noise | None) -> Tensor | None:
         return None if self.low_rank is None else self._dropped(x_TD, noise) @ self.low_rank.down_RD.t()

@@ -120,7 +120,27 @@ def _sentence(place: Place, details: list[Mapping[str, Any]]) -> str:
         return f"{_dotted_place(place)}: {message}" if place else message
     wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details))
     form = _right_form(place, detail["input"]) if detail["type"].startswith("model_") else ""
-    return f"{_dotted_place(place)} must be {wanted}, got {_got(detail['input'])}{_hint(details)}{form}"
+    hint = _hint(details) or _longer_key(place, detail["input"])
+    return f"{_dotted_place(place)} must be {wanted}, got {_got(detail['input'])}{hint}{form}"
+
+
+def _longer_key(place: Place, given: Any) -> str:
+    """A hint at the key beside `place` whose name goes on where this one's ends, and that takes what was given."""
+    section = Recipe if len(place) < 2 else _annotation(place[:-1])
+    if not (place and isinstance(section, type) and issubclass(section, BaseModel)):
+        return ""
+    for key in section.model_fields:
+        if key.startswith(f"{place[-1]}_") and _takes(section, key, given):
+            return f"; did you mean '{_dotted_place((*place[:-1], key))}'?"
+    return ""
+
+
+def _takes(section: type[BaseModel], key: str, value: Any) -> bool:
+    try:
+        section.model_validate({key: value})
+    except ValidationError:
+        return False
+    return True
 
 
 def _right_form(place: Place, given: Any) -> str:

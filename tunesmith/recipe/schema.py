@@ -123,8 +123,10 @@ class DataSection(Section):
     validation: list[str] = Field(
         default_factory=list, description="as train; empty: validation_fraction is split off the training data"
     )
-    validation_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.05, description="share of the rows kept for validation when no validation file is named; 0: none"
+    validation_fraction: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="share of the documents kept out of training to validate on, when data.validation is empty; "
+        "0: none are; none: 0.05, but with fewer than 100 documents all are trained on",
     )
     format: Literal["auto", "alpaca", "messages", "sharegpt", "text", "preference", "tokens"] = Field(
         "auto",
@@ -194,16 +196,16 @@ class TrainSection(Section):
             "memory; needs accumulation 1 and max_grad_norm 0"
         ),
     )
-    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="AdamW: how long gradients are remembered")
+    beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(0.999, description="AdamW: how long their squares are")
+    eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = Field(
+        1e-8, description="AdamW: added to the divisor, so that it is never zero"
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="not applied to norms and biases")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="gradient clipping by global norm; 0: none")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description=(
-            "compute dtype: auto is bfloat16 where the device has it, else float32; float16 uses dynamic loss scaling"
-        ),
+        description="compute dtype; auto: bfloat16 where the device has it, else float32; float16 scales its loss",
     )
     master_weights: Literal["auto", "float32", "compute"] = Field(
         "auto",
@@ -225,10 +227,7 @@ class TrainSection(Section):
     )
     checkpointing_skip_last: NonNegativeInt = Field(
         0,
-        description=(
-            "the last so many blocks are not checkpointed: they are needed again first, so what they hold is held "
-            "briefly; raise it while memory is free"
-        ),
+        description="the last so many blocks are not checkpointed: needed first; raise it while memory is free",
     )
     blocks: Literal["fused", "eager"] = Field(
         "fused",
@@ -246,7 +245,7 @@ class TrainSection(Section):
     )
     neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
     loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = Field(0, description="of everything random: another one gives another run")
     deterministic: bool = Field(False, description="deterministic kernels on a GPU (a CPU always is)")
     detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
 
@@ -308,12 +307,10 @@ class CheckpointSection(Section):
 
 
 class LogSection(Section):
-    every_steps: PositiveInt = 1
+    every_steps: PositiveInt = Field(1, description="a row in metrics.jsonl every so many steps")
     trackers: list[Tracker] = Field(
         default=["tensorboard"],
-        description=(
-            "besides metrics.jsonl, which is always written; TensorBoard is left out, and said so, where not installed"
-        ),
+        description="besides metrics.jsonl; TensorBoard is left out, and said so, where it is not installed",
     )
     project: str = Field("tunesmith", description="project name for the trackers")
 

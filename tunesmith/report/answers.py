@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.report.load import Node
+from tunesmith.report.load import Node, Run
 from tunesmith.report.strings import Words
 
 SHOWN = 20
@@ -22,21 +24,68 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Facts as (name, text), a head, and one row of texts for each example."""
+    """Facts as (name, text), a head, and one row of texts for each example. title: of what, and of whom."""
 
+    title: str
     facts: tuple[tuple[str, str], ...]
     sentences: tuple[str, ...]
     head: tuple[str, ...]
     examples: tuple[tuple[Answer, ...], ...]
 
 
-def evaluation_of(node: Node, words: Words) -> Evaluation:
-    """An evaluation's JSON: one result, or two under `before` and `after`."""
-    sides = [(side, Node(node.get(side))) for side in ("before", "after") if isinstance(node.get(side), dict)]
-    if not sides:
-        sides = [("after", node)]
+Sides = Sequence[tuple[str, Node]]
+"""One result under the name "answer", or two, "before" and "after"."""
+
+
+def evaluations_of(runs: Sequence[Run], words: Words) -> list[Evaluation]:
+    """All evaluations of these runs; where there are several, each sentence says whose it is."""
+    found = [(run, name, sides) for run in runs for name, sides in _paired(run)]
+    counts = Counter(run.name for run, _, _ in found)
+    named = [(run.name if counts[run.name] == 1 else f"{run.name}, {name}", sides) for run, name, sides in found]
+    return [_evaluation(name, sides, words, alone=len(named) == 1) for name, sides in named]
+
+
+def _evaluation(name: str, sides: Sides, words: Words, *, alone: bool) -> Evaluation:
+    sentences = _sentences(sides, words)
     return Evaluation(
-        tuple(_facts(sides, words)), tuple(_sentences(sides, words)), _head(sides, words), _examples(sides)
+        title=words("answers_of" if len(sides) == 1 else "before_after_of", name=name),
+        facts=tuple(_facts(sides, words)),
+        sentences=tuple(sentences if alone else [words("whose", name=name, text=text) for text in sentences]),
+        head=_head(sides, words),
+        examples=_examples(sides),
+    )
+
+
+def _paired(run: Run) -> list[tuple[str, Sides]]:
+    """The evaluations of a run by name, those of the base it started from beside the run's on the same questions."""
+    found: list[tuple[str, Sides]] = []
+    waiting: dict[object, tuple[str, Node]] = {}
+    for name, node in sorted(run.evaluations, key=lambda entry: not _is_before(run, *entry)):
+        sides = [(side, Node(node.get(side))) for side in ("before", "after") if isinstance(node.get(side), dict)]
+        key = (_asked(node, "accuracy", "questions"), _asked(node, "perplexity", "data"))
+        if sides:
+            found.append((name, sides))
+        elif _is_before(run, name, node):
+            if key in waiting:
+                found.append((waiting[key][0], [("answer", waiting[key][1])]))
+            waiting[key] = name, node
+        elif key in waiting:
+            found.append((name, [("before", waiting.pop(key)[1]), ("after", node)]))
+        else:
+            found.append((name, [("answer", node)]))
+    return found + [(name, [("answer", node)]) for name, node in waiting.values()]
+
+
+def _asked(node: Node, *path: str) -> str:
+    """What was asked, as text: the file, and how much of it."""
+    return f"{node.text(*path)} {node.number(path[0], 'num_questions')} {node.number(path[0], 'num_documents')}"
+
+
+def _is_before(run: Run, name: str, node: Node) -> bool:
+    """Whether this measured what the run started from: it is named so, or its model is the run's base without more."""
+    base = run.recipe.text("model", "path")
+    return re.fullmatch(r"before(-\d+)?", name) is not None or (
+        base is not None and node.text("model") == base and node.get("adapter") is None
     )
 
 
@@ -51,7 +100,7 @@ def _perplexity(side: Node) -> float | None:
     return side.number("perplexity") if nested is None else nested
 
 
-def _facts(sides: Sequence[tuple[str, Node]], words: Words) -> list[tuple[str, str]]:
+def _facts(sides: Sides, words: Words) -> list[tuple[str, str]]:
     facts = []
     asked: tuple[tuple[str, Callable[[Node], float | None]], ...] = (
         ("accuracy", _accuracy),
@@ -69,7 +118,7 @@ def _show(name: str, number: float) -> str:
     return f"{number:.2f}" if name == "perplexity" else f"{number * 100:.0f} %"
 
 
-def _sentences(sides: Sequence[tuple[str, Node]], words: Words) -> list[str]:
+def _sentences(sides: Sides, words: Words) -> list[str]:
     found = []
     accuracies = [_accuracy(side) for _, side in sides]
     count = _count(sides[-1][1])
@@ -94,19 +143,26 @@ def _items(side: Node) -> list[Any]:
     return items if isinstance(items, list) else []
 
 
-def _head(sides: Sequence[tuple[str, Node]], words: Words) -> tuple[str, ...]:
+def _head(sides: Sides, words: Words) -> tuple[str, ...]:
     return (words("question"), words("expected"), *(words(side) for side, _ in sides))
 
 
-def _examples(sides: Sequence[tuple[str, Node]]) -> tuple[tuple[Answer, ...], ...]:
+def _examples(sides: Sides) -> tuple[tuple[Answer, ...], ...]:
     """The answers of both sides to the same question, in one row."""
     rows = []
-    for items in list(zip(*(_items(side) for _, side in sides), strict=False))[:SHOWN]:
-        nodes = [Node(item) for item in items]
+    keyed = [{_question(node): node for node in map(Node, _items(side))} for _, side in sides]
+    common = [key for key in keyed[0] if all(key in answers for answers in keyed)]
+    for key in common[:SHOWN]:
+        nodes = [answers[key] for answers in keyed]
         first = nodes[0]
         row = [Answer(first.text("question") or ""), Answer(_expected(first))]
         rows.append((*row, *(Answer(node.text("answer") or node.text("said") or "", _right(node)) for node in nodes)))
     return tuple(rows)
+
+
+def _question(node: Node) -> tuple[str | None, str | None]:
+    """What tells one question from another."""
+    return node.text("row"), node.text("question")
 
 
 def _expected(node: Node) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tunesmith.report.answers import Evaluation, evaluation_of
+from tunesmith.report.answers import Evaluation, evaluations_of
 from tunesmith.report.load import Node, Run
 from tunesmith.report.rows import Row, rows_of
 from tunesmith.report.strings import Words
@@ -42,7 +42,7 @@ class Content:
 def gather(runs: Sequence[Run], words: Words) -> Content:
     """The content of a report on these runs."""
     benches = tuple(Bench(run.name, tuple(rows_of(run))) for run in runs if run.kind == "bench")
-    evaluations = tuple(evaluation_of(node, words) for run in runs for node in run.evaluations)
+    evaluations = tuple(evaluations_of(runs, words))
     trains = tuple(run for run in runs if run.metrics)
     headline, sentences = _verdict(benches, trains, evaluations, words)
     return Content(

@@ -84,7 +84,7 @@ def _variable(index: int) -> str:
 
 def _evaluation(evaluation: Any) -> dict[str, Any]:
     facts = [{"name": name, "text": text} for name, text in evaluation.facts]
-    return {"facts": facts, "head": evaluation.head, "examples": evaluation.examples}
+    return {"title": evaluation.title, "facts": facts, "head": evaluation.head, "examples": evaluation.examples}
 
 
 def _bench(bench: Bench, words: Words, key: str) -> dict[str, Any]:

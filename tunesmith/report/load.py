@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,19 +66,31 @@ class Run:
     metrics: tuple[Node, ...] = ()
     environment: Node = field(default_factory=lambda: Node({}))
     certificate: Node | None = None
-    evaluations: tuple[Node, ...] = ()
+    evaluations: tuple[tuple[str, Node], ...] = ()
     recipe: Node = field(default_factory=lambda: Node({}))
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs at these paths. Raises: RunDirError for a path that holds none, or one of a newer version."""
-    return [read_run(path) for path in paths]
+    """The runs at these paths; those of one name are called by their directories.
+
+    Raises: RunDirError for a path that holds none, or one of a newer version.
+    """
+    runs = [read_run(path) for path in paths]
+    names = Counter(run.name for run in runs)
+    folders = Counter(run.path.resolve().name for run in runs)
+    return [run if names[run.name] == 1 else replace(run, name=_folder_name(run.path, folders)) for run in runs]
+
+
+def _folder_name(path: Path, folders: Mapping[str, int]) -> str:
+    """A directory's name, or all of its path where another run's directory has the same name."""
+    whole = path.resolve()
+    return whole.name if folders[whole.name] == 1 else str(path)
 
 
 def read_run(path: Path) -> Run:
     """One run: a directory, or the JSON file of an evaluation."""
     if path.is_file():
-        return Run(path, "eval", path.stem, evaluations=(Node(read_json(path)),))
+        return Run(path, "eval", path.stem, evaluations=((path.stem, Node(read_json(path))),))
     run = open_run(path)
     info = run.info()
     cells = tuple(_read_cells(run.cells))
@@ -91,14 +104,20 @@ def read_run(path: Path) -> Run:
         metrics=tuple(Node(row) for row in read_jsonl(run.metrics)) if run.metrics.is_file() else (),
         environment=_read_optional(run.environment) or Node({}),
         certificate=_read_optional(run.certificate),
-        evaluations=tuple(Node(read_json(file)) for file in evaluation_files(path)),
+        evaluations=tuple((file.stem, Node(read_json(file))) for file in evaluation_files(path)),
         recipe=_read_recipe(run.recipe),
     )
 
 
 def evaluation_files(path: Path) -> list[Path]:
-    """The evaluations of a run: what `tunesmith eval` wrote, and comparisons of before and after."""
-    return [*sorted(path.glob("eval*.json")), *sorted((path / "evaluations").glob("*.json"))]
+    """The evaluations of a run: comparisons of before and after, and what `tunesmith eval` wrote, the newest last."""
+    return [*sorted(path.glob("eval*.json")), *sorted((path / "evaluations").glob("*.json"), key=_by_number)]
+
+
+def _by_number(file: Path) -> tuple[str, int]:
+    """So that quality-10 comes after quality-2, and quality before both."""
+    name, _, number = file.stem.rpartition("-")
+    return (name, int(number)) if name and number.isdecimal() else (file.stem, 0)
 
 
 def _read_cells(directory: Path) -> Iterator[Node]:

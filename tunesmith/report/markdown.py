@@ -73,7 +73,7 @@ def _code(command: str) -> str:
 def _evaluations(content: Content) -> list[str]:
     parts: list[str] = []
     for evaluation in content.evaluations:
-        parts.append(f"## {content.words('answers')}")
+        parts.append(f"## {_escape(evaluation.title)}")
         parts.append("\n".join(f"- {_escape(name)}: {_escape(text)}" for name, text in evaluation.facts))
         if evaluation.examples:
             rows = [[answer.text for answer in example] for example in evaluation.examples]

@@ -181,8 +181,18 @@ def _end_labels(figure: Any, axes: Any, curves: Sequence[Curve]) -> None:
     low, high = axes.get_ylim()
     gap = (high - low) * 0.075
     ends = sorted(((points[-1][1], colour, label) for colour, label, points in curves), reverse=True)
-    for y, (_, colour, label) in zip(spread([end[0] for end in ends], gap), ends, strict=True):
-        axes.annotate(_clip(label, 26), (last, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
+    for y, (_, colour, label) in zip(
+        within(spread([end[0] for end in ends], gap), low + gap / 2, high), ends, strict=True
+    ):
+        note = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(_clip(label, 26), (last, y), color=colour, **note)
+
+
+def within(values: Sequence[float], low: float, high: float) -> list[float]:
+    """Descending values moved together into low ... high; where they are too many for that, they begin at `high`."""
+    shift = max(0.0, low - values[-1])
+    shift -= max(0.0, values[0] + shift - high)
+    return [value + shift for value in values]
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

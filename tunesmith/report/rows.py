@@ -71,7 +71,7 @@ def _row(name: str, cells: Sequence[Node], usual: tuple[float | None, ...] | Non
     first = (good or list(cells) or [Node({})])[0]
     bad = next((cell for cell in cells if cell.get("status") != "ok"), None)
     samples = tuple(tuple(cell.numbers("times", "steps_s")) for cell in good)
-    work = _work(first)
+    step_s, work = estimate(samples), _work(first)
 
     def median(*path: str) -> float | None:
         return _median(good, lambda cell: cell.number(*path))
@@ -86,12 +86,12 @@ def _row(name: str, cells: Sequence[Node], usual: tuple[float | None, ...] | Non
         num_ok=len(good),
         num_repeats=len(cells),
         step_samples=samples,
-        step_s=estimate(samples),
+        step_s=step_s,
         first_step_s=median("times", "first_step_s"),
         total_s=median("times", "total_s"),
         epoch_s=median("times", "epoch_estimate_s"),
-        tokens_per_s=median("throughput", "tokens_per_s"),
-        trained_tokens_per_s=median("throughput", "trained_tokens_per_s"),
+        tokens_per_s=_rate(work, 1, step_s),
+        trained_tokens_per_s=_rate(work, 2, step_s),
         allocated_bytes=median("memory", "allocated_peak_bytes"),
         reserved_bytes=median("memory", "reserved_peak_bytes"),
         device_bytes=median("memory", "device_peak_bytes"),
@@ -107,6 +107,12 @@ def _row(name: str, cells: Sequence[Node], usual: tuple[float | None, ...] | Non
         command=first.text("command"),
         on_cpu=first.text("memory", "allocated_source") != "cuda",
     )
+
+
+def _rate(work: tuple[float | None, ...], at: int, step_s: Estimate | None) -> float | None:
+    """A step's tokens per second of the median step: the speed that the time beside it tells, not a mean's."""
+    steps, done = work[0], work[at]
+    return None if step_s is None or not steps or done is None or not step_s.median else done / steps / step_s.median
 
 
 def _median(cells: Sequence[Node], value: Callable[[Node], float | None]) -> float | None:
@@ -140,13 +146,17 @@ def _usual_work(cells: Sequence[Node]) -> tuple[float | None, ...] | None:
 
 @dataclass(frozen=True)
 class Change:
-    """How one row compares with another, as ratios (1: equal); `noise`: the time differs no more than its interval."""
+    """How one row compares with another, as ratios (1: equal).
+
+    noise: the interval of the time's ratio, `time_range`, holds 1.
+    """
 
     memory: float | None
     time: float | None
     loss: float | None
     noise: bool
     losses: tuple[float, float] | None = None
+    time_range: tuple[float, float] | None = None
 
 
 def change(new: Row, old: Row) -> Change:
@@ -158,6 +168,7 @@ def change(new: Row, old: Row) -> Change:
         loss=_ratio(new.validation_loss, old.validation_loss),
         noise=time is not None and time.low <= 1 <= time.high,
         losses=_both(old.validation_loss, new.validation_loss),
+        time_range=None if time is None else (time.low, time.high),
     )
 
 

@@ -29,7 +29,7 @@ _EN = {
     "time": "Time per step",
     "time_note": "Median, warm-up left out; the line is the 95 % bootstrap interval.",
     "throughput": "Throughput",
-    "throughput_note": "Tokens of the data per second; fillers are not counted.",
+    "throughput_note": "Tokens of the data in a step (no fillers) over the median time of a step, as beside this.",
     "losses": "Training loss",
     "losses_note": "Every step of the first repeat, warm-up included. All cells see the same data in the same order.",
     "frontier": "Memory against time",
@@ -73,7 +73,10 @@ _EN = {
     "limit": "limit",
     "passed": "passed",
     "not_passed": "failed",
-    "answers": "Before and after",
+    "before_after_of": "Before and after: {name}",
+    "answers_of": "Answers: {name}",
+    "whose": "{name}: {text}",
+    "answer": "answer",
     "question": "question",
     "expected": "expected",
     "before": "before",
@@ -101,6 +104,12 @@ _EN = {
     "faster": "{x} less time",
     "much_faster": "{x}× as fast",
     "same_time": "as fast within the noise",
+    "unclear_time": "no difference in time that can be told from noise ({low} to {high}× the time)",
+    "range": "{low} to {high}",
+    "noisy": (
+        "The times are noisy: a step of {label} took {time} at the median, with a 95 % interval from {low} to {high}. "
+        "Differences of that size mean nothing: measure again on a machine that does nothing else."
+    ),
     "loss_change": "loss {x}",
     "losses_differ": "validation loss {after} instead of {before}",
     "same_loss": "same loss",
@@ -114,6 +123,10 @@ _EN = {
     "wins_both": "{label} is the fastest and needs the least memory ({memory}).",
     "wins_each": "{fast} is the fastest ({time} per step); {small} needs the least memory ({memory}).",
     "wins_tied": "{fast} are equally fast, within noise ({time} per step); {small} needs the least memory ({memory}).",
+    "wins_unclear": (
+        "Which of {fast} is the fastest can't be told from the noise ({time} per step); "
+        "{small} needs the least memory ({memory})."
+    ),
     "wins_time": "{fast} is the fastest ({time} per step).",
     "nothing": "No cell was measured.",
     "only_one": "{label}: {time} per step, {memory}.",
@@ -142,7 +155,7 @@ _ZH = {
     "time": "每步时间",
     "time_note": "中位数，不含预热；横线为 95 % 自助法区间。",
     "throughput": "吞吐量",
-    "throughput_note": "每秒处理的数据词元数，不计填充。",
+    "throughput_note": "每步的数据词元数（不计填充）除以每步时间的中位数（见旁边的图）。",
     "losses": "训练损失",
     "losses_note": "第一次重复的每一步，包括预热。所有单元以相同顺序看到相同数据。",
     "frontier": "内存与时间",
@@ -182,7 +195,10 @@ _ZH = {
     "limit": "上限",
     "passed": "通过",
     "not_passed": "未通过",
-    "answers": "训练前后",
+    "before_after_of": "训练前后：{name}",
+    "answers_of": "回答：{name}",
+    "whose": "{name}：{text}",
+    "answer": "回答",
     "question": "问题",
     "expected": "期望",
     "before": "之前",
@@ -210,6 +226,12 @@ _ZH = {
     "faster": "用时减少 {x}",
     "much_faster": "速度为 {x} 倍",
     "same_time": "速度相同（在噪声范围内）",
+    "unclear_time": "用时差别无法与噪声区分（为 {low} 至 {high} 倍）",
+    "range": "{low} 至 {high}",
+    "noisy": (
+        "计时噪声很大：{label} 每步的中位数为 {time}，95 % 区间为 {low} 至 {high}。"
+        "这样大小的差别没有意义：请在空闲的机器上重新测量。"
+    ),
     "loss_change": "损失 {x}",
     "losses_differ": "验证损失 {after}（对比 {before}）",
     "same_loss": "损失相同",
@@ -223,6 +245,7 @@ _ZH = {
     "wins_both": "{label} 最快，内存也最少（{memory}）。",
     "wins_each": "{fast} 最快（每步 {time}）；{small} 内存最少（{memory}）。",
     "wins_tied": "{fast} 最快，差别在噪声之内（每步 {time}）；{small} 占用内存最少（{memory}）。",
+    "wins_unclear": "{fast} 中谁最快，在噪声中无法分辨（每步 {time}）；{small} 占用内存最少（{memory}）。",
     "wins_time": "{fast} 最快（每步 {time}）。",
     "nothing": "没有测到任何单元。",
     "only_one": "{label}：每步 {time}，{memory}。",

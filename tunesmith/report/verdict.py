@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tunesmith.bench.statistics import Estimate
 from tunesmith.report.load import Run
 from tunesmith.report.rows import Change, Row, change
 from tunesmith.report.strings import Words
@@ -12,6 +13,8 @@ from tunesmith.units import format_bytes, format_seconds
 
 SAME = 0.01  # a change below one percent is called none
 LARGE = 0.2  # beyond this a share of the loss says less than the two losses
+CLEAR = 0.05  # an interval of a ratio within this of 1 is not worth showing
+NOISY = 0.1  # times whose interval reaches further than this from their median are called noisy
 SAVES = 0.02  # a gain that saves less than this share of memory, and no time, is to be skipped
 
 
@@ -36,7 +39,23 @@ def bench_verdict(rows: Sequence[Row], words: Words) -> Verdict:
     """What a bench run showed."""
     comparable = [row for row in rows if row.ok and not row.unequal]
     sentences = [sentence for row in rows for sentence in _about(row, rows, words)]
-    return Verdict(_headline(comparable, words), tuple(sentences))
+    return Verdict(_headline(comparable, words), (*_noise(comparable, words), *sentences))
+
+
+def _noise(rows: Sequence[Row], words: Words) -> list[Sentence]:
+    """A warning where the times of a row vary so much that they tell little."""
+    spreads = [(_spread(row.step_s), row) for row in rows if row.step_s is not None]
+    spread, worst = max(spreads, key=lambda pair: pair[0], default=(0.0, None))
+    if spread <= NOISY or worst is None or worst.step_s is None:
+        return []
+    low, high = (format_seconds(bound) for bound in (worst.step_s.low, worst.step_s.high))
+    names = {"label": words.data(worst.label), "low": low, "high": high, "time": format_seconds(worst.step_s.median)}
+    return [Sentence(words("noisy", **names), None, "warning")]
+
+
+def _spread(time: Estimate) -> float:
+    """How far the interval reaches from the median, as a share of it."""
+    return max(time.high - time.median, time.median - time.low) / time.median if time.median else 0.0
 
 
 def _headline(rows: Sequence[Row], words: Words) -> str:
@@ -53,12 +72,22 @@ def _headline(rows: Sequence[Row], words: Words) -> str:
     memory = format_bytes(small.peak_bytes or 0)
     if len(timed) == 1:
         return words("only_one", label=names["fast"], time=time, memory=memory)
-    if small is fast:
-        return words("wins_both", label=names["fast"], memory=memory)
     tied = [row for row in timed if row is fast or change(row, fast).noise]
     if len(tied) > 1:
-        names["fast"] = words("comma").join(words.data(row.label) for row in tied)
-    return words("wins_each" if len(tied) == 1 else "wins_tied", small=words.data(small.label), memory=memory, **names)
+        return words(_tie(tied, names, words), small=words.data(small.label), memory=memory, **names)
+    if small is fast:
+        return words("wins_both", label=names["fast"], memory=memory)
+    return words("wins_each", small=words.data(small.label), memory=memory, **names)
+
+
+def _tie(tied: Sequence[Row], names: dict[str, str], words: Words) -> str:
+    """Name the tied rows and their times in `names`; which headline says it: where the times differ, they are shown."""
+    names["fast"] = words("comma").join(words.data(row.label) for row in tied)
+    times = [row.step_s.median for row in tied if row.step_s is not None]
+    if max(times) <= min(times) * (1 + CLEAR):
+        return "wins_tied"
+    names["time"] = words("range", low=format_seconds(min(times)), high=format_seconds(max(times)))
+    return "wins_unclear"
 
 
 def _about(row: Row, rows: Sequence[Row], words: Words) -> list[Sentence]:
@@ -106,9 +135,10 @@ def _capital(text: str) -> str:
 
 
 def saves_nothing(difference: Change) -> bool:
-    """Whether a gain brought neither memory nor time."""
+    """Whether a gain brought neither memory nor time; noise that could hide much is no proof of it."""
     no_memory = difference.memory is not None and difference.memory > 1 - SAVES
-    no_time = difference.time is not None and (difference.noise or difference.time > 1 - SAVES)
+    low = difference.time_range[0] if difference.time_range else 1.0
+    no_time = difference.time is not None and (low > 1 - CLEAR if difference.noise else difference.time > 1 - SAVES)
     return no_memory and no_time
 
 
@@ -118,7 +148,7 @@ def change_parts(difference: Change, words: Words, *, quality: bool) -> list[str
     if difference.memory is not None:
         parts.append(_memory(difference.memory, words))
     if difference.time is not None:
-        parts.append(_time(difference.time, difference.noise, words))
+        parts.append(_time(difference, difference.time, words))
     if quality and difference.loss is not None:
         parts.append(_loss(difference, difference.loss, words))
     return parts or [words("not_measured")]
@@ -130,8 +160,11 @@ def _memory(ratio: float, words: Words) -> str:
     return words("less_memory" if ratio < 1 else "more_memory", x=_percent(abs(1 - ratio)))
 
 
-def _time(ratio: float, noise: bool, words: Words) -> str:
-    if noise or abs(ratio - 1) < SAME:
+def _time(difference: Change, ratio: float, words: Words) -> str:
+    low, high = difference.time_range or (1.0, 1.0)
+    if difference.noise and max(high - 1, 1 - low) > CLEAR:
+        return words("unclear_time", low=f"{low:.2f}", high=f"{high:.2f}")
+    if difference.noise or abs(ratio - 1) < SAME:
         return words("same_time")
     if ratio >= 2:
         return words("much_slower", x=f"{ratio:.1f}")

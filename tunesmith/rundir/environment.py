@@ -9,6 +9,7 @@ import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ PACKAGES = (
     "deepspeed",
 )
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# The C library's, by the variables that glibc and what is preloaded in its place read them from.
+HOST_ALLOCATOR_VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
+# What this process has told the C library's allocator; whoever tells it writes it here, since it can't be asked.
+HOST_ALLOCATOR: dict[str, int] = {}
 
 
 def environment_fingerprint() -> dict[str, Any]:
@@ -50,7 +55,8 @@ def environment_fingerprint() -> dict[str, Any]:
         "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "usable_cores": usable_cores()},
         "memory_bytes": total_memory_bytes(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "cuda_allocator": _allocator_settings(),
+        "cuda_allocator": _settings(ALLOCATOR_VARIABLES),
+        "host_allocator": {**_settings(HOST_ALLOCATOR_VARIABLES), **HOST_ALLOCATOR},
         "driver": driver_version(),
         "gpus": [_gpu_facts(handle) for handle in nvml_devices()],
         "git": git_commit(),
@@ -66,9 +72,9 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _allocator_settings() -> dict[str, str]:
-    """The settings of torch's GPU allocator, by the variables that it reads them from."""
-    return {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ}
+def _settings(variables: Sequence[str]) -> dict[str, str]:
+    """The settings of an allocator, by the variables that it reads them from."""
+    return {name: os.environ[name] for name in variables if name in os.environ}
 
 
 def _torch_cuda() -> str | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
 from tunesmith.text.places import name_place
-from tunesmith.text.split import load_parts
+from tunesmith.text.split import load_parts, split_note
 from tunesmith.text.store import DocumentStore
 from tunesmith.text.summary import DataSummary, Progress, summarise
 from tunesmith.text.tokenise import with_template
@@ -95,5 +95,6 @@ def load_data(data: DataSection, tokenizer: Tokenizer, *, seed: int, progress: P
     part, held, cached = load_parts(data, tokenizer, seed=seed, progress=progress)
     train = TokenisedDataset(part.store, part.examples)
     validation = TokenisedDataset(held.store, held.examples) if held else None
-    summary = summarise(part.store, train.hashes, validation.hashes if validation else None, train.lengths, cached)
+    hashes = validation.hashes if validation else None
+    summary = summarise(part.store, train.hashes, hashes, train.lengths, cached, split_note(data, held))
     return TrainingData(train, validation, summary, tokenizer)

@@ -49,6 +49,7 @@ class EncodedRows:
     straddling: int = 0
     ends_trained: int = 0
     conversations: int = 0
+    multi_turn: int = 0
 
 
 @dataclass
@@ -83,6 +84,7 @@ def encode_rows(tokenizer: Tokenizer, settings: EncodeSettings, format_name: str
     problems: list[tuple[int, str]] = []
     texts: list[tuple[int, PlainText]] = []
     chats: list[tuple[int, ChatText, bytes]] = []
+    multi_turn = 0
     for row in rows:
         try:
             if row.problem is not None:
@@ -93,6 +95,7 @@ def encode_rows(tokenizer: Tokenizer, settings: EncodeSettings, format_name: str
                 texts.append((row.place, example))
             else:
                 chats.append((row.place, *render_conversation(tokenizer, settings, example)))
+                multi_turn += sum(message["role"] == "user" for message in example.messages) > 1
         except (RowError, DataError) as error:
             problems.append((row.place, str(error)))
     documents, counts = Documents(), EncodedRows(*[np.empty(0)] * 5)  # type: ignore[arg-type]
@@ -101,7 +104,7 @@ def encode_rows(tokenizer: Tokenizer, settings: EncodeSettings, format_name: str
     encoded = documents.finished()
     for name in ("too_long", "truncated", "dropped", "untrained_turns", "straddling", "ends_trained", "conversations"):
         setattr(encoded, name, getattr(counts, name))
-    encoded.problems = problems
+    encoded.problems, encoded.multi_turn = problems, multi_turn
     return encoded
 
 

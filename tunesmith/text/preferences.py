@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
 from tunesmith.text.dataset import Document, TokenisedDataset
-from tunesmith.text.split import Part, load_parts
-from tunesmith.text.summary import Progress, skipped_lines
+from tunesmith.text.split import Part, load_parts, split_note
+from tunesmith.text.summary import KEPT, Progress, skipped_lines
 from tunesmith.text.tokenise import first_format, with_template
 from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.units import format_count
@@ -85,7 +85,7 @@ class PreferenceSummary:
     longer one. truncated, too_long: pairs of which a document is over data.max_length;
     dropped: pairs whose answers are not both there, or are alike, within it. straddling: pairs whose answer joins
     the prompt in one token. ends_trained: pairs with an end-of-turn token trained in both answers. overlap:
-    validation pairs that are also in the training data.
+    validation pairs that are also in the training data. split_note: which rows are kept out, or why none are.
     """
 
     formats: dict[str, str]
@@ -106,6 +106,7 @@ class PreferenceSummary:
     ends_trained: int
     overlap: int
     cached: bool
+    split_note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -114,8 +115,7 @@ class PreferenceSummary:
     def lines(self) -> list[str]:
         """What a person reads."""
         out = [
-            f"{self.rows} rows in {len(self.formats)} file(s), format preference"
-            + (" (from the cache)" if self.cached else ""),
+            f"{self.rows} rows in {len(self.formats)} file(s), format preference" + (KEPT if self.cached else ""),
             f"{self.pairs} pairs to train on, {self.validation_pairs} to validate on; {format_count(self.tokens)} "
             f"tokens, trained: {format_count(self.chosen_tokens)} of chosen answers, "
             f"{format_count(self.rejected_tokens)} of rejected ones",
@@ -132,6 +132,7 @@ class PreferenceSummary:
             f"{self.straddling} pairs whose answer joins the prompt in one token": self.straddling,
             f"{self.overlap} validation pairs are in the training data too": self.overlap,
         }
+        out += [self.split_note] if self.split_note else []
         return out + [note for note, count in notes.items() if count] + skipped_lines(self.skipped_reasons)
 
 
@@ -169,11 +170,12 @@ def load_preferences(
     tokenizer = with_template(data, tokenizer)
     part, held, cached = load_parts(data, tokenizer, seed=seed, progress=progress, pairs=True)
     train, validation = PreferencePairs(part), PreferencePairs(held) if held else None
-    return PreferenceData(train, validation, _summarise(part, train, validation, cached), tokenizer)
+    note = split_note(data, held, pairs=True)
+    return PreferenceData(train, validation, _summarise(part, train, validation, cached, note), tokenizer)
 
 
 def _summarise(
-    part: Part, train: PreferencePairs, validation: PreferencePairs | None, cached: bool
+    part: Part, train: PreferencePairs, validation: PreferencePairs | None, cached: bool, note: str | None
 ) -> PreferenceSummary:
     store = part.store
     tally = store.meta["tally"]
@@ -202,6 +204,7 @@ def _summarise(
         ends_trained=tally["ends_trained"],
         overlap=overlap,
         cached=cached,
+        split_note=note,
     )
 
 

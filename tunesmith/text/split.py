@@ -10,10 +10,15 @@ from numpy.typing import NDArray
 
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
+from tunesmith.text.places import name_place
 from tunesmith.text.store import DocumentStore
 from tunesmith.text.summary import Progress
 from tunesmith.text.tokenise import load_store, nothing_left
 from tunesmith.text.tokenizer import Tokenizer
+
+FRACTION, LEAST_DOCUMENTS = 0.05, 100
+"""What is kept out where the recipe doesn't say, and of how many documents at least: of few, each one counts."""
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,37 @@ def load_parts(
             raise DataError("data.validation: " + nothing_left(held_store.meta["tally"], data))
         return _whole(store, pairs), _whole(held_store, pairs), cached
     everything = _whole(store, pairs).examples
-    held = held_out(store.hashes[:: 1 + pairs], data.validation_fraction, seed)
+    held = held_out(store.hashes[:: 1 + pairs], fraction_of(data, len(everything)), seed)
     return Part(store, everything[~held]), Part(store, everything[held]) if held.any() else None, cached
+
+
+def fraction_of(data: DataSection, num_examples: int) -> float:
+    """The share of `num_examples` that is kept out of training: the recipe's, else FRACTION where there are enough."""
+    if data.validation_fraction is not None:
+        return data.validation_fraction
+    return FRACTION if num_examples >= LEAST_DOCUMENTS else 0.0
+
+
+def split_note(data: DataSection, held: Part | None, *, pairs: bool = False) -> str | None:
+    """Which rows are kept out of training, or why none are, in a line; None where the recipe itself says it."""
+    if data.validation or data.validation_fraction == 0:
+        return None
+    if held is not None:
+        return f"kept out of training, to validate on: {_names(held, pairs)} (data.validation_fraction=0 trains on all)"
+    if data.validation_fraction is None:
+        return (
+            f"fewer than {LEAST_DOCUMENTS} rows, so all are trained on and none is kept out to validate on "
+            f"(to keep a tenth out: --set data.validation_fraction=0.1)"
+        )
+    return f"data.validation_fraction {data.validation_fraction:g} is less than one row here: all are trained on"
+
+
+def _names(held: Part, pairs: bool) -> str:
+    """The first rows of `held` by their places, and how many more there are."""
+    store, documents = held.store, held.examples[:_NAMED] * (1 + pairs)
+    names = [name_place(store.meta["files"][int(store.files[i])], int(store.places[i])) for i in documents]
+    more = len(held.examples) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
 
 
 def _whole(store: DocumentStore, pairs: bool) -> Part:
@@ -52,7 +86,7 @@ def _whole(store: DocumentStore, pairs: bool) -> Part:
 def held_out(hashes: NDArray[np.uint64], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which documents are kept for validation: about `fraction`, chosen by content, equal ones on the same side.
 
-    None where the fraction is less than one document (so few rows are all needed), and never all of them.
+    None where the fraction is less than one document, and never all of them.
     """
     held = np.zeros(len(hashes), dtype=np.bool_)
     mixed = _mixed(hashes, seed)

@@ -17,6 +17,7 @@ from tunesmith.units import format_count
 
 # progress(what, done, total): total 0 while it is not known.
 Progress = Callable[[str, int, int], None]
+KEPT = " (tokenised by an earlier command, and kept)"
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Tally:
     straddling: int = 0
     conversations: int = 0
     ends_trained: int = 0
+    multi_turn: int = 0
 
     def add(self, file: str, rows: int, encoded: EncodedRows) -> None:
         """Counts a batch of one file."""
@@ -55,7 +57,15 @@ class Tally:
                 f"({self.max_length}); raise it, or set data.too_long to truncate or skip"
             )
         self.too_long += len(encoded.too_long)
-        for name in ("truncated", "dropped", "untrained_turns", "straddling", "conversations", "ends_trained"):
+        for name in (
+            "truncated",
+            "dropped",
+            "untrained_turns",
+            "straddling",
+            "conversations",
+            "ends_trained",
+            "multi_turn",
+        ):
             setattr(self, name, getattr(self, name) + getattr(encoded, name))
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,8 +81,9 @@ class DataSummary:
     tokens, trained_tokens: of all documents, those split off for validation included. dropped: documents with no
     trained token within max_length. untrained_turns: answers that the template shows differently once a
     conversation goes on. straddling: conversations whose prompt is tokenised differently when served.
-    ends_trained: conversations with a trained end-of-turn token. overlap: validation documents that are also in
-    the training data.
+    ends_trained: conversations with a trained end-of-turn token. multi_turn: conversations with more than one user
+    turn. overlap: validation documents that are also in
+    the training data. split_note: which rows are kept out of training, or why none are.
     """
 
     formats: dict[str, str]
@@ -88,6 +99,7 @@ class DataSummary:
     dropped: int
     conversations: int
     ends_trained: int
+    multi_turn: int
     untrained_turns: int
     straddling: int
     overlap: int
@@ -96,6 +108,7 @@ class DataSummary:
     length_p99: int
     length_max: int
     cached: bool
+    split_note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the run directory."""
@@ -106,7 +119,7 @@ class DataSummary:
         formats = sorted(set(self.formats.values()))
         out = [
             f"{self.rows} rows in {len(self.formats)} file(s), format {' and '.join(formats)}"
-            + (" (from the cache)" if self.cached else ""),
+            + (KEPT if self.cached else ""),
             f"{self.documents} documents to train on, {self.validation_documents} to validate on; "
             f"{format_count(self.tokens)} tokens, {format_count(self.trained_tokens)} trained "
             f"({self.trained_tokens / max(self.tokens, 1):.0%})",
@@ -121,6 +134,7 @@ class DataSummary:
             f"{self.straddling} conversations whose answer joins the prompt in one token": self.straddling,
             f"{self.overlap} validation documents are in the training data too": self.overlap,
         }
+        out += [self.split_note] if self.split_note else []
         out += [note for note, count in notes.items() if count]
         return out + skipped_lines(self.skipped_reasons)
 
@@ -137,8 +151,9 @@ def summarise(
     validation_hashes: NDArray[np.uint64] | None,
     train_lengths: NDArray[np.int64],
     cached: bool,
+    note: str | None = None,
 ) -> DataSummary:
-    """The summary of a store and its split."""
+    """The summary of a store and its split, which `note` describes."""
     tally = store.meta["tally"]
     p50, p90, p99, most = (int(np.percentile(train_lengths, q, method="nearest")) for q in (50, 90, 99, 100))
     overlap = 0 if validation_hashes is None else int(np.isin(validation_hashes, train_hashes).sum())
@@ -156,6 +171,7 @@ def summarise(
         dropped=tally["dropped"],
         conversations=tally["conversations"],
         ends_trained=tally["ends_trained"],
+        multi_turn=tally["multi_turn"],
         untrained_turns=tally["untrained_turns"],
         straddling=tally["straddling"],
         overlap=overlap,
@@ -164,4 +180,5 @@ def summarise(
         length_p99=p99,
         length_max=most,
         cached=cached,
+        split_note=note,
     )

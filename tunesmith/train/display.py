@@ -11,6 +11,7 @@ from rich.text import Text
 
 from tunesmith.model.methods import MethodSummary
 from tunesmith.recipe.schema import Recipe
+from tunesmith.train.loop import LoopResult
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.units import format_bytes, format_count
 
@@ -19,6 +20,9 @@ VALIDATION_LEGEND = (
     "  (validation: rows kept out of training; perplexity: how much they surprise the model, 1 is not at all. "
     "Rising while the loss falls: it learns the rows by heart.)"
 )
+
+_RISEN = 0.02
+"""By how much a validation loss must end above its lowest to be worth a word."""
 
 
 class Display:
@@ -36,6 +40,7 @@ class Display:
             disable=quiet or not self.console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._total_steps = 0
         self._loading: dict[str, TaskID] = {}
         self._explained = False
 
@@ -67,13 +72,14 @@ class Display:
         for task in self._loading.values():
             self._progress.remove_task(task)
         self._loading.clear()
+        self._total_steps = total
         self._task = self._progress.add_task("train", total=total, completed=done, news="")
 
     def step(self, metrics: StepMetrics) -> None:
         """One more step is done."""
         if self._task is not None:
             self._progress.update(self._task, completed=metrics.step, news=_news(metrics))
-        if self._progress.disable and _is_shown(metrics.step):
+        if self._progress.disable and _is_shown(metrics.step, self._total_steps):
             self.say(f"step {metrics.step}: {_news(metrics)}")
 
     def evaluation(self, metrics: EvalMetrics) -> None:
@@ -87,9 +93,13 @@ class Display:
             self.say(VALIDATION_LEGEND)
 
 
-def _is_shown(step: int) -> bool:
-    """Without a terminal: the first steps, then ever fewer."""
-    return step <= 3 or step % 10 ** max(1, len(str(step)) - 1) == 0
+def _is_shown(step: int, total: int) -> bool:
+    """Without a terminal: the first steps, the last, and then ever fewer, but at least ten in the whole run."""
+    tenth = max(1, total // 10)
+    power = 10 ** (len(str(tenth)) - 1)
+    round_tenth = max(factor * power for factor in (1, 2, 5) if factor * power <= tenth)
+    every = min(10 ** max(1, len(str(step)) - 1), round_tenth)
+    return step <= 3 or step % every == 0 or step == total
 
 
 def _news(metrics: StepMetrics) -> str:
@@ -125,6 +135,32 @@ def plan_line(recipe: Recipe, total_steps: int) -> str:
         else f", {train.epochs:g} epoch{'' if train.epochs == 1 else 's'} (passes over the data)"
     )
     return f"{total_steps} steps{length}; learning rate up to {train.learning_rate:.2g} ({train.schedule} schedule)"
+
+
+def pace_line(loop: LoopResult) -> str | None:
+    """What the training waited for, in plain words; None where no step was made."""
+    if loop.data_wait_ratio is None:
+        return None
+    if loop.bottleneck == "data":
+        return f"speed: held up by preparing the data; {loop.data_verdict}"
+    return f"speed: set by the computing itself; {loop.data_wait_ratio:.1%} of the time went into waiting for data"
+
+
+def best_line(validations: Sequence[tuple[int, float]]) -> str | None:
+    """What a validation loss that has risen again means, and what to do; None where it ended near its lowest.
+
+    Args: validations: step and loss of each.
+    """
+    if not validations:
+        return None
+    (step, best), (_, last) = min(validations, key=lambda one: one[1]), validations[-1]
+    if last < best + _RISEN:
+        return None
+    return (
+        f"validation loss was lowest at step {step} ({best:.4f}) and ended at {last:.4f}: since then the model learnt "
+        f"the training rows by heart. Good if they are what it will be asked; if it will be asked other things, stop "
+        f"earlier (--set train.max_steps={step}) or add rows"
+    )
 
 
 def closing_lines(commands: Sequence[str]) -> list[str]:

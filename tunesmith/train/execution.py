@@ -27,15 +27,20 @@ def execution_facts(model: LanguageModel) -> dict[str, Any]:
     }
 
 
+def ran_as_asked(facts: dict[str, Any]) -> bool:
+    """Whether every block had its own passes, and was recorded where that was tried: nothing a person must know."""
+    return facts["fused_blocks"] == facts["blocks"] and not facts["graphs_refused"]
+
+
 def execution_line(facts: dict[str, Any]) -> str | None:
     """The facts in one line for people; None where there is nothing to say."""
     if facts["blocks"] is None or not facts["fused_blocks"]:
         return None
-    parts = [f"{facts['fused_blocks']} of {facts['blocks']} blocks with passes written out"]
+    parts = [f"{facts['fused_blocks']} of the model's {facts['blocks']} blocks ran on tunesmith's own faster passes"]
     if facts["graphs"]:
         parts.append(f"recorded as {facts['graphs']} CUDA graph pair{'s' if facts['graphs'] > 1 else ''}")
     if facts["graphs_refused"]:
-        parts.append(f"not recorded as CUDA graphs: {facts['graphs_refused']}")
+        parts.append(f"slower than they could: not recorded as CUDA graphs: {facts['graphs_refused']}")
     kernels = sorted({str(choice["kernel"]) for choice in facts["attention"]})
     if kernels:
         parts.append(f"attention by {' and '.join(kernels)}")

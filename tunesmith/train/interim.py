@@ -23,8 +23,9 @@ from tunesmith.rundir.layout import RunDir
 from tunesmith.text.tokenise import with_template
 from tunesmith.text.tokenizer import load_tokenizer
 from tunesmith.train.export import remove_interim, write_outcome
-from tunesmith.train.session import load_trainable, trained_weights
+from tunesmith.train.session import trained_weights
 from tunesmith.train.states import restore_weights
+from tunesmith.train.trainable import load_trainable
 
 
 @dataclass(frozen=True)

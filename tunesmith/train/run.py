@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import RecipeError, TrainingError
+from tunesmith.errors import RecipeError, TrainingError, TunesmithError
 from tunesmith.recipe.load import dump_recipe, load_recipe, recipe_from_mapping
 from tunesmith.recipe.schema import Recipe
-from tunesmith.rundir.io import write_json_atomic, write_text_atomic
+from tunesmith.rundir.io import read_jsonl, write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
 from tunesmith.train.allocator import prepare_allocator
-from tunesmith.train.display import Display, closing_lines, method_line, plan_line
-from tunesmith.train.execution import execution_facts, execution_line
+from tunesmith.train.display import Display, best_line, closing_lines, method_line, pace_line, plan_line
+from tunesmith.train.execution import execution_facts, execution_line, ran_as_asked
 from tunesmith.train.export import export, next_commands, remove_interim
 from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
 from tunesmith.train.loop import resume as resume_from
@@ -42,6 +45,7 @@ FREE_KEYS = (
     "train.detect_anomaly",
 )
 _MEASURED = ("duration_s", "skipped_steps")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def train(
         quiet: print nothing.
 
     Raises: RecipeError for a resume with a changed recipe; NonFiniteError before the update of a bad batch;
-    TrainingError when the disk is full; whatever loading raises.
+    TrainingError when the disk is full; whatever loading raises. A mistake in recipe, data or model that is found
+    before the first step leaves no run directory behind.
     """
     asked = recipe if isinstance(recipe, Recipe) else recipe_from_mapping(recipe)
     prepare_allocator(asked.model.device)
@@ -98,9 +103,11 @@ def train(
         run = open_run(resume)
         check_resumable(load_recipe(run.recipe), resolved)
         write_text_atomic(run.recipe, dump_recipe(resolved))
+        folders: set[Path] | None = None
     else:
+        folders = _missing_folders(Path(resolved.output if run_dir is None else run_dir))
         run = create_run(resolved, path=None if run_dir is None else Path(run_dir))
-    with _recorded(run), Display(quiet=quiet) as display:
+    with _recorded(run, folders), Display(quiet=quiet) as display:
         return _train(resolved, run, display, resume is not None, on_step, preflight)
 
 
@@ -129,8 +136,11 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _recorded(run: RunDir) -> Iterator[None]:
-    """run.json says how the run stands, also when it fails."""
+def _recorded(run: RunDir, made: set[Path] | None) -> Iterator[None]:
+    """run.json says how the run stands, also when it fails; a mistake of use before the first step leaves nothing.
+
+    Args: made: the folders above the run directory that were made for it; None: the run was there before.
+    """
     run.set_status("running")
     try:
         with sigterm_exits():
@@ -139,8 +149,27 @@ def _recorded(run: RunDir) -> Iterator[None]:
         run.set_status("interrupted")
         raise
     except BaseException as error:
-        run.set_status("failed", error=f"{type(error).__name__}: {error}")
+        is_mistake = isinstance(error, TunesmithError) and isinstance(error, ValueError)
+        if made is not None and is_mistake and not run.metrics.exists():
+            _remove(run, made)
+        else:
+            run.set_status("failed", error=f"{type(error).__name__}: {error}")
         raise
+
+
+def _missing_folders(path: Path) -> set[Path]:
+    """Which of `path` and the folders above it are not there."""
+    return {folder for folder in (path, *path.parents) if not folder.exists()}
+
+
+def _remove(run: RunDir, made: set[Path]) -> None:
+    """The run directory, and of the folders above it those that were made for it and are empty."""
+    shutil.rmtree(run.path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for folder in run.path.parents:
+            if folder not in made:
+                return
+            folder.rmdir()
 
 
 def _train(
@@ -151,12 +180,12 @@ def _train(
     on_step: Callable[[StepMetrics], None] | None,
     preflight: Preflight | None,
 ) -> TrainResult:
-    display.say(f"run directory: {run.path}")
     configure_cublas(recipe.train)
     said = "" if preflight is None else preflight(recipe, run.path)
     if said:
         display.say(said)
     session = build_session(recipe, progress=display.loading)
+    display.say(f"run directory: {run.path}")
     if session.recipe != recipe:
         recipe = session.recipe
         write_text_atomic(run.recipe, dump_recipe(recipe))
@@ -203,6 +232,8 @@ def _show_example(session: Session, run: RunDir, display: Display) -> None:
         return
     for line in data.summary.lines():
         display.say(line)
+    summary = data.summary
+    run.set_status("running", data={"conversations": summary.conversations, "multi_turn": summary.multi_turn})
     check_trainable(data.train, data.tokenizer, session.recipe.data)
     preview = mask_preview(data.train[0], data.tokenizer)
     display.say(preview.text)
@@ -215,8 +246,10 @@ def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -
         final = _export(session, run)
         commands = next_commands(session, run.path)
         display.say(f"written: {final}")
-    if loop.data_verdict is not None:
-        display.say(f"bottleneck: the {loop.bottleneck}; {loop.data_verdict}")
+    if (pace := pace_line(loop)) is not None:
+        display.say(pace)
+    if (best := best_line(_validations(run))) is not None:
+        display.say(best)
     validation = loop.validation
     result = TrainResult(
         run_dir=run.path,
@@ -240,10 +273,16 @@ def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -
         facts = {key: value for key, value in facts.items() if value is not None and key not in _MEASURED}
     run.set_status("finished" if loop.stopped_by is None else "interrupted", **facts)
     if (how := execution_line(execution)) is not None:
-        display.say(how)
+        (_log.debug if ran_as_asked(execution) else display.say)(how)
     for line in closing_lines(commands):
         display.say(line)
     return result
+
+
+def _validations(run: RunDir) -> list[tuple[int, float]]:
+    """Step and loss of every validation of the run, also before it was resumed."""
+    rows = read_jsonl(run.metrics) if run.metrics.exists() else []
+    return [(row["step"], row["validation_loss"]) for row in rows if row["event"] == "validation"]
 
 
 def _method_facts(session: Session) -> dict[str, Any]:

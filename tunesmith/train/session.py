@@ -9,27 +9,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.checkpoint.adapter import load_adapter
-from tunesmith.checkpoint.load import load_language_model
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, DataError, NonFiniteError
-from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
-from tunesmith.model.methods import MethodSummary, apply_method
+from tunesmith.model.methods import MethodSummary
 from tunesmith.recipe.schema import Recipe, TrainSection
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.train import randomness
-from tunesmith.train.activations import prepare_activations
 from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.batches import Dataset, MicroBatch, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
@@ -38,12 +33,13 @@ from tunesmith.train.metrics import EvalMetrics, StepMetrics, step_metrics
 from tunesmith.train.order import DataOrder, Window
 from tunesmith.train.pending import Pending
 from tunesmith.train.prefetch import Prefetcher
-from tunesmith.train.resolve import DTYPES, resolve_recipe, trained_dtype
+from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session_data import DEFAULT_RANDOM_ROWS as DEFAULT_RANDOM_ROWS
-from tunesmith.train.session_data import Progress, check_positions, model_vocab_size, session_data
 from tunesmith.train.session_data import SessionData as SessionData
+from tunesmith.train.session_data import check_positions, model_vocab_size, session_data
 from tunesmith.train.speed import SpeedMeter
 from tunesmith.train.states import capture_state, restore_state
+from tunesmith.train.trainable import Progress, load_trainable
 from tunesmith.train.update import Update, Updater
 
 
@@ -169,17 +165,35 @@ class Session:
             return None
         self.clock.interrupt()
         began = time.perf_counter()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        tokens = trained = 0
-        with self._evaluating():
-            for batch in self._validation_batches(self.data.validation):
-                loss, count = language_model_loss(self.module, batch, self.recipe.train.loss_chunk_tokens)
-                total, trained, tokens = total + loss, trained + count, tokens + batch.num_tokens
+        try:
+            total, trained, tokens = self._validation_loss(self.data.validation)
+        except torch.OutOfMemoryError:
+            if not self._frees_graphs():
+                raise
+            total, trained, tokens = self._validation_loss(self.data.validation)
         if trained == 0:
             raise DataError("no token of the validation data is in the loss: see data.validation and data.train_on")
         loss_value = total.item() / trained
         perplexity = math.exp(min(loss_value, 700.0))
         return EvalMetrics(self.step_number, loss_value, perplexity, tokens, trained, time.perf_counter() - began)
+
+    def _validation_loss(self, validation: Dataset) -> tuple[Tensor, int, int]:
+        """The sum of the losses (float64, on the device), over how many tokens it is, and how many were read."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        tokens = trained = 0
+        with self._evaluating():
+            for batch in self._validation_batches(validation):
+                loss, count = language_model_loss(self.module, batch, self.recipe.train.loss_chunk_tokens)
+                total, trained, tokens = total + loss, trained + count, tokens + batch.num_tokens
+        return total, trained, tokens
+
+    def _frees_graphs(self) -> bool:
+        """Give the memory that CUDA graphs hold between the steps back; False where there are none."""
+        captured = self.model.captured if isinstance(self.model, Decoder) else None
+        if captured is None or captured.num_graphs == 0:
+            return False
+        captured.give_up("validation needs the memory that recordings hold between the steps")
+        return True
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What is trained, by logical name."""
@@ -288,61 +302,6 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Sessio
     check_positions(model, resolved.data)
     randomness.seed_everything(resolved.train.seed)
     return Session(resolved, model, data, summary, directory)
-
-
-def load_trainable(recipe: Recipe, progress: Progress | None = None) -> tuple[LanguageModel, MethodSummary]:
-    """The model of a resolved recipe with its method applied: what training begins with."""
-    randomness.seed_everything(recipe.train.seed)
-    model = _load_model(recipe, progress)
-    summary = _apply_method(model, recipe)
-    prepare_activations(model, recipe)
-    return model, summary
-
-
-def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
-    # Frozen layers: loaded wide, so that what stays trained loses nothing; the rest is narrowed afterwards.
-    dtype = trained_dtype(recipe.train) if recipe.method.kind == "freeze" else DTYPES[recipe.model.dtype]
-    model = load_language_model(
-        recipe.model,
-        quantize=recipe.method.quantisation,
-        dtype=dtype,
-        device=torch.device(recipe.model.device),
-        seed=recipe.train.seed,
-        progress=None if progress is None else partial(progress, "loading weights"),
-    )
-    model.compute_dtype = DTYPES[recipe.train.precision]
-    model.checkpointing = recipe.train.checkpointing
-    model.noise_alpha = recipe.train.neftune_alpha
-    if isinstance(model, Decoder):
-        model.is_fused = recipe.train.blocks == "fused"
-        model.captured = _captured_blocks(recipe)
-        model.skip_last = recipe.train.checkpointing_skip_last
-    return model
-
-
-def _captured_blocks(recipe: Recipe) -> CapturedBlocks | None:
-    """CUDA graphs of the blocks, where the recipe wants them and every gradient is there before one is used."""
-    in_backward = recipe.train.optimizer_in_backward
-    if recipe.train.graphs == "off" or in_backward or not recipe.model.device.startswith("cuda"):
-        return None
-    captured = CapturedBlocks()
-    captured.exclusive = recipe.train.accumulation == 1
-    return captured
-
-
-def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
-    summary = apply_method(model, recipe.method, seed=recipe.train.seed)
-    if recipe.method.adapter is not None:
-        base = resolve_model(recipe.model.path, recipe.model.revision)
-        seed = recipe.train.seed if recipe.model.weights == "random" else None
-        load_adapter(model, recipe.method.adapter, trainable=True, base_directory=base, random_seed=seed)
-    wide, narrow = trained_dtype(recipe.train), DTYPES[recipe.train.precision]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(wide)
-        elif recipe.method.kind == "freeze" and parameter.is_floating_point():
-            parameter.data = parameter.data.to(narrow)
-    return summary
 
 
 def _set_determinism(recipe: Recipe) -> None:

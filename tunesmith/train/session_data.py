@@ -12,6 +12,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.recipe.schema import DataSection, Recipe
 from tunesmith.text.dataset import DataSummary, TrainingData, load_data
+from tunesmith.text.split import LEAST_DOCUMENTS, fraction_of
 from tunesmith.text.tokenizer import load_tokenizer
 from tunesmith.train.batches import Dataset, RandomTokens
 
@@ -57,7 +58,7 @@ def _random(recipe: Recipe, model: LanguageModel) -> SessionData:
         raise RecipeError("data.format 'tokens' needs a model whose config has vocab_size")
     count = data.max_rows or DEFAULT_RANDOM_ROWS
     train = RandomTokens(count, data.max_length, vocab_size, recipe.train.seed)
-    held_out = math.ceil(min(count, 16) * data.validation_fraction)
+    held_out = math.ceil(min(count, 16) * fraction_of(data, LEAST_DOCUMENTS))
     if not held_out:
         return SessionData(train)
     return SessionData(train, RandomTokens(held_out, data.max_length, vocab_size, recipe.train.seed, count))

@@ -45,6 +45,8 @@ from tunesmith.verify.subject import Subject, make_subject
 
 SCHEMA_VERSION = 1
 _FULL_CHECKS = ("merge parity", "resume equality")
+MASK_SHOWN = "mask shown"
+LEFT_TO_VERIFY = "left to tunesmith verify"
 # Where a run is written to, and how often, changes nothing of what it computes.
 _IRRELEVANT = ("name", "output", "log", "bench", "checkpoint", "evaluation")
 
@@ -118,7 +120,7 @@ def _run_checks(
 
 def _all_checks(recipe: Recipe, subject: Subject, device: torch.device) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     dtype = DTYPES[recipe.train.precision]
-    yield "mask shown", partial(mask_shown, recipe, resolve_tokenizer(recipe))
+    yield MASK_SHOWN, partial(mask_shown, recipe, resolve_tokenizer(recipe))
     yield "accumulation invariance", partial(accumulation_invariance, subject, device)
     yield "packing isolation", partial(packing_isolation, subject, device, dtype)
     yield "blocks written out", partial(blocks_written_out, subject, device)
@@ -155,13 +157,11 @@ def _skipped(recipe: Recipe, subject: Subject, full: bool) -> dict[str, str]:
         skipped["blocks written out"] = "the blocks are transformers' own"
     elif recipe.train.blocks == "eager":
         skipped["blocks written out"] = "train.blocks is eager"
-    if not full:
-        return skipped | dict.fromkeys(_FULL_CHECKS, "left to tunesmith verify")
     if recipe.method.kind not in ("lora", "qlora"):
         skipped["merge parity"] = f"{recipe.method.kind} has no adapter to merge"
     if subject.config is None:
         skipped["kernels of the blocks"] = "norms, positions and attention are transformers' own"
-    return skipped
+    return skipped if full else {**dict.fromkeys(_FULL_CHECKS, LEFT_TO_VERIFY), **skipped}
 
 
 @contextmanager

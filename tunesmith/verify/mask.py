@@ -25,15 +25,18 @@ class MaskCounts:
 
 
 def mask_shown(recipe: Recipe, directory: Path) -> Outcome:
-    """The share of trained tokens in the first rows; fails when none is trained, or no end of turn."""
+    """The share of trained tokens in the first rows; fails when none is trained, or no end of turn.
+
+    Raises: DataError for data that can't be read at all, or a bad row.
+    """
     if recipe.data.format == "tokens":
         return Outcome(None, None, "random tokens: all but the first of a document are trained", passed=True)
     first_rows = recipe.data.model_copy(
         update={"max_rows": min(ROWS, recipe.data.max_rows or ROWS), "validation": [], "validation_fraction": 0.0}
         | {"workers": 0, "cache": False}
     )
+    data = load_data(first_rows, load_tokenizer(directory), seed=recipe.train.seed)
     try:
-        data = load_data(first_rows, load_tokenizer(directory), seed=recipe.train.seed)
         check_trainable(data.train, data.tokenizer, first_rows)
     except DataError as error:
         return Outcome(None, None, str(error), passed=False)

@@ -56,6 +56,7 @@ except BaseException as error:
     facts["error"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
 print("\\n" + json.dumps(facts))
 """
+_NOWHERE = "no driver answers, and no NVIDIA device is on the PCI bus; in a container it takes: docker run --gpus all"
 _PRODUCT = [[5.0, 14.0], [14.0, 50.0]]
 
 
@@ -97,7 +98,7 @@ def _driver(driver: Driver) -> Iterator[Finding]:
     if driver.problem is not None:
         yield Finding("driver", "error", driver.problem, driver.mend)
     elif driver.version is None:
-        yield Finding("driver", "ok", "no NVIDIA GPU: everything runs on the CPU")
+        yield Finding("driver", "ok", f"no NVIDIA GPU: everything runs on the CPU ({_NOWHERE})")
     else:
         cuda = f", runs CUDA up to {driver.cuda[0]}.{driver.cuda[1]}" if driver.cuda else ""
         yield Finding("driver", "ok", f"{driver.version}{cuda}: {', '.join(driver.gpus) or 'GPU'}")
@@ -108,6 +109,10 @@ def _build_against_driver(driver: Driver, build: TorchBuild | None) -> Iterator[
         yield Finding("torch", "error", "not installed", "pip install torch")
         return
     if not driver.has_gpu:
+        if build.cuda is None:
+            yield Finding(
+                "torch build", "ok", f"{build.version}, without CUDA: for the CPU only (see pytorch.org for a GPU)"
+            )
         return
     if build.cuda is None:
         yield Finding(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from tunesmith.bench.profile import profile
+from tunesmith.bench.profile import profile, without_lines
 from tunesmith.bench.timeline import Timeline, thin
 from tunesmith.errors import DeviceError, RecipeError
 from tunesmith.recipe.schema import Recipe
@@ -20,10 +21,12 @@ from tunesmith.report.timeline import timeline_svg
 MakeRecipe = Callable[..., Recipe]
 
 
-# kineto prints its own start and stop, and torch warns of what it can't see on a CPU.
+# torch warns of what it can't see on a CPU.
 @pytest.mark.filterwarnings("ignore:.*profiler.*")
-def test_profile_writes_table_trace_and_timeline(tiny_recipe: MakeRecipe) -> None:
+def test_profile_writes_table_trace_and_timeline(tiny_recipe: MakeRecipe, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also a bug: kineto's lines USDT:... about its start and stop stood among those for people."""
     result = profile(tiny_recipe(), steps=2, warmup_steps=1)
+    assert "USDT" not in "".join(capfd.readouterr())
     folder = result.run_dir / "profile"
     found = json.loads((folder / "operators.json").read_text())
     assert found["by"] == "host"
@@ -43,6 +46,14 @@ def test_profile_writes_table_trace_and_timeline(tiny_recipe: MakeRecipe) -> Non
     assert svg is not None
     assert svg.startswith("<svg")
     assert "xmlns" in svg
+
+
+def test_other_lines_of_the_libraries_are_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyError), without_lines(b"USDT:"):
+        os.write(2, b"a first warning\nUSDT:2026 profiler_start\na last one, USDT: inside")
+        raise KeyError
+    os.write(2, b"\nafter")
+    assert capfd.readouterr().err == "a first warning\na last one, USDT: inside\nafter"
 
 
 def test_timeline_sees_a_known_allocation() -> None:

@@ -12,7 +12,7 @@ import torch
 
 import tunesmith
 from tunesmith.bench.answers import Question
-from tunesmith.bench.quality import evaluate
+from tunesmith.bench.quality import KEPT_EXAMPLES, Example, evaluate, kept_examples
 from tunesmith.engine.llm import LLM
 from tunesmith.errors import DataError, RequestError
 from tunesmith.recipe.schema import Recipe
@@ -125,6 +125,10 @@ def test_results_are_written_into_the_run_directory(llm: LLM, tmp_path: Path) ->
         llm, data=text, questions=[Question(("1",), prompt="x")], run_dir=run.path, name="before", limit=1
     )
     assert result.path == run.path / "evaluations" / "before.json"
+    first = result.path.read_bytes()
+    again = [evaluate(llm, data=text, run_dir=run.path, name="before", limit=1).path for _ in range(2)]
+    assert [path and path.name for path in again] == ["before-2.json", "before-3.json"]
+    assert result.path.read_bytes() == first, "a second evaluation overwrote the first, and did not say so"
     stored = json.loads(result.path.read_text(encoding="utf-8"))
     assert stored["schema_version"] == 1
     assert stored["perplexity"]["loss"] == result.perplexity.loss  # type: ignore[union-attr]
@@ -177,3 +181,10 @@ def test_stories260k_perplexity_equals_the_recorded_one(data_dir: Path, tmp_path
     result = evaluate(llm, data=write(tmp_path / "stories.jsonl", list(rows)), max_length=512).perplexity
     assert result is not None
     assert 3.3 < result.perplexity < 3.8
+
+
+def test_wrong_answers_are_kept_however_late_they_come() -> None:
+    examples = [Example(f"q:{i}", "?", ("1",), "1", i not in (3, 200, 300), "stop") for i in range(400)]
+    kept = [example.row for example in kept_examples(examples)]
+    assert kept == [f"q:{i}" for i in (*range(KEPT_EXAMPLES), 200, 300)]
+    assert len(kept_examples([Example("q", "?", ("1",), "2", False, "stop")] * 400)) == KEPT_EXAMPLES

@@ -33,7 +33,7 @@ def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_neither_path_nor_id() -> None:
-    with pytest.raises(ModelError, match="there is no model directory"):
+    with pytest.raises(ModelError, match="there is no model or run directory"):
         resolve_model("/nowhere/at/all")
 
 
@@ -64,10 +64,10 @@ def test_a_name_that_the_hub_does_not_allow() -> None:
 
 
 def test_an_unreachable_hub_is_one_line() -> None:
-    """The tests run offline, so any download fails."""
-    with pytest.raises(ModelError, match="can't be had from the Hub") as caught:
+    """The tests run offline, so any download fails. It ended in "Got: ConnectError: [Errno -2] ..."."""
+    with pytest.raises(ModelError, match="can't be had from the Hub: the Hub can't be reached") as caught:
         resolve_model("org/no-such-model")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "Got:" not in str(caught.value)
 
 
 def test_a_recipe_may_name_another_tokenizer(tmp_path: Path) -> None:
@@ -75,3 +75,30 @@ def test_a_recipe_may_name_another_tokenizer(tmp_path: Path) -> None:
     assert resolve_tokenizer(own) == tmp_path
     other = recipe_from_mapping({"model": {"path": str(tmp_path)}, "data": {"tokenizer": "builtin:tiny"}})
     assert resolve_tokenizer(other) == resolve_model("builtin:tiny")
+
+
+@pytest.mark.parametrize("name", ["runs/shoop-2", "./shoop-2", "~/shoop-2", "mine/shoop-2", "runs/none/deeper"])
+def test_what_looks_like_a_path_is_never_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """The bug: `tunesmith chat runs/nope` went to the Hub, and said that there was no connection."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in ("mine/shop-1", "shop-1", "runs"):
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(ModelError, match="there is no model or run directory"):
+        resolve_model(name)
+
+
+def test_a_missing_run_names_its_neighbours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "shop-1").mkdir(parents=True)
+    with pytest.raises(ModelError, match=r"'runs/shoop-1', did you mean 'shop-1'\? \(runs holds shop-1\)"):
+        resolve_model("runs/shoop-1")
+
+
+def test_a_revision_says_that_it_is_one_of_the_hubs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder of an organisation's name is no reason not to find its models."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **_: str(tmp_path / repo))
+    assert resolve_model("org/name", "main") == tmp_path / "org" / "name"

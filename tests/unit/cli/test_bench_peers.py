@@ -44,7 +44,13 @@ def test_mistakes_of_use(
 def test_the_table_comes_from_records_alone(tunesmith_cli: Cli, tmp_path: Path) -> None:
     step = {"seconds": 0.5, "loss": 2.0, "grad_norm": 1.0}
     memory = dict.fromkeys(
-        ["allocated_peak_bytes", "reserved_peak_bytes", "resident_peak_bytes", "all_steps_allocated_peak_bytes"]
+        [
+            "allocated_peak_bytes",
+            "reserved_peak_bytes",
+            "resident_peak_bytes",
+            "all_steps_allocated_peak_bytes",
+            "all_steps_reserved_peak_bytes",
+        ]
     )
     row = {"peer": "tunesmith", "round": 0, "status": "ok", "steps": [step, step], "tokens": [50, 50], "memory": memory}
     recipe: dict[str, Any] = load_recipe(RECIPES[0]).model_dump(mode="json")

@@ -21,7 +21,7 @@ def test_shows_format_counts_and_mask(tunesmith_cli: Run, tiny_model_dir: Callab
     done = tunesmith_cli("data", file, "--model", tiny_model_dir(), "--json", check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result["formats"].values()) == {"alpaca"}
-    assert (result["rows"], result["documents"]) == (20, 19)
+    assert (result["rows"], result["documents"]) == (20, 20)
     assert next(p["text"] for p in result["example"]["pieces"] if p["trained"]).startswith("答案")
     assert "format alpaca" in done.stderr
     assert "你好" in done.stderr
@@ -45,13 +45,13 @@ def test_shows_a_preference_pair_with_both_masks(
     done = tunesmith_cli("data", file, "--model", tiny_model_dir(), "--example", "3", "--json", check=True)
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result["formats"].values()) == {"preference"}
-    assert (result["rows"], result["pairs"], result["validation_pairs"]) == (20, 19, 1)
+    assert (result["rows"], result["pairs"], result["validation_pairs"]) == (20, 20, 0)
     assert set(result["lengths"]) == {"prompt", "chosen", "rejected"}
     for side, start in (("chosen", "好答案"), ("rejected", "坏")):
         (trained,) = (piece["text"] for piece in result["example"][side]["pieces"] if piece["trained"])
         assert trained.startswith(start)
         assert trained.endswith("<|im_end|>")
-    for shown in ("format preference", "19 pairs to train on, 1 to validate on", "chosen: ", "rejected: "):
+    for shown in ("format preference", "20 pairs to train on, 0 to validate on", "chosen: ", "rejected: "):
         assert shown in done.stderr
 
 

@@ -222,3 +222,20 @@ def test_no_verb_imports_torch_before_it_is_called() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("{}", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        (["bench", "run", "x.yaml"], "did you mean: tunesmith bench train; see"),
+        (["bench", "peeers"], "did you mean: tunesmith bench peers; see"),
+        (["recipe", "new"], "did you mean: tunesmith recipe init; see"),
+        (["bench", "zzz"], "there are: tunesmith bench train, tunesmith bench peers; see"),
+    ],
+)
+def test_a_wrong_subcommand_names_the_right_one(
+    typed: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was "No such command 'run'", and nothing else."""
+    assert main.run(typed) == 2
+    assert hint in capsys.readouterr().err

@@ -43,14 +43,27 @@ def test_merges_a_run(finished_run: Path, tmp_path: Path, capsys: pytest.Capture
     (hop,) = result["hops"]
     assert hop["divergence"]["num_tokens"] == len(b"Hello there") + len("你好，世界".encode())
     assert "merge in bfloat16" in captured.err
+    assert "because the base's files are" not in captured.err  # it was asked for
     assert load_decoder(out).embedding.weight.dtype == torch.bfloat16
+
+
+def test_a_dtype_that_nobody_asked_for_has_its_reason(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run in float32 was merged in bfloat16 without a word about why."""
+    base = tiny_model_dir("qwen2", dtype="bfloat16")
+    model = load_decoder(base)
+    apply_method(model, MethodSection(kind="lora", rank=4), seed=0)
+    save_adapter(model, tmp_path / "run" / "final", base)
+    assert run(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert "Stored in bfloat16 because the base's files are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--kl-limit", "0.0000000001", "--dtype", "bfloat16"], 1, "breaks the model"),
-        (["--base", "nowhere"], 2, "no model directory 'nowhere'"),
+        (["--base", "nowhere"], 2, "directory 'nowhere'"),
         (["--dtype", "int8"], 2, "int8"),
     ],
 )

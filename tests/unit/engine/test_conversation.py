@@ -84,3 +84,23 @@ def test_completing_keeps_no_history(llm: LLM) -> None:
     said = "".join(talk.say("once"))
     assert said == llm.generate("once", GREEDY)[0].text
     assert talk.turns == []
+
+
+def test_without_history_every_question_stands_alone(llm: LLM) -> None:
+    talk = Conversation(llm, GREEDY, system="be kind", history=False)
+    list(talk.say("before"))
+    second = "".join(talk.say("and now?"))
+    head = {"role": "system", "content": "be kind"}
+    assert llm.chat([head, {"role": "user", "content": "and now?"}], GREEDY).text == second
+    assert len(talk.turns) == 4
+    assert [[m["role"] for m in row] for row in talk.rows()] == [["system", "user", "assistant"]] * 2
+    talk.history = True
+    assert talk.asked() == talk.messages() and talk.rows() == [talk.messages()]
+
+
+def test_without_history_nothing_is_dropped(llm: LLM) -> None:
+    talk = Conversation(llm, GREEDY, history=False)
+    for i in range(8):
+        list(talk.say(f"message number {i}"))
+        assert talk.num_dropped == 0
+    assert len(talk.turns) == 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,3 +138,52 @@ def test_prefill_equals_decode_with_methods(tiny_model_dir: Callable[..., Path],
     assert table is not None
     decoded = torch.cat([runner.step([(table, [token])]) for token in ids])
     assert (decoded - whole).abs().max() / whole.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bench", "profile"])
+def test_a_run_that_trains_no_model_says_what_it_is(base: Path, tmp_path: Path, kind: Any) -> None:
+    """The bug: a bench's directory was said to have no trained model yet, to be gone on with."""
+    recipe = Recipe(output=str(tmp_path), model=ModelSection(path=str(base)))
+    run = create_run(recipe, kind=kind)
+    with pytest.raises(RunDirError, match=rf"is a {kind} run: chat, eval and merge take a training run") as caught:
+        find_source(str(run.path), None, None, None)
+    assert "--resume" not in str(caught.value) and f"tunesmith report {run.path}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [("interrupted", "ended before its first checkpoint: nothing it learnt was kept"), ("running", "let it go on")],
+)
+def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(
+    base: Path, tmp_path: Path, status: Any, said: str
+) -> None:
+    run = make_run(tmp_path, base, LORA)
+    run.set_status(status)
+    with pytest.raises(RunDirError, match=said) as caught:
+        find_source(str(run.path), None, None, None)
+    assert "nothing to go on from" in str(caught.value) and "from the first step: tunesmith train" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "single"),
+    [
+        ({"conversations": 5, "multi_turn": 0}, True),
+        ({"conversations": 5, "multi_turn": 1}, False),
+        ({"conversations": 0, "multi_turn": 0}, False),  # plain text
+        (None, False),  # an older run
+    ],
+)
+def test_whether_its_conversations_had_one_question_each(base: Path, tmp_path: Path, data: Any, single: bool) -> None:
+    run = make_run(tmp_path, base, LORA)
+    save_adapter(trained(base, LORA), run.final, str(base))
+    run.set_status("finished", data=data)
+    assert find_source(str(run.path), None, None, None).single_turns is single
+
+
+def test_a_folder_of_runs_names_them(base: Path, tmp_path: Path) -> None:
+    """The bug: the demo's folder was said to have no config.json."""
+    recipe = Recipe(output=str(tmp_path), model=ModelSection(path=str(base)))
+    create_run(recipe, kind="bench", path=tmp_path / "matrix")
+    create_run(recipe, path=tmp_path / "quality")
+    with pytest.raises(RunDirError, match=rf"holds runs and is none itself: name one of them: {tmp_path}/quality$"):
+        find_source(str(tmp_path), None, None, None)

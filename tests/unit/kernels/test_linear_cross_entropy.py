@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +158,21 @@ def test_bfloat16_sums_over_chunks_err_as_the_description_says(num_chunks: int, 
     wide = weight.detach().float().requires_grad_()
     linear_cross_entropy_sum(hidden, wide, targets, 128).backward()
     assert _error(wide.grad, truth) < 1.5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_memory_held_before_does_not_matter(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of logits are padded; oneDNN's bfloat16 product read the padding, and gradients were now and then NaN."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        return empty(self, *size, **options).fill_(torch.nan)
+
+    hidden, weight, targets = _inputs(dtype, (64, 32, 200))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    linear_cross_entropy_sum(hidden, weight, targets, 64).backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
 
 
 def test_the_incoming_scalar_is_not_rounded_to_the_gradients_dtype() -> None:

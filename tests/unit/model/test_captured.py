@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.model import captured as captured_module
 from tunesmith.model.captured import CapturedBlocks, Signature
 from tunesmith.model.packed import PackedTokens, pack_documents
 
@@ -58,3 +60,88 @@ def test_a_cpu_has_no_graphs(tiny_model_dir: Make) -> None:
     decoder.is_fused, decoder.captured = True, CapturedBlocks()
     assert decoder.hidden(_pack([5, 6])).requires_grad
     assert decoder.captured.num_graphs == 0
+
+
+class _Fake:
+    """A recording that only remembers what it was made for."""
+
+    made: ClassVar[list[Signature]] = []
+    fails: ClassVar[list[Exception]] = []
+
+    def __init__(self, run: Any, hidden: Any, pack: Any, signature: Signature, parameters: Any, pool: Any) -> None:
+        if self.fails:
+            raise self.fails.pop(0)
+        self.made.append(signature)
+        self.num_bytes, self.current = 100, True
+
+    def is_current(self) -> bool:
+        return self.current
+
+
+@pytest.fixture
+def free_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Recordings are fakes, and the device has so much memory free."""
+    monkeypatch.setattr(captured_module, "Recording", _Fake)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    _Fake.made, _Fake.fails = [], []
+
+    def set_free(free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1000))
+
+    set_free(1000)
+    return set_free
+
+
+def _find(captured: CapturedBlocks, lengths: list[int]) -> Any:
+    return captured._recording(_run, torch.zeros(sum(lengths), 4), _pack(lengths), "none", [])
+
+
+def _run(hidden: torch.Tensor, _pack: PackedTokens) -> torch.Tensor:
+    return hidden
+
+
+@pytest.mark.usefixtures("free_bytes")
+def test_uneven_packs_soon_share_one_recording() -> None:
+    captured = CapturedBlocks()
+    for lengths in ([40, 24], [10, 20, 34], [1, 2, 3, 58], [30, 20, 14], [8, 8, 16, 16, 15, 1], [33, 31]):
+        assert _find(captured, lengths) is not None
+    assert [(made.num_documents, made.max_length) for made in _Fake.made] == [(2, 64), (4, 64), (8, 64)]
+    assert captured.num_graphs == 1
+    assert _find(captured, [16] * 4) is not None
+    assert captured.num_graphs == 2
+
+
+def test_another_shape_is_not_recorded_where_it_would_not_fit(free_bytes: Callable[[int], None]) -> None:
+    captured = CapturedBlocks()
+    assert _find(captured, [32, 32]) is not None
+    free_bytes(90)
+    assert _find(captured, [40, 24]) is None
+    assert captured.num_graphs == 0
+    assert "more memory to record than is free" in (captured.refused or "")
+    assert _find(captured, [32, 32]) is None
+
+
+@pytest.mark.usefixtures("free_bytes")
+def test_what_cannot_be_recorded_is_tried_twice() -> None:
+    captured = CapturedBlocks()
+    _Fake.fails = [RuntimeError("still loading")]
+    assert _find(captured, [32, 32]) is not None
+    assert captured.refused is None
+    captured, _Fake.fails = (
+        CapturedBlocks(),
+        [RuntimeError("asks the device\nmore"), RuntimeError("asks the device\nmore")],
+    )
+    assert _find(captured, [32, 32]) is None
+    assert captured.refused == "asks the device"
+    captured, _Fake.fails = CapturedBlocks(), [torch.OutOfMemoryError("out")]
+    assert _find(captured, [32, 32]) is None
+    assert captured.refused == "recording takes more memory than there is"
+
+
+@pytest.mark.usefixtures("free_bytes")
+def test_moved_parameters_are_recorded_again() -> None:
+    captured = CapturedBlocks()
+    _find(captured, [32, 32]).current = False
+    assert _find(captured, [32, 32]).current
+    assert len(_Fake.made) == 2

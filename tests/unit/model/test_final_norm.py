@@ -1,4 +1,4 @@
-"""The written-out final norm is the module's, forward and backward, and a decoder uses it where its blocks are fused."""
+"""The written-out final norm is the module's, forward and backward, and decoders whose blocks are fused use it."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.lora import Adapter
 from tunesmith.model.methods import apply_method
 from tunesmith.model.packed import pack_documents
 from tunesmith.recipe.schema import MethodSection
@@ -125,8 +126,8 @@ def test_adapters_written_by_the_optimiser_are_seen(is_fused: bool, tiny_model_d
     hidden, grads = _gradients(decoder, True)
     expected, expected_grads = _gradients(decoder, False)
     assert (hidden - before).norm() > 1e-2 * before.norm()
-    torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
-    _assert_equal(expected_grads, grads, 2e-5)
+    torch.testing.assert_close(hidden, expected, rtol=5e-5, atol=5e-5)
+    _assert_equal(expected_grads, grads, 1e-4)
 
 
 def test_a_method_applied_later_is_seen(tiny_model_dir: Make) -> None:
@@ -136,6 +137,16 @@ def test_a_method_applied_later_is_seen(tiny_model_dir: Make) -> None:
     _, grads = _gradients(decoder, True)
     assert grads
     assert all(".adapters." in name for name in grads)
+
+
+def test_adapters_exchanged_in_place_are_seen(tiny_model_dir: Make) -> None:
+    decoder = _decoder(tiny_model_dir("llama"), METHODS["lora"])
+    _gradients(decoder, True)
+    for module in decoder.modules():
+        if isinstance(module, Adapter):
+            module.A = torch.nn.Parameter(2 * module.A.detach())
+    hidden, _ = _gradients(decoder, True)
+    torch.testing.assert_close(hidden, _gradients(decoder, False)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_less_is_held_than_by_the_eager_blocks(tiny_model_dir: Make) -> None:

@@ -61,6 +61,7 @@ def test_equals_the_eager_layers_and_autograd(has_norms: bool, is_rotated: bool)
     assert all(torch.equal(a, b) for a, b in zip(grads, given, strict=True))  # they are not ours to write to
 
 
+@torch.no_grad()
 def test_what_is_held_is_the_projections_own() -> None:
     norms = _norms(True)
     assert norms is not None

@@ -232,3 +232,15 @@ def test_what_would_overflow_or_collide_later_is_refused_at_once(override: str, 
     """Was: these were taken, and escaped later as a bare ValueError, RuntimeError or TypeError."""
     with pytest.raises(RecipeError, match=problem):
         recipe_from_mapping({}, [override])
+
+
+def test_a_value_of_another_type_names_the_key_that_takes_it() -> None:
+    """data.validation=0 was told to be a list; what was meant is a share."""
+    with pytest.raises(
+        RecipeError, match=r"data\.validation must be a list, got 0; did you mean 'data\.validation_fraction'\?"
+    ):
+        recipe_from_mapping({}, ["data.validation=0"])
+    with pytest.raises(RecipeError, match=r"data\.validation must be a list, got true$"):
+        recipe_from_mapping({}, ["data.validation=true"])
+    with pytest.raises(RecipeError, match=r"data\.train must be a list, got 0$"):
+        recipe_from_mapping({}, ["data.train=0"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from tunesmith.report.plots import frontier, spread
+from tunesmith.report.plots import frontier, spread, within
 
 
 def test_spread_keeps_order_and_distance() -> None:
@@ -20,3 +20,10 @@ def test_spread_leaves_what_is_apart_alone() -> None:
 def test_frontier_holds_what_nothing_beats() -> None:
     points = [(4.0, 1.0), (1.0, 4.0), (2.0, 2.0), (3.0, 3.0), (2.0, 5.0)]
     assert frontier(points) == [(1.0, 4.0), (2.0, 2.0), (4.0, 1.0)]
+
+
+def test_labels_stay_within_the_axes() -> None:
+    assert within([0.5, 0.0, -0.5], 0.0, 8.0) == [1.0, 0.5, 0.0]
+    assert within([9.0, 8.5], 0.0, 8.0) == [8.0, 7.5]
+    assert within([3.0, 2.0], 0.0, 8.0) == [3.0, 2.0]
+    assert within([9.0, 4.0, -1.0], 0.0, 8.0)[0] == 8.0

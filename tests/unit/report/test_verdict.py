@@ -48,7 +48,49 @@ def test_a_difference_within_the_noise_is_not_called_one(bench_run: BenchRun, ce
     slow["times"]["steps_s"] = [0.09, 0.12, 0.1, 0.13, 0.08]
     first = cell("a")
     first["times"]["steps_s"] = [0.1, 0.09, 0.11, 0.12, 0.08]
-    assert "as fast within the noise" in verdict_of(bench_run(first, slow)).sentences[0].text
+    verdict = verdict_of(bench_run(first, slow))
+    assert "no difference in time that can be told from noise (0." in verdict.sentences[1].text
+    assert verdict.sentences[0].kind == "warning"
+    assert verdict.sentences[0].text.startswith("The times are noisy: a step of b took 100 ms at the median, with a 95")
+
+
+def test_equal_times_are_as_fast_and_not_noisy(bench_run: BenchRun, cell: Make) -> None:
+    sentences = verdict_of(bench_run(cell("a"), cell("b", parent="a"))).sentences
+    assert [sentence.text for sentence in sentences] == ["b: as much memory, as fast within the noise, same loss."]
+
+
+def test_a_tie_of_unlike_times_shows_both(bench_run: BenchRun, cell: Make) -> None:
+    """The bug: 149 and 340 ms were "equally fast, within noise (149 ms per step)", and the gain was to be skipped."""
+    first, other = cell("full"), cell("lora", parent="full", gain="checkpointing", owners_bytes=(99e6, 0, 0, 0, 0))
+    first["times"]["steps_s"] = [0.149, 0.14, 0.5, 0.149, 0.6]
+    other["times"]["steps_s"] = [0.34, 0.13, 0.34, 0.12, 0.4]
+    run = bench_run(first, other)
+    verdict = verdict_of(run)
+    assert verdict.headline == (
+        "Which of full, lora is the fastest can't be told from the noise (149 ms to 340 ms per step); "
+        "lora needs the least memory (99 MB)."
+    )
+    assert not any("skip it" in sentence.text for sentence in verdict.sentences)
+    chinese = verdict_of(run, "zh")
+    assert "149 ms 至 340 ms" in chinese.headline
+    assert chinese.sentences[0].text.startswith("计时噪声很大")
+
+
+def test_a_tie_is_named_before_the_least_memory(bench_run: BenchRun, cell: Make) -> None:
+    """The bug: a row within the noise of another was "the fastest" where it also needed the least memory."""
+    headline = verdict_of(bench_run(cell("full"), cell("lora", owners_bytes=(9e6, 0, 0, 0, 0)))).headline
+    assert (
+        headline == "full, lora are equally fast, within noise (100 ms per step); lora needs the least memory (9 MB)."
+    )
+
+
+def test_throughput_is_that_of_the_median_step(bench_run: BenchRun, cell: Make) -> None:
+    """The bug: bars of tokens/s came from the mean of all steps, the times beside them from the median."""
+    noisy = cell("a", throughput={"tokens_per_s": 374.0})
+    noisy["times"]["steps_s"] = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9, 2.0]
+    (row,) = rows_of(read_run(bench_run(noisy)))
+    assert row.tokens_per_s == pytest.approx(100 / 0.1)
+    assert row.trained_tokens_per_s == pytest.approx(37.5 / 0.1)
 
 
 def test_failed_cells_are_named_with_their_reason(bench_run: BenchRun, cell: Make, failed: Make) -> None:

@@ -73,6 +73,14 @@ def test_every_plot_has_a_title_a_description_and_page_colours(methods_run: Path
     assert len(set(ids)) == len(ids)
 
 
+def test_every_line_of_a_chart_is_labelled(bench_run: BenchRun, cell: Make) -> None:
+    """The bug: labels that were pushed below the axis were not drawn, where curves end together at its bottom."""
+    names = [f"method {number}" for number in range(6)]
+    text = page_of(bench_run(*(cell(name, losses={"training": [8.0, 1.0, 0.1]}) for name in names)))
+    chart = next(svg for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL) if '<title id="b0-losses' in svg)
+    assert [name for name in names if not re.search(rf"<text[^>]*>{name}</text>", chart)] == []
+
+
 def test_hostile_texts_are_shown_and_do_nothing(bench_run: BenchRun, cell: Make, failed: Make) -> None:
     run = bench_run(
         cell(HOSTILE, label=HOSTILE, command=HOSTILE, gain=HOSTILE, device={"name": HOSTILE}),
@@ -170,6 +178,56 @@ def test_an_evaluation_as_the_eval_verb_writes_it(tmp_path: Path) -> None:
     files = write_report([tmp_path / "quality.json"])
     assert files.headline == "100 % of 1 questions answered exactly."
     assert '<td class="right">4</td>' in files.html.read_text(encoding="utf-8")
+
+
+def write_evaluation(run: Path, name: str, model: str, num_right: int, said: str) -> None:
+    """As `tunesmith eval` writes it, of ten questions."""
+    example = {"row": "q:1", "question": "2+2?", "expected": ["4"], "said": said, "right": said == "4"}
+    accuracy = {"questions": "q", "accuracy": num_right / 10, "num_questions": 10, "examples": [example]}
+    (run / "evaluations").mkdir(exist_ok=True)
+    write_json_atomic(
+        run / "evaluations" / f"{name}.json",
+        {"model": model, "adapter": None, "accuracy": accuracy, "perplexity": None},
+    )
+
+
+def test_evaluations_of_the_base_and_the_run_stand_side_by_side(train_run: Path) -> None:
+    """The bug: only "after" columns, though both had been measured into the run."""
+    (train_run / "recipe.yaml").write_text("model: {path: base/model}\n", encoding="utf-8")
+    write_evaluation(train_run, "quality", str(train_run), 9, "4")
+    write_evaluation(train_run, "quality-2", "base/model", 1, "5")
+    text = page_of(train_run)
+    assert "Exact answers went from 10 % to 90 % of 10 questions." in text
+    assert "<h2>Before and after: tuned</h2>" in text
+    assert '<td class="wrong">5</td><td class="right">4</td>' in text
+
+
+def test_runs_of_one_name_are_called_by_their_directories(tmp_path: Path) -> None:
+    """The bug: both runs were "run", and "100 % of 10 questions" was nobody's."""
+    for name, num_right in (("first", 10), ("second", 7)):
+        run = tmp_path / name
+        run.mkdir()
+        info = {"schema_version": 1, "kind": "train", "status": "finished", "name": "run", "tunesmith_version": "0"}
+        write_json_atomic(run / "run.json", {**info, "created_at": "2026-01-02T03:04:05+00:00", "facts": {}})
+        (run / "metrics.jsonl").write_text('{"event": "step", "step": 1, "loss": 1.5}\n', encoding="utf-8")
+        write_evaluation(run, "quality", "x", num_right, "4")
+    files = write_report([tmp_path / "first", tmp_path / "second"])
+    texts = [files.headline, *files.sentences]
+    assert texts == [
+        "first: training loss 1.500 after 1 steps.",
+        "second: training loss 1.500 after 1 steps.",
+        "first: 100 % of 10 questions answered exactly.",
+        "second: 70 % of 10 questions answered exactly.",
+    ]
+    page = files.html.read_text(encoding="utf-8")
+    assert "<h2>Answers: first</h2>" in page and "<h2>Training run: second</h2>" in page
+
+
+def test_several_evaluations_of_a_run_are_told_apart(train_run: Path) -> None:
+    for name in ("quality", "quality-10", "quality-2"):
+        write_evaluation(train_run, name, "x", 10 if name == "quality" else int(name[8:]), "4")
+    sentences = write_report([train_run]).sentences
+    assert [text.split(":")[0] for text in sentences] == [f"tuned, quality{end}" for end in ("", "-2", "-10")]
 
 
 def test_training_run_alone(train_run: Path) -> None:

@@ -77,11 +77,29 @@ def test_split_is_disjoint_by_content_and_chosen_by_the_seed(byte_tokenizer: Tok
     assert parts(1) != (train, held)
 
 
-@pytest.mark.parametrize(("rows", "held"), [(1, 0), (3, 0), (19, 0), (20, 1)])
+@pytest.mark.parametrize(("rows", "held"), [(1, 0), (24, 0), (99, 0), (100, 5)])
 def test_few_rows_are_all_trained_on(rows: int, held: int, byte_tokenizer: Tokenizer, write_rows: Write) -> None:
-    data = load(byte_tokenizer, write_rows(PAIRS[:rows]))
+    """Of 24 rows one was kept out without a word, and the model could not answer it."""
+    data = load(byte_tokenizer, write_rows([{"instruction": f"q{i}", "output": f"a{i}"} for i in range(rows)]))
     assert data.summary.validation_documents == held
     assert data.summary.documents == rows - held
+    said = "\n".join(data.summary.lines())
+    assert ("fewer than 100 rows, so all are trained on" in said) == (not held)
+    assert ("kept out of training" in said) == bool(held)
+
+
+def test_rows_that_are_kept_out_are_named(byte_tokenizer: Tokenizer, write_rows: Write) -> None:
+    path = write_rows(PAIRS)
+    data = load(byte_tokenizer, path, validation_fraction=0.1)
+    assert data.validation is not None
+    rows = [document.row for document in data.validation]
+    assert len(rows) == 4
+    note = f"kept out of training, to validate on: {', '.join(rows[:3])} and 1 more"
+    assert any(line.startswith(note) for line in data.summary.lines())
+    assert data.summary.as_dict()["split_note"].startswith(note)
+    few = load(byte_tokenizer, path, validation_fraction=0.01).summary.split_note
+    assert few == "data.validation_fraction 0.01 is less than one row here: all are trained on"
+    assert load(byte_tokenizer, path, validation_fraction=0).summary.split_note is None
 
 
 def test_validation_files(byte_tokenizer: Tokenizer, write_rows: Write) -> None:
@@ -231,7 +249,7 @@ def test_a_full_cache_does_not_stop(
     monkeypatch.setattr(StoreWriter, "append", full)
     path = write_rows(PAIRS)
     data = load(byte_tokenizer, path)
-    assert (data.summary.rows, data.summary.cached, len(data.train)) == (40, False, 38)
+    assert (data.summary.rows, data.summary.cached, len(data.train)) == (40, False, 40)
     assert [record.getMessage() for record in caplog.records] == [
         f"tokenised data is not kept: {cache_folder()} can't be written (No space left on device)"
     ]

@@ -327,7 +327,8 @@ def test_preview_shows_both_masks(byte_tokenizer: Tokenizer, write_rows: Write) 
     ]
     assert trained == [["好 0<|im_end|>"], ["坏坏 0<|im_end|>"]]
     green = [preview.text.plain[span.start : span.end] for span in preview.text.spans if "green" in str(span.style)]
-    assert green == ["好 0<|im_end|>", "坏坏 0<|im_end|>"]
+    assert green[1::2] == ["好 0<|im_end|>", "坏坏 0<|im_end|>"]
+    assert all("tokens are trained: what the model learns to write" in legend for legend in green[::2])
     json.dumps(preview.data)
     check_trainable(data.train.documents, data.tokenizer, DataSection())
 

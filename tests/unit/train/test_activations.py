@@ -19,7 +19,8 @@ from tunesmith.train import activations
 from tunesmith.train import resolve as resolve_module
 from tunesmith.train.activations import prepare_activations
 from tunesmith.train.resolve import resolve_recipe
-from tunesmith.train.session import build_session, load_trainable
+from tunesmith.train.session import build_session
+from tunesmith.train.trainable import load_trainable
 
 Make = Callable[..., Path]
 

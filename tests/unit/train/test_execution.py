@@ -23,7 +23,7 @@ def test_blocks_that_are_written_out_are_counted(family: str, whole: int, tiny_m
     facts = execution_facts(decoder)
     assert (facts["blocks"], facts["fused_blocks"]) == (2, whole)
     line = execution_line(facts)
-    assert (line or "").startswith("2 of 2 blocks with passes written out" if whole else "")
+    assert (line or "").startswith("2 of the model's 2 blocks ran on tunesmith's own faster passes" if whole else "")
 
 
 def test_refused_graphs_are_said(tiny_model_dir: Make) -> None:

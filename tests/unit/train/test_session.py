@@ -16,7 +16,7 @@ from tunesmith.model.methods import adapted_linears, apply_method
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.recipe.schema import MethodSection, Recipe
 from tunesmith.train.resolve import resolve_recipe
-from tunesmith.train.session import load_trainable
+from tunesmith.train.trainable import load_trainable
 
 
 def _recipe(base: Path, adapter: Path) -> Recipe:

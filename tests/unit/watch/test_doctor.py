@@ -34,7 +34,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_machine_that_is_ready_has_no_error(machine: Any) -> None:
     found = machine(Driver(), TorchBuild("2.13.0+cpu", None), {"version": "2.13.0+cpu", "cpu_product": RIGHT})
     assert not has_errors(list(found.values()))
-    assert found["driver"].detail == "no NVIDIA GPU: everything runs on the CPU"
+    assert found["driver"].detail.startswith("no NVIDIA GPU: everything runs on the CPU (no driver answers, and no")
+    assert found["torch build"].detail.startswith("2.13.0+cpu, without CUDA: for the CPU only")
     assert "cuda" not in found
 
 

@@ -16,7 +16,8 @@ _HEADER = (
 )  # fmt: skip
 _NOTE = (
     "A step is timed from an idle device to an idle device; tokens a second are the median over all timed steps "
-    "of all rounds. Peaks are of the timed steps, in decimal GB (on a CPU: resident pages). A row whose first loss or "
+    "of all rounds. Peaks are of all steps, since memory that CUDA graphs recorded in the first is held after it; in "
+    "decimal GB (on a CPU: resident pages). A row whose first loss or "
     "gradient norm is more than 1 % from ours did not do equal work, and a peer that is missing or failed proves "
     "nothing. "
     "Random weights sit at the loss ln(vocabulary): such rows show speed and memory, not quality."
@@ -112,7 +113,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def _peak(row: Mapping[str, Any]) -> str:
-    allocated, reserved = row["allocated_peak_bytes"], row["reserved_peak_bytes"]
+    allocated, reserved = row["all_steps_allocated_peak_bytes"], row["all_steps_reserved_peak_bytes"]
     if allocated is not None:
         return f"{allocated / 1e9:.2f} / {reserved / 1e9:.2f} GB"
     resident = row["resident_peak_bytes"]

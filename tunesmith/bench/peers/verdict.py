@@ -66,6 +66,7 @@ def _summary(name: str, rows: Sequence[Row], ours: Sequence[Row], warmup: int) -
         "reserved_peak_bytes": _highest(ok, "reserved_peak_bytes"),
         "resident_peak_bytes": _highest(ok, "resident_peak_bytes"),
         "all_steps_allocated_peak_bytes": _highest(ok, "all_steps_allocated_peak_bytes"),
+        "all_steps_reserved_peak_bytes": _highest(ok, "all_steps_reserved_peak_bytes"),
         "first_step_s": statistics.median(row["steps"][0]["seconds"] for row in ok) if ok else None,
         "step_1": _step(first, 0),
         "step_10": _step(first, 9),

@@ -18,6 +18,7 @@ def row(peer: str = "tunesmith", seconds: float = 1.0, **changes: Any) -> dict[s
         "reserved_peak_bytes": 3_000_000_000,
         "resident_peak_bytes": 4_000_000_000,
         "all_steps_allocated_peak_bytes": 2_500_000_000,
+        "all_steps_reserved_peak_bytes": 3_500_000_000,
     }
     base = {
         "peer": peer,
@@ -119,6 +120,6 @@ def test_the_page_has_a_line_for_each() -> None:
     made = record([row(), row("peer"), {**row("gone"), "status": "missing", "reason": "a | b", "steps": []}])
     group = {**made, "what": "a row", "rows": summarise(made)}
     page = markdown([group])
-    assert "| **tunesmith** | 75 (50 to 100) | - | 2.00 / 3.00 GB | 9.00 s | 2.0000, 1 | - | 1 | ours |" in page
+    assert "| **tunesmith** | 75 (50 to 100) | - | 2.50 / 3.50 GB | 9.00 s | 2.0000, 1 | - | 1 | ours |" in page
     assert "| peer | 75 (50 to 100) | 1.00x |" in page
     assert "missing: a / b; proves nothing |" in page

@@ -1,0 +1,80 @@
+"""The model of a recipe, ready to be trained: loaded, its method applied, its way of running chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from tunesmith.checkpoint.adapter import load_adapter
+from tunesmith.checkpoint.load import load_language_model
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.model.captured import CapturedBlocks
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.methods import MethodSummary, apply_method
+from tunesmith.recipe.schema import Recipe
+from tunesmith.train import randomness
+from tunesmith.train.activations import prepare_activations
+from tunesmith.train.resolve import DTYPES, trained_dtype
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, how much of it is done, of how much)."""
+
+
+def load_trainable(recipe: Recipe, progress: Progress | None = None) -> tuple[LanguageModel, MethodSummary]:
+    """The model of a resolved recipe with its method applied: what training begins with."""
+    randomness.seed_everything(recipe.train.seed)
+    model = _load_model(recipe, progress)
+    summary = _apply_method(model, recipe)
+    prepare_activations(model, recipe)
+    return model, summary
+
+
+def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
+    # Frozen layers: loaded wide, so that what stays trained loses nothing; the rest is narrowed afterwards.
+    dtype = trained_dtype(recipe.train) if recipe.method.kind == "freeze" else DTYPES[recipe.model.dtype]
+    model = load_language_model(
+        recipe.model,
+        quantize=recipe.method.quantisation,
+        dtype=dtype,
+        device=torch.device(recipe.model.device),
+        seed=recipe.train.seed,
+        progress=None if progress is None else partial(progress, "loading weights"),
+    )
+    model.compute_dtype = DTYPES[recipe.train.precision]
+    model.checkpointing = recipe.train.checkpointing
+    model.noise_alpha = recipe.train.neftune_alpha
+    if isinstance(model, Decoder):
+        model.is_fused = recipe.train.blocks == "fused"
+        model.captured = _captured_blocks(recipe)
+        model.skip_last = recipe.train.checkpointing_skip_last
+    return model
+
+
+def _captured_blocks(recipe: Recipe) -> CapturedBlocks | None:
+    """CUDA graphs of the blocks, where the recipe wants them and nothing watches gradients as they come."""
+    train = recipe.train
+    if train.graphs == "off" or train.optimizer_in_backward or train.detect_anomaly:
+        return None
+    if not recipe.model.device.startswith("cuda"):
+        return None
+    captured = CapturedBlocks()
+    captured.exclusive = train.accumulation == 1
+    return captured
+
+
+def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
+    summary = apply_method(model, recipe.method, seed=recipe.train.seed)
+    if recipe.method.adapter is not None:
+        base = resolve_model(recipe.model.path, recipe.model.revision)
+        seed = recipe.train.seed if recipe.model.weights == "random" else None
+        load_adapter(model, recipe.method.adapter, trainable=True, base_directory=base, random_seed=seed)
+    wide, narrow = trained_dtype(recipe.train), DTYPES[recipe.train.precision]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(wide)
+        elif recipe.method.kind == "freeze" and parameter.is_floating_point():
+            parameter.data = parameter.data.to(narrow)
+    return summary
