@@ -28,7 +28,10 @@ def test_data_of_the_command_line_is_taken_as_it_is_written(tmp_path: Path) -> N
 
 def certificate(**passed: bool) -> SimpleNamespace:
     """A certificate of checks by name."""
-    checks = [SimpleNamespace(name=n.replace("_", " "), passed=ok, detail=f"why {n}") for n, ok in passed.items()]
+    checks = [
+        SimpleNamespace(name=n.replace("_", " "), passed=ok, detail=f"why {n}", duration_s=0.4)
+        for n, ok in passed.items()
+    ]
     skipped = {"merge parity": LEFT_TO_VERIFY, "resume equality": LEFT_TO_VERIFY, "other": "not here"}
     return SimpleNamespace(checks=checks, skipped=skipped, cached=False, duration_s=1.0)
 

@@ -68,7 +68,7 @@ class _Fake:
     made: ClassVar[list[Signature]] = []
     fails: ClassVar[list[Exception]] = []
 
-    def __init__(self, run: Any, hidden: Any, pack: Any, signature: Signature, parameters: Any, pool: Any) -> None:
+    def __init__(self, run: Any, hidden: Any, pack: Any, signature: Signature, *_: Any) -> None:
         if self.fails:
             raise self.fails.pop(0)
         self.made.append(signature)
@@ -94,10 +94,10 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def _find(captured: CapturedBlocks, lengths: list[int]) -> Any:
-    return captured._recording(_run, torch.zeros(sum(lengths), 4), _pack(lengths), "none", [])
+    return captured._recording(_run, torch.zeros(sum(lengths), 4), _pack(lengths), "none", [], None)
 
 
-def _run(hidden: torch.Tensor, _pack: PackedTokens) -> torch.Tensor:
+def _run(hidden: torch.Tensor, _pack: PackedTokens, _seed: torch.Tensor | None) -> torch.Tensor:
     return hidden
 
 
