@@ -85,15 +85,11 @@ def test_training_follows_bfloat16() -> None:
     mine, theirs = losses(FULL_IN_FP8), losses({"kind": "full"})
     assert mine[0] != theirs[0]
     assert mine[0] == pytest.approx(theirs[0], rel=0.01)
-    # Five steps' mean, as far apart as a hundredth of what was learnt: tiny models learn these rows by heart.
-    assert sum(mine[-5:]) / 5 == pytest.approx(sum(theirs[-5:]) / 5, abs=0.01 * theirs[0])
+    assert sum(mine[-5:]) == pytest.approx(sum(theirs[-5:]), rel=0.03)
     assert sum(mine[-5:]) < 0.8 * sum(mine[:5])
 
 
 def test_graphs_and_checkpointing_train_alike() -> None:
     expected = losses(FULL_IN_FP8, 6, graphs="off")
     for train in ({"graphs": "auto"}, {"checkpointing": "block"}, {"checkpointing": "selective"}, {"blocks": "eager"}):
-        # Rounding to fp8 amplifies the last bits in which the ways differ, step after step.
-        found = losses(FULL_IN_FP8, 6, **train)
-        assert found[:2] == pytest.approx(expected[:2], rel=0.01), train
-        assert found == pytest.approx(expected, abs=0.06 * expected[0]), train
+        assert losses(FULL_IN_FP8, 6, **train) == pytest.approx(expected, rel=0.01), train
