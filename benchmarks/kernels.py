@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -29,11 +29,9 @@ from tunesmith.kernels.fp8 import FAST_SUMS, FP8, fp8_product, has_fp8, quantize
 from tunesmith.kernels.grad_norm import global_norm
 from tunesmith.kernels.nf4 import quantize_nf4
 from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
-from tunesmith.kernels.norm_fp8 import rms_norm_fp8
 from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
 from tunesmith.kernels.rope import rope_, rope_tables_half
 from tunesmith.kernels.swiglu import swiglu, swiglu_backward
-from tunesmith.kernels.swiglu_fp8 import swiglu_fp8, swiglu_fp8_backward
 from tunesmith.kernels.swiglu_low_rank import swiglu_low_rank, swiglu_low_rank_backward
 from tunesmith.kernels.swiglu_low_rank_grads import swiglu_low_rank_grads
 from tunesmith.model.low_rank import wide_product
@@ -197,50 +195,6 @@ def skinny_swiglu_cases(tokens: int, width: int, rank: int, dtype: torch.dtype) 
         yield Case(name + "_summed_before", shape, dtype, partial(make, summed_backward, False, want_h))
 
 
-def fp8_cases(tokens: int, hidden: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Case]:
-    """RMSNorm and SwiGLU with their codes in one launch, and quantised afterwards."""
-    shape = {"T": tokens, "D": hidden, "I": width, "R": rank}
-
-    def norm(run: Callable[..., object]) -> Work:
-        x, weight = torch.randn(tokens, hidden, device="cuda", dtype=dtype), torch.ones(hidden, device="cuda")
-        return Work(lambda: run(x, weight, 1e-6), 2 * x.nbytes + x.numel())
-
-    def forward(run: Callable[..., object]) -> Work:
-        gate_up = torch.randn(tokens, 2 * width, device="cuda", dtype=dtype)
-        low, up = gate_up[:, : 2 * rank].contiguous(), gate_up.new_ones(2 * width, 2 * rank)
-        return Work(lambda: run(gate_up, low, up), gate_up.nbytes * 3 // 2 + gate_up.numel() // 2)
-
-    def backward(run: Callable[..., object]) -> Work:
-        gate_up = torch.randn(tokens, 2 * width, device="cuda", dtype=dtype)
-        low, up = gate_up[:, : 2 * rank].contiguous(), gate_up.new_ones(2 * width, 2 * rank)
-        grad_h, dlow, down = (
-            gate_up[:, :width].contiguous(),
-            low[:, :rank].contiguous(),
-            up[:width, :rank].t().contiguous(),
-        )
-        fold = torch.ones(2 * width, device="cuda")
-        moved = 2 * gate_up.nbytes + 2 * grad_h.nbytes + gate_up.numel()
-        return Work(lambda: run(grad_h, gate_up, low, up, dlow, down, True, fold, gate_up), moved)
-
-    def norm_then(x: Tensor, weight: Tensor, eps: float) -> object:
-        return quantize_rows_fp8(rms_norm(x, weight, eps)[0])
-
-    def forward_then(gate_up: Tensor, low: Tensor, up: Tensor) -> object:
-        return quantize_rows_fp8(swiglu_low_rank(gate_up, low, up))
-
-    def backward_then(*arguments: Any) -> object:
-        *inputs, fold, out = arguments
-        run: Callable[..., tuple[Tensor, Tensor | None]] = swiglu_low_rank_backward
-        return quantize_rows_fp8(run(*inputs, out)[0], fold)
-
-    yield Case("rms_norm_fp8", shape, dtype, lambda: norm(rms_norm_fp8))
-    yield Case("rms_norm_fp8_afterwards", shape, dtype, lambda: norm(norm_then))
-    yield Case("swiglu_fp8", shape, dtype, lambda: forward(swiglu_fp8))
-    yield Case("swiglu_fp8_afterwards", shape, dtype, lambda: forward(forward_then))
-    yield Case("swiglu_fp8_backward", shape, dtype, lambda: backward(swiglu_fp8_backward))
-    yield Case("swiglu_fp8_backward_afterwards", shape, dtype, lambda: backward(backward_then))
-
-
 def adapter_sum_cases(tokens: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Case]:
     """SwiGLU's gradient with the adapters' gradients in one launch, and by products of their own afterwards."""
     shape = {"T": tokens, "I": width, "R": rank}
@@ -341,12 +295,10 @@ def low_rank_cases() -> Iterator[Case]:
 
 
 def adapted_cases() -> Iterator[Case]:
-    """SwiGLU with the adapters' sums, and with codes where the chip has fp8."""
+    """SwiGLU with the adapters' sums."""
     for tokens, width, rank in [(8192, 18944, 16), (2048, 8192, 8)]:
         yield from skinny_swiglu_cases(tokens, width, rank, torch.bfloat16)
         yield from adapter_sum_cases(tokens, width, rank, torch.bfloat16)
-    if has_fp8("cuda"):
-        yield from fp8_cases(8192, 3584, 18944, 16, torch.bfloat16)
 
 
 def adamw_cases(weights: int, values: int, dtype: torch.dtype, moments: torch.dtype) -> Iterator[Case]:

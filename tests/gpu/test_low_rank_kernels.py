@@ -1,10 +1,9 @@
-"""SwiGLU with the adapters' sums, SwiGLU and RMSNorm with fp8 codes on a GPU: against torch, bits, memory, speed."""
+"""SwiGLU with the adapters' sums on a GPU: against torch, bits, memory, speed."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,11 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.fp8 import has_fp8, quantize_rows_fp8
 from tunesmith.kernels.nf4 import use_kernel
-from tunesmith.kernels.norm_fp8 import rms_norm_fp8
-from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again
-from tunesmith.kernels.swiglu_fp8 import swiglu_fp8, swiglu_fp8_backward
 from tunesmith.kernels.swiglu_low_rank import (
     swiglu_low_rank,
     swiglu_low_rank_backward,
@@ -33,13 +28,6 @@ SHAPES = [(1, 48, 32, 16), (17, 200, 7, 1), (300, 3584, 32, 16), (129, 18944, 64
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels.py"
 # What a kernel must reach of a copy's bandwidth, well below what is meant to be seen.
 LEAST_COPY_RATIO = 0.5
-FP8_REASON = "fp8 needs sm_89 or newer"
-
-
-@pytest.fixture
-def fp8_device() -> None:
-    if not has_fp8("cuda"):
-        pytest.skip(FP8_REASON)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -65,15 +53,6 @@ def differing(mine: Tensor, truth: Tensor) -> int:
     """How many bytes differ."""
     assert (mine.dtype, mine.shape) == (truth.dtype, truth.shape)
     return int((mine.view(torch.uint8) != truth.view(torch.uint8)).sum())
-
-
-def differing_codes(mine: Sequence[Tensor], truth: tuple[Tensor, Tensor]) -> tuple[int, int]:
-    """How many codes, and how many bytes of scales, differ."""
-    return differing(mine[0], truth[0]), differing(mine[1], truth[1])
-
-
-def same(mine: Tensor, truth: Tensor) -> bool:
-    return torch.equal(mine.view(torch.uint8), truth.view(torch.uint8))
 
 
 @pytest.fixture(autouse=True)
@@ -116,43 +95,6 @@ def test_nothing_wide_is_allocated() -> None:
     assert torch.cuda.max_memory_allocated() - before < 2**20
 
 
-@pytest.mark.usefixtures("fp8_device")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 48), (17, 200), (1000, 3584), (9, 8192)])
-def test_norm_with_codes(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    x, weight = random(*shape, dtype=dtype), random(shape[1])
-    y, rstd, codes, scale = rms_norm_fp8(x, weight, 1e-6)
-    # A row is summed in another order than in `rms_norm`: its threads hold more values, as a code is one byte.
-    torch.testing.assert_close(rstd, rms_norm(x, weight, 1e-6)[1], rtol=5e-7, atol=0)
-    assert differing(y, rms_norm_again(x, weight, rstd)) == 0
-    assert differing_codes((codes, scale), quantize_rows_fp8(y)) == (0, 0)
-
-
-@pytest.mark.usefixtures("fp8_device")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (5000, 96, 8, 8), (4099, 3584, 32, 16)])
-def test_swiglu_with_codes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Thousands of rows of a narrow width, too: there programs that make codes run beside those they wait for."""
-    grad_h, gate_up, low, up, dlow, down = inputs(*shape, dtype)
-    factors = (low, up, dlow, down)
-    fold = random(2 * shape[1]).abs()
-    for _ in range(3):
-        h, *codes = swiglu_fp8(gate_up, low, up)
-        assert_near(h, swiglu_low_rank_reference(gate_up, low, up), 4)
-        assert differing_codes(codes, quantize_rows_fp8(h)) == (0, 0)
-        held = gate_up.clone()
-        grad, again, *codes = swiglu_fp8_backward(grad_h, held, *factors, True, fold, held)
-        assert grad is held
-        assert again is not None
-        assert_near(again, h, 2)
-        assert_near(grad, swiglu_low_rank_backward_reference(grad_h, gate_up, *factors, False)[0], 8)
-        assert differing_codes(codes, quantize_rows_fp8(grad, fold)) == (0, 0)
-        # Another specialisation of the kernel: its products may be laid out differently.
-        other, _, *codes = swiglu_fp8_backward(grad_h, gate_up, *factors, False, None)
-        assert_near(other, grad, 2)
-        assert differing_codes(codes, quantize_rows_fp8(other)) == (0, 0)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 48, 32, 16), (17, 200, 7, 1), (300, 3584, 32, 16), (2500, 18944, 64, 33)])
 def test_swiglu_with_the_adapters_gradients(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -172,18 +114,6 @@ def test_swiglu_with_the_adapters_gradients(shape: tuple[int, int, int, int], dt
             assert (mine - theirs).norm() < 1e-4 * theirs.norm() + 1e-6
         runs.append((held, *sums))
     assert [differing(*pair) for pair in zip(*runs, strict=True)] == [0, 0, 0]
-
-
-@pytest.mark.usefixtures("fp8_device")
-def test_rows_that_are_not_finite_or_zero_spoil_no_other() -> None:
-    gate_up = random(200, 4096, dtype=torch.bfloat16)
-    gate_up[3], gate_up[70, 5] = 0, float("inf")
-    h, codes, scale = swiglu_fp8(gate_up, None, None)
-    finite = torch.arange(200, device="cuda") != 70
-    true_codes, true_scale = quantize_rows_fp8(h)
-    assert same(codes[finite], true_codes[finite])
-    assert torch.equal(scale[finite], true_scale[finite])
-    assert not (codes[70].float() * scale[70]).isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile has much to say

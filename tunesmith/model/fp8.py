@@ -17,9 +17,9 @@ from tunesmith.kernels.fp8 import (
     dequantize_rows,
     fp8_product,
     quantize_fp8_weight,
+    quantize_rows_fp8,
     transpose_fp8,
 )
-from tunesmith.model.coded import row_codes
 from tunesmith.model.frozen import FrozenProduct
 from tunesmith.model.layers import Linear, part_rows
 
@@ -102,25 +102,15 @@ class Fp8Linear(nn.Module):
         if self.compute == "weights":
             bias = None if self.bias is None else self.bias.to(x_TD.dtype)
             return nn.functional.linear(x_TD, self.weight(x_TD.dtype), bias)
-        codes = row_codes(x_TD.flatten(0, -2))
+        codes = quantize_rows_fp8(x_TD.flatten(0, -2))
         y_TF = fp8_product(*codes, self.codes, self.scale, self.bias, x_TD.dtype)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
-
-    @property
-    def takes_codes(self) -> bool:
-        """Whether the products are of fp8 codes, so that whoever makes x or g may hand them over with it."""
-        return self.compute == "fp8"
-
-    @property
-    def fold(self) -> Tensor:
-        """What a gradient's columns are multiplied by before it is quantised: float32 [F]."""
-        return self.scale
 
     def input_grad(self, g_TF: Tensor) -> Tensor:
         """dx_TD = g @ weight in the dtype of g: the scales folded into g, which is quantised by rows."""
         if self.compute == "weights":
             return g_TF @ self.weight(g_TF.dtype)
-        codes = row_codes(g_TF.flatten(0, -2), self.scale)
+        codes = quantize_rows_fp8(g_TF.flatten(0, -2), self.scale)
         dx_TD = fp8_product(*codes, transpose_fp8(self.codes), None, None, g_TF.dtype, backward=True)
         return dx_TD.view(*g_TF.shape[:-1], self.in_features)
 

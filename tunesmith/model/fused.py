@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.dropout import Noise
-from tunesmith.kernels.rms_norm import rms_norm_again, rms_norm_backward
-from tunesmith.model.fused_parts import activated, activation_grads, adapter_grads, normed
+from tunesmith.kernels.rms_norm import rms_norm, rms_norm_again, rms_norm_backward
+from tunesmith.kernels.swiglu_low_rank import swiglu_low_rank
+from tunesmith.model.fused_parts import activation_grads, adapter_grads
 from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
 from tunesmith.model.projection import Projection
@@ -39,7 +40,7 @@ class NormQkv(torch.autograd.Function):
         noise: Noise | None,
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, rstd = normed(x_TD, norm_weight, eps, projection)
+        y, rstd = rms_norm(x_TD, norm_weight, eps)
         qkv, low, free = projection.forward(y, noise=noise)
         query, key, value, held = heads.prepare(qkv, (query_weight, key_weight), rope)
         tables = rope or (None, None)
@@ -99,10 +100,10 @@ class NormMlp(torch.autograd.Function):
         noise: Noise | None,
         *trained: Tensor,
     ) -> Tensor:
-        y, rstd = normed(x_TD, norm_weight, eps, up)
+        y, rstd = rms_norm(x_TD, norm_weight, eps)
         free_up, low_up = up.forward_apart(y, noise)
         del y
-        hidden = activated(up.output(free_up), up.beside(low_up), down)
+        hidden = swiglu_low_rank(up.output(free_up), *up.beside(low_up))
         out, low_down, free_down = down.forward(hidden, x_TD, noise)
         ctx.save_for_backward(x_TD, norm_weight, rstd, low_up, low_down, free_down, None if again else free_up)
         ctx.projection, ctx.down, ctx.noise = up, down, noise

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tunesmith.kernels.fp8 import Fp8Weight, fp8_product
+from tunesmith.kernels.fp8 import Fp8Weight, fp8_product, quantize_rows_fp8
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, quantize_nf4
 from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
-from tunesmith.model.coded import row_codes
 from tunesmith.model.fp8 import Fp8Linear, inner_blocks, quantise_linears_fp8, quantised_fp8
 from tunesmith.model.frozen import FrozenProduct
 from tunesmith.model.layers import Linear, part_rows
@@ -113,24 +112,14 @@ class NF4Linear(nn.Module):
             return self._input_grad_fp8(g_TF)
         return g_TF @ self.weight(g_TF.dtype)
 
-    @property
-    def takes_codes(self) -> bool:
-        """Whether the products are of fp8 codes, see `Fp8Linear.takes_codes`."""
-        return self.compute == "fp8"
-
-    @property
-    def fold(self) -> Tensor:
-        """What a gradient's columns are multiplied by before it is quantised: float32 [F]."""
-        return self.row_scales()
-
     def _product_fp8(self, x_TD: Tensor) -> Tensor:
-        codes = row_codes(x_TD.flatten(0, -2))
+        codes = quantize_rows_fp8(x_TD.flatten(0, -2))
         weight = nf4_to_fp8(self._all_parts(), scale_F=self.row_scales())
         y_TF = fp8_product(*codes, weight.codes, weight.scale, self.bias, x_TD.dtype)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
 
     def _input_grad_fp8(self, g_TF: Tensor) -> Tensor:
-        codes = row_codes(g_TF.flatten(0, -2), self.row_scales())
+        codes = quantize_rows_fp8(g_TF.flatten(0, -2), self.row_scales())
         weight = nf4_to_fp8(self._all_parts(), transposed=True, scale_F=self.row_scales())
         dx_TD = fp8_product(*codes, weight.codes, None, None, g_TF.dtype, backward=True)
         return dx_TD.view(*g_TF.shape[:-1], self.in_features)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.fp8 import fp8_product, quantize_rows_fp8
 from tunesmith.kernels.fp8_columns import quantize_columns_fp8
-from tunesmith.model.coded import row_codes
 from tunesmith.model.fp8 import inner_blocks
 from tunesmith.model.layers import Linear
 
@@ -43,7 +42,7 @@ class TrainedFp8Linear(Linear):
         if self.compute == "weights":
             return super().product(x_TD)
         codes, scale = quantize_rows_fp8(self.weight.detach())
-        y_TF = fp8_product(*row_codes(x_TD.flatten(0, -2)), codes, scale.view(-1), self.bias, x_TD.dtype)
+        y_TF = fp8_product(*quantize_rows_fp8(x_TD.flatten(0, -2)), codes, scale.view(-1), self.bias, x_TD.dtype)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
 
     def input_grad(self, g_TF: Tensor) -> Tensor:
@@ -51,14 +50,9 @@ class TrainedFp8Linear(Linear):
         if self.compute == "weights":
             return super().input_grad(g_TF)
         codes, scale = quantize_columns_fp8(self.weight.detach())
-        g = row_codes(_widened(g_TF.flatten(0, -2), codes.shape[1]))
+        g = quantize_rows_fp8(_widened(g_TF.flatten(0, -2), codes.shape[1]))
         dx_TD = fp8_product(*g, codes, scale.view(-1), None, g_TF.dtype, backward=True)
         return dx_TD.view(*g_TF.shape[:-1], self.in_features)
-
-    @property
-    def takes_codes(self) -> bool:
-        """Whether the products are of fp8 codes, see `Fp8Linear.takes_codes`."""
-        return self.compute == "fp8"
 
     def weight_grad(self, g_TF: Tensor, x_TD: Tensor) -> Tensor:
         """dW_FD = g.T @ x in the dtype of g."""

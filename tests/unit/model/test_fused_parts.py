@@ -1,8 +1,8 @@
-"""Kernels that do more than one thing in the written-out blocks: the same gradients, whichever of them run."""
+"""SwiGLU's gradient that sums up the adapters': the gradients of launches of their own, where it is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ from torch import Tensor
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.kernels import swiglu as swiglu_module
 from tunesmith.kernels import swiglu_low_rank as low_rank_module
-from tunesmith.kernels.fp8 import quantize_rows_fp8
 from tunesmith.kernels.swiglu_low_rank_grads import swiglu_low_rank_grads
-from tunesmith.model import coded, fused_parts
+from tunesmith.model import fused_parts
 from tunesmith.model.decoder import Decoder
-from tunesmith.model.fused_parts import USED
 from tunesmith.model.methods import apply_method
 from tunesmith.model.packed import pack_documents
 from tunesmith.recipe.schema import MethodSection
@@ -31,14 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"kind": "lora", "rank": 4, "dora": True, "base": "fp8"},
     "attention": {"kind": "lora", "rank": 4, "targets": ["q_proj", "down_proj"], "base": "fp8"},
 }
-CODES = ("norm_codes", "swiglu_codes", "swiglu_grad_codes")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    held = dict(vars(USED))
-    yield
-    vars(USED).update(held)
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +38,13 @@ def _by_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "in_float32_on_cpu", lambda *_: False)
 
 
-def gradients(
-    directory: Path, method: str, *used: str, checkpointing: Any = "none"
-) -> tuple[Tensor, dict[str, Tensor]]:
-    vars(USED).update({name: name in used for name in vars(USED)})
+@pytest.fixture
+def asks_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From now on the blocks ask for what they ask for on a GPU; the kernels' references answer."""
+    return lambda: monkeypatch.setattr(fused_parts, "use_kernel", lambda _: True)
+
+
+def gradients(directory: Path, method: str, checkpointing: Any = "none") -> tuple[Tensor, dict[str, Tensor]]:
     section = MethodSection(**METHODS[method])
     decoder: Decoder = load_decoder(directory, quantize=section.quantisation).train()
     apply_method(decoder, section, seed=3)
@@ -66,49 +59,24 @@ def gradients(
     return hidden.detach(), {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_kernels_that_emit_codes_change_no_bit(method: str, tiny_model_dir: Make) -> None:
-    directory = tiny_model_dir("qwen2")
-    hidden, grads = gradients(directory, method)
-    again, again_grads = gradients(directory, method, *CODES)
-    assert torch.equal(hidden, again)
-    assert grads.keys() == again_grads.keys()
-    assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
-
-
-def test_the_codes_that_are_made_are_used(tiny_model_dir: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the quantisations of two blocks, so many less: the norms', and SwiGLU's forward and backward."""
-    calls = []
-
-    def counted(x: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        calls.append(x.shape)
-        return quantize_rows_fp8(x, fold)
-
-    monkeypatch.setattr(coded, "quantize_rows_fp8", counted)
-    directory = tiny_model_dir("qwen2")
-    counts = []
-    for used in ((), CODES[:1], CODES[1:], CODES):
-        calls.clear()
-        gradients(directory, "fp8", *used)
-        counts.append(len(calls))
-    assert [counts[0] - count for count in counts] == [0, 4, 4, 8]
-
-
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 @pytest.mark.parametrize("method", METHODS)
 def test_summed_adapter_gradients_are_those_of_their_products(
-    method: str, checkpointing: str, tiny_model_dir: Make
+    method: str, checkpointing: str, tiny_model_dir: Make, asks_kernels: Callable[[], None]
 ) -> None:
     directory = tiny_model_dir("qwen2")
-    hidden, grads = gradients(directory, method, checkpointing=checkpointing)
-    again, again_grads = gradients(directory, method, "adapter_grads", checkpointing=checkpointing)
+    hidden, grads = gradients(directory, method, checkpointing)
+    asks_kernels()
+    again, again_grads = gradients(directory, method, checkpointing)
     assert torch.equal(hidden, again)
     assert grads.keys() == again_grads.keys()
     for name in grads:
         torch.testing.assert_close(again_grads[name], grads[name], rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernel_that_sums_is_asked(tiny_model_dir: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_that_sums_is_asked(
+    tiny_model_dir: Make, asks_kernels: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def counted(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -117,7 +85,10 @@ def test_the_kernel_that_sums_is_asked(tiny_model_dir: Make, monkeypatch: pytest
 
     monkeypatch.setattr(fused_parts, "swiglu_low_rank_grads", counted)
     directory = tiny_model_dir("qwen2")
+    gradients(directory, "plain")
+    assert not calls  # a CPU has less work without
+    asks_kernels()
     for method, expected in (("plain", True), ("fp8", True), ("full", False), ("dora", False), ("attention", False)):
         calls.clear()
-        gradients(directory, method, "adapter_grads")
+        gradients(directory, method)
         assert bool(calls) == expected, method
