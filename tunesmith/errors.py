@@ -13,6 +13,7 @@
     ├── VerificationError (RuntimeError) a check of the certificate failed: the run would be wrong
     ├── TrainingError (RuntimeError)    training can't go on
     │   └── NonFiniteError              NaN or Inf in the loss or a gradient; names the batch
+    ├── ParallelError (RuntimeError)    processes that can't be started, divided or reached
     ├── RunDirError (ValueError)        a run directory that is missing, foreign, or of a newer version
     └── RequestError (ValueError)       a generation request that can't be served
 
@@ -85,6 +86,10 @@ class TrainingError(TunesmithError, RuntimeError):
 
 class NonFiniteError(TrainingError):
     """NaN or Inf appeared in the loss or a gradient; nothing was updated."""
+
+
+class ParallelError(TunesmithError, RuntimeError):
+    """Processes of a run that can't be started, divided as asked, or reached."""
 
 
 class RunDirError(TunesmithError, ValueError):

@@ -7,35 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from tunesmith.recipe.parallel import ParallelSection
+from tunesmith.recipe.section import NonNegativeFloat, NonNegativeInt, Number, PositiveInt, Ratio, Section
 from tunesmith.recipe.yaml_text import model_to_yaml
 
 VERSION = 1
 
 
-def _no_boolean(value: Any) -> Any:
-    """`true` is not 1.0: pydantic would take it for a number."""
-    if isinstance(value, bool):
-        raise ValueError(f"must be a number, got {str(value).lower()}")
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_no_boolean)]
 _TEMPLATE_NAMES = {"tokenizer", "messages", "train_on", "now", "add_generation_prompt"}
-_MAX_INT = 2**31 - 1  # of every count and seed: what lies above is a slip, and overflows somewhere
-PositiveInt = Annotated[int, Field(gt=0, le=_MAX_INT, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, le=_MAX_INT, strict=True)]
-NonNegativeFloat = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
-Ratio = Annotated[Number, Field(ge=0, le=1, allow_inf_nan=False)]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "swanlab"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, and closed to keys it doesn't know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=False)
 
 
 class ModelSection(Section):
@@ -177,7 +160,9 @@ class TrainSection(Section):
             "on a CPU, 8192 on a GPU"
         ),
     )
-    accumulation: PositiveInt = Field(1, description="micro-batches of one optimiser step")
+    accumulation: PositiveInt = Field(
+        1, description="micro-batches of one optimiser step, of each data-parallel process"
+    )
     learning_rate: NonNegativeFloat | None = Field(
         None,
         description="peak learning rate; none: for adapters 2e-4 * 2048 / hidden size, within 5e-5 and 2e-3; "
@@ -352,6 +337,7 @@ class Recipe(Section):
     method: MethodSection = Field(default_factory=MethodSection)
     data: DataSection = Field(default_factory=DataSection)
     train: TrainSection = Field(default_factory=TrainSection)
+    parallel: ParallelSection = Field(default_factory=ParallelSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     log: LogSection = Field(default_factory=LogSection)
