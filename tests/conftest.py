@@ -71,7 +71,7 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[..., list[Any]]]:
-    """`ranks(function, world_size, *arguments)` calls a function of a test file on several processes: tests/ranks.py."""
+    """`ranks(function, world_size, *arguments)` calls a function of a test file in several processes (ranks.py)."""
     sys.path.insert(0, str(ROOT / "tests"))
     from ranks import RankPool
 
