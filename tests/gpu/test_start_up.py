@@ -38,6 +38,15 @@ session.close()
 print(json.dumps(misses))
 """
 
+_STEP = """
+import json, sys
+from tunesmith.recipe.load import recipe_from_mapping
+from tunesmith.train.session import build_session
+session = build_session(recipe_from_mapping(json.loads(sys.argv[1])))
+session.step()
+session.close()
+"""
+
 
 @pytest.mark.parametrize("method", [{"kind": "lora"}, {"kind": "qlora"}, {"kind": "lora", "base": "fp8"}])
 def test_a_run_compiles_nothing_that_was_compiled_ahead(method: dict[str, Any], tmp_path: Path) -> None:
@@ -45,13 +54,26 @@ def test_a_run_compiles_nothing_that_was_compiled_ahead(method: dict[str, Any], 
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton"), "XDG_CACHE_HOME": str(tmp_path)}
     request = json.dumps({"recipe": raw, "marker": str(tmp_path / "marker")})
     command = [sys.executable, "-m", "tunesmith.verify.warm_up_worker"]
-    done = subprocess.run(command, input=request, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-    answer = json.loads(done.stdout)
+    answer = json.loads(_output(command, environment, request))
     assert answer["failed"] == []
     assert answer["kernels"] >= 10
     run = [sys.executable, "-c", _RUN, json.dumps(raw)]
-    ran = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
-    assert json.loads(ran.stdout.splitlines()[-1]) == []
+    assert json.loads(_output(run, environment).splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("more", [{}, {"graphs": "off"}, {"blocks": "eager"}])
+def test_a_first_step_without_a_certificate_warns_of_nothing(more: dict[str, Any]) -> None:
+    """Where nothing ran before it, as when the certificate is kept from an earlier run."""
+    raw = {**RECIPE, "method": {"kind": "lora"}, "train": {**RECIPE["train"], **more}}
+    _output([sys.executable, "-c", _STEP, json.dumps(raw)], dict(os.environ))
+
+
+def _output(command: list[str], environment: dict[str, str], request: str = "") -> str:
+    """What a program prints, at the repository's root; a program that fails is shown with what it wrote."""
+    done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "UserWarning" not in done.stderr, done.stderr[-4000:]
+    return done.stdout
 
 
 def test_block_inputs_on_the_host_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -25,22 +26,30 @@ from tunesmith.units import format_seconds
 
 # Longer than any chip's kernels take; after that they are compiled where they are launched.
 PATIENCE_S = 60.0
+# Of what a worker that failed wrote to stderr, which is shown.
+LAST_LINES = 5
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELEVANT = {"model": {"path", "revision", "dtype", "backend"}, "method": True, "train": True, "data": {"max_length"}}
 
 
 class Compiling:
-    """A worker under way."""
+    """A worker under way. errors: the file that its stderr goes to."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str] | None = None) -> None:
         self._process = process
+        self._errors = errors
         atexit.register(self.stop)
 
     def wait(self, patience_s: float = PATIENCE_S) -> str | None:
-        """A line on what was compiled, once it is done; None where there is nothing to say. Never raises."""
+        """A line on what was compiled, once it is done, or the last lines of a worker that failed. Never raises.
+
+        None where there is nothing to say, or it takes too long.
+        """
         began = time.perf_counter()
         try:
             answer, _ = self._process.communicate(timeout=patience_s)
+            if self._process.returncode != 0:
+                return self._failure()
             done = json.loads(answer)
         except (subprocess.TimeoutExpired, ValueError, OSError):
             self.stop()
@@ -50,6 +59,13 @@ class Compiling:
         waited = format_seconds(time.perf_counter() - began)
         took, processes = format_seconds(done["duration_s"]), done["processes"]
         return f"kernels: {done['kernels']} compiled ahead in {took} by {processes} processes, waited for {waited}"
+
+    def _failure(self) -> str:
+        lines = [f"kernels: not compiled ahead, exit code {self._process.returncode}; they are compiled when launched"]
+        if self._errors is not None:
+            self._errors.seek(0)
+            lines += [f"  {line.rstrip()}" for line in self._errors if line.strip()][-LAST_LINES:]
+        return "\n".join(lines)
 
     def stop(self) -> None:
         """End the worker, if it has not ended."""
@@ -67,11 +83,13 @@ def start_compiling(recipe: Recipe) -> Compiling | None:
         return None
     command = [sys.executable, "-m", "tunesmith.verify.warm_up_worker"]
     environment = {**os.environ, **dict.fromkeys(_THREADS, "1")}
+    # A file, because nobody reads a pipe while the recipe's run begins.
+    errors = cast(IO[str], tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
         text=True,
         env=environment,
         start_new_session=True,  # Ctrl-C is the training program's, which then ends this one
@@ -83,7 +101,7 @@ def start_compiling(recipe: Recipe) -> Compiling | None:
         process.stdin = None
     except OSError:
         return None
-    return Compiling(process)
+    return Compiling(process, errors)
 
 
 def _is_wanted(recipe: Recipe) -> bool:

@@ -59,7 +59,7 @@ def compute_capability(index: int = 0) -> tuple[int, int] | None:
 
 
 def _device_index(raw: dict[str, Any]) -> int:
-    _, _, index = str(raw["model"]["device"]).partition(":")
+    _, _, index = str(raw["model"].get("device", "auto")).partition(":")  # a recipe need not name it
     return int(index or 0)
 
 

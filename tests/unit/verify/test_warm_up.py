@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +65,41 @@ def test_its_answer_becomes_a_line() -> None:
     assert line.startswith("kernels: 3 compiled ahead in 1.5")
 
 
-@pytest.mark.parametrize("code", ["raise SystemExit(1)", "print('no JSON')", "import time; time.sleep(60)"])
-def test_a_worker_that_fails_or_hangs_is_no_error(code: str) -> None:
+@pytest.mark.parametrize("code", ["print('no JSON')", "import time; time.sleep(60)"])
+def test_a_worker_that_says_nothing_or_hangs_is_no_error(code: str) -> None:
     process = _process(code)
     assert Compiling(process).wait(patience_s=2.0) is None
     assert process.poll() is not None
+
+
+def test_a_worker_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The worker of the product, in whose way lies a module that can't be imported."""
+    pytest.importorskip("triton")
+    (tmp_path / "ctypes.py").write_text("raise OSError('no such library')\n")
+    monkeypatch.setattr(warm_up, "_is_wanted", lambda recipe: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    compiling = start_compiling(_recipe())
+    assert compiling is not None
+    first, *rest = (compiling.wait() or "").splitlines()
+    assert first == "kernels: not compiled ahead, exit code 1; they are compiled when launched"
+    assert 1 < len(rest) <= warm_up.LAST_LINES
+    assert rest[-1] == "  OSError: no such library"
+
+
+def test_a_recipe_need_not_name_its_device() -> None:
+    """As a recipe is written by hand; the product sends a whole one."""
+    request = json.dumps({"recipe": RECIPE, "marker": "unused"})
+    command = [sys.executable, "-m", "tunesmith.verify.warm_up_worker"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"kernels": 0}
+
+
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:3", 3)])
+def test_the_device_is_the_recipes(device: str, index: int) -> None:
+    assert warm_up_worker._device_index({"model": {"path": "x", "device": device}}) == index
 
 
 def test_the_work_compiles_a_recipes_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
