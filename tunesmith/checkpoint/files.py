@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tunesmith.checkpoint.staging import DTYPES, StagedTensors, staging_pays, stored_tensors
 from tunesmith.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class WeightFiles:
@@ -26,6 +26,7 @@ class WeightFiles:
         self.directory = directory
         self.device = str(device)
         self._handles: dict[Path, Any] = {}
+        self._staged: StagedTensors | None = None
         self._places = _places(directory, self._open)
 
     def __contains__(self, name: str) -> bool:
@@ -41,12 +42,29 @@ class WeightFiles:
 
     def dtype(self, name: str) -> torch.dtype | None:
         """The dtype of a floating-point tensor, None for any other."""
-        return _DTYPES.get(self._slice(name).get_dtype())
+        return DTYPES.get(self._slice(name).get_dtype())
 
     def read(self, name: str) -> Tensor:
         """The tensor on the device, in the file's dtype."""
+        if self._staged is not None and name in self._staged:
+            return self._staged.read(name)
         with self._torn(name):
             return self._open(self._places[name]).get_tensor(name)
+
+    @contextlib.contextmanager
+    def reading_ahead(self, names: Sequence[str]) -> Iterator[None]:
+        """Within this context these tensors are read in the background, in this order, each once, if to a GPU."""
+        device = torch.device(self.device)
+        if not staging_pays(device):
+            yield
+            return
+        held = {path: stored_tensors(path) for path in {self._places[name] for name in names}}
+        stored = {name: held[self._places[name]][name] for name in names if name in held[self._places[name]]}
+        with StagedTensors(stored, device) as self._staged:
+            try:
+                yield
+            finally:
+                self._staged = None
 
     def _slice(self, name: str) -> Any:
         with self._torn(name):

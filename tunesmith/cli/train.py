@@ -14,8 +14,12 @@ from tunesmith.cli import console
 from tunesmith.errors import DataError, RecipeError, VerificationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.train.run import TrainResult
     from tunesmith.verify.warm_up import Compiling
+    from tunesmith.watch.start_up import StartUp
 
 app = typer.Typer(add_completion=False)
 _NO_DATA = ("config.json", "adapter_config.json", "tokenizer.json", "run.json")
@@ -46,14 +50,36 @@ def train(
         from tunesmith.text.tokenise import refuse_pairs
 
         refuse_pairs(recipe.data)  # before a run directory, and the certificate's "mask shown", are made of them
+    from tunesmith.checkpoint.read_ahead import read_ahead
+    from tunesmith.verify.cuda_start import start_cuda
     from tunesmith.verify.warm_up import start_compiling
+    from tunesmith.watch.start_up import StartUp, process_age_s
 
     compiling = start_compiling(recipe)  # while torch is imported
-    from tunesmith.train.run import train as run_training
-
-    result = run_training(recipe, resume=resume, preflight=partial(_prepare, compiling, verify))
+    cuda = start_cuda(recipe.model.device)
+    read_ahead(recipe.model)
+    run_training = _import_all(verify, has_cuda=cuda is not None)
+    start_up = StartUp(process_age_s())
+    if cuda is not None:
+        with start_up.part("CUDA waited for"):
+            cuda.wait()
+    preflight = partial(_prepare, compiling, verify, start_up)
+    result = run_training(recipe, resume=resume, preflight=preflight, start_up=start_up)
     console.emit(result.facts())
     return result.exit_code
+
+
+def _import_all(verify: bool, *, has_cuda: bool) -> Callable[..., TrainResult]:
+    """All that a first step imports, while CUDA starts and kernels are compiled. Returns: `train.run.train`."""
+    from tunesmith.train.run import train as run_training
+
+    if verify:
+        from tunesmith.verify import certificate as _  # noqa: F401
+    if has_cuda:
+        from tunesmith.verify.cuda_start import import_kernels
+
+        import_kernels()
+    return run_training
 
 
 def _recipe(
@@ -86,13 +112,12 @@ def _recipe(
     return recipe
 
 
-def _prepare(compiling: Compiling | None, verify: bool, recipe: Recipe, run_dir: Path) -> str:
-    """Kernels and certificate, before anything is loaded. Returns lines to show. Raises: VerificationError."""
-    from tunesmith.checkpoint.read_ahead import read_ahead
-
-    read_ahead(recipe.model)
-    compiled = None if compiling is None else compiling.wait()
-    certified = _certify(recipe, run_dir) if verify else None
+def _prepare(compiling: Compiling | None, verify: bool, start_up: StartUp, recipe: Recipe, run_dir: Path) -> str:
+    """Kernels and certificate, before any step. Returns lines to show. Raises: VerificationError."""
+    with start_up.part("kernels waited for"):
+        compiled = None if compiling is None else compiling.wait()
+    with start_up.part("certificate"):
+        certified = _certify(recipe, run_dir) if verify else None
     return "\n".join(line for line in (compiled, certified) if line is not None)
 
 

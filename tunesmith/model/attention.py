@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tunesmith.arch import ModelConfig
 from tunesmith.model.attention_choice import choose, shape_of
 from tunesmith.model.packed import BoundedPack, PackedTokens
+from tunesmith.model.uncompiled import import_uncompiled
 
 AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -135,19 +136,21 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _varlen_asks_for_gqa() -> bool:
     """Torch 2.11 and 2.12 take fewer key heads as they are; later versions want a flag."""
-    from torch.nn.attention.varlen import varlen_attn
+    return "enable_gqa" in inspect.signature(_varlen().varlen_attn).parameters
 
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+@cache
+def _varlen() -> Any:
+    """The module of FlashAttention's variable-length kernel."""
+    return import_uncompiled("torch.nn.attention.varlen")
 
 
 def _attend_varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackedTokens, window: int | None) -> Tensor:
     """FlashAttention's variable-length kernel through torch."""
-    from torch.nn.attention.varlen import varlen_attn
-
     left = -1 if window is None else window - 1
     grouped = query.shape[1] != key.shape[1]
     options: dict[str, Any] = {"enable_gqa": True} if grouped and _varlen_asks_for_gqa() else {}
-    out = varlen_attn(
+    out = _varlen().varlen_attn(
         query,
         key,
         value,

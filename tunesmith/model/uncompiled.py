@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -19,6 +22,27 @@ def spare_compiler(*functions: Callable[..., Any]) -> None:
         behind = getattr(function, "__wrapped__", None)
         if behind is not None and not hasattr(behind, "__dynamo_disable"):
             setattr(behind, "__dynamo_disable", behind)
+
+
+def import_uncompiled(name: str) -> ModuleType:
+    """Import a module of torch that tells the compiler, at its end, which operators it may not take apart.
+
+    Telling imports the compiler, sympy and torch.distributed: seconds. Here the compiler is told nothing; nor would it
+    take such an operator apart, unless somebody compiles code of their own around it in this process.
+    """
+    if name in sys.modules or "torch._dynamo" in sys.modules:
+        return importlib.import_module(name)
+    stand_in = SimpleNamespace(disallow_in_graph=_as_it_is)
+    vars(torch)["_dynamo"] = stand_in
+    try:
+        return importlib.import_module(name)
+    finally:
+        if vars(torch).get("_dynamo") is stand_in:
+            del vars(torch)["_dynamo"]
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
 
 
 def gradients(out: Tensor, inputs: Sequence[Tensor], grad_out: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,9 +6,11 @@ import contextlib
 import logging
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,10 @@ from tunesmith.train.loop import resume as resume_from
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session import Session, build_session, configure_cublas
+from tunesmith.train.start import loads_first
 from tunesmith.train.stopping import exit_code, sigterm_exits
+from tunesmith.watch.start_up import StartUp
+from tunesmith.watch.start_up import describe as describe_start_up
 from tunesmith.watch.trackers import Trackers
 
 Preflight = Callable[[Recipe, Path], str]
@@ -45,6 +50,8 @@ FREE_KEYS = (
     "train.detect_anomaly",
 )
 _MEASURED = ("duration_s", "skipped_steps")
+SLOW_IMPORTS = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor", "transformers", "pyarrow")
+"""What takes a second or so to import and is not needed for a first step; run.json says which of it came in."""
 _log = logging.getLogger(__name__)
 
 
@@ -79,6 +86,7 @@ def train(
     on_step: Callable[[StepMetrics], None] | None = None,
     run_dir: Path | str | None = None,
     preflight: Preflight | None = None,
+    start_up: StartUp | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Train as `recipe` says.
@@ -88,8 +96,10 @@ def train(
         resume: a run directory to go on with, from its newest whole checkpoint.
         on_step: called with the metrics of every step.
         run_dir: the directory to make; None: <recipe.output>/<recipe.name>-<time>.
-        preflight: called with the resolved recipe and the run directory before anything is loaded; it raises to stop,
-            and returns a line to show.
+        preflight: called with the resolved recipe and the run directory before a checkpoint is touched and a step made,
+            and before the weights are loaded unless a GPU has ample room for them; it raises to stop, and returns a
+            line to show.
+        start_up: what the seconds before the first step are added to; they are recorded in run.json.
         quiet: print nothing.
 
     Raises: RecipeError for a resume with a changed recipe; NonFiniteError before the update of a bad batch;
@@ -97,8 +107,10 @@ def train(
     before the first step leaves no run directory behind.
     """
     asked = recipe if isinstance(recipe, Recipe) else recipe_from_mapping(recipe)
+    watch = StartUp() if start_up is None else start_up
     prepare_allocator(asked.model.device)
-    resolved = resolve_recipe(asked)
+    with watch.part("recipe and device"):
+        resolved = resolve_recipe(asked)
     if resume is not None:
         run = open_run(resume)
         check_resumable(load_recipe(run.recipe), resolved)
@@ -106,9 +118,10 @@ def train(
         folders: set[Path] | None = None
     else:
         folders = _missing_folders(Path(resolved.output if run_dir is None else run_dir))
-        run = create_run(resolved, path=None if run_dir is None else Path(run_dir))
+        with watch.part("run directory"):
+            run = create_run(resolved, path=None if run_dir is None else Path(run_dir))
     with _recorded(run, folders), Display(quiet=quiet) as display:
-        return _train(resolved, run, display, resume is not None, on_step, preflight)
+        return _train(resolved, run, display, resume is not None, on_step, preflight, watch)
 
 
 def check_resumable(before: Recipe, now: Recipe) -> None:
@@ -179,24 +192,25 @@ def _train(
     resuming: bool,
     on_step: Callable[[StepMetrics], None] | None,
     preflight: Preflight | None,
+    watch: StartUp,
 ) -> TrainResult:
     configure_cublas(recipe.train)
-    said = "" if preflight is None else preflight(recipe, run.path)
-    if said:
-        display.say(said)
-    session = build_session(recipe, progress=display.loading)
+    session = _checked_session(recipe, run, display, preflight, watch)
     display.say(f"run directory: {run.path}")
     if session.recipe != recipe:
         recipe = session.recipe
         write_text_atomic(run.recipe, dump_recipe(recipe))
     display.say(method_line(recipe, session.method_summary))
     display.say(plan_line(recipe, session.total_steps))
-    _show_example(session, run, display)
+    with watch.part("example"):
+        _show_example(session, run, display)
     if resuming:
         place = resume_from(session, run) or "the start: there is no checkpoint yet"
         display.say(f"going on from {place} (step {session.step_number} of {session.total_steps})")
-    trackers = Trackers(recipe.log, run.path, name=run.path.name, config=recipe.model_dump(mode="json"))
+    with watch.part("trackers"):
+        trackers = Trackers(recipe.log, run.path, name=run.path.name, config=recipe.model_dump(mode="json"))
     try:
+        watch.begin_last("first step")
         display.start(session.step_number, session.total_steps)
         loop = run_loop(
             session,
@@ -204,15 +218,47 @@ def _train(
             evaluation=recipe.evaluation,
             checkpoint=recipe.checkpoint,
             log=recipe.log,
-            hooks=_hooks(display, trackers, on_step),
+            hooks=_hooks(display, trackers, on_step, partial(_record_start_up, run, watch)),
         )
     finally:
         trackers.close()
     return _finish(session, run, display, loop)
 
 
-def _hooks(display: Display, trackers: Trackers, on_step: Callable[[StepMetrics], None] | None) -> Hooks:
+def _checked_session(
+    recipe: Recipe, run: RunDir, display: Display, preflight: Preflight | None, watch: StartUp
+) -> Session:
+    """The session of a recipe that has passed its preflight."""
+
+    def check() -> None:
+        said = "" if preflight is None else preflight(recipe, run.path)
+        if said:
+            display.say(said)
+
+    load = partial(build_session, recipe, progress=display.loading, start_up=watch)
+    if preflight is None or not loads_first(recipe):
+        check()
+        return load()
+    session = load()
+    check()
+    return session
+
+
+def _record_start_up(run: RunDir, watch: StartUp) -> None:
+    """After the first step: where the seconds before went, in run.json and in the debug log."""
+    if watch.is_over:
+        return
+    seconds = watch.finish()
+    imported = [name for name in SLOW_IMPORTS if name in sys.modules]
+    run.set_status("running", start_up={"seconds": seconds, "imported": imported})
+    _log.debug("%s", describe_start_up(seconds))
+
+
+def _hooks(
+    display: Display, trackers: Trackers, on_step: Callable[[StepMetrics], None] | None, started: Callable[[], None]
+) -> Hooks:
     def stepped(metrics: StepMetrics) -> None:
+        started()
         trackers.log(metrics.step, metrics.row())
         display.step(metrics)
         if on_step is not None:

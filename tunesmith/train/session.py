@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,11 +37,13 @@ from tunesmith.train.prefetch import Prefetcher
 from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session_data import DEFAULT_RANDOM_ROWS as DEFAULT_RANDOM_ROWS
 from tunesmith.train.session_data import SessionData as SessionData
-from tunesmith.train.session_data import check_positions, model_vocab_size, session_data
+from tunesmith.train.session_data import check_positions, data_from_files, model_vocab_size, random_data
 from tunesmith.train.speed import SpeedMeter
+from tunesmith.train.start import Beside, warm_device
 from tunesmith.train.states import capture_state, restore_state
 from tunesmith.train.trainable import Progress, load_trainable
 from tunesmith.train.update import Update, Updater
+from tunesmith.watch.start_up import StartUp
 
 
 @dataclass(frozen=True)
@@ -288,20 +291,43 @@ def trained_weights(model: LanguageModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_session(recipe: Recipe, *, progress: Progress | None = None) -> Session:
+def build_session(recipe: Recipe, *, progress: Progress | None = None, start_up: StartUp | None = None) -> Session:
     """The session of a recipe: its autos resolved into a new recipe, model and data loaded, method applied.
 
+    Files of data are read and tokenised in a thread while the weights are loaded. `start_up` gets the seconds.
     Raises: RecipeError, ModelError, DataError, DeviceError.
     """
+    watch = StartUp() if start_up is None else start_up
     prepare_allocator(recipe.model.device)
     resolved = resolve_recipe(recipe)
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
-    model, summary = load_trainable(resolved, progress)
-    data = session_data(resolved, model, progress)
+    with Beside(partial(_read_data, resolved, progress, watch), "data") as files:
+        with watch.part("cuBLAS"):
+            warm_device(resolved)
+        model, summary = load_trainable(resolved, progress, watch)
+        with watch.part("data waited for"):
+            data = files.take() or random_data(resolved, model)
     check_positions(model, resolved.data)
     randomness.seed_everything(resolved.train.seed)
-    return Session(resolved, model, data, summary, directory)
+    with watch.part("optimiser"):
+        return Session(resolved, model, data, summary, directory)
+
+
+def _read_data(
+    recipe: Recipe, progress: Progress | None, watch: StartUp, is_wanted: Callable[[], None]
+) -> SessionData | None:
+    """What the recipe's files hold; None for random tokens, which are the model's."""
+    if recipe.data.format == "tokens":
+        return None
+
+    def look(what: str, done: int, total: int) -> None:
+        is_wanted()
+        if progress is not None:
+            progress(what, done, total)
+
+    with watch.beside("data"):
+        return data_from_files(recipe, look)
 
 
 def _set_determinism(recipe: Recipe) -> None:

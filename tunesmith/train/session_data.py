@@ -34,17 +34,13 @@ class SessionData:
         return None if self.loaded is None else self.loaded.summary
 
 
-def session_data(recipe: Recipe, model: LanguageModel, progress: Progress | None) -> SessionData:
-    """What a resolved recipe trains `model` on. Raises: RecipeError, DataError, ModelError."""
-    return _random(recipe, model) if recipe.data.format == "tokens" else _from_files(recipe, progress)
-
-
 def model_vocab_size(model: LanguageModel) -> int | None:
     """Rows of the embedding, where the model says."""
     return getattr(getattr(model, "config", None), "vocab_size", None)
 
 
-def _from_files(recipe: Recipe, progress: Progress | None) -> SessionData:
+def data_from_files(recipe: Recipe, progress: Progress | None) -> SessionData:
+    """What a resolved recipe's files hold. Raises: RecipeError, DataError, TokenizerError."""
     data = recipe.data
     if not data.train:
         raise RecipeError("data.train is empty: name a file, a folder, builtin:shop, or a Hub dataset id")
@@ -52,7 +48,8 @@ def _from_files(recipe: Recipe, progress: Progress | None) -> SessionData:
     return SessionData(loaded.train, loaded.validation, loaded)
 
 
-def _random(recipe: Recipe, model: LanguageModel) -> SessionData:
+def random_data(recipe: Recipe, model: LanguageModel) -> SessionData:
+    """Random tokens of `model`'s vocabulary. Raises: RecipeError where it has none."""
     data, vocab_size = recipe.data, model_vocab_size(model)
     if vocab_size is None:
         raise RecipeError("data.format 'tokens' needs a model whose config has vocab_size")

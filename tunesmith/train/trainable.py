@@ -18,17 +18,23 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.train import randomness
 from tunesmith.train.activations import prepare_activations
 from tunesmith.train.resolve import DTYPES, trained_dtype
+from tunesmith.watch.start_up import StartUp
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how much of it is done, of how much)."""
 
 
-def load_trainable(recipe: Recipe, progress: Progress | None = None) -> tuple[LanguageModel, MethodSummary]:
+def load_trainable(
+    recipe: Recipe, progress: Progress | None = None, start_up: StartUp | None = None
+) -> tuple[LanguageModel, MethodSummary]:
     """The model of a resolved recipe with its method applied: what training begins with."""
+    watch = StartUp() if start_up is None else start_up
     randomness.seed_everything(recipe.train.seed)
-    model = _load_model(recipe, progress)
-    summary = _apply_method(model, recipe)
-    prepare_activations(model, recipe)
+    with watch.part("weights"):
+        model = _load_model(recipe, progress)
+    with watch.part("method"):
+        summary = _apply_method(model, recipe)
+        prepare_activations(model, recipe)
     return model, summary
 
 

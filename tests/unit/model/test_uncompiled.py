@@ -56,3 +56,15 @@ def test_spared_functions_do_what_they_did() -> None:
     spare_compiler(torch.optim.Optimizer.zero_grad, torch.optim.Optimizer.state_dict, len)
     optimizer.zero_grad()
     assert optimizer.state_dict()["param_groups"][0]["lr"] == 1.0
+
+
+def test_modules_that_tell_the_compiler_come_without_it() -> None:
+    code = (
+        "import sys, torch; from tunesmith.model.uncompiled import import_uncompiled\n"
+        "module = import_uncompiled('torch.nn.attention.varlen')\n"
+        "print(callable(module.varlen_attn), 'torch._dynamo' in sys.modules, '_dynamo' in vars(torch))\n"
+        "import torch._dynamo\n"
+        "print(callable(torch._dynamo.disallow_in_graph), import_uncompiled('torch.nn.attention.varlen') is module)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False", "True", "True"]

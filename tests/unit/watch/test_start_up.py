@@ -1,0 +1,54 @@
+"""The account of a start-up: its parts and the rest are the total, and it ends with the first step."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from tunesmith.watch.start_up import StartUp, describe, process_age_s
+
+
+def test_the_parts_and_the_rest_are_the_total() -> None:
+    watch = StartUp(2.0)
+    for _ in range(2):
+        with watch.part("weights"):
+            time.sleep(0.01)
+    with watch.beside("data"):
+        time.sleep(0.01)
+    watch.begin_last("first step")
+    assert not watch.is_over
+    found = watch.finish()
+    assert watch.is_over
+    assert found["imports"] == 2.0
+    assert found["weights"] >= 0.02
+    assert found["data (aside)"] >= 0.01
+    assert found["total"] >= 2.03
+    summed = sum(value for name, value in found.items() if name not in ("total", "data (aside)"))
+    assert summed == pytest.approx(found["total"], abs=0.004)
+
+
+def test_nothing_is_added_after_the_first_step() -> None:
+    watch = StartUp()
+    found = watch.finish()
+    with watch.part("late"):
+        time.sleep(0.002)
+    assert watch.finish() == found
+
+
+def test_a_part_that_fails_is_counted() -> None:
+    watch = StartUp()
+    with pytest.raises(KeyError), watch.part("certificate"):
+        raise KeyError
+    assert "certificate" in watch.finish()
+
+
+def test_the_line_leaves_out_what_took_no_time() -> None:
+    line = describe({"imports": 2.5, "method": 0.001, "other": 0.5, "total": 3.001})
+    assert line == "start-up: first step after 3 s: imports 2.5 s, other 500 ms"
+
+
+def test_the_age_of_this_process() -> None:
+    first = process_age_s()
+    time.sleep(0.05)
+    assert 0.03 <= process_age_s() - first < 5
