@@ -27,6 +27,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int], int]]:
     strides = dict.fromkeys(("grad_outer", "grad_inner", "x_outer", "x_inner", "add_outer", "add_inner"), "i32")
     counts = {"num_rows": "i32", "num_tiles": "i32"}
     backward = {"grad_y": stream, **norm, "add": stream, "grad_x": stream, "partial": wide, **counts, **strides}
+    heads_of_128 = {"INNER": 32, "WIDTH": 128, "HAS_ADD": 0, "WEIGHT_GRAD": 1, "AHEAD": 1}
     rope = {"x": stream, "cos": wide, "sin": wide, "token_stride": "i32", "head_stride": "i32"}
     heads = {"last_stride": 1, "NUM_HEADS": 32, "HALF": 64, "HEADS": 32, "COLUMNS": 64, "INVERSE": 0}
     place = {"WIDTH": 18944, "COLUMNS": 2048}
@@ -42,8 +43,26 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int], int]]:
         "rms_norm_backward": (
             rms_norm_triton._backward_kernel,
             backward,
-            {**shape, "HAS_ADD": 1, "WEIGHT_GRAD": 1},
+            {**shape, "HAS_ADD": 1, "WEIGHT_GRAD": 0, "AHEAD": 0},
             warps,
+        ),
+        "rms_norm_backward_weight": (
+            rms_norm_triton._backward_kernel,
+            backward,
+            {**shape, "HAS_ADD": 1, "WEIGHT_GRAD": 1, "AHEAD": 1},
+            warps,
+        ),
+        "rms_norm_heads_backward_weight": (
+            rms_norm_triton._backward_kernel,
+            backward,
+            {**dict(zip(("ROWS", "COLUMNS"), tile(128)[:2], strict=True)), **heads_of_128},
+            tile(128)[2],
+        ),
+        "rms_norm_sums": (
+            rms_norm_triton._sum_kernel,
+            {"partial": wide, "total": wide, "num_rows": "i32"},
+            {"WIDTH": 128, "ROWS": rms_norm_triton._SUM_ROWS, "COLUMNS": rms_norm_triton._SUM_COLUMNS},
+            4,
         ),
         "rope": (rope_triton._rope_kernel, rope, heads, 4),
         "swiglu": (swiglu_triton._forward_kernel, {"gate_up": stream, "h": stream, "stride": "i32"}, place, 4),
@@ -51,7 +70,19 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int], int]]:
     }
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward"])
+NAMES = [
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_backward_weight",
+    "rms_norm_heads_backward_weight",
+    "rms_norm_sums",
+    "rope",
+    "swiglu",
+    "swiglu_backward",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_compiles_for_every_chip(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,6 +107,11 @@ def test_compiles_for_every_chip(name: str, tmp_path: Path, monkeypatch: pytest.
         assert compiled.metadata.shared <= SHARED_BYTES
         moves = re.findall(r"(?:ld|st)\.global\S*\.[bf]\d+", ptx)
         assert moves
+        if name == "rms_norm_heads_backward_weight":
+            # A head has no more values than the program threads: its weight once, its sums once; and it has many
+            # rows, of which a thread sees two.
+            for move in ("ld.global.b16", "st.global.b32", "ld.global.b32"):
+                moves.remove(move)
         # Sixteen bytes at a time; a row's statistics alone are single numbers.
         assert {move for move in moves if "v4.b32" not in move} <= {"ld.global.b32", "st.global.b32"}, (chip, moves)
         assert sum("v4.b32" not in move for move in moves) <= 1
