@@ -51,7 +51,7 @@ def _accumulated(decoder: Decoder, packs: list[PackedTokens]) -> tuple[list[Tens
 @pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_graphs_repeat_what_launches_do(kind: str, checkpointing: str, tiny_model_dir: Make) -> None:
-    """Two models of the same weights: what took part in an ordinary backward pass is not recorded afterwards."""
+    """Two models of the same weights."""
     directory = tiny_model_dir("qwen2", hidden_size=64, num_attention_heads=4)
     packs = [_pack(EVEN, 0), *(_pack(lengths, i) for i, lengths in enumerate(RAGGED)), _pack(EVEN, 9)]
     outs, grads = _accumulated(_decoder(directory, kind, checkpointing), packs)
@@ -67,6 +67,50 @@ def test_graphs_repeat_what_launches_do(kind: str, checkpointing: str, tiny_mode
             error = (again_grads[name].float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6)
             assert float(error) < 2e-2, f"{name}: {float(error):.1e}"
     assert decoder.captured.num_graphs >= 1
+
+
+def test_what_is_recorded_may_have_gone_backward_before(tiny_model_dir: Make) -> None:
+    """On the default stream, in graphs that are still held: eager ones, and ones with a recording in them."""
+    decoder = _decoder(tiny_model_dir("qwen2", hidden_size=64, num_attention_heads=4), "full", "none")
+    held = [decoder.hidden(_pack(EVEN, 0)), decoder.hidden(_pack(EVEN, 0))]
+    held[0].float().square().sum().backward()
+    expected = {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
+    stream = torch.cuda.current_stream()
+    decoder.captured = CapturedBlocks()
+    for lengths in (EVEN, RAGGED[0], EVEN):
+        decoder.zero_grad(set_to_none=True)
+        held.append(decoder.hidden(_pack(lengths, 0)))
+        held[-1].float().square().sum().backward()
+        assert decoder.captured.refused is None
+        assert torch.cuda.current_stream() == stream
+    grads = {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
+    decoder.zero_grad(set_to_none=True)
+    held[1].float().square().sum().backward()  # built before anything was recorded
+    late = {n: p.grad for n, p in decoder.named_parameters() if p.grad is not None}
+    for name, truth in expected.items():
+        for found in (grads[name], late[name]):
+            error = (found.float() - truth.float()).norm() / truth.float().norm().clamp(min=1e-6)
+            assert float(error) < 2e-2, f"{name}: {float(error):.1e}"
+
+
+def test_a_recording_that_fails_leaves_everything_usable(tiny_model_dir: Make) -> None:
+    """An operator that asks the device for a number; the next recording of another model works."""
+    weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    stream, captured = torch.cuda.current_stream(), CapturedBlocks()
+
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        return hidden * weight * float(hidden.sum())
+
+    out = captured(run, torch.ones(256, 4, device="cuda"), _pack(EVEN, 0), "none", [weight])
+    assert captured.refused is not None
+    assert "previous error" not in captured.refused
+    assert torch.cuda.current_stream() == stream
+    out.sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [256.0 * 1024] * 4
+    decoder = _decoder(tiny_model_dir("llama"), "lora", "none")
+    decoder.captured = CapturedBlocks()
+    decoder.hidden(_pack(EVEN, 0)).sum().backward()
+    assert decoder.captured.refused is None
 
 
 def test_a_training_loop_learns_the_same(tiny_model_dir: Make) -> None:

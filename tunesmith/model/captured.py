@@ -8,13 +8,15 @@ since are noticed. What is recorded must not ask the device for numbers: mixture
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.model.autograd_threads import renew_accumulators, wake_autograd
 from tunesmith.model.packed import BoundedPack, PackedTokens
 from tunesmith.model.uncompiled import gradients
 
@@ -102,12 +104,14 @@ class Recording:
         self.inputs = [*([self.hidden] if signature.wants_input_grad else []), *self.parameters]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.generation = 0
+        wake_autograd(hidden_TD.device)
+        renew_accumulators(self.parameters)
         self._warm_up(run)
         before = torch.cuda.memory_reserved()
-        # thread_local: the backward pass is recorded on autograd's thread, where kernels may still be loaded.
-        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
+        renew_accumulators(self.parameters)
+        with _recorded(self.forward_graph, pool):
             out = run(self.hidden, self.pack, self.seed)
-        with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
+        with _recorded(self.backward_graph, pool):
             grads = self._backward(out)
         self.out = out.detach()
         self.grads = grads
@@ -115,7 +119,6 @@ class Recording:
 
     def load(self, hidden_TD: Tensor, pack: PackedTokens, seed: Tensor | None) -> None:
         """Put a micro-batch, and the seed of its masks, where the graphs read it."""
-        self.generation += 1
         if self.seed is not None and seed is not None:
             self.seed.copy_(seed)
         self.hidden.detach().copy_(hidden_TD)
@@ -200,6 +203,8 @@ class CapturedBlocks:
         recording = self._recording(run, hidden_TD, pack, kind, parameters, seed)
         if recording is None:
             return run(hidden_TD, pack, seed)
+        for made in self._recordings.values():
+            made.generation += 1  # they share one memory, so the micro-batch of any of them is gone
         recording.load(hidden_TD, pack, seed)
         return cast(Tensor, _Replay.apply(hidden_TD, recording, self.exclusive, *recording.parameters))
 
@@ -250,13 +255,14 @@ class CapturedBlocks:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             try:
                 recording = Recording(run, hidden_TD, pack, signature, parameters, self._pool, seed)
-            except torch.OutOfMemoryError:
-                self.give_up("recording takes more memory than there is")
-                return None
             except RuntimeError as error:
                 # An operator that asks the device for a number, say; or a kernel first loaded while recording.
                 _log.debug("a recording failed", exc_info=True)
-                self.give_up(str(error).splitlines()[0])
+                first = _first(error)
+                if isinstance(first, torch.OutOfMemoryError):
+                    self.give_up("recording takes more memory than there is")
+                    return None
+                self.give_up(str(first).splitlines()[0])
             else:
                 self.refused = None
                 self._recordings[signature] = recording
@@ -270,6 +276,28 @@ class CapturedBlocks:
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         return free >= SPARE_MEMORY * sum(recording.num_bytes for recording in self._recordings.values())
+
+
+@contextmanager
+def _recorded(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+    """What is queued inside is recorded.
+
+    Where that fails torch (2.11) leaves its own stream as the current one, for all that the process does later.
+    """
+    stream = torch.cuda.current_stream()
+    try:
+        # thread_local: the backward pass is recorded on autograd's thread, where kernels may still be loaded.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch.cuda.set_stream(stream)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong first: a recording that has failed fails again when it is ended, and says less then."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return error
 
 
 def _static_pack(pack: PackedTokens, signature: Signature) -> PackedTokens:

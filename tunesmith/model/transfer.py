@@ -79,12 +79,12 @@ class CudaTransfer:
 def _pinned(num_bytes: int) -> Tensor:
     """Ordinary memory, registered with the driver until it is freed.
 
-    Whole pages of its own: of a page that two buffers share, the driver would register one only.
+    Whole pages of its own: of a page that two buffers share, the driver would register one only. The storage begins
+    with the first of them: torch asks the driver about a storage's first byte, whatever part of it a tensor is.
     """
     pages_bytes = _PAGE_BYTES * ceil_div(num_bytes, _PAGE_BYTES)
-    memory = torch.empty(pages_bytes + _PAGE_BYTES, dtype=torch.uint8)
-    start = -memory.data_ptr() % _PAGE_BYTES
-    buffer = memory[start : start + num_bytes]
+    pages = mmap.mmap(-1, pages_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes)
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     code = int(runtime.cudaHostRegister(address, pages_bytes, _PORTABLE))
     if code != 0:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.model import captured as captured_module
@@ -145,3 +148,128 @@ def test_moved_parameters_are_recorded_again() -> None:
     _find(captured, [32, 32]).current = False
     assert _find(captured, [32, 32]).current
     assert len(_Fake.made) == 2
+
+
+class _Cuda:
+    """Recording as torch does it, without a GPU: what is recorded runs at once. Streams are names."""
+
+    def __init__(self) -> None:
+        self.stream = "the default stream"
+        self.end_fails = False
+
+    @contextmanager
+    def graph(self, *_: Any, **__: Any) -> Iterator[None]:
+        """torch's context manager ends the recording and puts the stream back, in this order, with no `finally`."""
+        self.stream = "the stream of recordings"
+        try:
+            yield
+        finally:
+            if self.end_fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.stream = "the default stream"
+
+    def set_stream(self, stream: str) -> None:
+        """torch.cuda.set_stream."""
+        self.stream = stream
+
+
+class _Graph:
+    """Repeats nothing."""
+
+    def replay(self) -> None:
+        """The results are there since they were recorded."""
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> _Cuda:
+    fake = _Cuda()
+    for name, stand_in in {
+        "graph": fake.graph,
+        "current_stream": lambda: fake.stream,
+        "set_stream": fake.set_stream,
+        "CUDAGraph": _Graph,
+        "graph_pool_handle": object,
+        "memory_reserved": lambda: 0,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (1000, 1000),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(captured_module.Recording, "_warm_up", lambda self, run: self._backward(_product(self, run)))
+    return fake
+
+
+def _product(recording: Any, run: Any) -> Tensor:
+    out = run(recording.hidden, recording.pack, recording.seed)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def test_a_recording_has_nodes_of_its_own_for_gradients(cuda: _Cuda) -> None:
+    """A graph that someone holds keeps its parameters' nodes, and they the default stream: no recording may join it."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    updates: list[Tensor] = []
+    weight.register_post_accumulate_grad_hook(lambda parameter: updates.append(parameter.detach().clone()))
+    loss = (weight * 2).sum()
+    held = get_gradient_edge(weight).node
+    nodes = []
+
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        nodes.append((cuda.stream, get_gradient_edge(weight).node))
+        return hidden * weight
+
+    address, captured = weight.data_ptr(), CapturedBlocks()
+    out = captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])
+    assert captured.refused is None
+    assert [stream for stream, _ in nodes] == ["the default stream", "the stream of recordings"]
+    assert all(node is not held for _, node in nodes)
+    assert nodes[0][1] is not nodes[1][1]  # though the list holds the first
+    assert weight.data_ptr() == address
+    # Both graphs end in the same parameter, with its hooks.
+    loss.backward()
+    assert weight.grad is not None and weight.grad.tolist() == [2.0] * 4
+    out.sum().backward()
+    assert len(updates) == 2
+    assert weight.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_recording_that_fails_leaves_the_stream_and_names_the_first_error(cuda: _Cuda) -> None:
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        if cuda.stream == "the stream of recordings":
+            raise RuntimeError("asks the device\nmore")
+        return hidden * weight
+
+    cuda.end_fails = True
+    weight, captured = nn.Parameter(torch.ones(4)), CapturedBlocks()
+    out = captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])
+    assert captured.refused == "asks the device"
+    assert cuda.stream == "the default stream"
+    out.sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [64.0] * 4
+
+
+def test_memory_that_runs_out_while_recording_is_told_apart(cuda: _Cuda) -> None:
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        if cuda.stream == "the stream of recordings":
+            raise torch.OutOfMemoryError("out")
+        return hidden * weight
+
+    cuda.end_fails = True
+    weight, captured = nn.Parameter(torch.ones(4)), CapturedBlocks()
+    captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])
+    assert captured.refused == "recording takes more memory than there is"
+
+
+@pytest.mark.usefixtures("cuda")
+def test_recordings_of_other_shapes_take_a_micro_batch_memory_too() -> None:
+    """They lie in one memory: a backward pass after another shape's forward pass would read that one's numbers."""
+    weight, captured = nn.Parameter(torch.ones(4)), CapturedBlocks()
+
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        return hidden * weight
+
+    first = captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])
+    second = captured(run, torch.ones(64, 4), _pack([40, 24]), "none", [weight])
+    assert captured.num_graphs == 2
+    with pytest.raises(RuntimeError, match="go backward through it before the next goes forward"):
+        first.sum().backward()
+    second.sum().backward()

@@ -57,6 +57,16 @@ def test_buffers_have_pages_of_their_own_until_they_are_freed(monkeypatch: pytes
     assert driver.ranges == {}
 
 
+def test_torch_recognises_the_memory_by_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Tensor.is_pinned` asks about the storage's first byte, and a recording refuses memory that is not pinned."""
+    driver = Driver()
+    buffer = _transfer(monkeypatch, driver).allocate(PAGE + 1)
+    part = buffer[10:20]
+    assert part.untyped_storage().data_ptr() in driver.ranges
+    part.fill_(7)
+    assert buffer.tolist() == [0] * 10 + [7] * 10 + [0] * (PAGE - 19)
+
+
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = _transfer(monkeypatch, Driver())
     monkeypatch.setattr(transfer, "available_memory_bytes", lambda: 999)
