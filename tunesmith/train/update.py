@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tunesmith.errors import NonFiniteError
 from tunesmith.kernels.grad_norm import global_norm as global_norm
 from tunesmith.model.autograd_threads import wake_autograd
-from tunesmith.parallel.spread import Alone, Spread
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.guard import Guard, gradient_divisor
 from tunesmith.train.in_backward import UpdatesInBackward
@@ -51,10 +50,7 @@ class PendingUpdate(Pending[Update]):
 
 @dataclass(frozen=True)
 class _Sent(Generic[Batch]):
-    """A step that was queued.
-
-    numbers: the losses, their sum over all processes, the norm, whether the guard had stopped; place: steps before it.
-    """
+    """A step that was queued. numbers: the losses, the norm, whether the guard had stopped; place: steps before it."""
 
     number: int
     window: Sequence[Batch]
@@ -76,17 +72,13 @@ class Updater:
     after it; reading it raises. Only float16's loss scale needs the host to wait for each step.
     """
 
-    def __init__(
-        self, module: nn.Module, settings: TrainSection, total_steps: int, spread: Spread | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, settings: TrainSection, total_steps: int) -> None:
         self.module = module
         self.settings = settings
         self.total_steps = total_steps
-        self.spread: Spread = Alone(module) if spread is None else spread
-        self.pieces = self.spread.pieces()
-        self.optimizer = make_optimizer(((piece.name, piece.local) for piece in self.pieces), settings)
+        self.optimizer = make_optimizer(module.named_parameters(), settings)
         self.scaler = LossScaler() if settings.precision == "float16" else None
-        self.device = self.spread.device
+        self.device = self.optimizer.param_groups[0]["params"][0].device
         wake_autograd(self.device)
         self.guard = Guard(self.device)
         self._in_backward: UpdatesInBackward | None = None
@@ -130,7 +122,7 @@ class Updater:
         Raises: NonFiniteError when no item is counted. Reading raises: NonFiniteError when a loss or a gradient is NaN
         or Inf; neither this step nor a later one has updated anything then (see UpdatesInBackward for its exception).
         """
-        self.spread.clear()
+        self.optimizer.zero_grad(set_to_none=True)
         rate = learning_rate(self.settings, number, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -151,22 +143,20 @@ class Updater:
         """Accumulate, then update. Returns the losses and the norm on the device, the items, the norm's divisor."""
         scale = self.scaler.scale if self.scaler is not None else 1.0
         losses, counts = [], []
-        for place, batch in enumerate(window, start=1):
-            with self.spread.accumulating(place == len(window)):
-                loss_sum, count = self.spread.loss(loss, batch)
-                (loss_sum * (scale / (denominator or 1))).backward()
+        for batch in window:
+            loss_sum, count = loss(self.module, batch)
+            (loss_sum * (scale / (denominator or 1))).backward()
             losses.append(loss_sum.detach().float())
             counts.append(count)
-        self.spread.collect()
-        total = _counted(number, self.spread.count(sum(counts)) if denominator is None else denominator)
+        total = _counted(number, sum(counts) if denominator is None else denominator)
         divisor = scale * (total if denominator is None else 1)
         with_gradient = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.spread.norm(with_gradient).to(self.device)
-        numbers = torch.stack([*losses, self.spread.total(torch.stack(losses).sum()), norm])
+        norm = global_norm([p.grad for p in with_gradient]).to(self.device)
+        numbers = torch.stack([*losses, norm])
         self.guard.look(numbers)
         guarded_step(self.optimizer, gradient_divisor(norm, divisor, self.settings.max_grad_norm), self.guard.stopped)
         self._updated.append(with_gradient)
-        self.spread.clear()
+        self.optimizer.zero_grad(set_to_none=True)
         return numbers, total, divisor
 
     def _update_within(
@@ -181,8 +171,7 @@ class Updater:
         with self._in_backward.during(loss_sum, divisor):
             (loss_sum * (1.0 / (denominator or 1))).backward()
         self._updated.append(self._in_backward.updated)
-        value = loss_sum.detach().float()
-        return torch.stack([value, value, self._in_backward.norm()]), total, divisor
+        return torch.stack([loss_sum.detach().float(), self._in_backward.norm()]), total, divisor
 
     def _pending(self, sent: _Sent[Batch]) -> PendingUpdate:
         if self.scaler is None:
@@ -191,12 +180,10 @@ class Updater:
         return PendingUpdate(lambda: update, sent.total, is_ready=True)
 
     def _read(self, sent: _Sent[Batch]) -> Update:
-        *values, shared, raw_norm, stopped = sent.numbers.read()
+        *values, raw_norm, stopped = sent.numbers.read()
         for batch, value in zip(sent.window, values, strict=True):
             if not math.isfinite(value):
                 raise self._failed(sent, f"the loss is {value}", sent.describe(batch))
-        if not math.isfinite(shared):
-            raise self._failed(sent, f"the loss of another process is {shared}", "in that process's message")
         norm = raw_norm / sent.divisor
         overflow = not math.isfinite(norm)
         if overflow and self.scaler is None:
@@ -208,8 +195,7 @@ class Updater:
             raise NonFiniteError(
                 f"step {sent.number + 1}: an earlier step was not finite, and nothing was updated since"
             )
-        loss = sum(values) if self.spread.num_data == 1 else shared
-        return Update(loss / sent.total, sent.total, norm, sent.rate, overflow)
+        return Update(sum(values) / sent.total, sent.total, norm, sent.rate, overflow)
 
     def _adapt_scale(self, overflow: bool) -> None:
         assert self.scaler is not None
