@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,25 +61,6 @@ def _plain(quantised: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 KERNELS = """
-import torch
-import triton
-import triton.language as tl
-from tunesmith.kernels import fp8
-
-@triton.jit
-def cast(values, codes, count, SIZE: tl.constexpr):
-    index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    value = tl.load(values + index, mask=index < count)
-    tl.store(codes + index, value.to(tl.float8e4nv), mask=index < count)
-
-def to_codes_interpreted(wide, scale):
-    '''The interpreter's conversion to fp8 loses the carry of a rounding: the truth is converted by it too.'''
-    values = (wide * (1.0 / scale)).clamp(-448, 448).contiguous()
-    codes = torch.empty(values.shape, dtype=torch.float8_e4m3fn)
-    cast[(triton.cdiv(values.numel(), 1024),)](values, codes, values.numel(), SIZE=1024)
-    return codes
-
-fp8.to_codes = to_codes_interpreted
 from tunesmith.kernels.fp8_columns import quantize_columns_reference
 from tunesmith.kernels.fp8_columns_triton import quantize_columns_operator
 
@@ -107,16 +85,7 @@ torch.library.opcheck(quantize_columns_operator, (wide,), test_utils=("test_sche
 """
 
 
-def test_the_kernels_equal_the_reference_under_tritons_interpreter(tmp_path: Path) -> None:
-    """In its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    script = tmp_path / "check.py"  # Triton reads its kernels' source
-    script.write_text(KERNELS, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_kernels_equal_the_reference_under_tritons_interpreter(
+    check_interpreted_fp8: Callable[[str], None],
+) -> None:
+    check_interpreted_fp8(KERNELS)
