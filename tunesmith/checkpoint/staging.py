@@ -24,8 +24,9 @@ from tunesmith.units import GIB, MIB
 
 THREADS = 8
 BUFFER_BYTES = 16 * MIB
-AHEAD_BYTES = GIB
-"""How much may lie on the device before it is asked for. One tensor is always let through."""
+AHEAD_BYTES, AHEAD_OF_FREE = GIB, 8
+"""How much may lie on the device before it is asked for, and the share of the free memory that it may take (one in so
+many). One tensor is always let through."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -103,10 +104,11 @@ class StagedTensors:
         *,
         threads: int = THREADS,
         buffer_bytes: int = BUFFER_BYTES,
-        ahead_bytes: int = AHEAD_BYTES,
+        ahead_bytes: int | None = None,
     ) -> None:
         self._wanted, self._device = dict(wanted), device
-        self._buffer_bytes, self._ahead_bytes = buffer_bytes, ahead_bytes
+        self._buffer_bytes = buffer_bytes
+        self._ahead_bytes = _ahead_bytes(device) if ahead_bytes is None else ahead_bytes
         self._waiting = list(reversed(self._wanted))
         self._coming: dict[str, tuple[Tensor, Sequence[Future[Any]]]] = {}
         self._coming_bytes = 0
@@ -145,6 +147,8 @@ class StagedTensors:
         """End the threads; what they have not begun is left."""
         self._closing = True
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._coming and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # copies under way go to memory that is given back now
         self._coming.clear()
 
     def _submit(self) -> None:
@@ -179,6 +183,13 @@ class StagedTensors:
             return buffer.copied
         finally:
             self._buffers.put(buffer)
+
+
+def _ahead_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return AHEAD_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(AHEAD_BYTES, free // AHEAD_OF_FREE)
 
 
 def _copy(buffer: _Buffer, chunk: Tensor, is_free: Any) -> Any:

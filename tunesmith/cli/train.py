@@ -70,15 +70,24 @@ def train(
 
 
 def _import_all(verify: bool, *, has_cuda: bool) -> Callable[..., TrainResult]:
-    """All that a first step imports, while CUDA starts and kernels are compiled. Returns: `train.run.train`."""
-    from tunesmith.train.run import train as run_training
+    """All that a first step imports, while CUDA starts and kernels are compiled. Returns: `train.run.train`.
 
-    if verify:
-        from tunesmith.verify import certificate as _  # noqa: F401
-    if has_cuda:
-        from tunesmith.verify.cuda_start import import_kernels
+    Modules are never garbage: looking for some among them would take a tenth of the time.
+    """
+    import gc
 
-        import_kernels()
+    gc.disable()
+    try:
+        from tunesmith.train.run import train as run_training
+
+        if verify:
+            from tunesmith.verify import certificate as _  # noqa: F401
+        if has_cuda:
+            from tunesmith.verify.cuda_start import import_kernels
+
+            import_kernels()
+    finally:
+        gc.enable()
     return run_training
 
 

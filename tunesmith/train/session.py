@@ -302,16 +302,24 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None, start_up:
     resolved = resolve_recipe(recipe)
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
-    with Beside(partial(_read_data, resolved, progress, watch), "data") as files:
-        with watch.part("cuBLAS"):
-            warm_device(resolved)
+    with (
+        Beside(partial(_read_data, resolved, progress, watch), "data") as files,
+        Beside(partial(_warm, resolved, watch), "warm") as warmed,
+    ):
         model, summary = load_trainable(resolved, progress, watch)
         with watch.part("data waited for"):
             data = files.take() or random_data(resolved, model)
+        with watch.part("libraries waited for"):
+            warmed.take()
     check_positions(model, resolved.data)
     randomness.seed_everything(resolved.train.seed)
     with watch.part("optimiser"):
         return Session(resolved, model, data, summary, directory)
+
+
+def _warm(recipe: Recipe, watch: StartUp, is_wanted: Callable[[], None]) -> None:
+    with watch.beside("libraries"):
+        warm_device(recipe)
 
 
 def _read_data(

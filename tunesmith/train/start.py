@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -15,6 +16,7 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.train.resolve import DTYPES
 
 Made = TypeVar("Made")
+_log = logging.getLogger(__name__)
 _MOST_OF_MEMORY = 0.25
 """The share of a GPU's free memory up to which weights may be there while the certificate is made: its models and
 tensors take some gigabytes at the widths of a 7B model."""
@@ -88,14 +90,34 @@ def held_bytes(recipe: Recipe) -> int:
 
 
 def warm_device(recipe: Recipe) -> None:
-    """Have cuBLAS loaded and its handles made, for this thread and the one of backward passes, while weights come.
+    """Have the libraries of matrix products and attention loaded, and their handles made, while weights come.
 
-    Draws no random number. Nothing on a CPU.
+    A handle is a thread's, and goes on to another when the thread ends; backward passes have a thread of their own.
+    Nothing on a CPU. What fails here fails again where it is needed, with the words for it.
     """
     device = torch.device(recipe.model.device)
     if device.type != "cuda":
         return
+    dtype = DTYPES[recipe.train.precision]
+    with torch.cuda.device(device):
+        for warm in (_multiply, _attend):
+            try:
+                warm(dtype, device)
+            except RuntimeError:
+                _log.debug("%s failed ahead of the first step", warm.__name__, exc_info=True)
+
+
+def _multiply(dtype: torch.dtype, device: torch.device) -> None:
     wake_autograd(device)
-    x = torch.zeros(_WARM_WIDTH, _WARM_WIDTH, dtype=DTYPES[recipe.train.precision], device=device, requires_grad=True)
+    x = torch.zeros(_WARM_WIDTH, _WARM_WIDTH, dtype=dtype, device=device, requires_grad=True)
     y = x @ x
+    gradients(y, [x], torch.zeros_like(y))
+
+
+def _attend(dtype: torch.dtype, device: torch.device) -> None:
+    """cuDNN's attention by its operator: the switches that choose a kernel are the whole process's."""
+    if dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0):
+        return
+    x = torch.zeros(1, 1, _WARM_WIDTH, _WARM_WIDTH, dtype=dtype, device=device, requires_grad=True)
+    y = torch.ops.aten._scaled_dot_product_cudnn_attention(x, x, x, None, True, 0.0, True)[0]
     gradients(y, [x], torch.zeros_like(y))

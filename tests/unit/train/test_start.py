@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -84,6 +85,29 @@ def test_no_thread_is_left(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         build_session(recipe_from_mapping(raw))
     assert threading.active_count() == before
+
+
+def test_libraries_that_fail_ahead_stop_nothing(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def fail(dtype: torch.dtype, device: torch.device) -> None:
+        tried.append(f"{dtype} {device}")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(start, "_multiply", fail)
+    monkeypatch.setattr(start, "_attend", fail)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    start.warm_device(_on_a_gpu(raw, train={"precision": "bfloat16"}))
+    assert tried == ["torch.bfloat16 cuda:0"] * 2
+    start.warm_device(recipe_from_mapping(raw))
+    assert len(tried) == 2
+
+
+def test_what_warms_the_libraries_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the operators' own descriptions, on the meta device: the arguments fit."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    start._multiply(torch.bfloat16, torch.device("meta"))
+    start._attend(torch.bfloat16, torch.device("meta"))
 
 
 def _on_a_gpu(raw: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
