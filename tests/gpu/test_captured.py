@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,22 @@ def test_a_recording_that_fails_leaves_everything_usable(tiny_model_dir: Make) -
     decoder.captured = CapturedBlocks()
     decoder.hidden(_pack(EVEN, 0)).sum().backward()
     assert decoder.captured.refused is None
+
+
+def test_recordings_leave_nothing_behind(tiny_model_dir: Make) -> None:
+    """Neither their memory, once they are gone, nor a workspace of cuBLAS for another stream each time."""
+    reserved = []
+    for _ in range(3):
+        decoder = _decoder(tiny_model_dir("llama"), "lora", "none")
+        decoder.captured = CapturedBlocks()
+        _accumulated(decoder, [_pack(EVEN, 0), _pack(RAGGED[0], 1)])
+        assert decoder.captured.num_graphs == 2
+        del decoder
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2] <= reserved[1]
 
 
 def test_a_training_loop_learns_the_same(tiny_model_dir: Make) -> None:

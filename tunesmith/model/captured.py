@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -109,9 +110,9 @@ class Recording:
         self._warm_up(run)
         before = torch.cuda.memory_reserved()
         renew_accumulators(self.parameters)
-        with _recorded(self.forward_graph, pool):
+        with _recorded(self.forward_graph, pool, _stream(hidden_TD.device)):
             out = run(self.hidden, self.pack, self.seed)
-        with _recorded(self.backward_graph, pool):
+        with _recorded(self.backward_graph, pool, _stream(hidden_TD.device)):
             grads = self._backward(out)
         self.out = out.detach()
         self.grads = grads
@@ -133,7 +134,7 @@ class Recording:
 
     def _warm_up(self, run: Run) -> None:
         """What happens at first calls only (compilation, measurements, workspaces) must not be recorded."""
-        stream = torch.cuda.Stream()
+        stream = _stream(self.hidden.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
@@ -278,19 +279,25 @@ class CapturedBlocks:
         return free >= SPARE_MEMORY * sum(recording.num_bytes for recording in self._recordings.values())
 
 
-@contextmanager
-def _recorded(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """What is queued inside is recorded.
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a GPU for warming up and recording: of each, and of each thread, cuBLAS keeps 32 MiB."""
+    return torch.cuda.Stream(device)
 
-    Where that fails torch (2.11) leaves its own stream as the current one, for all that the process does later.
+
+@contextmanager
+def _recorded(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is queued inside is recorded, on `stream`.
+
+    Where that fails torch (2.11) leaves `stream` as the current one, for all that the process does later.
     """
-    stream = torch.cuda.current_stream()
+    before = torch.cuda.current_stream()
     try:
         # thread_local: the backward pass is recorded on autograd's thread, where kernels may still be loaded.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             yield
     finally:
-        torch.cuda.set_stream(stream)
+        torch.cuda.set_stream(before)
 
 
 def _first(error: BaseException) -> BaseException:

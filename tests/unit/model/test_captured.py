@@ -150,25 +150,48 @@ def test_moved_parameters_are_recorded_again() -> None:
     assert len(_Fake.made) == 2
 
 
+class _Stream:
+    """Known by its identity."""
+
+    def wait_stream(self, other: _Stream) -> None:
+        """Everything happens at once here."""
+
+
 class _Cuda:
-    """Recording as torch does it, without a GPU: what is recorded runs at once. Streams are names."""
+    """Recording as torch does it, without a GPU: what is recorded runs at once."""
 
     def __init__(self) -> None:
-        self.stream = "the default stream"
+        self.default = _Stream()
+        self.stream = self.default
+        self.streams: list[_Stream] = []
+        self.is_recording = False
         self.end_fails = False
 
+    def make_stream(self, _: torch.device) -> _Stream:
+        """torch.cuda.Stream."""
+        self.streams.append(_Stream())
+        return self.streams[-1]
+
     @contextmanager
-    def graph(self, *_: Any, **__: Any) -> Iterator[None]:
+    def graph(self, *_: Any, stream: _Stream, **__: Any) -> Iterator[None]:
         """torch's context manager ends the recording and puts the stream back, in this order, with no `finally`."""
-        self.stream = "the stream of recordings"
+        before, self.stream, self.is_recording = self.stream, stream, True
         try:
             yield
         finally:
+            self.is_recording = False
             if self.end_fails:
                 raise RuntimeError("operation failed due to a previous error during capture")
-            self.stream = "the default stream"
+            self.stream = before
 
-    def set_stream(self, stream: str) -> None:
+    @contextmanager
+    def within(self, stream: _Stream) -> Iterator[None]:
+        """torch.cuda.stream."""
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
+    def set_stream(self, stream: _Stream) -> None:
         """torch.cuda.set_stream."""
         self.stream = stream
 
@@ -181,12 +204,15 @@ class _Graph:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> _Cuda:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Cuda]:
     fake = _Cuda()
     for name, stand_in in {
         "graph": fake.graph,
         "current_stream": lambda: fake.stream,
         "set_stream": fake.set_stream,
+        "stream": fake.within,
+        "Stream": fake.make_stream,
+        "synchronize": lambda: None,
         "CUDAGraph": _Graph,
         "graph_pool_handle": object,
         "memory_reserved": lambda: 0,
@@ -194,14 +220,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> _Cuda:
         "mem_get_info": lambda: (1000, 1000),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(captured_module.Recording, "_warm_up", lambda self, run: self._backward(_product(self, run)))
-    return fake
-
-
-def _product(recording: Any, run: Any) -> Tensor:
-    out = run(recording.hidden, recording.pack, recording.seed)
-    assert isinstance(out, Tensor)
-    return out
+    captured_module._stream.cache_clear()
+    yield fake
+    captured_module._stream.cache_clear()
 
 
 def test_a_recording_has_nodes_of_its_own_for_gradients(cuda: _Cuda) -> None:
@@ -214,15 +235,15 @@ def test_a_recording_has_nodes_of_its_own_for_gradients(cuda: _Cuda) -> None:
     nodes = []
 
     def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
-        nodes.append((cuda.stream, get_gradient_edge(weight).node))
+        nodes.append((cuda.is_recording, get_gradient_edge(weight).node))
         return hidden * weight
 
     address, captured = weight.data_ptr(), CapturedBlocks()
     out = captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])
     assert captured.refused is None
-    assert [stream for stream, _ in nodes] == ["the default stream", "the stream of recordings"]
+    assert [is_recording for is_recording, _ in nodes] == [False, False, True]
     assert all(node is not held for _, node in nodes)
-    assert nodes[0][1] is not nodes[1][1]  # though the list holds the first
+    assert nodes[-1][1] not in [node for _, node in nodes[:-1]]  # though the list holds them
     assert weight.data_ptr() == address
     # Both graphs end in the same parameter, with its hooks.
     loss.backward()
@@ -234,7 +255,7 @@ def test_a_recording_has_nodes_of_its_own_for_gradients(cuda: _Cuda) -> None:
 
 def test_a_recording_that_fails_leaves_the_stream_and_names_the_first_error(cuda: _Cuda) -> None:
     def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
-        if cuda.stream == "the stream of recordings":
+        if cuda.is_recording:
             raise RuntimeError("asks the device\nmore")
         return hidden * weight
 
@@ -242,14 +263,14 @@ def test_a_recording_that_fails_leaves_the_stream_and_names_the_first_error(cuda
     weight, captured = nn.Parameter(torch.ones(4)), CapturedBlocks()
     out = captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])
     assert captured.refused == "asks the device"
-    assert cuda.stream == "the default stream"
+    assert cuda.stream is cuda.default
     out.sum().backward()
     assert weight.grad is not None and weight.grad.tolist() == [64.0] * 4
 
 
 def test_memory_that_runs_out_while_recording_is_told_apart(cuda: _Cuda) -> None:
     def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
-        if cuda.stream == "the stream of recordings":
+        if cuda.is_recording:
             raise torch.OutOfMemoryError("out")
         return hidden * weight
 
@@ -257,6 +278,21 @@ def test_memory_that_runs_out_while_recording_is_told_apart(cuda: _Cuda) -> None
     weight, captured = nn.Parameter(torch.ones(4)), CapturedBlocks()
     captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])
     assert captured.refused == "recording takes more memory than there is"
+
+
+def test_all_is_warmed_up_and_recorded_on_one_stream(cuda: _Cuda) -> None:
+    """cuBLAS keeps its workspace for every stream that it ever multiplied on."""
+    weight, captured, used = nn.Parameter(torch.ones(4)), CapturedBlocks(), set()
+
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        used.add(cuda.stream)
+        return hidden * weight
+
+    for lengths in ([32, 32], [40, 24]):
+        captured(run, torch.ones(64, 4), _pack(lengths), "none", [weight]).sum().backward()
+    assert captured.num_graphs == 2
+    assert used == set(cuda.streams)
+    assert len(used) == 1
 
 
 @pytest.mark.usefixtures("cuda")
