@@ -53,7 +53,7 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Write `content` so that `path` holds either its old content or all of the new."""
-    temporary = _temporary_beside(path)
+    temporary = temporary_beside(path)
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -91,23 +91,24 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     if path.exists() and not replace:
         raise RunDirError(f"{path} exists already: name another folder, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_beside(path)
+    temporary = temporary_beside(path)
     temporary.mkdir()
     try:
         yield temporary
         _fsync_tree(temporary)
-        _take_name(temporary, path, replace)
+        take_name(temporary, path, replace)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_directory(path.parent)
 
 
-def _take_name(temporary: Path, path: Path, replace: bool) -> None:
+def take_name(temporary: Path, path: Path, replace: bool) -> None:
+    """Give a complete directory its name; an existing one that is to be replaced is removed."""
     if not (replace and path.exists()):
         temporary.rename(path)
         return
-    old = _temporary_beside(path)
+    old = temporary_beside(path)
     path.rename(old)
     try:
         temporary.rename(path)
@@ -142,7 +143,8 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _temporary_beside(path: Path) -> Path:
+def temporary_beside(path: Path) -> Path:
+    """A new hidden name for what becomes `path`; `remove_leftovers` knows it when this process is gone."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 

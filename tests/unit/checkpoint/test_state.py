@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tunesmith.checkpoint import state as state_module
+from tunesmith.checkpoint import sharded, tensor_files
 from tunesmith.checkpoint.state import (
     MANIFEST,
     STATE,
@@ -21,9 +21,9 @@ from tunesmith.checkpoint.state import (
     load_latest,
     load_state,
     save_state,
-    write_tensors,
 )
 from tunesmith.errors import CheckpointError
+from tunesmith.rundir.io import sha256_file, write_json_atomic
 
 
 def _state(step: int) -> TrainingState:
@@ -53,7 +53,8 @@ def test_tensors_are_plain_safetensors_and_slices_are_written(tmp_path: Path) ->
     path = save_state(tmp_path, _state(3), keep=2)
     assert torch.equal(load_file(path / TENSORS)["model.weight"], _state(3).tensors["model.weight"])
     entry = json.loads((path / STATE).read_text(encoding="utf-8"))["tensors"]["model.weight"]
-    assert entry == {"global_shape": [3, 4], "dtype": "F32", "slices": [[0, 3], [0, 4]], "file": TENSORS}
+    piece = {"file": TENSORS, "key": "model.weight", "slices": [[0, 3], [0, 4]]}
+    assert entry == {"global_shape": [3, 4], "dtype": "F32", "pieces": [piece]}
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_none_usable_is_an_error_that_says_so(tmp_path: Path) -> None:
 
 
 def test_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_module, "SCHEMA_VERSION", 99)
+    monkeypatch.setattr(sharded, "SCHEMA_VERSION", 99)
     path = save_state(tmp_path, _state(1), keep=1)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="version 99"):
@@ -108,14 +109,14 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     save_state(tmp_path, _state(1), keep=1)
     left = [after_writes]
 
-    def full(file: object, digest: object, content: bytes) -> None:
+    def full(file: object, content: bytes) -> None:
         if left[0] == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         left[0] -= 1
-        original(file, digest, content)
+        original(file, content)
 
-    original = state_module._write_both
-    monkeypatch.setattr(state_module, "_write_both", full)
+    original = tensor_files._write_all
+    monkeypatch.setattr(tensor_files, "_write_all", full)
     with pytest.raises(OSError, match="No space left"):
         save_state(tmp_path, _state(2), keep=1)
     monkeypatch.undo()
@@ -129,14 +130,31 @@ def test_a_state_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert load_latest(tmp_path)[1].step == 2
 
 
-def test_bytes_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
-    from hashlib import sha256
-
-    tensors = {"a": torch.randn(4, 4), "b": torch.arange(3)}
-    digest = write_tensors(tmp_path / "x.safetensors", tensors)
-    assert digest == sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
-    loaded = load_file(tmp_path / "x.safetensors")
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+def test_a_state_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """Before several processes could write one: no pieces, and a manifest without a checksum of its own."""
+    path = tmp_path / "step-00000004"
+    path.mkdir()
+    tensors = {"model.a": torch.randn(4, 3), "rng.torch": torch.arange(5, dtype=torch.uint8)}
+    save_file(tensors, path / TENSORS)
+    kinds = {"model.a": "F32", "rng.torch": "U8"}
+    index = {
+        name: {
+            "global_shape": list(tensor.shape),
+            "dtype": kinds[name],
+            "slices": [[0, size] for size in tensor.shape],
+            "file": TENSORS,
+        }
+        for name, tensor in tensors.items()
+    }
+    content = {"schema": "tunesmith.state", "schema_version": 1, "step": 4, "facts": {"x": 1}, "tensors": index}
+    write_json_atomic(path / STATE, content)
+    files = {
+        name: {"bytes": (path / name).stat().st_size, "sha256": sha256_file(path / name)} for name in (TENSORS, STATE)
+    }
+    write_json_atomic(path / MANIFEST, {"schema_version": 1, "files": files})
+    loaded = load_latest(tmp_path)[1]
+    assert (loaded.step, loaded.facts) == (4, {"x": 1})
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("keep", [1, 2])
