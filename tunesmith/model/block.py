@@ -10,6 +10,7 @@ from tunesmith.arch import ModelConfig
 from tunesmith.model.attention import AttendLayer
 from tunesmith.model.layers import ACTIVATIONS, Linear, apply_rope, make_norm
 from tunesmith.model.moe import Experts
+from tunesmith.model.stream import WHOLE, Stream
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -75,6 +76,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.stream: Stream = WHOLE
         self.attention_norm = make_norm(config, config.hidden_size)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config, config.hidden_size)
@@ -87,5 +89,11 @@ class Block(nn.Module):
             self.mlp = Mlp(config, config.intermediate_size)
 
     def forward(self, x_TD: Tensor, rope: Rope, attend: AttendLayer) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, attend)
-        return x_TD + self.mlp(self.mlp_norm(x_TD))
+        return self.feed_forward(x_TD + self._mixed(x_TD, rope, attend))
+
+    def feed_forward(self, x_TD: Tensor) -> Tensor:
+        """x + mlp(norm(x))."""
+        return x_TD + self.stream.summed(self.mlp(self.stream.gathered(self.mlp_norm(x_TD))))
+
+    def _mixed(self, x_TD: Tensor, rope: Rope, attend: AttendLayer) -> Tensor:
+        return self.stream.summed(self.attention(self.stream.gathered(self.attention_norm(x_TD)), rope, attend))

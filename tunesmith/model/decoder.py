@@ -21,6 +21,7 @@ from tunesmith.model.fused_block import FusedBlocks, FusedRope
 from tunesmith.model.layers import Linear, make_norm, rope_frequencies, rope_tables
 from tunesmith.model.offload import OffloadedPass, Offloader
 from tunesmith.model.packed import PackedTokens
+from tunesmith.model.stream import WHOLE, Stream
 from tunesmith.model.transfer import CudaTransfer
 
 Checkpointing = Literal["none", "block", "selective", "offload", "offload-block"]
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
         self.config = config
         self.backend: Literal["native", "transformers"] = "native"
         self.compute_dtype: torch.dtype | None = None
+        self.stream: Stream = WHOLE
         self.checkpointing: Checkpointing = "none"
         self.noise_alpha = 0.0
         self.is_fused = False
@@ -65,8 +67,9 @@ class Decoder(nn.Module):
         )
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, lengths_T: Tensor | None = None) -> Tensor:
-        """hidden_TD after the final norm, in the compute dtype. lengths_T: see `embed`."""
-        hidden = self.embed(tokens_T, positions_T, lengths_T)
+        """hidden_TD after the final norm, in the compute dtype: the rows of this process's tokens, where `stream` cuts
+        them. lengths_T: see `embed`."""
+        hidden = self.stream.own(self.embed(tokens_T, positions_T, lengths_T))
         kind = self.checkpointing if self.training else "none"
         if not self.is_fused:
             return self.norm(self._run_eager(hidden, positions_T, attend, kind))
@@ -160,6 +163,7 @@ class Decoder(nn.Module):
     def hidden(self, pack: PackedTokens) -> Tensor:
         """hidden_TD of packed documents, each attending to itself only (what training and evaluation call).
 
+        Where `stream` cuts the tokens, the rows of this process's own.
         Raises: ModelError when a document is longer than a model with learned positions has positions.
         """
         if self.positions is not None and pack.max_length > self.positions.num_embeddings:
@@ -167,6 +171,7 @@ class Decoder(nn.Module):
                 f"a document has {pack.max_length} tokens, "
                 f"and the model {self.positions.num_embeddings} learned positions"
             )
+        pack = self.stream.padded(pack)
         lengths_T = pack.length_of_each_token() if self.training and self.noise_alpha else None
         if self._captures(pack):
             hidden = self.embed(pack.tokens_T, pack.positions_T, lengths_T)

@@ -12,7 +12,7 @@ Sources: arXiv 2106.09685 section 4, arXiv 2312.03732 (rsLoRA), arXiv 2402.09353
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,6 +86,8 @@ class AdaptedLinear(nn.Module):
         )
         self.dropout = max(o.dropout for o in options.values())
         self.is_dora = any(o.dora for o in options.values())
+        # Where other processes hold other columns: squares of norms summed over them, in place.
+        self.sum_squares: Callable[[Tensor], None] | None = None
         if self.is_dora:
             self._init_magnitudes()
 
@@ -152,9 +154,14 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def row_norms(self, down: Tensor, up: Tensor) -> Tensor:
-        """|W + up down| of each row, float32 [F]."""
+        """|W + up down| of each whole row, float32 [F]."""
         weight = dense_weight(self.base, down.dtype)
-        return torch.linalg.vector_norm(weight + up @ down, dim=1, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(weight + up @ down, dim=1, dtype=torch.float32)
+        if self.sum_squares is None:
+            return norm
+        squares = norm.square()
+        self.sum_squares(squares)
+        return squares.sqrt_()
 
     @torch.no_grad()
     def _init_magnitudes(self) -> None:
