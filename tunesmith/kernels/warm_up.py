@@ -14,13 +14,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,12 +70,43 @@ def recorded(computation: Callable[[], object]) -> list[Launch]:
     What the computation raises ends it, quietly: what it launched until then is worth compiling.
     """
     with taken_down() as found:
-        try:
-            with kernels_on("meta"), _Implementations():
-                computation()
-        except Exception:
-            _log.debug("taking down launches ended early", exc_info=True)
+        if not _ended(computation, _without_compiler()):
+            found.clear()
+            _ended(computation, contextlib.nullcontext())
     return list({launch.key: launch for launch in found}.values())
+
+
+def _ended(computation: Callable[[], object], surroundings: contextlib.AbstractContextManager[None]) -> bool:
+    """Whether the computation went to its end."""
+    try:
+        with surroundings, kernels_on("meta"), _Implementations():
+            computation()
+    except Exception:
+        _log.debug("taking down launches ended early", exc_info=True)
+        return False
+    return True
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """On the meta device torch's operators ask its compiler to leave them alone. Nothing is compiled, so nobody asks.
+
+    What asks for more than that fails: `recorded` then begins again, with the compiler.
+    """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    stand_in: Any = ModuleType("torch._dynamo")
+    stand_in.disable = _as_it_is
+    sys.modules["torch._dynamo"] = vars(torch)["_dynamo"] = stand_in
+    try:
+        yield
+    finally:
+        del sys.modules["torch._dynamo"], vars(torch)["_dynamo"]
+
+
+def _as_it_is(function: Any, *_: Any, **__: Any) -> Any:
+    return function
 
 
 @contextmanager
@@ -155,6 +189,11 @@ def _build_launcher(compiled: Any) -> None:
 
 class _Implementations(TorchDispatchMode):
     """Our operators run their own code on the meta device, not the description of their outputs."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch need not keep its compiler away: telling it imports the compiler, which is seconds."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "tunesmith":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -86,3 +88,33 @@ def test_full_fine_tuning_of_a_wide_model_updates_by_kernels() -> None:
     )
     names = [launch.name for launch in launches_of(recipe, certified=False)]
     assert {"_norm_kernel", "_update_kernel"} <= set(names)
+
+
+def test_taking_down_leaves_the_compiler_out() -> None:
+    """It was imported by the operators' descriptions on the meta device: most of what taking down took."""
+    code = (
+        "import sys, torch\n"
+        "from tunesmith.recipe.load import recipe_from_mapping\n"
+        "from tunesmith.verify.launches import launches_of\n"
+        "found = launches_of(recipe_from_mapping({'model': {'path': 'builtin:tiny'}}))\n"
+        "print('torch._dynamo' in sys.modules, '_dynamo' in vars(torch), len(found) > 5)\n"
+        "import torch._dynamo\n"
+        "print(callable(torch._dynamo.explain))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "True", "True"]
+
+
+def test_what_needs_the_compiler_is_taken_down_with_it() -> None:
+    code = (
+        "import sys, torch\n"
+        "from tunesmith.kernels import warm_up\n"
+        "tries = []\n"
+        "def computation():\n"
+        "    tries.append(hasattr(torch._dynamo, 'explain'))\n"
+        "    torch._dynamo.explain\n"
+        "warm_up.recorded(computation)\n"
+        "print(tries)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[False, True]"
