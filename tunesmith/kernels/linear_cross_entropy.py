@@ -105,8 +105,10 @@ class _Head:
         if wanted[0]:
             complete = index_N is None
             self.grad_hidden = torch.empty_like(hidden_TD) if complete else torch.zeros_like(hidden_TD)
-        if wanted[1] and self.chunks:
-            self.grad_weight = torch.empty_like(weight_VD, dtype=_sum_dtype(weight_VD.dtype, hidden_TD.dtype))
+        if wanted[1]:
+            # Zeros of no chunk, and not None: processes that sum their gradients must all have one.
+            make = torch.empty_like if self.chunks else torch.zeros_like
+            self.grad_weight = make(weight_VD, dtype=_sum_dtype(weight_VD.dtype, hidden_TD.dtype))
 
     def run(self) -> Tensor:
         """The sum of the losses."""

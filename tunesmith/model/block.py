@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -88,7 +89,16 @@ class Block(nn.Module):
         else:
             self.mlp = Mlp(config, config.intermediate_size)
 
-    def forward(self, x_TD: Tensor, rope: Rope, attend: AttendLayer) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, rope: Rope, attend: AttendLayer, written: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The block's output.
+
+        written: computes it in another form, given x. What watches forward passes, and gathers a block's sharded
+        weights for them, then sees this one too.
+        """
+        if written is not None:
+            return written(x_TD)
         return self.feed_forward(x_TD + self._mixed(x_TD, rope, attend))
 
     def feed_forward(self, x_TD: Tensor) -> Tensor:

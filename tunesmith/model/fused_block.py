@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from tunesmith.model.attention import AttendLayer
 from tunesmith.model.block import Block, Mlp
 from tunesmith.model.dora_projection import DoraProjection
 from tunesmith.model.fused import add_projection, norm_mlp, norm_qkv
+from tunesmith.model.gathered import gathered
 from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
 from tunesmith.model.lora import AdaptedLinear
@@ -74,6 +77,11 @@ class FusedBlock:
         return [p for p in (self.qkv, self.output, self.up, self.down) if p is not None]
 
     @property
+    def row_scales(self) -> list[RowScale]:
+        """What DoRA multiplies rows by."""
+        return [p.rows for p in self.projections if isinstance(p, DoraProjection)]
+
+    @property
     def is_whole(self) -> bool:
         """Whether no part of the block is left to the eager form."""
         return len(self.projections) == 4
@@ -96,6 +104,18 @@ class FusedBlock:
         Args: again: the gate-up activation is made again in the backward pass. tile_tokens: the same, and the MLP
         goes through so many tokens at a time. noise: what the adapters' dropout is drawn from; None: none is dropped.
         """
+        written = partial(self._run, rope=rope, attend=attend, again=again, tile_tokens=tile_tokens, noise=noise)
+        return cast(Tensor, self.block(x_TD, rope, attend, written))
+
+    def _run(
+        self,
+        x_TD: Tensor,
+        rope: FusedRope | None,
+        attend: AttendLayer,
+        again: bool,
+        tile_tokens: int | None,
+        noise: Noise | None,
+    ) -> Tensor:
         query, key, value, stream = self._project(x_TD, rope, noise)
         mixed = attend(query, key, value).reshape(x_TD.shape[0], -1)
         stream = self._add_output(stream, mixed, noise)
@@ -138,7 +158,7 @@ class FusedBlocks:
         """The current forms."""
         if len(self._blocks) != len(blocks) or not all(b.dtype == dtype and b.is_current() for b in self._blocks):
             modules = [block for block in blocks if isinstance(block, Block)]
-            self._blocks = [FusedBlock(block, dtype, layer) for layer, block in enumerate(modules)]
+            self._blocks = [_written(block, dtype, layer) for layer, block in enumerate(modules)]
         return self._blocks
 
     def refresh(self) -> None:
@@ -148,8 +168,11 @@ class FusedBlocks:
 
     def measure(self) -> None:
         """Measure the rows' norms that DoRA divides by, as the adapters are now."""
-        for rows in self._row_scales():
-            rows.measure()
+        for block in self._blocks:
+            if scales := block.row_scales:
+                with gathered(block.block):
+                    for rows in scales:
+                        rows.measure()
 
     def draw(self, device: torch.device) -> Tensor | None:
         """A seed for the masks of one forward pass, int64 [1], from torch's generator; None where nothing is dropped.
@@ -164,7 +187,15 @@ class FusedBlocks:
         return [projection for block in self._blocks for projection in block.projections]
 
     def _row_scales(self) -> list[RowScale]:
-        return [p.rows for p in self._projections() if isinstance(p, DoraProjection)]
+        return [rows for block in self._blocks for rows in block.row_scales]
+
+
+def _written(block: Block, dtype: torch.dtype, layer: int) -> FusedBlock:
+    """DoRA's row norms are taken of the whole weight."""
+    if not any(isinstance(child, AdaptedLinear) and child.is_dora for child in block.modules()):
+        return FusedBlock(block, dtype, layer)
+    with gathered(block):
+        return FusedBlock(block, dtype, layer)
 
 
 def _head_norms(block: Block) -> tuple[RMSNorm, RMSNorm] | None:

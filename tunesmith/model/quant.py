@@ -7,6 +7,7 @@ backward pass dequantises once more, so what is held for it is the codes, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.kernels.fp8 import Fp8Weight, fp8_product, quantize_rows_fp8
-from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, quantize_nf4
+from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, empty_nf4, plain_scales, quantize_nf4
 from tunesmith.kernels.nf4_fp8 import nf4_row_scales, nf4_to_fp8
 from tunesmith.model.fp8 import Fp8Linear, inner_blocks, quantise_linears_fp8, quantised_fp8
 from tunesmith.model.frozen import FrozenProduct
@@ -75,6 +76,13 @@ class NF4Linear(nn.Module):
         self._hold(part, weight)
         if bias_F is not None and self.bias is not None:
             self.bias[self.rows(part)].copy_(bias_F)
+
+    @torch.no_grad()
+    def hold_plain_scales(self) -> None:
+        """Hold float32 scales where they are quantised: the same values, and a row's scales by themselves."""
+        for part in self.parts:
+            weight = self.part_nf4(part)
+            self._hold(part, replace(weight, scales=plain_scales(weight), scale_scales=None, offset=None))
 
     def part_nf4(self, part: str) -> NF4Weight:
         """One projection as it is held."""

@@ -74,12 +74,12 @@ def restore_weights(state: TrainingState, weights: Mapping[str, Tensor]) -> None
 
 
 def _optimizer_states(updater: Updater) -> dict[str, dict[str, Any]]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in updater.module.named_parameters()}
+    names: dict[Tensor, str] = {piece.local: piece.name for piece in updater.pieces}
     return {names[parameter]: values for parameter, values in updater.optimizer.state.items()}
 
 
 def _restore_optimizer(state: TrainingState, updater: Updater) -> None:
-    parameters = dict(updater.module.named_parameters())
+    parameters = {piece.name: piece.local for piece in updater.pieces}
     values: dict[str, dict[str, Any]] = {name: dict(scalars) for name, scalars in state.facts["optimizer"].items()}
     for full_name in _under(state.tensors, "optimizer."):
         name, _, key = full_name.rpartition(".")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tunesmith.errors import NonFiniteError
 from tunesmith.kernels.grad_norm import global_norm as global_norm
 from tunesmith.model.autograd_threads import wake_autograd
+from tunesmith.parallel.spread import Alone, Spread
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.guard import Guard, gradient_divisor
 from tunesmith.train.in_backward import UpdatesInBackward
@@ -50,7 +51,10 @@ class PendingUpdate(Pending[Update]):
 
 @dataclass(frozen=True)
 class _Sent(Generic[Batch]):
-    """A step that was queued. numbers: the losses, the norm, whether the guard had stopped; place: steps before it."""
+    """A step that was queued.
+
+    numbers: the losses, their sum over all processes, the norm, whether the guard had stopped; place: steps before it.
+    """
 
     number: int
     window: Sequence[Batch]
@@ -72,13 +76,17 @@ class Updater:
     after it; reading it raises. Only float16's loss scale needs the host to wait for each step.
     """
 
-    def __init__(self, module: nn.Module, settings: TrainSection, total_steps: int) -> None:
+    def __init__(
+        self, module: nn.Module, settings: TrainSection, total_steps: int, spread: Spread | None = None
+    ) -> None:
         self.module = module
         self.settings = settings
         self.total_steps = total_steps
-        self.optimizer = make_optimizer(module.named_parameters(), settings)
+        self.spread: Spread = Alone(module) if spread is None else spread
+        self.pieces = self.spread.pieces()
+        self.optimizer = make_optimizer(((piece.name, piece.local) for piece in self.pieces), settings)
         self.scaler = LossScaler() if settings.precision == "float16" else None
-        self.device = self.optimizer.param_groups[0]["params"][0].device
+        self.device = self.spread.device
         wake_autograd(self.device)
         self.guard = Guard(self.device)
         self._in_backward: UpdatesInBackward | None = None
@@ -122,7 +130,7 @@ class Updater:
         Raises: NonFiniteError when no item is counted. Reading raises: NonFiniteError when a loss or a gradient is NaN
         or Inf; neither this step nor a later one has updated anything then (see UpdatesInBackward for its exception).
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.spread.clear()
         rate = learning_rate(self.settings, number, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -143,20 +151,22 @@ class Updater:
         """Accumulate, then update. Returns the losses and the norm on the device, the items, the norm's divisor."""
         scale = self.scaler.scale if self.scaler is not None else 1.0
         losses, counts = [], []
-        for batch in window:
-            loss_sum, count = loss(self.module, batch)
-            (loss_sum * (scale / (denominator or 1))).backward()
+        for place, batch in enumerate(window, start=1):
+            with self.spread.accumulating(place == len(window)):
+                loss_sum, count = self.spread.loss(loss, batch)
+                (loss_sum * (scale / (denominator or 1))).backward()
             losses.append(loss_sum.detach().float())
             counts.append(count)
-        total = _counted(number, sum(counts) if denominator is None else denominator)
+        self.spread.collect()
+        total = _counted(number, self.spread.count(sum(counts)) if denominator is None else denominator)
         divisor = scale * (total if denominator is None else 1)
         with_gradient = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm([p.grad for p in with_gradient]).to(self.device)
-        numbers = torch.stack([*losses, norm])
+        norm = self.spread.norm(with_gradient).to(self.device)
+        numbers = torch.stack([*losses, self.spread.total(torch.stack(losses).sum()), norm])
         self.guard.look(numbers)
         guarded_step(self.optimizer, gradient_divisor(norm, divisor, self.settings.max_grad_norm), self.guard.stopped)
         self._updated.append(with_gradient)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.spread.clear()
         return numbers, total, divisor
 
     def _update_within(
@@ -171,7 +181,8 @@ class Updater:
         with self._in_backward.during(loss_sum, divisor):
             (loss_sum * (1.0 / (denominator or 1))).backward()
         self._updated.append(self._in_backward.updated)
-        return torch.stack([loss_sum.detach().float(), self._in_backward.norm()]), total, divisor
+        value = loss_sum.detach().float()
+        return torch.stack([value, value, self._in_backward.norm()]), total, divisor
 
     def _pending(self, sent: _Sent[Batch]) -> PendingUpdate:
         if self.scaler is None:
@@ -180,10 +191,12 @@ class Updater:
         return PendingUpdate(lambda: update, sent.total, is_ready=True)
 
     def _read(self, sent: _Sent[Batch]) -> Update:
-        *values, raw_norm, stopped = sent.numbers.read()
+        *values, shared, raw_norm, stopped = sent.numbers.read()
         for batch, value in zip(sent.window, values, strict=True):
             if not math.isfinite(value):
                 raise self._failed(sent, f"the loss is {value}", sent.describe(batch))
+        if not math.isfinite(shared):
+            raise self._failed(sent, f"the loss of another process is {shared}", "in that process's message")
         norm = raw_norm / sent.divisor
         overflow = not math.isfinite(norm)
         if overflow and self.scaler is None:
@@ -195,7 +208,8 @@ class Updater:
             raise NonFiniteError(
                 f"step {sent.number + 1}: an earlier step was not finite, and nothing was updated since"
             )
-        return Update(sum(values) / sent.total, sent.total, norm, sent.rate, overflow)
+        loss = sum(values) if self.spread.num_data == 1 else shared
+        return Update(loss / sent.total, sent.total, norm, sent.rate, overflow)
 
     def _adapt_scale(self, overflow: bool) -> None:
         assert self.scaler is not None

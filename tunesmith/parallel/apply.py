@@ -1,0 +1,83 @@
+"""A recipe's strategy put into place: from settings and a model to a `Spread`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from tunesmith.errors import ParallelError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.lora import AdaptedLinear
+from tunesmith.parallel.data import Precision, Replicated, Sharded
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.spread import Alone, Spread
+from tunesmith.recipe.parallel import ParallelSection
+
+Resolved = Literal["ddp", "zero1", "zero2", "zero3"]
+
+
+def resolve_strategy(settings: ParallelSection, *, has_adapters: bool) -> Resolved:
+    """The strategy with auto decided: adapters are small, so that a base which fits is best held by every process."""
+    if settings.strategy != "auto":
+        return settings.strategy
+    if settings.offload == "cpu":
+        return "zero3"
+    return "ddp" if has_adapters else "zero3"
+
+
+def spread_out(
+    module: nn.Module, mesh: Mesh, settings: ParallelSection, compute_dtype: torch.dtype | None = None
+) -> Spread:
+    """Apply `settings` to a module whose weights are in place, on every process alike.
+
+    Args: compute_dtype: what sharded float32 weights are gathered in; None: as they are held.
+    Raises: ParallelError.
+    """
+    if mesh.size("dp") == 1:
+        return Alone(module)
+    adapters = [
+        p for child in module.modules() if isinstance(child, AdaptedLinear) for p in child.adapters.parameters()
+    ]
+    kind = resolve_strategy(settings, has_adapters=bool(adapters))
+    if kind == "ddp":
+        return Replicated(module, mesh, finds_unused=_may_leave_unused(module))
+    _refuse_what_can_not_shard(module)
+    precision = Precision(compute_dtype) if not adapters and compute_dtype is not None else None
+    offloads = settings.offload == "cpu"
+    return Sharded(
+        module, mesh, kind, blocks=blocks_of(module), replicated=adapters, precision=precision, offloads=offloads
+    )
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """What is sharded block by block: a decoder's blocks, else the longest list of modules; of others nothing."""
+    if isinstance(module, Decoder):
+        return list(module.blocks)
+    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    return list(max(lists, key=lambda found: len(found), default=nn.ModuleList()))
+
+
+def strategy_of(spread: Spread) -> str:
+    """What a spread is, for the run directory."""
+    if isinstance(spread, Sharded):
+        return spread.kind
+    return "ddp" if isinstance(spread, Replicated) else "none"
+
+
+def needs_launches(spread: Spread) -> bool:
+    """Whether blocks must be called one by one, because hooks gather their weights, and can't be recorded."""
+    return not isinstance(spread, Alone)
+
+
+def _may_leave_unused(module: nn.Module) -> bool:
+    """Whether a pass may not reach every trained parameter: experts that no token chose."""
+    config: Any = getattr(module, "config", None)
+    return isinstance(module, Decoder) and cast(Any, config).moe is not None
+
+
+def _refuse_what_can_not_shard(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise ParallelError(f"{name} has no dimension, so it can't be sharded: use parallel.strategy ddp")

@@ -1,0 +1,129 @@
+"""How a module's training is spread over processes: what the updater asks of any strategy, and the case of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels.grad_norm import global_norm
+
+Batch = TypeVar("Batch")
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a process holds of a trained tensor.
+
+    name: the logical name. local: the values. slices: [start, stop] of each dimension of the whole, of `shape`.
+    is_own: whether this process is the one to write it: of several that hold the same values, one is.
+    """
+
+    name: str
+    local: nn.Parameter
+    shape: tuple[int, ...]
+    slices: tuple[tuple[int, int], ...]
+    is_own: bool = True
+
+
+class Spread(Protocol):
+    """A strategy applied to a module. Gradients are summed over processes, never averaged."""
+
+    def pieces(self) -> list[Piece]:
+        """The trained parameters as they are held here: what the optimiser updates."""
+
+    def loss(self, function: Loss[Batch], batch: Batch) -> tuple[Tensor, int]:
+        """The loss of a batch, such that its backward pass may sum gradients over processes."""
+
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward pass of each micro-batch; gradients need be summed in the last one only."""
+
+    def collect(self) -> None:
+        """After the backward passes: every piece has its gradient, summed over the processes that see other data."""
+
+    def clear(self) -> None:
+        """Let the gradients go."""
+
+    def norm(self, pieces: Sequence[nn.Parameter]) -> Tensor:
+        """The 2-norm over the whole gradients, of which these hold parts: a float32 scalar, the same everywhere."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a float32 value over the processes that see other data; the device alone waits."""
+
+    def count(self, items: int) -> int:
+        """The sum of a number over the processes that see other data; the host waits."""
+
+    @property
+    def num_data(self) -> int:
+        """Processes that see other data."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the losses are."""
+
+
+class Alone:
+    """One process: nothing is spread."""
+
+    num_data = 1
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def pieces(self) -> list[Piece]:
+        """The trained parameters, whole."""
+        return whole_pieces(self.module.named_parameters())
+
+    def loss(self, function: Loss[Batch], batch: Batch) -> tuple[Tensor, int]:
+        """As it is."""
+        return function(self.module, batch)
+
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+    def collect(self) -> None:
+        """Nothing to do."""
+
+    def clear(self) -> None:
+        """Let the gradients go."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def norm(self, pieces: Sequence[nn.Parameter]) -> Tensor:
+        """The norm of what is here."""
+        return global_norm([piece.grad for piece in pieces if piece.grad is not None])
+
+    def total(self, value: Tensor) -> Tensor:
+        """As it is."""
+        return value
+
+    def count(self, items: int) -> int:
+        """As it is."""
+        return items
+
+    @property
+    def device(self) -> torch.device:
+        """That of the trained parameters."""
+        trained = (p.device for p in self.module.parameters() if p.requires_grad)
+        return next(trained, torch.device("cpu"))
+
+
+def whole_pieces(parameters: Iterable[tuple[str, nn.Parameter]], *, is_own: bool = True) -> list[Piece]:
+    """Trained parameters that a process holds whole."""
+    return [
+        Piece(name, parameter, tuple(parameter.shape), tuple((0, size) for size in parameter.shape), is_own)
+        for name, parameter in parameters
+        if parameter.requires_grad
+    ]
+
+
+def squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """The squared 2-norm over gradients, a float32 scalar on `device`; 0 of none."""
+    present = [gradient for gradient in gradients if gradient.numel()]
+    return global_norm(present).to(device).square() if present else torch.zeros((), device=device)
