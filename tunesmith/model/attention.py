@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tunesmith.arch import ModelConfig
 from tunesmith.model.attention_choice import choose, shape_of
+from tunesmith.model.checkpointing import goes_by_operators
+from tunesmith.model.cpu_attention import attend_held, fits_held
 from tunesmith.model.packed import BoundedPack, PackedTokens
 from tunesmith.model.uncompiled import import_uncompiled
 
@@ -77,7 +79,9 @@ class PackedAttention:
                 return self._attend_fastest(query_TNH, key_TKH, value_TKH, window)
             lengths = self.pack.lengths
             if query_TNH.device.type == "cpu" and (window is None or window >= lengths[0]) and len(set(lengths)) == 1:
-                return _attend_dense(query_TNH, key_TKH, value_TKH, lengths[0])
+                holds = fits_held(query_TNH, key_TKH, value_TKH, lengths[0]) and not goes_by_operators()
+                attend_even = attend_held if holds else _attend_dense
+                return attend_even(query_TNH, key_TKH, value_TKH, lengths[0])
             return _attend_each(query_TNH, key_TKH, value_TKH, lengths, window)
 
         return attend

@@ -5,8 +5,9 @@ Source: arXiv 1604.06174, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +31,29 @@ DEAR = {
     "aten::_flash_attention_forward",
     "torch_attn::_varlen_attn",
 }
+
+_by_operators: ContextVar[bool] = ContextVar("_by_operators", default=False)
+
+
+def goes_by_operators() -> bool:
+    """Whether selective checkpointing looks at every operator now: none may write over another one's output."""
+    return _by_operators.get()
+
+
+@contextmanager
+def _looking(context: AbstractContextManager[Any]) -> Iterator[None]:
+    token = _by_operators.set(True)
+    try:
+        with context:
+            yield
+    finally:
+        _by_operators.reset(token)
+
+
+def _selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the forward pass, and around its repetition."""
+    first, again = create_selective_checkpoint_contexts(_keep_dear)
+    return _looking(first), _looking(again)
 
 
 def _keep_dear(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -56,5 +80,4 @@ def run_checkpointed(
     spare_compiler(checkpoint)
     if kind == "block":
         return checkpoint(block, hidden_TD, *args, use_reentrant=False, preserve_rng_state=is_random)
-    contexts = partial(create_selective_checkpoint_contexts, _keep_dear)
-    return checkpoint(block, hidden_TD, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, hidden_TD, *args, use_reentrant=False, context_fn=_selective_contexts)

@@ -76,7 +76,7 @@ class Heads:
         """The gradients of qkv_TF and, where wanted, of the two weights, given those of query, key and value."""
         qkv, query_rstd, key_rstd = held
         if qkv is None or query_rstd is None or key_rstd is None:
-            g = torch.cat(grads, dim=1).flatten(1)
+            g = _joined(grads).flatten(1)
             if rope is not None:
                 rope_(self.rotated(g), *rope, inverse=True)
             return g, None, None
@@ -90,3 +90,19 @@ class Heads:
         dquery, dquery_weight = rms_norm_backward(grad_query, query, query_weight, query_rstd, None, weight_grads)
         dkey, dkey_weight = rms_norm_backward(grad_key, key, key_weight, key_rstd, None, weight_grads)
         return torch.cat((dquery, dkey, grads[2]), dim=1).flatten(1), dquery_weight, dkey_weight
+
+
+def _joined(parts: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """cat(parts, dim=1); the very memory, to be written over, where they are neighbours that fill their storage."""
+    first, size = parts[0], parts[0].untyped_storage().nbytes()
+    heads = sum(part.shape[1] for part in parts)
+    shape = (first.shape[0], heads, first.shape[2])
+    stride = (heads * first.shape[2], first.shape[2], 1)
+    offset = 0
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.stride() != stride or part.storage_offset() != offset:
+            return torch.cat(parts, dim=1)
+        offset += part.shape[1] * first.shape[2]
+    fills = size == shape[0] * stride[0] * first.element_size()
+    return first.as_strided(shape, stride) if fills else torch.cat(parts, dim=1)
