@@ -32,6 +32,10 @@ from tunesmith.model.layers import Linear
 from tunesmith.model.methods import quantise_model
 from tunesmith.model.quant import NF4Linear, quantise_blocks, quantised, set_compute
 from tunesmith.model.transformers_backend import TransformersModel
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.shard_linears import is_cut, load_part
+from tunesmith.parallel.tensor import share_linears
+from tunesmith.model.uncompiled import import_kernels
 from tunesmith.recipe.schema import ModelSection
 
 Quantize = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
@@ -93,10 +97,13 @@ def load_language_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> LanguageModel:
     """The model of a recipe, on the native decoder, or on transformers where the family is not known natively.
 
     The choice is announced by a warning, and recorded in the model's `backend`.
+    mesh: where its processes share tensors, each loads its part (adapters are cut afterwards, by
+    `parallel.tensor.shard_tensors`), and only the native decoder will do.
     """
     _check_choice("quantize", quantize, (None, *get_args(Quantize)))
     directory = resolve_model(model.path, model.revision)
@@ -111,10 +118,13 @@ def load_language_model(
             quantize=quantize,
             seed=seed,
             progress=progress,
+            mesh=mesh,
         )
     except UnsupportedModelError as reason:
         if model.backend == "native":
             raise
+        if mesh is not None and mesh.size("tp") > 1:
+            raise UnsupportedModelError(f"parallel.tensor is for the native decoder: set it to 1 ({reason})") from None
         if model.backend == "auto":
             _log.warning("%s: running it through the transformers backend", reason)
     foreign = TransformersModel.load(directory, device=device, dtype=dtype, weights=model.weights, seed=seed)
@@ -132,10 +142,12 @@ def load_decoder(
     quantize: Quantize | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """The native decoder of a model directory, its weights in `dtype` (None: the checkpoint's) on `device`.
 
     Random weights are normal(0, initializer_range), drawn on the device. `progress(done, total)` counts tensors.
+    mesh: its tensor-parallel processes hold a part each.
     Raises: ModelError for tensors that are missing, unexpected or of another shape; UnsupportedModelError for a family
     or a quantisation that the decoder does not have.
     """
@@ -147,7 +159,7 @@ def load_decoder(
         source = BnbWeights(BnbFiles(directory, device), config)
     else:
         source = CheckpointWeights(WeightFiles(directory, device), config)
-    return fill_decoder(config, source, dtype or source.dtype, device, quantize, progress)
+    return fill_decoder(config, source, dtype or source.dtype, device, quantize, progress, mesh)
 
 
 def fill_decoder(
@@ -157,8 +169,10 @@ def fill_decoder(
     device: torch.device | str,
     quantize: Quantize | None = None,
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoder:
-    """A decoder in `dtype` on `device`, filled from `source` one projection at a time."""
+    """A decoder in `dtype` on `device`, filled from `source` one projection at a time; of those of a mesh whose
+    processes share tensors, this process's part."""
     with torch.device("meta"):
         decoder = Decoder(config).to(dtype)
     wanted = list(tensor_names(decoder))
@@ -167,12 +181,21 @@ def fill_decoder(
         source.quantise(decoder, wanted, quantize)
     elif quantize is not None:
         quantise_blocks(decoder, quantize)
+    doubles = {path for path, child in decoder.named_modules() if isinstance(child, NF4Linear) and child.is_double}
+    if mesh is not None and mesh.size("tp") > 1:
+        share_linears(decoder, mesh)
     _give_storage(decoder, device)
     done = 0
     with source.reading_ahead(wanted):
+        if torch.device(device).type == "cuda":
+            import_kernels()  # while the first tensors come
         for (path, part), group in groupby(wanted, key=lambda item: (item.module, item.part)):
-            tensors = {item.kind: source.read(item) for item in group}
-            _put(decoder.get_submodule(path), part, tensors)
+            tensors: dict[Any, Any] = {item.kind: source.read(item) for item in group}
+            module = decoder.get_submodule(path)
+            if part is not None and is_cut(module):
+                load_part(module, part, tensors["weight"], tensors.get("bias"), path in doubles)
+            else:
+                _put(module, part, tensors)
             done += len(tensors)
             if progress is not None:
                 progress(done, len(wanted))

@@ -167,6 +167,8 @@ class AdaptedLinear(nn.Module):
     def _init_magnitudes(self) -> None:
         """The norms of the base's own rows, so that an adapter whose B is zero changes nothing."""
         norm = torch.linalg.vector_norm(dense_weight(self.base, torch.float32), dim=1)
+        cut = getattr(self.base, "cut", None)  # of a base that is a process's part; see parallel/shard_linears.py
+        norm = norm if cut is None else cut.whole_norms(norm)
         for part, adapter in self.adapters.items():
             if isinstance(adapter, Adapter) and adapter.magnitude is not None:
                 adapter.magnitude.copy_(norm[self.rows(part)])

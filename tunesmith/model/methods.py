@@ -195,7 +195,8 @@ def _linears_below(module: nn.Module, path: str, head: nn.Module | None) -> Iter
         if child is head or name in ROUTERS or isinstance(child, AdaptedLinear):
             continue
         if isinstance(child, Linear | NF4Linear | Fp8Linear):
-            yield Target(inner, module, name, child, child.parts, child.in_features)
+            whole = getattr(child, "cut", None) or child  # adapters are made whole, and cut as their base is
+            yield Target(inner, module, name, child, whole.parts, whole.in_features)
         elif type(child).__name__ in _FOREIGN and getattr(child, "weight", None) is not None:
             if name not in _read_directly(type(module)):  # type: ignore[arg-type]  # a class is hashable
                 yield _foreign(inner, module, name, child)

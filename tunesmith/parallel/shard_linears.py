@@ -12,25 +12,52 @@ A linear keeps its place, its kind and its parameters' names; only the sizes are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ParallelError
-from tunesmith.kernels.nf4 import BLOCK, NF4Weight, plain_scales
+from tunesmith.kernels.fp8 import quantize_fp8_weight
+from tunesmith.kernels.nf4 import BLOCK, NF4Weight, dequantize_nf4, plain_scales, quantize_nf4
 from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.layers import Linear
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.quant import NF4Linear
+from tunesmith.parallel.collectives import Team
 from tunesmith.parallel.placement import Range, Shard
 
 
-def shard_linear(linear: nn.Module, shard: Shard, path: str) -> None:
-    """Keep this process's part. Raises: ParallelError where that can't be cut."""
-    if isinstance(linear, AdaptedLinear):
-        _shard_adapters(linear, shard)
-        linear = linear.base
+@dataclass(frozen=True)
+class Cut:
+    """What a cut linear remembers of the whole: adapters are made for that, and cut afterwards."""
+
+    shard: Shard
+    team: Team
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The rows of every projection of the whole."""
+        return dict(self.shard.parts)
+
+    @property
+    def in_features(self) -> int:
+        """The columns of the whole."""
+        return self.shard.in_features
+
+    def whole_norms(self, norm_F: Tensor) -> Tensor:
+        """The norms of the rows of the whole, given those of what is held."""
+        if self.shard.kind == "columns":
+            return self.team.summed(norm_F.square()).sqrt()
+        whole = norm_F.new_zeros(sum(self.parts.values()))
+        held = [torch.arange(start, stop) for start, stop in self.shard.fused_rows()]
+        whole[torch.cat(held).to(whole.device)] = norm_F
+        return self.team.summed(whole)
+
+
+def shard_linear(linear: nn.Module, shard: Shard, team: Team, path: str) -> None:
+    """Keep this process's part; adapters are left as they are. Raises: ParallelError where that can't be cut."""
     if isinstance(linear, NF4Linear):
         _shard_nf4(linear, shard, path)
     elif isinstance(linear, Fp8Linear):
@@ -40,10 +67,15 @@ def shard_linear(linear: nn.Module, shard: Shard, path: str) -> None:
     else:
         raise ParallelError(f"{path} is a {type(linear).__name__}, which can't be shared: set parallel.tensor to 1")
     _shard_bias(linear, shard)
-    _resize(linear, shard)
+    linear.parts = shard.own_parts
+    linear.in_features, linear.out_features = shard.own_in_features, sum(shard.own_parts.values())
+    cast(Any, linear).cut = Cut(shard, team)
 
 
-def _shard_adapters(linear: AdaptedLinear, shard: Shard) -> None:
+def shard_adapters(linear: AdaptedLinear, shard: Shard, team: Team) -> None:
+    """Keep this process's part of whole adapters."""
+    if linear.is_dora and shard.kind == "columns":
+        linear.sum_squares = team.sum_
     for part in linear.adapters:
         adapter, rows = linear.adapter(part), shard.rows(part)
         _shrink(adapter.A, _cut(adapter.A, [(0, adapter.A.shape[0])], shard.columns))
@@ -123,13 +155,43 @@ def _shard_bias(linear: Linear | NF4Linear | Fp8Linear, shard: Shard) -> None:
     if shard.kind == "rows":
         _shrink(linear.bias, _rows(linear.bias, shard.fused_rows()))
     elif shard.index:
-        linear.bias.requires_grad_(False)
         linear.bias.data = torch.zeros_like(linear.bias)
 
 
-def _resize(linear: Linear | NF4Linear | Fp8Linear, shard: Shard) -> None:
-    linear.parts = shard.own_parts
-    linear.in_features, linear.out_features = shard.own_in_features, sum(shard.own_parts.values())
+def is_cut(module: nn.Module) -> bool:
+    """Whether a linear is a part of a whole."""
+    return getattr(module, "cut", None) is not None
+
+
+@torch.no_grad()
+def load_part(
+    linear: nn.Module,
+    part: str,
+    weight: Tensor | NF4Weight,
+    bias_F: Tensor | None,
+    double: bool,
+) -> None:
+    """Take over this process's part of one projection of the whole, quantised as the whole is; `linear` is cut.
+
+    Args: double: NF4: the scales are doubly quantised where the weight is whole.
+    """
+    shard: Shard = cast(Any, linear).cut.shard
+    assert isinstance(linear, Linear | NF4Linear | Fp8Linear)
+    rows = linear.rows(part)
+    if bias_F is not None and linear.bias is not None:
+        is_idle = shard.kind == "columns" and shard.index > 0
+        linear.bias[rows].copy_(torch.zeros_like(bias_F) if is_idle else _rows(bias_F, shard.rows(part)))
+    if isinstance(linear, NF4Linear):
+        held = weight if isinstance(weight, NF4Weight) else quantize_nf4(weight.to(linear.dtype), double)
+        linear.load_quantised(part, cut_nf4(held, shard.rows(part), shard.columns, part))
+        return
+    dense = dequantize_nf4(weight) if isinstance(weight, NF4Weight) else weight
+    if isinstance(linear, Fp8Linear):
+        quantised = quantize_fp8_weight(dense.to(linear.dtype))
+        linear.codes[rows].copy_(_cut(quantised.codes, shard.rows(part), shard.columns))
+        linear.scale[rows].copy_(_rows(quantised.scale, shard.rows(part)))
+    else:
+        linear.load_part(part, _cut(dense, shard.rows(part), shard.columns))
 
 
 def _shrink(parameter: nn.Parameter, part: Tensor) -> None:

@@ -28,7 +28,7 @@ from tunesmith.model.packed import PackedTokens, packed
 from tunesmith.parallel.collectives import Team, gather_rows, scatter_sum
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.placement import Placement, Shard, whole_placement
-from tunesmith.parallel.shard_linears import shard_linear
+from tunesmith.parallel.shard_linears import shard_adapters, shard_linear
 
 # Gradients from this size on are summed where they are; smaller ones share a message.
 _ALONE = 2**20
@@ -40,7 +40,9 @@ class SharedStream:
 
     team: Team
     shards: dict[str, Shard] = field(default_factory=dict)
-    idle: frozenset[str] = frozenset()
+    adapted: set[str] = field(default_factory=set)
+    """Paths of linears whose adapters are cut."""
+    idle: set[str] = field(default_factory=set)
     """Trained biases that another process holds."""
 
     def padded(self, pack: PackedTokens) -> PackedTokens:
@@ -67,32 +69,46 @@ class SharedStream:
 def shard_tensors(decoder: Decoder, mesh: Mesh) -> None:
     """Keep this process's part of every linear of the blocks, in place, and let the blocks exchange tokens.
 
-    Called with the method applied and before the optimiser is made; the weights are the same in all processes of
-    mesh.group("tp"). The blocks run in their eager form. Nothing happens where the mesh has one such process.
+    Called with the method applied and before the optimiser is made; what is whole is the same in all processes of
+    mesh.group("tp"). A decoder that was loaded in parts (`share_linears`) gets its adapters cut. The blocks run in
+    their eager form. Nothing happens where the mesh has one such process.
     Raises: ParallelError where heads or matrices can't be divided, or the adapters have dropout.
     """
-    count = mesh.size("tp")
-    if count == 1:
+    if mesh.size("tp") == 1:
         return
-    check_shareable(decoder, count)
-    team = Team(mesh.group("tp"), count, mesh.index("tp"))
-    shards, idle = {}, set()
+    stream = decoder.stream if isinstance(decoder.stream, SharedStream) else share_linears(decoder, mesh)
+    _refuse_dropout(decoder)
+    idle = set()
     for path, linear, kind in _block_linears(decoder):
-        module = cast(Any, linear)
-        shard = Shard(kind, team.index, count, dict(module.parts), int(module.in_features))
-        if kind == "columns" and team.index and module.bias is not None and module.bias.requires_grad:
+        module, shard = cast(Any, linear), stream.shards[path]
+        if isinstance(linear, AdaptedLinear):
+            if path not in stream.adapted:
+                shard_adapters(linear, shard, stream.team)
+                stream.adapted.add(path)
+        elif kind == "columns" and shard.index and module.bias is not None and module.bias.requires_grad:
+            module.bias.requires_grad_(False)
             idle.add(f"{path}.bias")
-        if kind == "columns" and isinstance(linear, AdaptedLinear) and linear.is_dora:
-            linear.sum_squares = team.sum_
-        shard_linear(linear, shard, path)
-        shards[path] = shard
-    stream = SharedStream(team, shards, frozenset(idle))
+    stream.idle |= idle
+
+
+def share_linears(decoder: Decoder, mesh: Mesh) -> SharedStream:
+    """`shard_tensors` before a method is applied, also on the meta device: linears without their adapters."""
+    count = mesh.size("tp")
+    check_shareable(decoder, count)
+    stream = SharedStream(Team(mesh.group("tp"), count, mesh.index("tp")))
+    for path, linear, kind in _block_linears(decoder):
+        base = linear.base if isinstance(linear, AdaptedLinear) else linear
+        known: Any = base
+        shard = Shard(kind, stream.team.index, count, dict(known.parts), int(known.in_features))
+        shard_linear(base, shard, stream.team, path)
+        stream.shards[path] = shard
     decoder.stream, decoder.is_fused, decoder.captured = stream, False, None
     for block in decoder.blocks:
         assert isinstance(block, Block)
         block.stream = stream
         block.attention.num_heads //= count
         block.attention.num_kv_heads //= count
+    return stream
 
 
 def check_shareable(decoder: Decoder, count: int) -> None:
@@ -110,6 +126,9 @@ def check_shareable(decoder: Decoder, count: int) -> None:
         raise ParallelError(
             f"parallel.tensor {count} does not divide the model's {' and '.join(bad)}: set it to one of {allowed}"
         )
+
+
+def _refuse_dropout(decoder: Decoder) -> None:
     if any(child.dropout for child in decoder.modules() if isinstance(child, AdaptedLinear)):
         raise ParallelError(
             "adapters with dropout can't be shared by processes, which would draw other masks than one: set "
