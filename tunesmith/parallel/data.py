@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.quant import NF4Linear
 from tunesmith.parallel.mesh import Mesh
-from tunesmith.parallel.spread import Batch, Loss, Piece, squared_norm, whole_pieces
+from tunesmith.parallel.spread import Batch, Loss, Piece, accumulate, squared_norm, whole_pieces
 
 Sharding = Literal["zero1", "zero2", "zero3"]
 
@@ -62,11 +62,11 @@ class Replicated:
         """The trained parameters, whole; the first process writes them."""
         return whole_pieces(self.module.named_parameters(), is_own=self.mesh.index("dp") == 0)
 
-    def loss(self, function: Loss[Batch], batch: Batch) -> tuple[Tensor, int]:
-        """Through DDP, which then waits for the gradients of this pass."""
-        return cast(tuple[Tensor, int], self._engine(function, batch))
+    def backward(self, function: Loss[Batch], window: Sequence[Batch], factor: float) -> tuple[list[Tensor], list[int]]:
+        """Through DDP, which sums the gradients during the last backward pass."""
+        return accumulate(lambda batch: self._engine(function, batch), window, factor, self._around)
 
-    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+    def _around(self, is_last: bool) -> AbstractContextManager[None]:
         """No sums before the last micro-batch."""
         return nullcontext() if is_last else cast(AbstractContextManager[None], self._engine.no_sync())
 
@@ -150,12 +150,12 @@ class Sharded:
         rows = (start, start + local.shape[0])
         return Piece(name, local, shape, (rows, *((0, size) for size in shape[1:])))
 
-    def loss(self, function: Loss[Batch], batch: Batch) -> tuple[Tensor, int]:
+    def backward(self, function: Loss[Batch], window: Sequence[Batch], factor: float) -> tuple[list[Tensor], list[int]]:
         """FSDP2's hooks are on the modules themselves."""
-        return function(self.module, batch)
+        return accumulate(lambda batch: function(self.module, batch), window, factor, self._around)
 
     @contextmanager
-    def accumulating(self, is_last: bool) -> Iterator[None]:
+    def _around(self, is_last: bool) -> Iterator[None]:
         """zero1 scatters gradients in the last micro-batch only."""
         module = cast(Any, self.module)
         if self.kind == "zero1":

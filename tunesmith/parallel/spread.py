@@ -37,11 +37,11 @@ class Spread(Protocol):
     def pieces(self) -> list[Piece]:
         """The trained parameters as they are held here: what the optimiser updates."""
 
-    def loss(self, function: Loss[Batch], batch: Batch) -> tuple[Tensor, int]:
-        """The loss of a batch, such that its backward pass may sum gradients over processes."""
+    def backward(self, function: Loss[Batch], window: Sequence[Batch], factor: float) -> tuple[list[Tensor], list[int]]:
+        """Forward and backward passes of this process's micro-batches, their losses times `factor`.
 
-    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward pass of each micro-batch; gradients need be summed in the last one only."""
+        Returns: the sum of the losses of each (detached, float32, not multiplied), and over how many items it is.
+        """
 
     def collect(self) -> None:
         """After the backward passes: every piece has its gradient, summed over the processes that see other data."""
@@ -79,13 +79,9 @@ class Alone:
         """The trained parameters, whole."""
         return whole_pieces(self.module.named_parameters())
 
-    def loss(self, function: Loss[Batch], batch: Batch) -> tuple[Tensor, int]:
-        """As it is."""
-        return function(self.module, batch)
-
-    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Nothing to do."""
-        return nullcontext()
+    def backward(self, function: Loss[Batch], window: Sequence[Batch], factor: float) -> tuple[list[Tensor], list[int]]:
+        """One micro-batch after the other."""
+        return accumulate(lambda batch: function(self.module, batch), window, factor)
 
     def collect(self) -> None:
         """Nothing to do."""
@@ -112,6 +108,23 @@ class Alone:
         """That of the trained parameters."""
         trained = (p.device for p in self.module.parameters() if p.requires_grad)
         return next(trained, torch.device("cpu"))
+
+
+def accumulate(
+    loss: Callable[[Batch], tuple[Tensor, int]],
+    window: Sequence[Batch],
+    factor: float,
+    around: Callable[[bool], AbstractContextManager[None]] = lambda is_last: nullcontext(),
+) -> tuple[list[Tensor], list[int]]:
+    """`Spread.backward` of micro-batches one after the other, each within `around(whether it is the last)`."""
+    losses, counts = [], []
+    for place, batch in enumerate(window, start=1):
+        with around(place == len(window)):
+            loss_sum, count = loss(batch)
+            (loss_sum * factor).backward()
+        losses.append(loss_sum.detach().float())
+        counts.append(count)
+    return losses, counts
 
 
 def whole_pieces(parameters: Iterable[tuple[str, nn.Parameter]], *, is_own: bool = True) -> list[Piece]:

@@ -150,13 +150,7 @@ class Updater:
     ) -> tuple[Tensor, int, float]:
         """Accumulate, then update. Returns the losses and the norm on the device, the items, the norm's divisor."""
         scale = self.scaler.scale if self.scaler is not None else 1.0
-        losses, counts = [], []
-        for place, batch in enumerate(window, start=1):
-            with self.spread.accumulating(place == len(window)):
-                loss_sum, count = self.spread.loss(loss, batch)
-                (loss_sum * (scale / (denominator or 1))).backward()
-            losses.append(loss_sum.detach().float())
-            counts.append(count)
+        losses, counts = self.spread.backward(loss, window, scale / (denominator or 1))
         self.spread.collect()
         total = _counted(number, self.spread.count(sum(counts)) if denominator is None else denominator)
         divisor = scale * (total if denominator is None else 1)
