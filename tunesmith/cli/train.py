@@ -39,13 +39,20 @@ def train(
         list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, such as train.learning_rate=1e-4")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="a run directory to go on with")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="the run directory to make, or to go on with where it is there already")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="run the cheap part of the certificate first")] = True,
 ) -> int:
     """Fine-tune or pre-train a model as a recipe says.
 
     Exit codes: 0 done, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
     """
-    recipe = _recipe(target, data or [], method, overrides or [], resume)
+    from tunesmith.rundir.layout import is_run
+
+    recipe = _recipe(target, data or [], method, overrides or [], _named_run(target, resume, run_dir))
+    if run_dir is not None and is_run(run_dir):
+        resume, run_dir = run_dir, None
     if recipe.data.train and recipe.data.format != "tokens":
         from tunesmith.text.tokenise import refuse_pairs
 
@@ -64,7 +71,7 @@ def train(
         with start_up.part("CUDA waited for"):
             cuda.wait()
     preflight = partial(_prepare, compiling, verify, start_up)
-    result = run_training(recipe, resume=resume, preflight=preflight, start_up=start_up)
+    result = run_training(recipe, resume=resume, run_dir=run_dir, preflight=preflight, start_up=start_up)
     console.emit(result.facts())
     return result.exit_code
 
@@ -83,12 +90,35 @@ def _import_all(verify: bool, *, has_cuda: bool) -> Callable[..., TrainResult]:
         if verify:
             from tunesmith.verify import certificate as _  # noqa: F401
         if has_cuda:
-            from tunesmith.verify.cuda_start import import_kernels
+            from tunesmith.model.uncompiled import import_kernels
 
             import_kernels()
     finally:
         gc.enable()
     return run_training
+
+
+def read_target(arguments: list[str]) -> tuple[Recipe, Path | None]:
+    """The recipe that a command line of this verb describes, and the run directory that it names.
+
+    Raises: RecipeError, RunDirError, and typer's mistakes of use.
+    """
+    context = typer.main.get_command(app).make_context("tunesmith train", list(arguments))
+    asked = context.params
+    named = _named_run(asked["target"], asked["resume"], asked["run_dir"])
+    recipe = _recipe(asked["target"], asked["data"] or [], asked["method"], asked["overrides"] or [], named)
+    return recipe, asked["resume"] or asked["run_dir"]
+
+
+def _named_run(target: str | None, resume: Path | None, run_dir: Path | None) -> Path | None:
+    """The run whose recipe is gone on with: --resume's, or --run-dir's where no recipe is named beside it."""
+    from tunesmith.rundir.layout import is_run
+
+    if resume is not None and run_dir is not None:
+        raise RecipeError("--resume and --run-dir both name a run directory: leave one out")
+    if target is None and run_dir is not None and is_run(run_dir):
+        return run_dir
+    return resume
 
 
 def _recipe(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
@@ -43,6 +45,27 @@ def import_uncompiled(name: str) -> ModuleType:
 
 def _as_it_is(function: Any) -> Any:
     return function
+
+
+def spare_operators() -> None:
+    """No operator written in Python that there is now (ours, and FlashAttention's) imports the compiler when called."""
+    from torch._library.custom_ops import OPDEFS
+
+    for operator in list(OPDEFS.values()):
+        spare_compiler(*getattr(operator, "_backend_fns", {}).values())
+
+
+def import_kernels() -> None:
+    """Import all that a first step on a GPU would: Triton, our kernels, FlashAttention; none with the compiler."""
+    from tunesmith import kernels
+
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        if module.name.endswith("_triton"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module.name)
+    with contextlib.suppress(ImportError):
+        import_uncompiled("torch.nn.attention.varlen")
+    spare_operators()
 
 
 def gradients(out: Tensor, inputs: Sequence[Tensor], grad_out: Tensor) -> tuple[Tensor | None, ...]:

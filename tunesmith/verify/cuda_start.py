@@ -6,11 +6,8 @@ torch takes up the context that it finds. This module imports nothing that takes
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
-import importlib
 import os
-import pkgutil
 import threading
 
 _AT_EXIT_S = 10.0
@@ -48,14 +45,3 @@ def _retain(cuda: ctypes.CDLL, index: int) -> None:
     device, context = ctypes.c_int(), ctypes.c_void_p()
     if cuda.cuInit(0) == 0 and cuda.cuDeviceGet(ctypes.byref(device), index) == 0:
         cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-
-
-def import_kernels() -> None:
-    """Import Triton and our kernels, which a first step would do: for a time that is spent waiting otherwise."""
-    package = importlib.import_module("tunesmith.kernels")
-    for module in pkgutil.iter_modules(package.__path__, "tunesmith.kernels."):
-        if module.name.endswith("_triton"):
-            with contextlib.suppress(ImportError):
-                importlib.import_module(module.name)
-    with contextlib.suppress(ImportError):
-        importlib.import_module("tunesmith.model.uncompiled").import_uncompiled("torch.nn.attention.varlen")

@@ -68,3 +68,20 @@ def test_modules_that_tell_the_compiler_come_without_it() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "False", "True", "True"]
+
+
+def test_operators_are_called_without_the_compiler() -> None:
+    """The first call of any of them imported it: more than a second of a GPU's first step."""
+    code = (
+        "import sys, torch; from tunesmith.model.uncompiled import import_kernels, spare_operators\n"
+        "@torch.library.custom_op('probe::double', mutates_args=())\n"
+        "def double(x: torch.Tensor) -> torch.Tensor:\n"
+        "    return x * 2\n"
+        "double.register_autograd(lambda ctx, grad: grad * 2)\n"
+        "import_kernels()\n"
+        "x = torch.ones(3, requires_grad=True)\n"
+        "double(x).sum().backward()\n"
+        "print(x.grad.tolist(), [name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[2.0, 2.0, 2.0] []"

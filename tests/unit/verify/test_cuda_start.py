@@ -68,7 +68,7 @@ def test_what_a_first_step_imports_has_no_compiler_in_it() -> None:
     pytest.importorskip("triton")
     code = (
         "import sys, tunesmith.train.run, tunesmith.verify.certificate\n"
-        "from tunesmith.verify.cuda_start import import_kernels\n"
+        "from tunesmith.model.uncompiled import import_kernels\n"
         "import_kernels()\n"
         "import torch\n"
         "from tunesmith.train.run import SLOW_IMPORTS\n"
