@@ -32,10 +32,10 @@ from tunesmith.model.layers import Linear
 from tunesmith.model.methods import quantise_model
 from tunesmith.model.quant import NF4Linear, quantise_blocks, quantised, set_compute
 from tunesmith.model.transformers_backend import TransformersModel
+from tunesmith.model.uncompiled import import_kernels
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.shard_linears import is_cut, load_part
 from tunesmith.parallel.tensor import share_linears
-from tunesmith.model.uncompiled import import_kernels
 from tunesmith.recipe.schema import ModelSection
 
 Quantize = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
