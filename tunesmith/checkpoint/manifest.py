@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,17 @@ def write_manifest(directory: Path, files: Mapping[str, FileSum]) -> None:
 def verify(path: Path, agreement: Agreement | None = None) -> frozenset[str]:
     """Check that every file of the state in `path` is what was written. Returns: their names.
 
-    Processes that all call it divide the files. Raises: CheckpointError naming the file, in all of them.
+    Processes that all call it divide the files. Raises: CheckpointError naming every bad file, in all of them.
     """
     agreement = agreement or Alone()
     try:
-        expected, problem = read_manifest(path), None
+        expected = read_manifest(path)
+        problems = _problems(path, _share(expected, agreement))
     except (CheckpointError, OSError) as error:
-        expected, problem = {}, str(error)
-    if problem is None:
-        problem = _first_problem(path, _share(expected, agreement))
-    for found in agreement.gather(problem):
-        if found is not None:
-            raise CheckpointError(found)
+        expected, problems = {}, [str(error)]
+    found = [problem for mine in agreement.gather(problems) for problem in mine]
+    if found:
+        raise CheckpointError("; ".join(dict.fromkeys(found)))
     return frozenset(expected)
 
 
@@ -95,10 +94,10 @@ def _size(file: FileSum) -> int:
     return file.num_bytes if isinstance(file.num_bytes, int) else 0
 
 
-def _first_problem(path: Path, expected: Mapping[str, FileSum]) -> str | None:
+def _problems(path: Path, expected: Mapping[str, FileSum]) -> list[str]:
     with ThreadPoolExecutor(THREADS, thread_name_prefix="verify") as pool:
-        found: Sequence[str | None] = list(pool.map(lambda item: _problem(path, *item), expected.items()))
-    return next((problem for problem in found if problem is not None), None)
+        found = pool.map(lambda item: _problem(path, *item), expected.items())
+        return [problem for problem in found if problem is not None]
 
 
 def _problem(path: Path, name: str, expected: FileSum) -> str | None:
