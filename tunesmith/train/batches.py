@@ -68,7 +68,13 @@ class MicroBatch:
         return replace(self, pack=pack, index=index, targets=targets)
 
     def without_tail(self) -> MicroBatch:
-        """The same without the fillers at its end: shapes need not be constant where nothing is compiled for them."""
+        """The same without the fillers at its end: shapes need not be constant where nothing is compiled for them.
+
+        Of a pack without documents one filler stays.
+        """
+        if not self.lengths:
+            least = self.pack.lengths[:1]
+            return replace(self, pack=packed(self.pack.tokens_T[: least[0]], least))
         real = sum(self.lengths)
         if self.pack.lengths[: len(self.lengths)] != self.lengths or real == self.pack.tokens_T.numel():
             return self  # padded slots have fillers between their documents, which keep their places

@@ -39,14 +39,21 @@ class DataOrder:
     """Steps to packs. Every epoch is planned anew from (seed, epoch); windows never cross its end."""
 
     def __init__(
-        self, lengths: NDArray[np.int64], data: DataSection, train: TrainSection, micro_batch_tokens: int
+        self,
+        lengths: NDArray[np.int64],
+        data: DataSection,
+        train: TrainSection,
+        micro_batch_tokens: int,
+        width: int | None = None,
     ) -> None:
+        """width: packs of a step, of all processes together; None: `train.accumulation`."""
         if len(lengths) == 0:
             raise DataError("the training data has no document: see data.train")
         self._lengths = lengths
         self._data = data
         self._train = train
         self._tokens = micro_batch_tokens
+        self._width = width or train.accumulation
         self._plan: tuple[int, list[tuple[int, ...]]] | None = None
         self._last_steps: list[int] = []  # the steps up to each epoch's end
         self.total_steps = train.max_steps or self._count_steps(self.epochs)
@@ -54,7 +61,7 @@ class DataOrder:
     @property
     def epochs(self) -> float:
         """Passes over the data."""
-        return auto_epochs(self._train, ceil_div(len(self._epoch(0)), self._train.accumulation))
+        return auto_epochs(self._train, ceil_div(len(self._epoch(0)), self._width))
 
     def window(self, step: int) -> Window:
         """The packs of step number `step`, counted from 0."""
@@ -62,7 +69,7 @@ class DataOrder:
             self._add_epoch(len(self._last_steps), 1.0)
         epoch = bisect_right(self._last_steps, step)
         first = self._last_steps[epoch - 1] if epoch else 0
-        plan, width = self._epoch(epoch), self._train.accumulation
+        plan, width = self._epoch(epoch), self._width
         start = (step - first) * width
         packs = tuple(plan[start : start + width])
         done = start + len(packs)
@@ -77,7 +84,7 @@ class DataOrder:
     def _add_epoch(self, epoch: int, share: float) -> None:
         packs = math.ceil(len(self._epoch(epoch)) * share)
         before = self._last_steps[-1] if self._last_steps else 0
-        self._last_steps.append(before + ceil_div(packs, self._train.accumulation))
+        self._last_steps.append(before + ceil_div(packs, self._width))
 
     def _epoch(self, epoch: int) -> list[tuple[int, ...]]:
         if self._plan is None or self._plan[0] != epoch:

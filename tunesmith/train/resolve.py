@@ -9,9 +9,11 @@ import torch
 from tunesmith.arch import read_config, read_raw_config
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.cost.memory import DTypeName, keeps_outer_blocks
-from tunesmith.errors import DeviceError, UnsupportedModelError
+from tunesmith.errors import DeviceError, RecipeError, UnsupportedModelError
 from tunesmith.hardware import pick_device, supports_bf16
 from tunesmith.kernels.fp8 import require_fp8
+from tunesmith.parallel.apply import resolve_strategy
+from tunesmith.parallel.mesh import mesh_shape
 from tunesmith.recipe.schema import MethodSection, Recipe, TrainSection
 from tunesmith.units import ceil_div
 
@@ -20,10 +22,11 @@ REFERENCE_RATE, REFERENCE_WIDTH = 2e-4, 2048
 LEAST_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
-def resolve_recipe(recipe: Recipe) -> Recipe:
+def resolve_recipe(recipe: Recipe, world_size: int = 1) -> Recipe:
     """`recipe` with device, precision, dtypes and micro_batch_tokens decided; a resolved recipe is returned as it is.
 
-    Raises: DeviceError when the device can't do what is asked.
+    world_size: the processes of the run; of several, the micro-batches of a step are decided too, and blocks are
+    launched one by one. Raises: DeviceError when the device can't do what is asked; RecipeError, ParallelError.
     """
     device = torch.device(pick_device(recipe.model.device))
     if recipe.method.uses_fp8:
@@ -33,7 +36,27 @@ def resolve_recipe(recipe: Recipe) -> Recipe:
     dtype = weight_dtype(recipe, train)
     model = recipe.model.model_copy(update={"device": str(device), "dtype": dtype})
     method = _resolve_method(recipe, cast(DTypeName, dtype))
-    return recipe.model_copy(update={"model": model, "method": method, "train": train})
+    resolved = recipe.model_copy(update={"model": model, "method": method, "train": train})
+    return resolved if world_size == 1 else _resolve_parallel(resolved, world_size)
+
+
+def _resolve_parallel(recipe: Recipe, world_size: int) -> Recipe:
+    """What several processes need decided, and what they can't do."""
+    train, parallel = recipe.train, recipe.parallel
+    if train.optimizer_in_backward:
+        raise RecipeError(
+            "train.optimizer_in_backward frees gradients before the processes could sum them: set it to false, and use "
+            "parallel.strategy zero3 to save memory"
+        )
+    _, data, _ = mesh_shape(parallel, world_size)
+    strategy = resolve_strategy(parallel, has_adapters=recipe.method.kind in ("lora", "qlora"))
+    settled = {"micro_batches": parallel.micro_batches or train.accumulation * data, "strategy": strategy}
+    return recipe.model_copy(
+        update={
+            "train": train.model_copy(update={"graphs": "off"}),
+            "parallel": parallel.model_copy(update=settled),
+        }
+    )
 
 
 def _resolve_method(recipe: Recipe, weight_dtype: DTypeName) -> MethodSection:

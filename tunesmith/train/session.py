@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,8 @@ from tunesmith.errors import CheckpointError, DataError, NonFiniteError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary
+from tunesmith.parallel.apply import spread_out
+from tunesmith.parallel.mesh import Mesh, Place
 from tunesmith.recipe.schema import Recipe, TrainSection
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer
@@ -34,10 +36,11 @@ from tunesmith.train.metrics import EvalMetrics, StepMetrics, step_metrics
 from tunesmith.train.order import DataOrder, Window
 from tunesmith.train.pending import Pending
 from tunesmith.train.prefetch import Prefetcher
-from tunesmith.train.resolve import resolve_recipe
+from tunesmith.train.resolve import DTYPES, resolve_recipe
 from tunesmith.train.session_data import DEFAULT_RANDOM_ROWS as DEFAULT_RANDOM_ROWS
 from tunesmith.train.session_data import SessionData as SessionData
 from tunesmith.train.session_data import check_positions, data_from_files, model_vocab_size, random_data
+from tunesmith.train.share import count_tokens, count_trained, own_packs, packs_of_a_step
 from tunesmith.train.speed import SpeedMeter
 from tunesmith.train.start import Beside, warm_device
 from tunesmith.train.states import capture_state, restore_state
@@ -48,15 +51,16 @@ from tunesmith.watch.start_up import StartUp
 
 @dataclass(frozen=True)
 class HostWindow:
-    """One step's micro-batches on the host."""
+    """One step's micro-batches of this process, on the host.
+
+    num_trained: the denominator of the loss, trained tokens of the whole window, of all processes; num_tokens: its
+    tokens, fillers left out.
+    """
 
     window: Window
     batches: tuple[MicroBatch, ...]
-
-    @property
-    def num_trained(self) -> int:
-        """The denominator of the loss: trained tokens of the whole window."""
-        return sum(batch.num_trained for batch in self.batches)
+    num_trained: int
+    num_tokens: int
 
 
 class Session:
@@ -69,6 +73,7 @@ class Session:
         data: SessionData,
         method_summary: MethodSummary,
         model_directory: Path,
+        mesh: Mesh | None = None,
     ) -> None:
         assert recipe.train.micro_batch_tokens is not None
         self.recipe = recipe
@@ -79,14 +84,17 @@ class Session:
         self.method_summary = method_summary
         self.model_directory = model_directory
         self.device = torch.device(recipe.model.device)
+        self.mesh = mesh or Mesh(Place(), self.device)
         self.micro_batch_tokens = recipe.train.micro_batch_tokens
-        self.order = DataOrder(data.train.lengths, recipe.data, recipe.train, self.micro_batch_tokens)
+        width = packs_of_a_step(recipe, self.mesh.size("dp"))
+        self.order = DataOrder(data.train.lengths, recipe.data, recipe.train, self.micro_batch_tokens, width)
         self.total_steps = self.order.total_steps
         if recipe.train.epochs is None:
             self.recipe = recipe.model_copy(
                 update={"train": recipe.train.model_copy(update={"epochs": self.order.epochs})}
             )
-        self.updater = Updater(self.module, recipe.train, self.total_steps)
+        self.spread = spread_out(self.module, self.mesh, recipe.parallel, DTYPES[recipe.train.precision])
+        self.updater = Updater(self.module, recipe.train, self.total_steps, self.spread)
         self.speed = SpeedMeter(model, recipe, self.device)
         self.step_number = 0
         self.tokens_seen = 0
@@ -134,16 +142,16 @@ class Session:
             self._promise_same_weights(False)
         timing = self.clock.stop()
         self.step_number += 1
-        tokens = sum(batch.num_tokens for batch in batches)
+        tokens = host.num_tokens
         self.tokens_seen += tokens
         self.epoch_position, self.epoch_ended = host.window.epoch_position, host.window.ends_epoch
         facts = {
             "step": self.step_number,
             "epoch": self.epoch_position,
             "tokens": tokens,
-            "samples": sum(len(batch.documents) for batch in batches),
+            "samples": sum(len(pack) for pack in host.window.packs),
             "tokens_seen": self.tokens_seen,
-            "micro_batches": len(batches),
+            "micro_batches": len(host.window.packs),
             "loss_scale": None if self.updater.scaler is None else self.updater.scaler.scale,
         }
         machine = self.speed.look(batches)
@@ -188,7 +196,7 @@ class Session:
             for batch in self._validation_batches(validation):
                 loss, count = language_model_loss(self.module, batch, self.recipe.train.loss_chunk_tokens)
                 total, trained, tokens = total + loss, trained + count, tokens + batch.num_tokens
-        return total, trained, tokens
+        return self.spread.total(total), self.spread.count(trained), self.spread.count(tokens)
 
     def _frees_graphs(self) -> bool:
         """Give the memory that CUDA graphs hold between the steps back; False where there are none."""
@@ -232,8 +240,17 @@ class Session:
 
     def host_window(self, step: int) -> HostWindow:
         """The data of step number `step` (from 0), on the host."""
-        window = self.order.window(step)
-        return HostWindow(window, tuple(self._build(self.data.train, pack) for pack in window.packs))
+        window, data, train = self.order.window(step), self.recipe.data, self.data.train
+        batches = tuple(self._build(train, pack) for pack in self._own(window.packs))
+        if self.mesh.size("dp") == 1:
+            trained = sum(batch.num_trained for batch in batches)
+            return HostWindow(window, batches, trained, sum(batch.num_tokens for batch in batches))
+        counts = count_trained(train, window.packs, data), count_tokens(train, window.packs, data)
+        return HostWindow(window, batches, *counts)
+
+    def _own(self, packs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """This process's of the packs of a step, or of a validation."""
+        return own_packs(packs, self.mesh.index("dp"), self.mesh.size("dp"))
 
     def _next_window(self) -> tuple[HostWindow, float]:
         if self._prefetcher is None:
@@ -259,7 +276,7 @@ class Session:
             max_length=data.max_length,
             shuffle=False,
         )
-        for documents in plan[: self.recipe.evaluation.max_batches]:
+        for documents in self._own(plan[: self.recipe.evaluation.max_batches]):
             yield self._build(dataset, documents).to(self.device)
 
     @contextmanager
@@ -291,15 +308,22 @@ def trained_weights(model: LanguageModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_session(recipe: Recipe, *, progress: Progress | None = None, start_up: StartUp | None = None) -> Session:
+def build_session(
+    recipe: Recipe,
+    *,
+    progress: Progress | None = None,
+    start_up: StartUp | None = None,
+    mesh: Mesh | None = None,
+) -> Session:
     """The session of a recipe: its autos resolved into a new recipe, model and data loaded, method applied.
 
     Files of data are read and tokenised in a thread while the weights are loaded. `start_up` gets the seconds.
+    mesh: the processes of the run, of which every one calls this; None: there is this one.
     Raises: RecipeError, ModelError, DataError, DeviceError.
     """
     watch = StartUp() if start_up is None else start_up
     prepare_allocator(recipe.model.device)
-    resolved = resolve_recipe(recipe)
+    resolved = resolve_recipe(recipe, 1 if mesh is None else mesh.world_size)
     _set_determinism(resolved)
     directory = resolve_model(resolved.model.path, resolved.model.revision)
     with (
@@ -312,9 +336,9 @@ def build_session(recipe: Recipe, *, progress: Progress | None = None, start_up:
         with watch.part("libraries waited for"):
             warmed.take()
     check_positions(model, resolved.data)
-    randomness.seed_everything(resolved.train.seed)
+    randomness.seed_everything(resolved.train.seed + (0 if mesh is None else mesh.index("dp")))
     with watch.part("optimiser"):
-        return Session(resolved, model, data, summary, directory)
+        return Session(resolved, model, data, summary, directory, mesh)
 
 
 def _warm(recipe: Recipe, watch: StartUp, is_wanted: Callable[[], None]) -> None:
