@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tunesmith import __version__
@@ -26,6 +26,7 @@ VERBS = {
     "recipe": ("tunesmith.cli.recipe", "write, show and explain recipes: files that say what to train, and how"),
     "data": ("tunesmith.cli.data", "look at your data as training will see it"),
     "train": ("tunesmith.cli.train", "fine-tune a model on your data, or train one from scratch"),
+    "launch": ("tunesmith.cli.launch", "train on several GPUs or machines: here, under mpirun, or as a SLURM job"),
     "eval": ("tunesmith.cli.eval", "how good is a model: right answers to questions, surprise at a text"),
     "chat": ("tunesmith.cli.chat", "talk to a model, or to what came out of a training run"),
     "verify": ("tunesmith.cli.verify", "check that training by a recipe is correct on this machine"),
@@ -50,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 
-def run(argv: list[str]) -> int:
-    """Run one command line. Returns the exit code; nothing escapes but SystemExit of a verb."""
+def run(argv: list[str], on_error: Callable[[BaseException], None] = lambda _: None) -> int:
+    """Run one command line. Returns the exit code; nothing escapes but SystemExit of a verb.
+
+    Args: on_error: is told what is turned into a line and an exit code.
+    """
     arguments, flags = _split_global_flags(argv)
     console.mode.debug, console.mode.json = "--debug" in flags, "--json" in flags
     try:
@@ -65,6 +69,7 @@ def run(argv: list[str]) -> int:
         _say(f"interrupted: {stop}")
         return stop.exit_code
     except Exception as error:
+        on_error(error)
         return _explain(error)
 
 
@@ -127,7 +132,7 @@ def _explain(error: Exception) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, TunesmithError):
-        return _fail(str(error), 2 if isinstance(error, ValueError) else 1)
+        return _fail(str(error), getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1))
     if type(error).__name__ == "Abort":  # typer's, when a prompt is left with Ctrl-C or Ctrl-D
         _say("interrupted")
         return INTERRUPTED

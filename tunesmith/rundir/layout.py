@@ -34,6 +34,8 @@ SCHEMA_VERSION = 1
 Kind = Literal["train", "bench", "eval", "profile"]
 Status = Literal["running", "finished", "failed", "interrupted"]
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
+_CLAIMED = ".claimed"
+"""In a folder that a launcher holds for a run: what lies there without a run.json is of a start that was killed."""
 MIGRATIONS: Mapping[int, Migration] = {}
 """From each older version of run.json, the function that makes it one version newer."""
 
@@ -142,7 +144,7 @@ def create_run(recipe: SavedRecipe, *, kind: Kind = "train", path: Path | None =
     """A new run directory with run.json, the recipe and the environment in it.
 
     Args: path: the directory; None: `<recipe.output>/<recipe.name>-<time>`, unique even when several start at once.
-    Raises: RunDirError when `path` exists and is not empty.
+    Raises: RunDirError when `path` exists and is not empty, unless `claim_run` has claimed it.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -150,10 +152,31 @@ def create_run(recipe: SavedRecipe, *, kind: Kind = "train", path: Path | None =
     write_text_atomic(run.recipe, recipe.to_yaml())
     write_json_atomic(run.environment, environment_fingerprint())
     write_json_atomic(run.run, _new_info(recipe.name, kind))
+    (run.path / _CLAIMED).unlink(missing_ok=True)
     return run
 
 
 create = create_run
+
+
+def new_run_path(output: str, name: str) -> Path:
+    """Where a run that starts now would lie; nothing is made."""
+    return _stem(Path(output), name)
+
+
+def claim_run(output: str, name: str, path: Path | None = None) -> Path:
+    """A folder for a run that other processes will make: they share it, and may begin again after being killed.
+
+    Args: path: the folder, which may hold a run already, or have been claimed; None: as `create_run` names it.
+    Raises: RunDirError when `path` holds anything else.
+    """
+    if path is None:
+        path = _claim_unique(Path(output), name)
+    elif not is_run(path):
+        _claim(path)
+    if not is_run(path):
+        (path / _CLAIMED).touch()
+    return path
 
 
 def open_run(path: Path | str) -> RunDir:
@@ -233,7 +256,7 @@ def migrate(raw: Any, newest: int, migrations: Mapping[int, Migration], path: Pa
 
 def _claim(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()):
+    if any(path.iterdir()) and not ((path / _CLAIMED).exists() and not is_run(path)):
         raise RunDirError(f"{path} exists and is not empty: name another folder, or resume it")
     return path
 
@@ -241,16 +264,19 @@ def _claim(path: Path) -> Path:
 def _claim_unique(folder: Path, name: str) -> Path:
     """A directory that no other process has: mkdir is what decides."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name.strip().replace(' ', '-')}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    attempt = 1
+    first, attempt = _stem(folder, name), 1
     while True:
-        path = folder / (stem if attempt == 1 else f"{stem}-{attempt}")
+        path = first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")
         try:
             path.mkdir()
         except FileExistsError:
             attempt += 1
         else:
             return path
+
+
+def _stem(folder: Path, name: str) -> Path:
+    return folder / f"{name.strip().replace(' ', '-')}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def _now() -> str:

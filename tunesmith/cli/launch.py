@@ -1,0 +1,160 @@
+"""`tunesmith launch [OPTIONS] train RECIPE.yaml ...`: the same command as several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli import console
+from tunesmith.errors import ParallelError, nearest
+
+if TYPE_CHECKING:
+    from tunesmith.launch.plan import Plan
+    from tunesmith.recipe.schema import Recipe
+
+app = typer.Typer(add_completion=False)
+LAUNCHABLE = ("train",)
+_PASS = {"allow_interspersed_args": False, "ignore_unknown_options": False}
+
+
+@app.command(context_settings=_PASS)
+def launch(
+    command: Annotated[
+        list[str], typer.Argument(metavar="train RECIPE ... | SCRIPT.py ...", help="what every process runs")
+    ],
+    nproc: Annotated[str, typer.Option(help="processes on each machine; auto: one for each GPU")] = "auto",
+    cpu: Annotated[bool, typer.Option("--cpu", help="use no GPU")] = False,
+    nnodes: Annotated[str, typer.Option(help="machines: a number, or least:most")] = "1",
+    rdzv: Annotated[str | None, typer.Option(help="HOST:PORT where several machines meet: one of them")] = None,
+    rdzv_id: Annotated[str, typer.Option(help="a name that tells this launch from others there")] = "tunesmith",
+    max_restarts: Annotated[int, typer.Option(min=0, help="how often the group may be started again")] = 3,
+    run_dir: Annotated[Path | None, typer.Option(help="the run directory: made, or gone on with")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be run, and run nothing")] = False,
+) -> int:
+    """Run `tunesmith train ...` (or a Python script) as several processes, and start them again when one dies.
+
+    Exit codes: 0 done, 130 and 143 stopped by Ctrl-C or SIGTERM after saving, 1 and 2 as the process that failed.
+    """
+    from tunesmith.launch.plan import check_endpoint, parse_nodes
+
+    nodes = parse_nodes(nnodes)
+    target = Target(command, run_dir, cpu=cpu)
+    if nodes != (1, 1) and not target.is_named:
+        raise ParallelError("machines share one run directory: name it with --run-dir, the same on each")
+    plan = _local_plan(target, nproc, cpu, max_restarts, nodes, check_endpoint(rdzv, nodes), rdzv_id, make=not dry_run)
+    if dry_run:
+        return _show(plan)
+    from tunesmith.launch.agent import run_here
+
+    for note in plan.notes:
+        console.err.print(note, markup=False)
+    where = f"run directory {plan.run_dir}, logs of all ranks in {plan.logs}"
+    console.err.print(f"{plan.nproc} processes; {where}", markup=False)
+    return run_here(plan, _say)
+
+
+class Target:
+    """What is launched, and the run directory that all its processes and restarts share.
+
+    Raises: ParallelError for what can't be launched; RecipeError, before any process is started.
+    """
+
+    def __init__(self, command: list[str], run_dir: Path | None, *, cpu: bool) -> None:
+        from tunesmith.cli.rank import is_script
+
+        self.is_script = is_script(command[0])
+        if not self.is_script and command[0] not in LAUNCHABLE:
+            near = nearest(command[0], LAUNCHABLE)
+            raise ParallelError(f"launch runs train RECIPE ... or SCRIPT.py ..., not '{command[0]}'{near}")
+        self.command, self._run_dir = list(command), run_dir
+        self.recipe: Recipe | None = None
+        self.is_named = run_dir is not None
+        if self.is_script:
+            self._check_script()
+        else:
+            self._read_train(cpu)
+
+    def _check_script(self) -> None:
+        if not Path(self.command[0]).is_file():
+            raise ParallelError(f"there is no script {self.command[0]}")
+
+    def _read_train(self, cpu: bool) -> None:
+        """The recipe and, where it is named, the run directory of `train ...`."""
+        from tunesmith.cli.train import read_target
+
+        if cpu:
+            self.command += ["--set", "model.device=cpu"]
+        if self._run_dir is not None:
+            self.command += ["--run-dir", str(self._run_dir)]
+        self.recipe, named = read_target(self.command[1:])
+        if named is not None:
+            self._run_dir, self.is_named = named, True
+
+    def claim(self, *, make: bool) -> Path:
+        """The run directory; from here on the command names it. Args: make: whether the folder is made."""
+        from tunesmith.rundir.layout import claim_run, new_run_path
+
+        recipe = self.recipe
+        output, name = ("runs", Path(self.command[0]).stem) if recipe is None else (recipe.output, recipe.name)
+        path = claim_run(output, name, self._run_dir) if make else self._run_dir or new_run_path(output, name)
+        if self._run_dir is None and not self.is_script:
+            self.command += ["--run-dir", str(path)]
+        self._run_dir = path
+        return path
+
+    def arguments(self) -> list[str]:
+        """What every process is told."""
+        flags = ["--debug"] if console.is_debug() else []
+        flags += ["--json"] if console.is_json() else []
+        return self.command if self.is_script else [self.command[0], *flags, *self.command[1:]]
+
+
+def _local_plan(
+    target: Target,
+    nproc: str,
+    cpu: bool,
+    max_restarts: int,
+    nodes: tuple[int, int],
+    rendezvous: str | None,
+    rendezvous_id: str,
+    *,
+    make: bool,
+) -> Plan:
+    from tunesmith.launch import cards
+    from tunesmith.launch.plan import LOGS, Plan, count_processes, environment_for, rank_command
+
+    cpu = cpu or (target.recipe is not None and target.recipe.model.device == "cpu")
+    library = None if cpu else cards.driver()
+    count, note = count_processes(nproc, cpu=cpu, gpus=cards.gpu_count(library))
+    environment, notes = environment_for(count, cpu=cpu, library=library)
+    run_dir = target.claim(make=make)
+    return Plan(
+        command=rank_command(target.arguments(), run_dir / LOGS),
+        run_dir=run_dir,
+        nproc=count,
+        nodes=nodes,
+        rendezvous=rendezvous,
+        rendezvous_id=rendezvous_id,
+        max_restarts=max_restarts,
+        environment=environment,
+        notes=tuple(line for line in (note, *notes) if line is not None),
+    )
+
+
+def _show(plan: Plan) -> int:
+    """Print what a launch would run, as a command of torch's own launcher."""
+    from tunesmith.launch.plan import shell_line
+
+    for note in plan.notes:
+        console.err.print(note, markup=False)
+    line = shell_line(plan.torchrun(), plan.environment)
+    if not console.is_json():
+        console.out.print(line, markup=False)
+    console.emit({"command": plan.torchrun(), "environment": dict(plan.environment), "run_dir": plan.run_dir})
+    return 0
+
+
+def _say(line: str) -> None:
+    console.err.print(f"tunesmith: {line}", markup=False)

@@ -1,0 +1,68 @@
+"""One process of a launch: `python -m tunesmith.cli.rank LOGS ARGUMENTS...`, started by `tunesmith launch`, not by hand.
+
+ARGUMENTS are a verb of tunesmith and what follows it, or a Python script and what follows it. The output goes to
+LOGS/rank-N.log (rank 0's to the screen too), and how it ended to LOGS/rank-N.end.json.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from tunesmith.cli import main
+from tunesmith.launch.causes import ending_path, write_ending
+from tunesmith.launch.output import die_with_parent, send_to_log
+
+
+def run_rank(logs: Path, arguments: list[str]) -> int:
+    """Run the verb or the script as one rank. Returns its exit code; nothing escapes."""
+    die_with_parent()
+    rank = _rank()
+    send_to_log(logs, rank)
+    faulthandler.enable()
+    seen: list[BaseException] = []
+    try:
+        code = run_script(arguments, seen) if is_script(arguments[0]) else main.run(arguments, seen.append)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    if code != 0:
+        write_ending(ending_path(logs, rank), rank, code, seen[-1] if seen else None)
+    return code
+
+
+def is_script(word: str) -> bool:
+    """Whether what is launched is a Python script rather than a verb."""
+    return word.endswith(".py")
+
+
+def run_script(arguments: list[str], seen: list[BaseException]) -> int:
+    """Run a script as `python SCRIPT ...` would. Returns its exit code; what it raised is added to `seen`."""
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).resolve().parent)
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit:
+        raise
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exception(error)
+        seen.append(error)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 0
+
+
+def _rank() -> int:
+    """The rank by the launcher's environment; 0 alone. The mesh reads it again, and checks it."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+
+
+if __name__ == "__main__":
+    code = run_rank(Path(sys.argv[1]), sys.argv[2:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
