@@ -8,6 +8,7 @@ saving its state is let finish.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -44,6 +45,7 @@ def run_here(plan: Plan, say: Say) -> int:
     Raises: ParallelError naming the rank that failed and how, when it is not to be tried again.
     """
     plan.logs.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says, the verdict says shorter
     folder = tempfile.mkdtemp(prefix="tunesmith-launch-")
     handler = rendezvous_registry.get_rendezvous_handler(_meeting(plan))
     try:
@@ -176,8 +178,13 @@ def _meeting(plan: Plan) -> RendezvousParameters:
 
 @contextlib.contextmanager
 def _environment(plan: Plan) -> Iterator[None]:
-    """The plan's variables while the processes run: they inherit this process's environment."""
-    wanted = {**plan.environment, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT"}
+    """The plan's variables while the processes run: they inherit this process's environment.
+
+    Rank 0 of each try has a store of its own: in the agent's, which torch would have them share, a restarted group
+    finds the addresses of the one before, and waits for dead processes (torch 2.13).
+    """
+    own = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGQUIT", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    wanted = {**plan.environment, **own}
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:
