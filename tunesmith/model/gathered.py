@@ -11,12 +11,14 @@ from torch import nn
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Within this context the weights of a module that FSDP2 shards are whole; all its processes must enter it.
+    """Within this context the weights of a module that FSDP2 or DeepSpeed's ZeRO-3 shards are whole; all its processes
+    must enter it.
 
     Others are left as they are. A forward pass gathers by itself; this is for what reads weights outside of one.
     """
     if not hasattr(module, "unshard"):
-        yield
+        with _gathered_by_deepspeed(module):
+            yield
         return
     sharded = cast(Any, module)
     sharded.unshard()
@@ -24,3 +26,18 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         sharded.reshard()
+
+
+@contextmanager
+def _gathered_by_deepspeed(module: nn.Module) -> Iterator[None]:
+    """By the methods that ZeRO-3 gives its parameters; those that are whole already stay so."""
+    status = ((cast(Any, p), getattr(p, "ds_status", None)) for p in module.parameters())
+    sharded = [parameter for parameter, state in status if state is not None and state.name == "NOT_AVAILABLE"]
+    if not sharded:
+        yield
+        return
+    sharded[0].all_gather(sharded)
+    try:
+        yield
+    finally:
+        sharded[0].partition(sharded)

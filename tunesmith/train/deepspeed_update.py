@@ -1,0 +1,150 @@
+"""One optimiser step of any module under DeepSpeed: what `update.Updater` is for the native engine, with its face."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.errors import NonFiniteError
+from tunesmith.model.lora import AdaptedLinear
+from tunesmith.parallel.deepspeed_config import ZeroConfig, make_config
+from tunesmith.parallel.deepspeed_conflicts import RunFacts
+from tunesmith.parallel.deepspeed_engine import ZeroEngine, ZeroStep
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.recipe.parallel import ParallelSection
+from tunesmith.recipe.schema import TrainSection
+from tunesmith.train.optimizers import parameter_groups
+from tunesmith.train.schedules import learning_rate, peak_learning_rate, warmup_steps
+from tunesmith.train.update import Batch, LossFunction, PendingUpdate, Update
+
+
+class _Scale:
+    """DeepSpeed's loss scale, as it is now."""
+
+    def __init__(self, engine: ZeroEngine) -> None:
+        self._engine = engine
+
+    @property
+    def scale(self) -> float:
+        """What losses are multiplied by."""
+        return self._engine.loss_scale or 1.0
+
+
+class DeepSpeedUpdater:
+    """DeepSpeed's engine, our schedule, our errors.
+
+    `engine` is also what a session evaluates through (`engine.loss`), and sums over processes with. DeepSpeed reads the
+    gradients' norm on the host in every step, so a step is over when `submit` returns.
+    """
+
+    def __init__(self, module: nn.Module, settings: TrainSection, total_steps: int, config: ZeroConfig, mesh: Mesh):
+        self.module, self.settings, self.total_steps = module, settings, total_steps
+        groups = parameter_groups(module.named_parameters(), settings.weight_decay)
+        self.engine = ZeroEngine(module, config, groups, _options(settings), mesh)
+        self.scaler = _Scale(self.engine) if self.engine.loss_scale is not None else None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser that DeepSpeed drives."""
+        return self.engine.optimizer
+
+    def step(
+        self,
+        number: int,
+        window: Sequence[Batch],
+        loss: LossFunction[Batch],
+        *,
+        denominator: int | None,
+        describe: Callable[[Batch], str],
+    ) -> Update:
+        """`submit`, read."""
+        return self.submit(number, window, loss, denominator=denominator, describe=describe).read()
+
+    def submit(
+        self,
+        number: int,
+        window: Sequence[Batch],
+        loss: LossFunction[Batch],
+        *,
+        denominator: int | None,
+        describe: Callable[[Batch], str],
+    ) -> PendingUpdate:
+        """Update number `number` (from 0) on the batches of `window`; every process has as many.
+
+        Args: denominator: items counted in the windows of all processes; None: found on the way. describe: names a
+        batch. Raises: NonFiniteError when no item is counted. Reading raises: NonFiniteError, on every process, when a
+        loss or a gradient of any of them is NaN or Inf; nothing was updated then.
+        """
+        if denominator == 0:
+            raise NonFiniteError(f"step {number + 1}: no item of the batch is counted in the loss")
+        rate = learning_rate(self.settings, number, self.total_steps)
+        done = self.engine.step(window, loss, rate, denominator)
+        if done.count == 0:
+            raise NonFiniteError(f"step {number + 1}: no item of the batch is counted in the loss")
+        names = [describe(batch) for batch in window]
+        return PendingUpdate(lambda: self._read(number, done, rate, names), done.count, is_ready=True)
+
+    def forget_failure(self) -> None:
+        """Nothing to do: a step that is not finite leaves nothing behind."""
+
+    def close(self) -> None:
+        """Let DeepSpeed go."""
+        self.engine.close()
+
+    def _read(self, number: int, done: ZeroStep, rate: float, names: list[str]) -> Update:
+        for name, value in zip(names, done.losses, strict=True):
+            if not math.isfinite(value):
+                raise _failed(number, f"the loss is {value}", name)
+        if not math.isfinite(done.loss_sum):
+            raise _failed(number, f"the loss of another process is {done.loss_sum}", "in that process's message")
+        if not done.is_finite and self.scaler is None:
+            raise _failed(number, "the gradient norm is NaN or infinite", "; ".join(names))
+        return Update(done.loss_sum / done.count, done.count, done.grad_norm, rate, not done.is_finite)
+
+
+def deepspeed_config(
+    parallel: ParallelSection,
+    train: TrainSection,
+    module: nn.Module,
+    total_steps: int,
+    mesh: Mesh,
+    *,
+    micro_batches: int,
+    sequences: int | None = None,
+    hidden_size: int | None = None,
+) -> ZeroConfig:
+    """DeepSpeed's configuration for a resolved recipe.
+
+    Args: micro_batches: of a step, of each process. sequences: of data.max_length that a micro-batch holds;
+    hidden_size: the model's width (both None for a module that is no language model). Raises: RecipeError.
+    """
+    facts = RunFacts(
+        world_size=mesh.world_size,
+        micro_batches=micro_batches,
+        learning_rate=peak_learning_rate(train),
+        total_steps=total_steps,
+        warmup_steps=warmup_steps(train, total_steps),
+        sequences=sequences,
+        hidden_size=hidden_size,
+        has_adapters=any(isinstance(child, AdaptedLinear) for child in module.modules()),
+        is_cuda=mesh.device.type == "cuda",
+    )
+    return make_config(parallel, train, facts)
+
+
+def _options(settings: TrainSection) -> dict[str, Any]:
+    rate = {"lr": peak_learning_rate(settings)}
+    if settings.optimizer == "sgd":
+        return rate
+    return {**rate, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+
+
+def _failed(number: int, what: str, batch: str) -> NonFiniteError:
+    return NonFiniteError(
+        f"step {number + 1}: {what}; nothing was updated. Batch: {batch}. Lower train.learning_rate, look at these "
+        f"rows, or set train.detect_anomaly: true"
+    )
