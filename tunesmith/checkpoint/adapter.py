@@ -55,19 +55,33 @@ def save_adapter(
     no folder; random_seed: the base's weights were drawn with this seed, so that no checkpoint is the base.
     Raises: AdapterError when the model has no adapter.
     """
+    config, metadata = describe_adapter(model, base_path, base_directory, revision, random_seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in adapter_tensors(model).items()}
+    write_bytes_atomic(directory / WEIGHTS, save(tensors, metadata=metadata))
+    write_json_atomic(directory / CONFIG, config)
+
+
+def describe_adapter(
+    model: LanguageModel,
+    base_path: str | Path,
+    base_directory: Path | None = None,
+    revision: str | None = None,
+    random_seed: int | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What `save_adapter` writes besides tensors: adapter_config.json, and the weights' metadata.
+
+    Of a model on the meta device too. Raises: AdapterError when the model has no adapter.
+    """
     linears = adapted_linears(model)
     if not linears:
         raise AdapterError("the model has no adapter to save: method.kind must be lora or qlora")
-    directory.mkdir(parents=True, exist_ok=True)
     options = {hf_name(model, path, part): a.options for path, part, a in _adapters(linears)}
     names = [*options, *(hf_name(model, t.path, part) for t in block_linears(model) for part in t.parts)]
     names += [hf_name(model, path, part) for path, linear in linears.items() for part in linear.parts]
     config = build_adapter_config(options, names, str(base_path), _is_transposed(model), revision)
     base = base_directory or Path(base_path)
-    record = BaseRecord(_identity(base, random_seed), *_quantisation(linears))
-    tensors = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in adapter_tensors(model).items()}
-    write_bytes_atomic(directory / WEIGHTS, save(tensors, metadata=_metadata(record)))
-    write_json_atomic(directory / CONFIG, config)
+    return config, _metadata(BaseRecord(_identity(base, random_seed), *_quantisation(linears)))
 
 
 def load_adapter(

@@ -46,13 +46,13 @@ def save_decoder(
     Every file appears whole or not at all; at most one shard is held in memory.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    plan = _plan_shards(decoder, dtype, max_shard_bytes)
+    plan = plan_shards(decoder, dtype or decoder.embedding.weight.dtype, max_shard_bytes)
     tensors = tensors_of(decoder)
     for index, names in enumerate(plan):
         shard = {name: _on_host(tensor, dtype) for name, tensor in (next(tensors) for _ in names)}
         save_shard(shard, directory / shard_name(index, len(plan)))
     if len(plan) > 1:
-        _write_index(directory, decoder, plan, dtype)
+        write_index(directory, decoder, plan, dtype or decoder.embedding.weight.dtype)
     write_json_atomic(directory / "config.json", saved_config(decoder, dtype))
     _forget_others(directory, {shard_name(index, len(plan)) for index in range(len(plan))})
 
@@ -65,12 +65,12 @@ def saved_config(decoder: Decoder, dtype: torch.dtype | None = None) -> dict[str
     return raw
 
 
-def _plan_shards(decoder: Decoder, dtype: torch.dtype | None, max_shard_bytes: int) -> list[list[str]]:
+def plan_shards(decoder: Decoder, dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:
     """The tensor names of each shard, in order."""
     plan: list[list[str]] = [[]]
     used = 0
     for item in tensor_names(decoder):
-        size = _num_bytes(item.shape, dtype or decoder.embedding.weight.dtype)
+        size = _num_bytes(item.shape, dtype)
         if plan[-1] and used + size > max_shard_bytes:
             plan.append([])
             used = 0
@@ -112,9 +112,9 @@ def save_shard(shard: dict[str, Tensor], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _write_index(directory: Path, decoder: Decoder, plan: list[list[str]], dtype: torch.dtype | None) -> None:
-    stored = dtype or decoder.embedding.weight.dtype
-    total = sum(_num_bytes(item.shape, stored) for item in tensor_names(decoder))
+def write_index(directory: Path, decoder: Decoder, plan: list[list[str]], dtype: torch.dtype) -> None:
+    """Write the index that says in which shard each tensor is."""
+    total = sum(_num_bytes(item.shape, dtype) for item in tensor_names(decoder))
     weight_map = {name: shard_name(index, len(plan)) for index, names in enumerate(plan) for name in names}
     write_json_atomic(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

@@ -31,6 +31,10 @@ VERBS = {
     "chat": ("tunesmith.cli.chat", "talk to a model, or to what came out of a training run"),
     "verify": ("tunesmith.cli.verify", "check that training by a recipe is correct on this machine"),
     "merge": ("tunesmith.cli.merge", "make one model of a base model and the adapter (add-on) trained for it"),
+    "consolidate": (
+        "tunesmith.cli.consolidate",
+        "make a model folder, or an adapter, of a checkpoint that any number of processes wrote",
+    ),
     "bench": ("tunesmith.cli.bench", "measure time and memory of several methods in equal conditions"),
     "report": ("tunesmith.cli.report", "one page from training and bench runs: tables, plots, verdict"),
     "profile": ("tunesmith.cli.profile", "where the time and the memory of a training step go"),
@@ -206,8 +210,8 @@ def _quiet_stdout() -> int:
 
 def help_text() -> str:
     """What `tunesmith --help` prints."""
-    verbs = "\n".join(f"  {verb:<10} {line}" for verb, (_, line) in VERBS.items())
-    options = "\n".join(f"  {option:<10} {line}" for option, line in GLOBAL_OPTIONS.items())
+    verbs = "\n".join(f"  {verb:<11} {line}" for verb, (_, line) in VERBS.items())
+    options = "\n".join(f"  {option:<11} {line}" for option, line in GLOBAL_OPTIONS.items())
     return (
         "tunesmith trains language models, measures what each way of doing it costs, and lets you talk to the result."
         "\n\n"

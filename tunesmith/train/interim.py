@@ -48,7 +48,7 @@ def write_interim(run: RunDir) -> Interim | None:
     interim = Interim(run.outcome_of(checkpoint), state.step, int(state.facts.get("total_steps", state.step)))
     if not interim.path.is_dir():
         remove_interim(run)
-        _write(_here(load_recipe(run.recipe)), state, interim.path)
+        write_state_outcome(load_recipe(run.recipe), state, interim.path)
     return interim
 
 
@@ -59,7 +59,9 @@ def _here(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": device})})
 
 
-def _write(recipe: Recipe, state: TrainingState, directory: Path) -> None:
+def write_state_outcome(recipe: Recipe, state: TrainingState, directory: Path) -> None:
+    """Write what a state has learnt as `directory`: the model is built in memory, on this machine's device."""
+    recipe = _here(recipe)
     base = resolve_model(recipe.model.path, recipe.model.revision)
     model, _ = load_trainable(recipe)
     restore_weights(state, trained_weights(model))
