@@ -65,7 +65,7 @@ def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DType
     width = FORMATS[weight_dtype].bytes_for(1)
     if method.kind != "qlora" and method.base != "fp8":
         return frozen * width
-    quantised = [linear for linear in linears(config) if linear.owner != "router" and _is_held(linear, config, method)]
+    quantised = [linear for linear in linears(config) if linear.owner != "router" and is_quantised(linear, config, method)]
     rest = frozen - sum(linear.copies * linear.weight_size for linear in quantised)
     return rest * width + sum(linear.copies * _part_bytes(linear, method) for linear in quantised)
 
@@ -80,7 +80,7 @@ def keeps_outer_blocks(config: ModelConfig, weight_dtype: DTypeName) -> bool:
     return config.num_hidden_layers >= _LEAST_BLOCKS and inner - whole <= max(whole // 10, 64 * MIB)
 
 
-def _is_held(linear: LinearShape, config: ModelConfig, method: Method) -> bool:
+def is_quantised(linear: LinearShape, config: ModelConfig, method: Method) -> bool:
     """Whether the block of this linear is quantised: of an fp8 base perhaps the inner ones only."""
     if method.kind == "qlora" or method.fp8_blocks != "inner" or config.num_hidden_layers < _LEAST_BLOCKS:
         return True
