@@ -13,6 +13,7 @@ from tunesmith.model.lora import AdaptedLinear
 from tunesmith.parallel.data import Precision, Replicated, Sharded
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.spread import Alone, Spread
+from tunesmith.parallel.tensor_spread import Shared, around
 from tunesmith.recipe.parallel import ParallelSection
 
 Resolved = Literal["ddp", "zero1", "zero2", "zero3"]
@@ -30,11 +31,16 @@ def resolve_strategy(settings: ParallelSection, *, has_adapters: bool) -> Resolv
 def spread_out(
     module: nn.Module, mesh: Mesh, settings: ParallelSection, compute_dtype: torch.dtype | None = None
 ) -> Spread:
-    """Apply `settings` to a module whose weights are in place, on every process alike.
+    """Apply `settings` to a module whose weights are in place, on every process alike. Tensors are cut already.
 
     Args: compute_dtype: what sharded float32 weights are gathered in; None: as they are held.
     Raises: ParallelError.
     """
+    return around(_spread_data(module, mesh, settings, compute_dtype), module)
+
+
+def _spread_data(module: nn.Module, mesh: Mesh, settings: ParallelSection, compute_dtype: torch.dtype | None) -> Spread:
+    """Over the data-parallel processes."""
     if mesh.size("dp") == 1:
         return Alone(module)
     adapters = [
@@ -60,7 +66,9 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def strategy_of(spread: Spread) -> str:
-    """What a spread is, for the run directory."""
+    """What a spread is, for the run directory: how data-parallel processes share."""
+    if isinstance(spread, Shared):
+        return strategy_of(spread.inner)
     if isinstance(spread, Sharded):
         return spread.kind
     return "ddp" if isinstance(spread, Replicated) else "none"

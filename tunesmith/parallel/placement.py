@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Range = tuple[int, int]
 Box = tuple[Range, ...]
@@ -20,8 +20,7 @@ Box = tuple[Range, ...]
 _THIRDS = {"c_attn": 3}
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of the tensor that a process holds, and where that lies in the whole."""
 
     local: Box

@@ -14,6 +14,8 @@ from tunesmith.kernels.grad_norm import global_norm
 
 Batch = TypeVar("Batch")
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
+Box = tuple[tuple[int, int], ...]
+"""[start, stop) of every dimension."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,23 @@ class Piece:
 
     name: the logical name. local: the values. slices: [start, stop] of each dimension of the whole, of `shape`.
     is_own: whether this process is the one to write it: of several that hold the same values, one is.
+    chunks: where `local` is no box of the whole: (a box of `local`, the same box of the whole), for each there is;
+    then `slices` are those of the rows and columns that processes of one data-parallel place share.
     """
 
     name: str
     local: nn.Parameter
     shape: tuple[int, ...]
-    slices: tuple[tuple[int, int], ...]
+    slices: Box
     is_own: bool = True
+    chunks: tuple[tuple[Box, Box], ...] | None = None
+
+    @property
+    def boxes(self) -> tuple[tuple[Box, Box], ...]:
+        """(A box of `local`, the same box of the whole), for all that is held."""
+        if self.chunks is not None:
+            return self.chunks
+        return ((tuple((0, stop - start) for start, stop in self.slices), self.slices),)
 
 
 class Spread(Protocol):

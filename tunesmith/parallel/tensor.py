@@ -11,7 +11,7 @@ Sources: arXiv 1909.08053, section 3; arXiv 2205.05198, section 4.2.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -104,7 +104,8 @@ def share_linears(decoder: Decoder, mesh: Mesh) -> SharedStream:
         stream.shards[path] = shard
     decoder.stream, decoder.is_fused, decoder.captured = stream, False, None
     for block in decoder.blocks:
-        assert isinstance(block, Block)
+        if not isinstance(block, Block):  # of another stage
+            continue
         block.stream = stream
         block.attention.num_heads //= count
         block.attention.num_kv_heads //= count
@@ -149,7 +150,8 @@ def _mlp_sizes(config: ModelConfig) -> dict[str, int]:
 def _block_linears(decoder: Decoder) -> Iterator[tuple[str, nn.Module, Literal["rows", "columns"]]]:
     """Path, linear and how it is cut, of all blocks; routers are not cut."""
     for layer, block in enumerate(decoder.blocks):
-        assert isinstance(block, Block)
+        if not isinstance(block, Block):  # of another stage
+            continue
         path = f"blocks.{layer}"
         attention: Attention = block.attention
         yield f"{path}.attention.qkv", attention.qkv, "rows"
@@ -211,33 +213,35 @@ def partial_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
 
 
 def sum_partial_gradients(decoder: Decoder) -> None:
-    """Sum the gradients of `partial_parameters` over the team: after the last backward pass of a step.
+    """Sum the gradients of `partial_parameters` over the team: after the last backward pass of a step (and after
+    `Spread.collect`, which `tensor_spread.Shared` sees to).
 
     The same number everywhere afterwards. A missing gradient counts as zero. Small ones go in one float32 message.
     """
-    stream = decoder.stream
-    if not isinstance(stream, SharedStream):
-        return
-    gradients = [_local_gradient(parameter) for parameter in partial_parameters(decoder).values()]
+    if isinstance(decoder.stream, SharedStream):
+        sum_gradients(list(partial_parameters(decoder).values()), decoder.stream.team)
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], team: Team) -> None:
+    """Sum the gradients of these over the team; see `sum_partial_gradients`."""
+    gradients = [_gradient(parameter) for parameter in parameters]
     small = [gradient for gradient in gradients if gradient.numel() < _ALONE]
     for gradient in gradients:
         if gradient.numel() >= _ALONE:
-            stream.team.sum_(gradient)
+            team.sum_(gradient)
     if small:
         flat = torch.cat([gradient.reshape(-1).float() for gradient in small])
-        stream.team.sum_(flat)
+        team.sum_(flat)
         parts = flat.split([gradient.numel() for gradient in small])
         torch._foreach_copy_(small, [part.view_as(gradient) for part, gradient in zip(parts, small, strict=True)])
 
 
-def _local_gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient as it is here: what a data-parallel engine left of it."""
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient, contiguous; zeros where there is none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    if not parameter.grad.is_contiguous():
-        parameter.grad = parameter.grad.contiguous()
-    gradient: Any = parameter.grad
-    return cast(Tensor, gradient.to_local() if hasattr(gradient, "to_local") else gradient)
+    parameter.grad = parameter.grad.contiguous()
+    return parameter.grad
 
 
 def own_tokens(num_tokens: int, mesh: Mesh) -> range:
