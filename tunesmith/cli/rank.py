@@ -1,4 +1,4 @@
-"""One process of a launch: `python -m tunesmith.cli.rank LOGS ARGUMENTS...`, started by `tunesmith launch`, not by hand.
+"""One process of a launch: `python -m tunesmith.cli.rank LOGS ARGUMENTS...`, which `tunesmith launch` starts.
 
 ARGUMENTS are a verb of tunesmith and what follows it, or a Python script and what follows it. The output goes to
 LOGS/rank-N.log (rank 0's to the screen too), and how it ended to LOGS/rank-N.end.json.
@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 from tunesmith.cli import main
+from tunesmith.errors import ParallelError
 from tunesmith.launch.causes import ending_path, write_ending
 from tunesmith.launch.output import die_with_parent, send_to_log
+from tunesmith.parallel.told import ON_HANG
 
 
 def run_rank(logs: Path, arguments: list[str]) -> int:
@@ -23,6 +25,7 @@ def run_rank(logs: Path, arguments: list[str]) -> int:
     rank = _rank()
     send_to_log(logs, rank)
     faulthandler.enable()
+    ON_HANG.append(lambda line: write_ending(ending_path(logs, rank), rank, 1, ParallelError(line)))
     seen: list[BaseException] = []
     try:
         code = run_script(arguments, seen) if is_script(arguments[0]) else main.run(arguments, seen.append)

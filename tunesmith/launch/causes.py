@@ -20,9 +20,11 @@ STOPPED = (130, 143)
 _MISTAKE = 2
 # Errors that a broken connection, a lost device or a file server's hiccup raise; a subclass reports its own name.
 _PASSING = frozenset(
-    "RuntimeError DistError DistBackendError DistNetworkError DistStoreError AcceleratorError OSError "
-    "ConnectionError ConnectionResetError ConnectionRefusedError ConnectionAbortedError BrokenPipeError TimeoutError "
-    "EOFError".split()
+    (
+        *("RuntimeError", "DistError", "DistBackendError", "DistNetworkError", "DistStoreError", "AcceleratorError"),
+        *("OSError", "ConnectionError", "ConnectionResetError", "ConnectionRefusedError", "ConnectionAbortedError"),
+        *("BrokenPipeError", "TimeoutError", "EOFError"),
+    )
 )
 
 

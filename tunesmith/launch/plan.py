@@ -45,8 +45,12 @@ class Plan:
         where = (
             ["--standalone"]
             if self.rendezvous is None
-            else [f"--nnodes={low}:{high}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.rendezvous}"]
-            + [f"--rdzv-id={self.rendezvous_id}"]
+            else [
+                f"--nnodes={low}:{high}",
+                "--rdzv-backend=c10d",
+                f"--rdzv-endpoint={self.rendezvous}",
+                f"--rdzv-id={self.rendezvous_id}",
+            ]
         )
         options = [f"--nproc-per-node={self.nproc}", f"--max-restarts={self.max_restarts}"]
         return [sys.executable, "-m", "torch.distributed.run", *where, *options, "--no-python", *self.command]
