@@ -27,6 +27,7 @@ from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.quant import NF4Linear
 from tunesmith.parallel.deepspeed_config import ZeroConfig
 from tunesmith.parallel.deepspeed_install import NVME, forget_process_group, nvme_lacks, nvme_mend, require_deepspeed
+from tunesmith.parallel.deepspeed_state import Fragment, ZeroState
 from tunesmith.parallel.mesh import Mesh
 
 Batch = TypeVar("Batch")
@@ -168,6 +169,16 @@ class ZeroEngine:
         missing = [parameter for parameter in kept if parameter.ds_status.name == "NOT_AVAILABLE"]
         if missing:
             missing[0].all_gather(missing)
+
+    def state(self) -> ZeroState:
+        """The trained parameters' state, to be saved or restored. Raises: CheckpointError for a foreign optimiser."""
+        trained = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        return ZeroState(self._engine, trained, self.config.stage, self.mesh.rank)
+
+    def restored(self, state: ZeroState, fragments: Sequence[Fragment]) -> None:
+        """Go on with what was written into `fragments`, which `state` gave. All processes must call it."""
+        state.adopt(fragments)
+        self.gather_persistent()
 
     def close(self) -> None:
         """Let DeepSpeed's buffers and hooks go; the process group too, if it was made here."""

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from tunesmith.checkpoint.shards import Shard
+from tunesmith.checkpoint.state import TrainingState
+from tunesmith.checkpoint.stored import fill
 from tunesmith.errors import NonFiniteError
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.parallel.deepspeed_config import ZeroConfig, make_config
 from tunesmith.parallel.deepspeed_conflicts import RunFacts
 from tunesmith.parallel.deepspeed_engine import ZeroEngine, ZeroStep
+from tunesmith.parallel.deepspeed_state import Fragment
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.recipe.parallel import ParallelSection
 from tunesmith.recipe.schema import TrainSection
@@ -91,6 +95,39 @@ class DeepSpeedUpdater:
     def forget_failure(self) -> None:
         """Nothing to do: a step that is not finite leaves nothing behind."""
 
+    def shards(self, step: int) -> list[Shard]:
+        """This process's part of the weights and the optimiser's states, by the native engine's names.
+
+        All processes must call it. Raises: NonFiniteError, in all, when a weight is NaN or Inf; CheckpointError.
+        """
+        fragments = self.engine.state().fragments()
+        weights = [fragment for fragment in fragments if fragment.name.startswith("model.")]
+        bad = [fragment.name for fragment in weights if not bool(torch.isfinite(fragment.tensor).all())]
+        if self.engine.count(len(bad)):
+            what = bad[0] if bad else "a weight of another process"
+            raise NonFiniteError(
+                f"the update of step {step} made {what} NaN or infinite, so nothing of it is saved; checkpoints before "
+                f"it are as they were"
+            )
+        return [_shard(fragment) for fragment in fragments]
+
+    def restore(self, state: TrainingState) -> None:
+        """Put weights and the optimiser's states back, whichever engine and however many processes wrote them.
+
+        All processes must call it. Raises: CheckpointError when they are not those of this model.
+        """
+        held = self.engine.state()
+        fragments = held.fragments()
+        names = {fragment.name for fragment in fragments}
+        kept_as_facts = state.facts.get("optimizer") or {}
+        for fragment in fragments:
+            if fragment.name not in state.tensors and fragment.name.endswith(".step"):
+                name = fragment.name.removeprefix("optimizer.").removesuffix(".step")
+                fragment.tensor.fill_(float(kept_as_facts.get(name, {}).get("step", state.step)))
+                names.discard(fragment.name)
+        fill(state.stored, [_shard(fragment) for fragment in fragments if fragment.name in names])
+        self.engine.restored(held, fragments)
+
     def close(self) -> None:
         """Let DeepSpeed go."""
         self.engine.close()
@@ -134,6 +171,10 @@ def deepspeed_config(
         is_cuda=mesh.device.type == "cuda",
     )
     return make_config(parallel, train, facts)
+
+
+def _shard(fragment: Fragment) -> Shard:
+    return Shard(fragment.name, fragment.tensor, fragment.shape, fragment.slices)
 
 
 def _options(settings: TrainSection) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from tunesmith.checkpoint.agreement import checkpoint_group
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.checkpoint.sharded import save_shards
+from tunesmith.checkpoint.state import load_latest, save_state
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import apply_method
 from tunesmith.parallel.mesh import joined
@@ -19,6 +22,7 @@ from tunesmith.recipe.schema import DataSection, MethodSection, TrainSection
 from tunesmith.train.batches import MicroBatch, RandomTokens, build_micro_batch
 from tunesmith.train.deepspeed_update import DeepSpeedUpdater, deepspeed_config
 from tunesmith.train.session import language_model_loss
+from tunesmith.train.states import _restore_optimizer, capture_state, restore_weights
 from tunesmith.train.update import Updater
 
 pytestmark = pytest.mark.skipif(
@@ -67,8 +71,15 @@ def train(
     offload: Literal["none", "cpu"] = "none",
     blocks: str = "fused",
     checkpointing: str = "none",
+    *,
+    first: int = 0,
+    stop: int = STEPS,
+    states: str | None = None,
 ) -> dict[str, Any]:
-    """Twenty steps; strategy None: the native engine on one process."""
+    """Steps `first` to `stop`; strategy None: the native engine on one process.
+
+    states: where a state is read from before the first step, but for step 0, and written to after the last.
+    """
     settings = ParallelSection(strategy=strategy or "auto", engine="deepspeed", offload=offload)
     recipe = TrainSection(learning_rate=1e-3, schedule="cosine", weight_decay=0.1, precision="float32")
     model = _model(model_dir, method, blocks, checkpointing)
@@ -81,7 +92,9 @@ def train(
             config = deepspeed_config(settings, recipe, model, STEPS, mesh, micro_batches=batches)
             updater = DeepSpeedUpdater(model, recipe, STEPS, config, mesh)
         losses, norms = [], []
-        for step in range(STEPS):
+        if states is not None and first:
+            _restore(updater, Path(states))
+        for step in range(first, stop):
             window = _window(step, mesh.rank, mesh.world_size)
             update = updater.step(
                 step, window, _loss, denominator=_trained_tokens(step), describe=lambda batch: "a batch"
@@ -89,9 +102,30 @@ def train(
             losses.append(update.loss)
             norms.append(update.grad_norm)
         held = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+        if states is not None and stop < STEPS:
+            _save(updater, Path(states), stop)
         if isinstance(updater, DeepSpeedUpdater):
             updater.close()
     return {"losses": losses, "norms": norms, "held": held}
+
+
+def _save(updater: Updater | DeepSpeedUpdater, states: Path, step: int) -> None:
+    facts = {"optimizer": {}, "rng": {}, "scaler": None}
+    if isinstance(updater, DeepSpeedUpdater):
+        save_shards(states, step, updater.shards(step), facts, keep=1, agreement=checkpoint_group())
+    else:
+        weights = {name: p for name, p in updater.module.named_parameters() if p.requires_grad}
+        save_state(states, capture_state(step, weights, updater, updater.device, {}), keep=1)
+
+
+def _restore(updater: Updater | DeepSpeedUpdater, states: Path) -> None:
+    if isinstance(updater, DeepSpeedUpdater):
+        updater.restore(load_latest(states, agreement=checkpoint_group())[1])
+        return
+    _, state = load_latest(states)
+    weights = {name: p for name, p in updater.module.named_parameters() if p.requires_grad}
+    restore_weights(state, weights)
+    _restore_optimizer(state, updater)
 
 
 CASES: list[tuple[str, Strategy, Literal["none", "cpu"], str, str]] = [
@@ -131,3 +165,37 @@ def test_two_ranks_train_as_one(
     for rank in ranks(train, 2, folder, method, strategy, offload, blocks, checkpointing):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-5)
         np.testing.assert_allclose(rank["norms"], alone["norms"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("chain", [("zero1", "zero3"), ("zero3", None), (None, "zero2"), ("zero3-cpu", "zero3")])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_state_goes_from_engine_to_engine(
+    ranks: Callable[..., list[Any]],
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    method: str,
+    chain: tuple[str | None, str | None],
+) -> None:
+    folder = str(tiny_model_dir("qwen2"))
+    alone = train(folder, method, None)
+    losses: list[float] = []
+    for first, stop, kind in zip((0, 10), (10, STEPS), chain, strict=True):
+        strategy, _, offload = (kind or "").partition("-")
+        world = 1 if kind is None else 2
+        (*_, done) = ranks(
+            train, world, folder, method, strategy or None, offload or "none", first=first, stop=stop,
+            states=str(tmp_path),
+        )  # fmt: skip
+        losses += done["losses"]
+    np.testing.assert_allclose(losses, alone["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_a_resumed_run_has_the_same_bits(
+    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], tmp_path: Path, strategy: str
+) -> None:
+    folder = str(tiny_model_dir("qwen2"))
+    whole = ranks(train, 2, folder, "full", strategy)[0]["losses"]
+    begun = ranks(train, 2, folder, "full", strategy, stop=7, states=str(tmp_path))[0]["losses"]
+    ended = ranks(train, 2, folder, "full", strategy, first=7, states=str(tmp_path))[0]["losses"]
+    assert begun + ended == whole
