@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 LAUNCHABLE = ("train",)
+RANK = f"{__package__}.rank"
+"""The module that every process is started with."""
 _PASS = {"allow_interspersed_args": False, "ignore_unknown_options": False}
 
 
@@ -62,7 +64,7 @@ class Target:
     """
 
     def __init__(self, command: list[str], run_dir: Path | None, *, cpu: bool) -> None:
-        from tunesmith.cli.rank import is_script
+        from tunesmith.launch.plan import is_script
 
         self.is_script = is_script(command[0])
         if not self.is_script and command[0] not in LAUNCHABLE:
@@ -131,7 +133,7 @@ def _local_plan(
     environment, notes = environment_for(count, cpu=cpu, library=library)
     run_dir = target.claim(make=make)
     return Plan(
-        command=rank_command(target.arguments(), run_dir / LOGS),
+        command=rank_command(RANK, target.arguments(), run_dir / LOGS),
         run_dir=run_dir,
         nproc=count,
         nodes=nodes,

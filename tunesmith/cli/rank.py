@@ -16,6 +16,7 @@ from tunesmith.cli import main
 from tunesmith.errors import ParallelError
 from tunesmith.launch.causes import ending_path, write_ending
 from tunesmith.launch.output import die_with_parent, send_to_log
+from tunesmith.launch.plan import is_script
 from tunesmith.parallel.told import ON_HANG
 
 
@@ -34,11 +35,6 @@ def run_rank(logs: Path, arguments: list[str]) -> int:
     if code != 0:
         write_ending(ending_path(logs, rank), rank, code, seen[-1] if seen else None)
     return code
-
-
-def is_script(word: str) -> bool:
-    """Whether what is launched is a Python script rather than a verb."""
-    return word.endswith(".py")
 
 
 def run_script(arguments: list[str], seen: list[BaseException]) -> int:

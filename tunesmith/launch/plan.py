@@ -56,9 +56,14 @@ class Plan:
         return [sys.executable, "-m", "torch.distributed.run", *where, *options, "--no-python", *self.command]
 
 
-def rank_command(arguments: Sequence[str], logs: Path) -> tuple[str, ...]:
-    """What one process runs: `tunesmith ARGUMENTS` (or a script), its output going to a log of its own."""
-    return (sys.executable, "-m", "tunesmith.cli.rank", str(logs), *arguments)
+def rank_command(module: str, arguments: Sequence[str], logs: Path) -> tuple[str, ...]:
+    """What one process runs: `tunesmith ARGUMENTS` or a script, by the module that gives each rank a log of its own."""
+    return (sys.executable, "-m", module, str(logs), *arguments)
+
+
+def is_script(word: str) -> bool:
+    """Whether what is launched is a Python script rather than a verb."""
+    return word.endswith(".py")
 
 
 def parse_nodes(text: str) -> tuple[int, int]:

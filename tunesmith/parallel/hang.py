@@ -42,9 +42,10 @@ class Verdict:
     still_s: float
 
     @classmethod
-    def from_data(cls, data: dict[str, Any]) -> Verdict:
+    def from_data(cls, data: Mapping[str, Any]) -> Verdict:
         """Read back what JSON made of `vars(verdict)`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        lists = {key: tuple(data[key]) for key in ("ranks", "silent", "waiting")}
+        return cls(**lists, at=data["at"], still_s=data["still_s"])
 
     def line(self, stacks: Mapping[int, str]) -> str:
         """The verdict as people read it. Args: stacks: where each of `ranks` is, as far as it could say."""

@@ -111,7 +111,8 @@ def collectives_entered(uneven: frozenset[str] = frozenset()) -> dict[str, int]:
         place = f"{name}/{crc32(repr(members).encode()):x}"
         for device in group._device_types:
             try:
-                counts[f"{place}/{device.type}"] = group._get_backend(device)._get_sequence_number_for_group()
+                backend: Any = group._get_backend(device)
+                counts[f"{place}/{device.type}"] = backend._get_sequence_number_for_group()
             except (RuntimeError, AttributeError):  # a backend that does not count
                 continue
     return counts

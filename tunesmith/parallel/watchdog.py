@@ -33,7 +33,8 @@ from tunesmith.parallel.told import ON_HANG
 from tunesmith.recipe.parallel import ParallelSection
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
+    from torch.distributed.distributed_c10d import Store
 
 _LOOKS = 20
 _ANSWER_S, _STORE_S = 2.0, 5.0
@@ -136,18 +137,14 @@ class _Watchdog:
             self._store_lost(error)
 
     def _exchange(self) -> Verdict | None:
-        """Send this rank's report, judge what this rank may judge, and hear what was decided."""
+        """Send this rank's report, judge (rank 0 all; the others rank 0, if it is silent), and hear what was decided."""
         self.store.set(_key(self.rank), json.dumps(self.progress.report().as_data()))
         known = range(self.size) if self.rank == 0 else (0, self.rank)
         found = self.judge.look(self._reports(known), time.monotonic())
-        if found is not None and (self.rank == 0 or 0 in found.ranks):
+        if found is not None and (self.rank == 0 or 0 in found.silent):
             self.store.compare_set(_VERDICT, "", json.dumps(vars(found)))
         said = self.store.get(_VERDICT).decode()
-        return (
-            None
-            if not said
-            else Verdict(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(said).items()})
-        )
+        return Verdict.from_data(json.loads(said)) if said else None
 
     def _reports(self, ranks: Sequence[int] | range) -> dict[int, Report]:
         texts = self.store.multi_get([_key(rank) for rank in ranks])
@@ -229,16 +226,17 @@ def _meet(rank: int, size: int) -> Store:
     Raises: ParallelError.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import TCPStore
 
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     limit = timedelta(seconds=60)
     store: Any = None
     if rank == 0:
-        store = dist.TCPStore(host, 0, None, True, limit, wait_for_workers=False)
+        store = TCPStore(host, 0, None, True, limit, wait_for_workers=False)
         store.multi_set([_VERDICT, *map(_key, range(size))], ["", *[""] * size])
     place: list[Any] = [None if store is None else store.port]
     dist.broadcast_object_list(place, src=0)
     try:
-        return store or dist.TCPStore(host, place[0], None, False, limit, wait_for_workers=False)
+        return store or TCPStore(host, place[0], None, False, limit, wait_for_workers=False)
     except RuntimeError as error:
         raise ParallelError(f"rank {rank} can't reach rank 0 at {host}:{place[0]}: {error}") from None

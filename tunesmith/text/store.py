@@ -3,7 +3,8 @@
     tokens.bin int32 · trained.bin bool · offsets.bin int64 · places.bin int64 · files.bin int32 · hashes.bin uint64
     meta.json  what they are, their sizes and SHA-256, and whatever the writer adds
 
-A directory appears under its final name complete or not at all; several writers of the same key are welcome.
+A directory appears under its final name complete or not at all. Several writers of the same key take turns, and the
+later ones find what the first has made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,11 +97,22 @@ def cache_folder() -> Path:
 def cached_store(key: str, write: Callable[[StoreWriter], dict[str, Any]]) -> tuple[DocumentStore, bool]:
     """The store of a key, and whether it was there already; a torn or changed one is made anew.
 
+    Of several processes that want one key the first makes it, and the others wait for its lock on a file: the ranks
+    of a run need not have met for that, nor the runs know of each other. A process that dies lets go of its lock.
+
     A cache that is full or can't be written is no reason to stop: then the store is a temporary one.
     Args: `write`: appends all documents and returns the metadata; called again where the cache turns out to be full.
     """
     target = cache_folder() / key
     store = open_store(target, verify=True)
+    if store is not None:
+        return store, True
+    with _only_writer(target):
+        return _found_or_made(target, write)
+
+
+def _found_or_made(target: Path, write: Callable[[StoreWriter], dict[str, Any]]) -> tuple[DocumentStore, bool]:
+    store = open_store(target, verify=True)  # another process may have made it while this one waited
     if store is not None:
         return store, True
     try:
@@ -112,6 +124,31 @@ def cached_store(key: str, write: Callable[[StoreWriter], dict[str, Any]]) -> tu
     if store is None:
         raise DataError(f"the cache at {target} can't be read back; delete it, or set data.cache to false")
     return store, False
+
+
+@contextlib.contextmanager
+def _only_writer(target: Path) -> Iterator[None]:
+    """Only one process at a time is inside, of those of this machine, and of others where the file system has locks."""
+    try:
+        locks = target.parent.with_name("locks")  # empty files, which stay: removing one that is waited for is a race
+        locks.mkdir(parents=True, exist_ok=True)
+        stream = (locks / target.name).open("wb")
+    except OSError:  # a cache that can't be written
+        yield
+        return
+    with stream:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks: each makes its own
+                _wait_for_lock(stream, target)
+        yield
+
+
+def _wait_for_lock(stream: IO[bytes], target: Path) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.info("another process is making this tokenised data; waiting for it: %s", target)
+        fcntl.flock(stream, fcntl.LOCK_EX)
 
 
 def _write_cached(target: Path, write: Callable[[StoreWriter], dict[str, Any]]) -> None:
