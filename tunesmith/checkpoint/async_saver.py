@@ -24,16 +24,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 
 from tunesmith.checkpoint.agreement import Agreement
 from tunesmith.checkpoint.host_copy import Copied, HostImage, Lane, lane_for
-from tunesmith.checkpoint.sharded import ShardedWriter, Source, Ticket
+from tunesmith.checkpoint.sharded import ShardedWriter, Source, Ticket, tensors_source
 from tunesmith.checkpoint.shards import FILE_BYTES, PlannedFile, Shard
 from tunesmith.checkpoint.tensor_files import Bytes
-from tunesmith.units import format_seconds
+from tunesmith.units import format_bytes, format_seconds
 
 LONG_WAIT_S = 0.1
+MEMORY_SHARE = 0.8
+"""Of the free memory of a machine, what copies may take."""
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +59,8 @@ class Saved:
 class AsyncSaver:
     """Saves the states of one run in the background. Every process has one, and all of them save the same steps.
 
-    Memory: pinned buffers for what this process writes, made at the first save (or by `prepare`) and kept.
+    Memory: pinned buffers for what this process writes, made at the first save (or by `prepare`) and kept. Where a
+    machine has not so much, it says so, and training waits for the disk.
     """
 
     def __init__(
@@ -91,7 +95,8 @@ class AsyncSaver:
         """
         self._join()
         ticket = self._writer.begin(0, shards)
-        self._start(self._take_buffers, ticket)
+        if self._fits(ticket):
+            self._start(self._take_buffers, ticket)
 
     def save(self, step: int, shards: Sequence[Shard], facts: Mapping[str, Any]) -> float:
         """Begin to save; returns the seconds that the loop was kept. All processes call it, after the same step.
@@ -102,15 +107,17 @@ class AsyncSaver:
         began = time.perf_counter()
         self._wait_for_earlier(step)
         ticket = self._writer.begin(step, shards)
+        job = _Job(ticket, tensors_source(shards), list(shards), copy.deepcopy(dict(facts)), began)
+        self._step = step
+        if not self._fits(ticket):
+            return self._save_now(job)
         try:
             image = self._make_image(ticket)
-            self._copied = self._lane.copy(image.pairs(shards))
-            source: Source = image.source
+            job.source = image.source
+            self._copied = job.copied = self._lane.copy(image.pairs(shards))
         except Exception as error:  # the other processes have begun, and are told of it as of any other
-            source = _raising(error)
-        self._step = step
-        self.stall_s = time.perf_counter() - began
-        job = _Job(ticket, source, self._copied, list(shards), copy.deepcopy(dict(facts)), began, self.stall_s)
+            job.source = _raising(error)
+        self.stall_s = job.stall_s = time.perf_counter() - began
         self._start(self._write, job)
         return self.stall_s
 
@@ -183,6 +190,24 @@ class AsyncSaver:
             self._image_number = ticket.number
         return self._image
 
+    def _fits(self, ticket: Ticket) -> bool:
+        """Whether the copies of all processes of this machine fit into its memory."""
+        if self._image is not None and self._image_number == ticket.number:
+            return True
+        needed = sum(ticket.plan.num_bytes(rank) for rank in ticket.neighbours)
+        return needed <= MEMORY_SHARE * psutil.virtual_memory().available
+
+    def _save_now(self, job: _Job) -> float:
+        needed = format_bytes(sum(job.ticket.plan.num_bytes(rank) for rank in job.ticket.neighbours))
+        self._on_warning(
+            f"the checkpoint of step {job.ticket.step} is written while training waits: this machine has not the "
+            f"{needed} of free memory that a copy takes"
+        )
+        self._image = self._copied = None
+        self._write(job)
+        self.stall_s = time.perf_counter() - job.began
+        return self.stall_s
+
     def _take_buffers(self, ticket: Ticket) -> None:
         with contextlib.suppress(RuntimeError, MemoryError):  # `save` tries again, and says so
             self._make_image(ticket)
@@ -192,7 +217,7 @@ class AsyncSaver:
         try:
             if job.copied is not None:
                 job.copied.wait()
-            job.shards.clear()
+                job.shards.clear()
             path = self._writer.finish(job.ticket, job.source, job.facts)
             self._outcomes.append((job.ticket.step, self._saved(job, path)))
         except Exception as error:
@@ -200,22 +225,26 @@ class AsyncSaver:
 
     def _saved(self, job: _Job, path: Path) -> Saved:
         duration_s = time.perf_counter() - job.began
-        device_s = None if job.copied is None else job.copied.fence_s()
-        num_bytes = 0 if self._image is None else self._image.num_bytes
-        return Saved(path, job.ticket.step, num_bytes, job.stall_s, device_s, duration_s)
+        stall_s = duration_s if job.stall_s is None else job.stall_s
+        device_s = 0.0 if job.copied is None else job.copied.fence_s()
+        num_bytes = job.ticket.plan.num_bytes(self._writer.agreement.rank)
+        return Saved(path, job.ticket.step, num_bytes, stall_s, device_s, duration_s)
 
 
 @dataclass
 class _Job:
-    """A save in flight. shards: held until they are copied, for nothing else may hold a tensor."""
+    """A save in flight. shards: held until they are copied, for nothing else may hold a tensor.
+
+    copied: None where the tensors are read as they are written, and stall_s with it: training waits until the end.
+    """
 
     ticket: Ticket
     source: Source
-    copied: Copied | None
     shards: list[Shard]
     facts: Mapping[str, Any]
     began: float
-    stall_s: float
+    copied: Copied | None = None
+    stall_s: float | None = None
 
 
 def _raising(error: Exception) -> Source:

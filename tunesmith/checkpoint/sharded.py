@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,12 +49,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ticket:
-    """A save that has begun. number: counts the plans, so that buffers are made anew with them."""
+    """A save that has begun.
+
+    number: counts the plans, so that buffers are made anew with them. neighbours: the processes of this machine.
+    """
 
     step: int
     temporary: Path
     plan: Plan
     number: int
+    neighbours: tuple[int, ...] = (0,)
 
 
 def save_shards(
@@ -105,7 +110,9 @@ class ShardedWriter:
         boxes, problem = self._own_boxes(shards)
         is_new = self._plan is None or boxes != self._boxes
         temporary = temporary_beside(state_path(self.checkpoints, step)).name
-        answers = self.agreement.gather({"step": step, "folder": temporary, "new": is_new, "problem": problem})
+        host = socket.gethostname()
+        mine = {"step": step, "folder": temporary, "new": is_new, "host": host, "problem": problem}
+        answers = self.agreement.gather(mine)
         for answer in answers:
             if answer["problem"] is not None:
                 raise CheckpointError(answer["problem"])
@@ -114,7 +121,8 @@ class ShardedWriter:
         if any(answer["new"] for answer in answers):
             self._boxes, self._plan, self._number = boxes, self._make_plan(boxes), self._number + 1
         assert self._plan is not None
-        return Ticket(step, self.checkpoints / answers[0]["folder"], self._plan, self._number)
+        neighbours = tuple(rank for rank, answer in enumerate(answers) if answer["host"] == host)
+        return Ticket(step, self.checkpoints / answers[0]["folder"], self._plan, self._number, neighbours)
 
     def finish(self, ticket: Ticket, source: Source, facts: Mapping[str, Any]) -> Path:
         """Write this process's files, wait for the others', and make the state visible. In any thread.

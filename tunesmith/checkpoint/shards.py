@@ -90,6 +90,10 @@ class Plan:
         """What a process writes."""
         return [file for file in self.files if file.rank == rank]
 
+    def num_bytes(self, rank: int) -> int:
+        """Bytes of the tensors that a process writes."""
+        return sum(self.boxes[rank][number].num_bytes for file in self.files_of(rank) for number, _ in file.entries)
+
     def index(self) -> dict[str, Any]:
         """Logical name -> shape, dtype and pieces, as the state's JSON has it."""
         index: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.checkpoint import sharded
+from tunesmith.checkpoint import async_saver, sharded
 from tunesmith.checkpoint.agreement import checkpoint_group
 from tunesmith.checkpoint.async_saver import AsyncSaver
 from tunesmith.checkpoint.host_copy import HostImage, HostLane, Pairs
@@ -225,6 +225,22 @@ def test_no_memory_for_the_copy_is_an_error_of_the_save(tmp_path: Path) -> None:
     with pytest.raises(MemoryError, match="no buffer"):
         saver.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_copy_has_no_room_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_saver, "MEMORY_SHARE", 1e-12)
+    warnings: list[str] = []
+    with AsyncSaver(tmp_path, keep=1, on_warning=warnings.append) as saver:
+        saver.prepare([whole("model.w", torch.ones(1000))])
+        weight = torch.ones(1000)
+        stall_s = saver.save(1, [whole("model.w", weight)], {"x": 1})
+        saver.fence()
+        weight.zero_()
+        saved = saver.poll()
+        assert saved is not None
+        assert 0 < saved.stall_s <= stall_s == saver.stall_s
+    assert "written while training waits" in warnings[0] and "4 kB" in warnings[0]
+    assert load_latest(tmp_path)[1].tensors["model.w"].tolist() == [1] * 1000
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 16, 4096])

@@ -19,7 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.checkpoint import sharded
 from tunesmith.checkpoint.agreement import FileAgreement, checkpoint_group
+from tunesmith.checkpoint.async_saver import AsyncSaver
 from tunesmith.checkpoint.sharded import ShardedWriter, save_shards, tensors_source
 from tunesmith.checkpoint.shards import Shard, cut_rows
 from tunesmith.checkpoint.state import list_states, load_latest, load_state
@@ -154,13 +156,13 @@ def test_what_does_not_fit_is_refused_on_all(tmp_path: Path, ranks: Ranks, kind:
     assert list_states(tmp_path) == []
 
 
-def full_on_one(folder: Path) -> tuple[int | None, list[str]]:
+def full_on_one(folder: Path, doomed: int) -> tuple[int | None, list[str]]:
     """One process may write next to nothing: what it and the others are told, and what is left."""
     agreement = checkpoint_group()
     shards = cut_for(agreement.rank, agreement.world_size, whole_tensors(1))
     save_shards(folder, 1, shards, {}, keep=2, agreement=agreement)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if agreement.rank == 1:
+    if agreement.rank == doomed:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
     number = None
     try:
@@ -176,8 +178,9 @@ def full_on_one(folder: Path) -> tuple[int | None, list[str]]:
     return number, left
 
 
-def test_a_disk_that_is_full_on_one_is_an_error_on_all(tmp_path: Path, ranks: Ranks) -> None:
-    outcomes = ranks(full_on_one, 2, tmp_path)
+@pytest.mark.parametrize("doomed", [0, 1])
+def test_a_disk_that_is_full_on_one_is_an_error_on_all(tmp_path: Path, ranks: Ranks, doomed: int) -> None:
+    outcomes = ranks(full_on_one, 2, tmp_path, doomed)
     assert outcomes == [(errno.EFBIG, ["step-00000001"])] * 2
     assert [path.name for path in list_states(tmp_path)] == ["step-00000001", "step-00000003"]
 
@@ -219,6 +222,46 @@ def test_a_kill_at_any_moment_leaves_whole_states(tmp_path: Path, seed: int) -> 
     shards = cut_for(0, 1, whole_tensors(reached + 1))
     save_shards(tmp_path, reached + 1, shards, {}, keep=1)
     assert [path.name for path in tmp_path.glob("*step-*")] == [f"step-{reached + 1:08d}"]
+
+
+def _die_while_writing(folder: Path, rank: int, world_size: int, doomed: int) -> None:
+    """Save twice through a group; in the second save one process is gone, and the others write down what they hear."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
+    agreement = checkpoint_group()
+    checkpoints = folder / "checkpoints"
+    saver = AsyncSaver(checkpoints, keep=2, agreement=agreement)
+    shards = cut_for(rank, world_size, whole_tensors(1))
+    saver.save(1, shards, {})
+    saver.wait()
+    if rank == doomed:
+        sharded.write_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    saver.save(2, shards, {})
+    try:
+        saver.wait()
+    except ParallelError as error:
+        (folder / f"said-{rank}").write_text(str(error), encoding="utf-8")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("doomed", [0, 2])
+def test_those_who_lose_a_process_are_told_and_the_state_before_stays(tmp_path: Path, doomed: int) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_die_while_writing, args=(tmp_path, rank, 3, doomed)) for rank in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL if n == doomed else 0 for n in range(3)]
+    said = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("said-*")}
+    assert said.keys() == {f"said-{rank}" for rank in range(3) if rank != doomed}
+    assert all("lost the others while saving a checkpoint" in text for text in said.values())
+    checkpoints = tmp_path / "checkpoints"
+    assert [path.name for path in list_states(checkpoints)] == ["step-00000001"]
+    assert load_latest(checkpoints)[1].step == 1
+    save_shards(checkpoints, 3, cut_for(0, 1, whole_tensors(3)), {}, keep=2)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 def _wait_for_state_after(folder: Path, step: int) -> None:
