@@ -137,7 +137,7 @@ class _Watchdog:
             self._store_lost(error)
 
     def _exchange(self) -> Verdict | None:
-        """Send this rank's report, judge (rank 0 all; the others rank 0, if it is silent), and hear what was decided."""
+        """Report, judge (rank 0 all; the others rank 0, if it is silent), and hear what was decided."""
         self.store.set(_key(self.rank), json.dumps(self.progress.report().as_data()))
         known = range(self.size) if self.rank == 0 else (0, self.rank)
         found = self.judge.look(self._reports(known), time.monotonic())
