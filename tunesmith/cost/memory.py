@@ -65,7 +65,9 @@ def frozen_weight_bytes(config: ModelConfig, method: Method, weight_dtype: DType
     width = FORMATS[weight_dtype].bytes_for(1)
     if method.kind != "qlora" and method.base != "fp8":
         return frozen * width
-    quantised = [linear for linear in linears(config) if linear.owner != "router" and is_quantised(linear, config, method)]
+    quantised = [
+        linear for linear in linears(config) if linear.owner != "router" and is_quantised(linear, config, method)
+    ]
     rest = frozen - sum(linear.copies * linear.weight_size for linear in quantised)
     return rest * width + sum(linear.copies * _part_bytes(linear, method) for linear in quantised)
 

@@ -95,9 +95,7 @@ def step_messages(
     )
 
 
-def _data_messages(
-    tensors: Sequence[HeldTensor], layout: Layout, formats: Formats, work: Work
-) -> list[Message]:
+def _data_messages(tensors: Sequence[HeldTensor], layout: Layout, formats: Formats, work: Work) -> list[Message]:
     if layout.data == 1:
         return []
     master = FORMATS[formats.master].bytes_for(1)
@@ -191,8 +189,7 @@ def fit_hidden(measured: Sequence[Measured]) -> Overlap | None:
     saved = [one.base_s + one.talk.serial_s + one.talk.hideable_s - one.step_s for one in measured]
     hidden = min(1.0, max(0.0, sum(most * less for most, less in zip(could, saved, strict=True)) / weight))
     misses = [
-        abs(one.base_s + exposed_s(one.talk, one.parts.compute_s, hidden) - one.step_s) / one.step_s
-        for one in measured
+        abs(one.base_s + exposed_s(one.talk, one.parts.compute_s, hidden) - one.step_s) / one.step_s for one in measured
     ]
     return Overlap(hidden, max(misses))
 

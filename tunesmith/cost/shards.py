@@ -35,12 +35,16 @@ _AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Layout:
-    """How many processes share what: `data` see other tokens, `tensor` share matrices, `pipeline` share blocks."""
+    """How many processes share what: `data` see other tokens, `tensor` share matrices, `pipeline` share blocks.
+
+    blocks: how many blocks each stage of the pipeline has; none: as even as they come, the first having one more.
+    """
 
     strategy: Strategy = "ddp"
     data: int = 1
     tensor: int = 1
     pipeline: int = 1
+    blocks: tuple[int, ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -139,7 +143,7 @@ def held_tensors(config: ModelConfig, method: Method, layout: Layout, stage: int
     """Every parameter of a stage, as a process of a tensor-parallel group holds it."""
     trained = trained_parts(config, method)
     first, last = stage == 0, stage == layout.pipeline - 1
-    for layer in stage_blocks(config.num_hidden_layers, layout.pipeline, stage):
+    for layer in stage_blocks(config.num_hidden_layers, layout, stage):
         norms = trained.norms or layer in trained.blocks
         yield HeldTensor(layer, block_norm_parameters(config), 1, norms)
         for linear in block_linears(config, layer):
@@ -147,11 +151,12 @@ def held_tensors(config: ModelConfig, method: Method, layout: Layout, stage: int
     yield from _outer_tensors(config, trained, first=first, last=last)
 
 
-def stage_blocks(num_layers: int, stages: int, stage: int) -> range:
-    """The blocks of a pipeline's stage: as even as they come, the first stages having one more."""
-    least, more = divmod(num_layers, stages)
-    start = stage * least + min(stage, more)
-    return range(start, start + least + (stage < more))
+def stage_blocks(num_layers: int, layout: Layout, stage: int) -> range:
+    """The blocks of a pipeline's stage."""
+    least, more = divmod(num_layers, layout.pipeline)
+    counts = layout.blocks or [least + (number < more) for number in range(layout.pipeline)]
+    start = sum(counts[:stage])
+    return range(start, start + counts[stage])
 
 
 def _outer_tensors(config: ModelConfig, trained: TrainedParts, *, first: bool, last: bool) -> Iterator[HeldTensor]:
@@ -199,9 +204,7 @@ def _quantised(
     for rows in parts.values():
         total = linear.copies * kind.bytes_for(rows * columns)
         row = ceil_div(FORMATS["nf4"].bytes_for(rows * columns), rows)
-        yield HeldTensor(
-            linear.layer, linear.copies * rows, columns, False, frozen_row_bytes=row, frozen_bytes=total
-        )
+        yield HeldTensor(linear.layer, linear.copies * rows, columns, False, frozen_row_bytes=row, frozen_bytes=total)
 
 
 def _owner_bytes(tensors: Sequence[HeldTensor], formats: Formats) -> OwnerBytes:
@@ -244,9 +247,7 @@ def by_block(tensors: Sequence[HeldTensor], formats: Formats) -> tuple[dict[int,
     return weights, gradients
 
 
-def zero_bytes(
-    parameters: int, layout: Layout, *, weight: int = 2, gradient: int = 2, states: int = 12
-) -> OwnerBytes:
+def zero_bytes(parameters: int, layout: Layout, *, weight: int = 2, gradient: int = 2, states: int = 12) -> OwnerBytes:
     """ZeRO's own formula (see the module): bytes of a process for `parameters` that are all trained.
 
     Args: weight, gradient: bytes of the working copy; states: of float32 masters and AdamW's two moments.

@@ -11,6 +11,7 @@
       final/              the adapter or the model that came out
       outcome-step-N/     the same from a checkpoint, when it was asked for before the end
       cells/              a bench's measurements, one JSON per cell
+      scaling.json        a scaling run's curves, and what limits them
       profile/            operator table, trace, memory timeline
 
 Readers refuse a directory of a newer version, and bring an older one up to date in memory.
@@ -31,7 +32,7 @@ from tunesmith.rundir.environment import environment_fingerprint
 from tunesmith.rundir.io import read_json, write_json_atomic, write_text_atomic
 
 SCHEMA_VERSION = 1
-Kind = Literal["train", "bench", "eval", "profile"]
+Kind = Literal["train", "bench", "scale", "eval", "profile"]
 Status = Literal["running", "finished", "failed", "interrupted"]
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 _CLAIMED = ".claimed"
