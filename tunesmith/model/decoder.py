@@ -38,6 +38,8 @@ class Decoder(nn.Module):
     moved to the host, and `mlp_tile_tokens` are how many tokens the MLP goes through at a time; the eager blocks, which
     are the reference, move nothing and know no tiles. `has_same_weights` promises that no parameter
     was written since the last forward pass (a step of several micro-batches): what depends on them alone is kept.
+    A stage of a pipeline holds some of the blocks; `incoming` is the stream out of the blocks before them, which takes
+    the place of the embeddings.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,6 +48,7 @@ class Decoder(nn.Module):
         self.backend: Literal["native", "transformers"] = "native"
         self.compute_dtype: torch.dtype | None = None
         self.stream: Stream = WHOLE
+        self.incoming: Tensor | None = None
         self.checkpointing: Checkpointing = "none"
         self.noise_alpha = 0.0
         self.is_fused = False
@@ -69,7 +72,9 @@ class Decoder(nn.Module):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, lengths_T: Tensor | None = None) -> Tensor:
         """hidden_TD after the final norm, in the compute dtype: the rows of this process's tokens, where `stream` cuts
         them. lengths_T: see `embed`."""
-        hidden = self.stream.own(self.embed(tokens_T, positions_T, lengths_T))
+        hidden = self.incoming
+        if hidden is None:
+            hidden = self.stream.own(self.embed(tokens_T, positions_T, lengths_T))
         kind = self.checkpointing if self.training else "none"
         if not self.is_fused:
             return self.norm(self._run_eager(hidden, positions_T, attend, kind))
@@ -80,7 +85,8 @@ class Decoder(nn.Module):
         rope = self.rope(positions_T, hidden.dtype)
         kind = _ON_DEVICE.get(kind, kind)
         for layer, block in enumerate(self.blocks):
-            hidden = run_checkpointed(self._kind_of(layer, kind), block, hidden, rope, attend[layer])
+            if isinstance(block, Block):
+                hidden = run_checkpointed(self._kind_of(layer, kind), block, hidden, rope, attend[layer])
         return hidden
 
     def _prepare_fused(self, hidden: Tensor) -> Tensor | None:
@@ -99,14 +105,15 @@ class Decoder(nn.Module):
         offloaded = self._begin_offloading(kind, hidden.device)
         tile, recipe_kind = self.mlp_tile_tokens, kind
         noise = None if seed is None else Noise(seed)
-        for layer, block in enumerate(blocks):
+        for block in blocks:
+            layer = block.layer
             kind = self._kind_of(layer, recipe_kind)
             if kind == "selective" and block.up is None:
                 # Selective checkpointing goes by operators, and the written-out parts write over theirs.
                 tables = None if rope is None else rope.eager(hidden.dtype)
                 hidden = run_checkpointed(kind, block.block, hidden, tables, attend[layer])
             elif offloaded is not None:
-                fixed, is_last = block.fixed(rope), layer == len(blocks) - 1
+                fixed, is_last = block.fixed(rope), block is blocks[-1]
                 whole, again = kind == "offload-block", kind == "offload"
                 run = partial(run_checkpointed, "block", block, is_random=not block.is_whole) if whole else block
                 hidden = offloaded.run(

@@ -12,6 +12,7 @@ from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.parallel.data import Precision, Replicated, Sharded
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.pipeline import Piped
 from tunesmith.parallel.spread import Alone, Spread
 from tunesmith.parallel.tensor_spread import Shared, around
 from tunesmith.recipe.parallel import ParallelSection
@@ -20,9 +21,14 @@ Resolved = Literal["ddp", "zero1", "zero2", "zero3"]
 
 
 def resolve_strategy(settings: ParallelSection, *, has_adapters: bool) -> Resolved:
-    """The strategy with auto decided: adapters are small, so that a base which fits is best held by every process."""
+    """The strategy with auto decided: adapters are small, so that a base which fits is best held by every process.
+
+    With a pipeline weights stay where they are: gathered again for every micro-batch, they would be read all the time.
+    """
     if settings.strategy != "auto":
         return settings.strategy
+    if settings.pipeline > 1:
+        return "ddp" if has_adapters else "zero1"
     if settings.offload == "cpu":
         return "zero3"
     return "ddp" if has_adapters else "zero3"
@@ -36,6 +42,8 @@ def spread_out(
     Args: compute_dtype: what sharded float32 weights are gathered in; None: as they are held.
     Raises: ParallelError.
     """
+    if mesh.size("pp") > 1:
+        return _piped(module, mesh, settings)
     return around(_spread_data(module, mesh, settings, compute_dtype), module)
 
 
@@ -57,6 +65,19 @@ def _spread_data(module: nn.Module, mesh: Mesh, settings: ParallelSection, compu
     )
 
 
+def _piped(module: nn.Module, mesh: Mesh, settings: ParallelSection) -> Piped:
+    """The stage of a pipeline, tensor and data parallelism within it."""
+    if not isinstance(module, Decoder):
+        raise ParallelError(
+            f"parallel.pipeline cuts the native decoder, and this is a {type(module).__name__}: set it to 1"
+        )
+    if settings.offload != "none":
+        raise ParallelError(f"parallel.offload {settings.offload} does not go with parallel.pipeline: set it to none")
+    has_adapters = any(isinstance(child, AdaptedLinear) for child in module.modules())
+    kind = resolve_strategy(settings, has_adapters=has_adapters)
+    return Piped(module, mesh, shares_states=kind == "zero1")
+
+
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """What is sharded block by block: a decoder's blocks, else the longest list of modules; of others nothing."""
     if isinstance(module, Decoder):
@@ -69,7 +90,7 @@ def strategy_of(spread: Spread) -> str:
     """What a spread is, for the run directory: how data-parallel processes share."""
     if isinstance(spread, Shared):
         return strategy_of(spread.inner)
-    if isinstance(spread, Sharded):
+    if isinstance(spread, Sharded | Piped):
         return spread.kind
     return "ddp" if isinstance(spread, Replicated) else "none"
 
