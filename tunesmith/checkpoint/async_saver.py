@@ -24,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith.checkpoint.agreement import Agreement
@@ -32,6 +31,7 @@ from tunesmith.checkpoint.host_copy import Copied, HostImage, Lane, lane_for
 from tunesmith.checkpoint.sharded import ShardedWriter, Source, Ticket, tensors_source
 from tunesmith.checkpoint.shards import FILE_BYTES, PlannedFile, Shard
 from tunesmith.checkpoint.tensor_files import Bytes
+from tunesmith.hardware import available_memory_bytes
 from tunesmith.units import format_bytes, format_seconds
 
 LONG_WAIT_S = 0.1
@@ -185,7 +185,6 @@ class AsyncSaver:
 
     def _make_image(self, ticket: Ticket) -> HostImage:
         if self._image is None or self._image_number != ticket.number:
-            self._image = None  # the old buffers go first
             self._image = HostImage(ticket.plan, self._writer.agreement.rank, self._lane)
             self._image_number = ticket.number
         return self._image
@@ -194,8 +193,9 @@ class AsyncSaver:
         """Whether the copies of all processes of this machine fit into its memory."""
         if self._image is not None and self._image_number == ticket.number:
             return True
+        self._image = None  # the buffers of another plan go first
         needed = sum(ticket.plan.num_bytes(rank) for rank in ticket.neighbours)
-        return needed <= MEMORY_SHARE * psutil.virtual_memory().available
+        return needed <= MEMORY_SHARE * available_memory_bytes()
 
     def _save_now(self, job: _Job) -> float:
         needed = format_bytes(sum(job.ticket.plan.num_bytes(rank) for rank in job.ticket.neighbours))
@@ -209,7 +209,7 @@ class AsyncSaver:
         return self.stall_s
 
     def _take_buffers(self, ticket: Ticket) -> None:
-        with contextlib.suppress(RuntimeError, MemoryError):  # `save` tries again, and says so
+        with contextlib.suppress(RuntimeError, MemoryError, OSError):  # `save` tries again, and says so
             self._make_image(ticket)
 
     def _write(self, job: _Job) -> None:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.shards import Plan, PlannedFile, Shard
+from tunesmith.errors import DeviceError
+from tunesmith.model.transfer import pinned_memory
 from tunesmith.units import MIB
 
 CHUNK_BYTES = 256 * MIB
-"""Buffers of this size, a power of two, for torch's pinned memory comes in powers of two."""
+"""Copies and what is written are cut at these: memory is taken, and given back, in such pieces."""
 WRITE_BYTES = 4 * MIB
 Pairs = Iterable[tuple[Tensor, Tensor]]
 """(bytes on the host, the tensor that they are to hold)."""
@@ -83,10 +85,9 @@ class CudaLane:
         """Pinned memory; plain where there is none to be had, into which copies stop the host."""
         try:
             with torch.cuda.device(self._device):
-                return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            _log.warning("no pinned memory for checkpoints (%s): training stops while they are copied", reason)
+                return pinned_memory(num_bytes, "training stops while checkpoints are copied")
+        except DeviceError as error:
+            _log.warning("%s", error)
             return torch.empty(num_bytes, dtype=torch.uint8)
 
     def copy(self, pairs: Pairs) -> Copied:

@@ -59,7 +59,7 @@ class CudaTransfer:
                 f"train.checkpointing 'offload' needs {format_bytes(num_bytes)} more of host memory, and "
                 f"{format_bytes(free)} are free: lower train.micro_batch_tokens, or set train.checkpointing=block"
             )
-        return _pinned(num_bytes)
+        return pinned_memory(num_bytes, "use --set train.checkpointing=selective, or block")
 
     def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Any:
         """The event after the copies, and the stream that computes."""
@@ -76,8 +76,8 @@ class CudaTransfer:
         compute.wait_event(event)
 
 
-def _pinned(num_bytes: int) -> Tensor:
-    """Ordinary memory, registered with the driver until it is freed.
+def pinned_memory(num_bytes: int, advice: str) -> Tensor:
+    """Ordinary memory, registered with the driver until it is freed. Raises: DeviceError, which ends with `advice`.
 
     Whole pages of its own: of a page that two buffers share, the driver would register one only. The storage begins
     with the first of them: torch asks the driver about a storage's first byte, whatever part of it a tensor is.
@@ -89,8 +89,7 @@ def _pinned(num_bytes: int) -> Tensor:
     code = int(runtime.cudaHostRegister(address, pages_bytes, _PORTABLE))
     if code != 0:
         raise DeviceError(
-            f"the driver could not pin {format_bytes(num_bytes)} of host memory (CUDA error {code}): use --set "
-            "train.checkpointing=selective, or block"
+            f"the driver could not pin {format_bytes(num_bytes)} of host memory (CUDA error {code}): {advice}"
         )
     weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
     return buffer
