@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         pack = self.stream.padded(pack)
         lengths_T = pack.length_of_each_token() if self.training and self.noise_alpha else None
         if self._captures(pack):
-            hidden = self.embed(pack.tokens_T, pack.positions_T, lengths_T)
+            hidden = self.stream.own(self.embed(pack.tokens_T, pack.positions_T, lengths_T))
             return final_norm(self.norm, self._run_captured(hidden, pack))
         return self(pack.tokens_T, pack.positions_T, PackedAttention(self.config, pack), lengths_T)
 

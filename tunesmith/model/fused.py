@@ -3,6 +3,9 @@
 Between them nothing is held that is cheap to make again: of a norm, its input and one number a row; of the MLP, the
 gate-up activation (or not even that: `again`), never the activation's output. The stream's gradient is added inside
 the norm's backward pass. The sums are those of `decoder.Block`, whose eager form stays the reference.
+
+Where processes share the linears, x, the stream and their gradients are a process's own rows [P, D], and what lies
+between a norm and a sum is of all tokens: a normed input is gathered again in the backward pass, not held.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class NormQkv(torch.autograd.Function):
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
         y, rstd = rms_norm(x_TD, norm_weight, eps)
-        qkv, low, free = projection.forward(y, noise=noise)
+        qkv, low, free = projection.forward(projection.stream.gather(y), noise=noise)
         query, key, value, held = heads.prepare(qkv, (query_weight, key_weight), rope)
         tables = rope or (None, None)
         ctx.save_for_backward(x_TD, norm_weight, rstd, low, free, query_weight, key_weight, *held, *tables)
@@ -68,7 +71,7 @@ class AddProjection(torch.autograd.Function):
     def forward(
         ctx: Any, stream_TD: Tensor, x_TF: Tensor, projection: Projection, noise: Noise | None, *trained: Tensor
     ) -> Tensor:
-        y, low, free = projection.forward(x_TF, stream_TD, noise)
+        y, low, free = projection.forward_onto(x_TF, stream_TD, noise)
         ctx.save_for_backward(x_TF if projection.needs_input else None, low, free)
         ctx.projection, ctx.noise = projection, noise
         return y
@@ -76,9 +79,10 @@ class AddProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, low, free = ctx.saved_tensors
-        (g,) = grads
+        (grad_stream,) = grads
+        g = ctx.projection.stream.gather(grad_stream)
         dx, dlow = ctx.projection.input_grad(g, ctx.noise) if ctx.needs_input_grad[1] else (None, None)
-        return g, dx, None, None, *ctx.projection.parameter_grads(g, x, (low, dlow, free), ctx.noise)
+        return grad_stream, dx, None, None, *ctx.projection.parameter_grads(g, x, (low, dlow, free), ctx.noise)
 
 
 class NormMlp(torch.autograd.Function):
@@ -101,10 +105,11 @@ class NormMlp(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         y, rstd = rms_norm(x_TD, norm_weight, eps)
+        y = up.stream.gather(y)
         free_up, low_up = up.forward_apart(y, noise)
         del y
         hidden = swiglu_low_rank(up.output(free_up), *up.beside(low_up))
-        out, low_down, free_down = down.forward(hidden, x_TD, noise)
+        out, low_down, free_down = down.forward_onto(hidden, x_TD, noise)
         ctx.save_for_backward(x_TD, norm_weight, rstd, low_up, low_down, free_down, None if again else free_up)
         ctx.projection, ctx.down, ctx.noise = up, down, noise
         return out
@@ -112,10 +117,10 @@ class NormMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, norm_weight, rstd, low_up, low_down, free_down, free_up = ctx.saved_tensors
-        (g,), up, down = grads, ctx.projection, ctx.down
-        y = None
+        (grad_stream,), up, down = grads, ctx.projection, ctx.down
+        g, y = down.stream.gather(grad_stream), None
         if free_up is None:
-            y = rms_norm_again(x, norm_weight, rstd)
+            y = up.stream.gather(rms_norm_again(x, norm_weight, rstd))
             free_up, _ = up.forward_apart(y, ctx.noise, low_up)
         dhidden, dlow = down.input_grad_apart(g, ctx.noise)
         gate_up = up.output(free_up)
@@ -126,7 +131,8 @@ class NormMlp(torch.autograd.Function):
         else:
             ddown = adapter_grads(down, g, None, low_down, dlow, (None, made.of_narrow))
         made.hidden = None
-        dx, dnorm, dup = _through_norm(ctx, made.gate_up, (x, norm_weight, rstd, low_up, free_up), g, y, made.of_wide)
+        held = (x, norm_weight, rstd, low_up, free_up)
+        dx, dnorm, dup = _through_norm(ctx, made.gate_up, held, grad_stream, y, made.of_wide)
         return dx, dnorm, None, None, None, None, None, *dup, *ddown
 
 
@@ -143,7 +149,7 @@ def _through_norm(
     projection: Projection = ctx.projection
     wants_stream, wants_norm = ctx.needs_input_grad[:2]
     if y is None and projection.needs_input:
-        y = rms_norm_again(x, norm_weight, rstd)
+        y = projection.stream.gather(rms_norm_again(x, norm_weight, rstd))
     dy, dlow = projection.input_grad(g, ctx.noise) if wants_stream or wants_norm else (None, None)
     if of_up is None or low is None or dlow is None:
         dtrained = projection.parameter_grads(g, y, (low, dlow, free), ctx.noise)
@@ -151,6 +157,7 @@ def _through_norm(
         dtrained = adapter_grads(projection, g, y, low, dlow, (of_up, None))
     if dy is None:
         return None, None, dtrained
+    dy = projection.stream.scatter(dy)
     dx, dnorm = rms_norm_backward(dy, x, norm_weight, rstd, grad_stream, wants_norm)
     return dx, None if dnorm is None else dnorm.to(norm_weight.dtype), dtrained
 

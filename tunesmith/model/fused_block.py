@@ -52,6 +52,7 @@ class FusedBlock:
     def __init__(self, block: Block, dtype: torch.dtype, layer: int = 0) -> None:
         self.block = block
         self.dtype = dtype
+        self.layer = layer
         attention = block.attention
         self.linears = self._linears()
         self.masters = _masters(self.linears)
@@ -64,12 +65,15 @@ class FusedBlock:
         self.qkv = projection_of(attention.qkv, dtype, first) if writes_qkv else None
         self.output = projection_of(attention.output, dtype, first + 1)
         self.up, self.down = _mlp_projections(block, dtype, first + 2)
+        self.stream = block.stream
+        for projection in self.projections:
+            projection.stream = self.stream
 
     def is_current(self) -> bool:
         """Whether the block still has the modules that this was made from."""
         linears = self._linears()
         same = all(now is then for now, then in zip(linears, self.linears, strict=True))
-        return same and _masters(linears) == self.masters
+        return same and _masters(linears) == self.masters and self.block.stream is self.stream
 
     @property
     def projections(self) -> list[Projection]:
@@ -117,10 +121,10 @@ class FusedBlock:
         noise: Noise | None,
     ) -> Tensor:
         query, key, value, stream = self._project(x_TD, rope, noise)
-        mixed = attend(query, key, value).reshape(x_TD.shape[0], -1)
+        mixed = attend(query, key, value).flatten(1)
         stream = self._add_output(stream, mixed, noise)
         if self.up is None or self.down is None:
-            return stream + self.block.mlp(self.block.mlp_norm(stream))
+            return self.block.feed_forward(stream)
         norm = self.block.mlp_norm
         assert isinstance(norm, RMSNorm)
         if tile_tokens is not None:
@@ -132,7 +136,8 @@ class FusedBlock:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         attention, norm = self.block.attention, self.block.attention_norm
         if self.qkv is None:
-            query, key, value = attention.project(norm(x_TD), None if rope is None else rope.eager(x_TD.dtype))
+            y_TD = self.block.stream.gathered(norm(x_TD))
+            query, key, value = attention.project(y_TD, None if rope is None else rope.eager(x_TD.dtype))
             return query, key, value, x_TD
         assert isinstance(norm, RMSNorm)
         tables = None if rope is None else rope.half
@@ -140,7 +145,7 @@ class FusedBlock:
 
     def _add_output(self, stream_TD: Tensor, mixed_TF: Tensor, noise: Noise | None) -> Tensor:
         if self.output is None:
-            return stream_TD + self.block.attention.output(mixed_TF)
+            return stream_TD + self.block.stream.summed(self.block.attention.output(mixed_TF))
         return add_projection(stream_TD, mixed_TF, self.output, noise)
 
     def _linears(self) -> list[nn.Module]:
@@ -155,10 +160,10 @@ class FusedBlocks:
         self._blocks: list[FusedBlock] = []
 
     def of(self, blocks: nn.ModuleList, dtype: torch.dtype) -> list[FusedBlock]:
-        """The current forms."""
-        if len(self._blocks) != len(blocks) or not all(b.dtype == dtype and b.is_current() for b in self._blocks):
-            modules = [block for block in blocks if isinstance(block, Block)]
-            self._blocks = [_written(block, dtype, layer) for layer, block in enumerate(modules)]
+        """The current forms of those that are here: a stage of a pipeline has some only."""
+        here = [(layer, block) for layer, block in enumerate(blocks) if isinstance(block, Block)]
+        if len(self._blocks) != len(here) or not all(b.dtype == dtype and b.is_current() for b in self._blocks):
+            self._blocks = [_written(block, dtype, layer) for layer, block in here]
         return self._blocks
 
     def refresh(self) -> None:

@@ -18,6 +18,7 @@ from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.layers import Linear
 from tunesmith.model.low_rank import LowRank, wide_product
 from tunesmith.model.quant import NF4Linear
+from tunesmith.model.stream import WHOLE, Stream
 
 Base = Linear | NF4Linear | Fp8Linear
 
@@ -27,13 +28,15 @@ class Projection:
     """One linear of a block and, where it is adapted, its adapters as two matrices.
 
     dropout: of the adapters' input, drawn from the pass's noise (without noise none is dropped); site: tells its masks
-    from those of other projections.
+    from those of other projections. stream: the block's: where processes share the linear, its tokens are gathered and
+    summed by that.
     """
 
     base: Base
     low_rank: LowRank | None = None
     dropout: float = 0.0
     site: int = 0
+    stream: Stream = WHOLE
 
     @property
     def trained(self) -> list[Tensor]:
@@ -72,6 +75,15 @@ class Projection:
         if left is not None and right is not None:
             y.addmm_(left, right.t())
         return y, low, None
+
+    def forward_onto(
+        self, x_TD: Tensor, stream_PD: Tensor, noise: Noise | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`forward` with the stream as the residual; where processes share the linear, their sum's own rows."""
+        if self.stream is WHOLE:
+            return self.forward(x_TD, stream_PD, noise)
+        y, low, free = self.forward(x_TD, None, noise)
+        return self.stream.scatter(y).add_(stream_PD), low, free
 
     def forward_apart(
         self, x_TD: Tensor, noise: Noise | None = None, low_TR: Tensor | None = None

@@ -52,8 +52,11 @@ class RowScale:
         scale, down, up = adapter.options.scale, adapter.A.float(), adapter.B.float()
         cross = wide_product(weight_FD, down.to(weight_FD.dtype).t()).float()
         change = (2 * cross).addmm_(up, down @ down.t(), alpha=scale).mul_(up).sum(1)
+        squares_F = squares_F + scale * change
+        if self.linear.sum_squares is not None:
+            self.linear.sum_squares(squares_F)
         # A row of nearly nothing: its norm must not be the root of a rounding below zero.
-        return (squares_F + scale * change).clamp_(min=torch.finfo(torch.float32).tiny)
+        return squares_F.clamp_(min=torch.finfo(torch.float32).tiny)
 
     def quotients(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(where a ratio is written, the magnitude, the norm)."""

@@ -31,6 +31,12 @@ class Stream(Protocol):
     def summed(self, x_TD: Tensor) -> Tensor:
         """The sum over the processes, of one's own rows. Backward: the gradients of all processes."""
 
+    def gather(self, x_PD: Tensor) -> Tensor:
+        """`gathered` without autograd, for passes that are written out."""
+
+    def scatter(self, x_TD: Tensor) -> Tensor:
+        """`summed` without autograd."""
+
 
 class WholeStream:
     """The stream of one process."""
@@ -48,6 +54,14 @@ class WholeStream:
         return x_PD
 
     def summed(self, x_TD: Tensor) -> Tensor:
+        """As it is."""
+        return x_TD
+
+    def gather(self, x_PD: Tensor) -> Tensor:
+        """As it is."""
+        return x_PD
+
+    def scatter(self, x_TD: Tensor) -> Tensor:
         """As it is."""
         return x_TD
 

@@ -72,7 +72,7 @@ class TiledMlp(torch.autograd.Function):
         sums: list[Tensor | None] = []
         for rows in _tiles(x_TD.shape[0], ctx.tile_tokens):
             context = _TileContext(ctx.needs_input_grad, ctx.projections, _noise_of(ctx.noise, rows))
-            parts = [None if column is None else column[rows] for column in rest]
+            parts = [None if column is None else column[_of_tile(column, rows, len(x_TD))] for column in rest]
             context.save_for_backward(x_TD[rows], norm_weight, *parts)
             dx_tile, *others = NormMlp.backward(context, grads[0][rows])
             if dx is not None:
@@ -92,6 +92,12 @@ def tiled_mlp(
 def _tiles(num_tokens: int, tile_tokens: int) -> Iterator[slice]:
     for start in range(0, num_tokens, tile_tokens):
         yield slice(start, min(start + tile_tokens, num_tokens))
+
+
+def _of_tile(column: Tensor, rows: slice, num_tokens: int) -> slice:
+    """The rows of what the tiles saved: as many times more than a tile's tokens as processes share the projections."""
+    times = len(column) // num_tokens
+    return slice(times * rows.start, times * rows.stop)
 
 
 def _noise_of(noise: Noise | None, rows: slice) -> Noise | None:

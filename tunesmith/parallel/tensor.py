@@ -65,13 +65,21 @@ class SharedStream:
         """See `collectives.scatter_sum`."""
         return scatter_sum(x_TD, self.team)
 
+    def gather(self, x_PD: Tensor) -> Tensor:
+        """See `Team.gather`."""
+        return self.team.gather(x_PD)
+
+    def scatter(self, x_TD: Tensor) -> Tensor:
+        """See `Team.scatter_sum`."""
+        return self.team.scatter_sum(x_TD)
+
 
 def shard_tensors(decoder: Decoder, mesh: Mesh) -> None:
     """Keep this process's part of every linear of the blocks, in place, and let the blocks exchange tokens.
 
     Called with the method applied and before the optimiser is made; what is whole is the same in all processes of
-    mesh.group("tp"). A decoder that was loaded in parts (`share_linears`) gets its adapters cut. The blocks run in
-    their eager form. Nothing happens where the mesh has one such process.
+    mesh.group("tp"). A decoder that was loaded in parts (`share_linears`) gets its adapters cut. Blocks are not
+    recorded as CUDA graphs. Nothing happens where the mesh has one such process.
     Raises: ParallelError where heads or matrices can't be divided, or the adapters have dropout.
     """
     if mesh.size("tp") == 1:
@@ -89,6 +97,8 @@ def shard_tensors(decoder: Decoder, mesh: Mesh) -> None:
             module.bias.requires_grad_(False)
             idle.add(f"{path}.bias")
     stream.idle |= idle
+    if decoder.captured is not None:
+        decoder.captured.give_up("the blocks talk to other processes, which share their matrices (parallel.tensor)")
 
 
 def share_linears(decoder: Decoder, mesh: Mesh) -> SharedStream:
@@ -102,7 +112,7 @@ def share_linears(decoder: Decoder, mesh: Mesh) -> SharedStream:
         shard = Shard(kind, stream.team.index, count, dict(known.parts), int(known.in_features))
         shard_linear(base, shard, stream.team, path)
         stream.shards[path] = shard
-    decoder.stream, decoder.is_fused, decoder.captured = stream, False, None
+    decoder.stream = stream
     for block in decoder.blocks:
         if not isinstance(block, Block):  # of another stage
             continue

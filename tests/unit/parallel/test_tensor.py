@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.arch import config_from_dict
 from tunesmith.errors import ParallelError
+from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.methods import apply_method
@@ -156,6 +157,21 @@ def test_four_processes_have_the_gradients_of_one(ranks: Ranks) -> None:
     check(ranks, 4, [("qwen2", "full"), ("llama", "dora"), ("qwen3", "full"), ("mistral", "lora"), ("gpt2", "full")])
 
 
+@pytest.mark.parametrize("family", list(MODELS))
+def test_written_out_blocks_exchange_tokens_too(ranks: Ranks, family: str) -> None:
+    check(ranks, 2, [(family, method) for method in METHODS], is_fused=True)
+
+
+@pytest.mark.parametrize("kind", ["selective", "block"])
+def test_written_out_blocks_are_checkpointed(ranks: Ranks, kind: str) -> None:
+    cases = [("qwen3", "full"), ("llama", "dora"), ("qwen2", "qlora"), ("mixtral", "lora")]
+    check(ranks, 2, cases, is_fused=True, checkpointing=kind)
+
+
+def test_written_out_blocks_of_four_processes_take_the_mlp_in_tiles(ranks: Ranks) -> None:
+    check(ranks, 4, [("qwen2", "full"), ("mistral", "dora")], is_fused=True, mlp_tile_tokens=3)
+
+
 @pytest.mark.parametrize("kind", ["block", "selective"])
 def test_checkpointed_blocks_exchange_tokens_again(ranks: Ranks, kind: str) -> None:
     check(ranks, 2, [("qwen3", "full"), ("llama", "dora"), ("qwen2", "qlora")], checkpointing=kind)
@@ -270,6 +286,19 @@ def test_what_can_not_be_shared_is_refused(
 ) -> None:
     for text in ranks(_refusals, count, changes, method):
         assert re.search(message, text)
+
+
+def _graphs() -> str | None:
+    with joined(ParallelSection(tensor=2), "cpu") as mesh:
+        decoder = make_decoder("qwen2", "lora")
+        decoder.captured = CapturedBlocks()
+        shard_tensors(decoder, mesh)
+        return decoder.captured.refused
+
+
+def test_blocks_that_exchange_tokens_are_not_recorded(ranks: Ranks) -> None:
+    """And the run directory says so."""
+    assert all("parallel.tensor" in str(reason) for reason in ranks(_graphs, 2))
 
 
 def _sliced() -> tuple[list[int], list[int], range]:
