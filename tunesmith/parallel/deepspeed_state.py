@@ -89,7 +89,7 @@ class ZeroState:
         """This process's boxes. Those of an offloaded state may be copies: `adopt` puts them back."""
         self._begin_states()
         self._shares = []
-        found = []
+        found: list[Fragment] = []
         for name, parameter in self._parameters.items():
             found += self._boxes(f"model.{name}", parameter, None)
             for key in _MOMENTS if self._has_moments else ():
