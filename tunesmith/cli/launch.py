@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from tunesmith.errors import ParallelError, nearest
 
 if TYPE_CHECKING:
     from tunesmith.launch.plan import Plan
+    from tunesmith.launch.slurm import Job
     from tunesmith.recipe.schema import Recipe
 
 app = typer.Typer(add_completion=False)
@@ -33,6 +35,19 @@ def launch(
     rdzv_id: Annotated[str, typer.Option(help="a name that tells this launch from others there")] = "tunesmith",
     max_restarts: Annotated[int, typer.Option(min=0, help="how often the group may be started again")] = 3,
     run_dir: Annotated[Path | None, typer.Option(help="the run directory: made, or gone on with")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="write a script for SLURM's sbatch instead")] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="slurm: hand the script to sbatch")] = False,
+    per_process: Annotated[
+        bool, typer.Option("--per-process", help="slurm: a task for each process, started by srun; no restarts")
+    ] = False,
+    time: Annotated[str | None, typer.Option(help="slurm: the limit, as 12:00:00")] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm")] = None,
+    qos: Annotated[str | None, typer.Option(help="slurm")] = None,
+    constraint: Annotated[str | None, typer.Option(help="slurm: features that the nodes must have")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="slurm: cores of each task")] = None,
+    mem: Annotated[str | None, typer.Option(help="slurm: memory of each node, as 200G")] = None,
+    setup: Annotated[Path | None, typer.Option(help="slurm: a file of shell commands to source first")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be run, and run nothing")] = False,
 ) -> int:
     """Run `tunesmith train ...` (or a Python script) as several processes, and start them again when one dies.
@@ -43,9 +58,30 @@ def launch(
 
     nodes = parse_nodes(nnodes)
     target = Target(command, run_dir, cpu=cpu)
+    if slurm:
+        from tunesmith.launch.slurm import Job
+
+        count = _processes_of_a_node(nproc)
+        job = Job(
+            name=target.name,
+            nodes=nodes,
+            processes_per_node=count,
+            gpus_per_node=0 if target.uses_no_gpu else count,
+            cpus_per_task=cpus_per_task,
+            per_process=per_process,
+            max_restarts=max_restarts,
+            partition=partition,
+            account=account,
+            qos=qos,
+            constraint=constraint,
+            time=time,
+            mem=mem,
+            setup=setup,
+        )
+        return _slurm(job, target, submit=submit, dry_run=dry_run)
     if nodes != (1, 1) and not target.is_named:
         raise ParallelError("machines share one run directory: name it with --run-dir, the same on each")
-    plan = _local_plan(target, nproc, cpu, max_restarts, nodes, check_endpoint(rdzv, nodes), rdzv_id, make=not dry_run)
+    plan = _local_plan(target, nproc, max_restarts, nodes, check_endpoint(rdzv, nodes), rdzv_id, make=not dry_run)
     if dry_run:
         return _show(plan)
     from tunesmith.launch.agent import run_here
@@ -70,13 +106,24 @@ class Target:
         if not self.is_script and command[0] not in LAUNCHABLE:
             near = nearest(command[0], LAUNCHABLE)
             raise ParallelError(f"launch runs train RECIPE ... or SCRIPT.py ..., not '{command[0]}'{near}")
-        self.command, self._run_dir = list(command), run_dir
+        self.command, self._run_dir, self._cpu = list(command), run_dir, cpu
         self.recipe: Recipe | None = None
+        self.switches = [word for word in command if word in ("--verify", "--no-verify")]
         self.is_named = run_dir is not None
         if self.is_script:
             self._check_script()
         else:
             self._read_train(cpu)
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return Path(self.command[0]).stem if self.recipe is None else self.recipe.name
+
+    @property
+    def uses_no_gpu(self) -> bool:
+        """Whether --cpu or the recipe says so."""
+        return self._cpu or (self.recipe is not None and self.recipe.model.device == "cpu")
 
     def _check_script(self) -> None:
         if not Path(self.command[0]).is_file():
@@ -98,9 +145,8 @@ class Target:
         """The run directory; from here on the command names it. Args: make: whether the folder is made."""
         from tunesmith.rundir.layout import claim_run, new_run_path
 
-        recipe = self.recipe
-        output, name = ("runs", Path(self.command[0]).stem) if recipe is None else (recipe.output, recipe.name)
-        path = claim_run(output, name, self._run_dir) if make else self._run_dir or new_run_path(output, name)
+        output = "runs" if self.recipe is None else self.recipe.output
+        path = claim_run(output, self.name, self._run_dir) if make else self._run_dir or new_run_path(output, self.name)
         if self._run_dir is None and not self.is_script:
             self.command += ["--run-dir", str(path)]
         self._run_dir = path
@@ -108,15 +154,30 @@ class Target:
 
     def arguments(self) -> list[str]:
         """What every process is told."""
-        flags = ["--debug"] if console.is_debug() else []
-        flags += ["--json"] if console.is_json() else []
-        return self.command if self.is_script else [self.command[0], *flags, *self.command[1:]]
+        return self.command if self.is_script else [self.command[0], *_flags(), *self.command[1:]]
+
+    def frozen_arguments(self, logs: Path, *, make: bool) -> list[str]:
+        """As `arguments`, by a copy of the recipe: one that is edited while the job waits does not change the job."""
+        from tunesmith.rundir.io import write_text_atomic
+
+        if make:
+            logs.mkdir(parents=True, exist_ok=True)
+        if self.recipe is None:
+            return self.arguments()
+        copy = logs / "recipe.yaml"
+        if make:
+            write_text_atomic(copy, self.recipe.to_yaml())
+        assert self._run_dir is not None
+        return ["train", *_flags(), str(copy), *self.switches, "--run-dir", str(self._run_dir.resolve())]
+
+
+def _flags() -> list[str]:
+    return (["--debug"] if console.is_debug() else []) + (["--json"] if console.is_json() else [])
 
 
 def _local_plan(
     target: Target,
     nproc: str,
-    cpu: bool,
     max_restarts: int,
     nodes: tuple[int, int],
     rendezvous: str | None,
@@ -127,7 +188,7 @@ def _local_plan(
     from tunesmith.launch import cards
     from tunesmith.launch.plan import LOGS, Plan, count_processes, environment_for, rank_command
 
-    cpu = cpu or (target.recipe is not None and target.recipe.model.device == "cpu")
+    cpu = target.uses_no_gpu
     library = None if cpu else cards.driver()
     count, note = count_processes(nproc, cpu=cpu, gpus=cards.gpu_count(library))
     environment, notes = environment_for(count, cpu=cpu, library=library)
@@ -143,6 +204,36 @@ def _local_plan(
         environment=environment,
         notes=tuple(line for line in (note, *notes) if line is not None),
     )
+
+
+def _processes_of_a_node(nproc: str) -> int:
+    """Raises: ParallelError for "auto": the nodes are not there to be asked."""
+    if not nproc.isdigit() or int(nproc) < 1:
+        raise ParallelError(f"with --slurm say how many processes, and so GPUs, a node has: --nproc 8; got {nproc!r}")
+    return int(nproc)
+
+
+def _slurm(job: Job, target: Target, *, submit: bool, dry_run: bool) -> int:
+    """Write the job's script into the run directory, or with `dry_run` to stdout; submit it if asked."""
+    from tunesmith.launch.plan import LOGS
+    from tunesmith.launch.slurm import script
+    from tunesmith.launch.slurm import submit as submit_script
+
+    run_dir = target.claim(make=not dry_run).resolve()
+    logs = run_dir / LOGS
+    text = script(job, RANK, target.frozen_arguments(logs, make=not dry_run), run_dir, Path.cwd())
+    if dry_run:
+        console.out.print(text, markup=False)
+        return 0
+    path = logs / "job.sbatch"
+    path.write_text(text, encoding="utf-8")
+    number = submit_script(path) if submit else None
+    if number is None:
+        console.err.print(f"written: {path}\nsubmit it with: sbatch {shlex.quote(str(path))}", markup=False)
+    else:
+        console.err.print(f"job {number}, its script and logs: {logs}", markup=False)
+    console.emit({"script": path, "job": number, "run_dir": run_dir})
+    return 0
 
 
 def _show(plan: Plan) -> int:
