@@ -35,6 +35,8 @@ def launch(
     rdzv_id: Annotated[str, typer.Option(help="a name that tells this launch from others there")] = "tunesmith",
     max_restarts: Annotated[int, typer.Option(min=0, help="how often the group may be started again")] = 3,
     run_dir: Annotated[Path | None, typer.Option(help="the run directory: made, or gone on with")] = None,
+    mpi: Annotated[bool, typer.Option("--mpi", help="start the processes by mpirun (Open MPI)")] = False,
+    hostfile: Annotated[Path | None, typer.Option(help="mpi: the machines, a line each: NAME slots=N")] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="write a script for SLURM's sbatch instead")] = False,
     submit: Annotated[bool, typer.Option("--submit", help="slurm: hand the script to sbatch")] = False,
     per_process: Annotated[
@@ -58,6 +60,7 @@ def launch(
 
     nodes = parse_nodes(nnodes)
     target = Target(command, run_dir, cpu=cpu)
+    _check_kind(mpi=mpi, slurm=slurm, hostfile=hostfile, submit=submit)
     if slurm:
         from tunesmith.launch.slurm import Job
 
@@ -83,14 +86,28 @@ def launch(
         raise ParallelError("machines share one run directory: name it with --run-dir, the same on each")
     plan = _local_plan(target, nproc, max_restarts, nodes, check_endpoint(rdzv, nodes), rdzv_id, make=not dry_run)
     if dry_run:
-        return _show(plan)
-    from tunesmith.launch.agent import run_here
-
+        return _show(plan, mpi, hostfile)
     for note in plan.notes:
         console.err.print(note, markup=False)
     where = f"run directory {plan.run_dir}, logs of all ranks in {plan.logs}"
     console.err.print(f"{plan.nproc} processes; {where}", markup=False)
+    if mpi:
+        from tunesmith.launch.mpi import run_by_mpi
+
+        return run_by_mpi(plan, hostfile, _say)
+    from tunesmith.launch.agent import run_here
+
     return run_here(plan, _say)
+
+
+def _check_kind(*, mpi: bool, slurm: bool, hostfile: Path | None, submit: bool) -> None:
+    """Raises: ParallelError for options that do not go together."""
+    if mpi and slurm:
+        raise ParallelError("--mpi and --slurm are two ways to start: leave one out")
+    if hostfile is not None and not mpi:
+        raise ParallelError("--hostfile goes with --mpi; torch's launcher wants --nnodes and --rdzv instead")
+    if submit and not slurm:
+        raise ParallelError("--submit goes with --slurm")
 
 
 class Target:
@@ -186,13 +203,15 @@ def _local_plan(
     make: bool,
 ) -> Plan:
     from tunesmith.launch import cards
-    from tunesmith.launch.plan import LOGS, Plan, count_processes, environment_for, rank_command
+    from tunesmith.launch.plan import LOGS, Plan, count_processes, debug_environment, environment_for, rank_command
 
     cpu = target.uses_no_gpu
     library = None if cpu else cards.driver()
     count, note = count_processes(nproc, cpu=cpu, gpus=cards.gpu_count(library))
     environment, notes = environment_for(count, cpu=cpu, library=library)
     run_dir = target.claim(make=make)
+    if console.is_debug():
+        environment |= debug_environment(run_dir.resolve() / LOGS)
     return Plan(
         command=rank_command(RANK, target.arguments(), run_dir / LOGS),
         run_dir=run_dir,
@@ -236,16 +255,20 @@ def _slurm(job: Job, target: Target, *, submit: bool, dry_run: bool) -> int:
     return 0
 
 
-def _show(plan: Plan) -> int:
-    """Print what a launch would run, as a command of torch's own launcher."""
+def _show(plan: Plan, mpi: bool, hostfile: Path | None) -> int:
+    """Print what a launch would run: mpirun's command, or the same as a command of torch's own launcher."""
+    from tunesmith.launch.mpi import meeting_place, mpirun_command, read_hosts
     from tunesmith.launch.plan import shell_line
 
     for note in plan.notes:
         console.err.print(note, markup=False)
-    line = shell_line(plan.torchrun(), plan.environment)
+    command, environment = plan.torchrun(), dict(plan.environment)
+    if mpi:
+        environment |= meeting_place([] if hostfile is None else read_hosts(hostfile))
+        command = mpirun_command(plan, hostfile, environment)
     if not console.is_json():
-        console.out.print(line, markup=False)
-    console.emit({"command": plan.torchrun(), "environment": dict(plan.environment), "run_dir": plan.run_dir})
+        console.out.print(shell_line(command, environment), markup=False)
+    console.emit({"command": command, "environment": environment, "run_dir": plan.run_dir})
     return 0
 
 

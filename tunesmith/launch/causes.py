@@ -30,7 +30,10 @@ _PASSING = frozenset(
 
 @dataclass(frozen=True)
 class Ending:
-    """How one process ended. exit_code: negative for a signal's number; error: the exception's class and message."""
+    """How one process ended.
+
+    rank: -1 where it is not known; exit_code: negative for a signal's number; error: the exception's class and message.
+    """
 
     rank: int
     exit_code: int
@@ -57,12 +60,12 @@ class Ending:
 
     def say(self) -> str:
         """The ending in a few words."""
+        who = "a rank" if self.rank < 0 else f"rank {self.rank}"
         if self.exit_code < 0:
-            return f"rank {self.rank} was ended by {_signal_name(-self.exit_code)}"
+            return f"{who} was ended by {_signal_name(-self.exit_code)}"
         if self.error is None:
-            return f"rank {self.rank} ended with exit code {self.exit_code}"
-        own = _is_ours(self.error)
-        return f"rank {self.rank}: {self.message if own else f'{self.error}: {self.message}'}"
+            return f"{who} ended with exit code {self.exit_code}"
+        return f"{who}: {self.message if _is_ours(self.error) else f'{self.error}: {self.message}'}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ def read_ending(path: Path, rank: int, exit_code: int) -> Ending:
     """What a process left at its end; only its exit code where it could leave nothing."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Ending(rank, exit_code, found["error"], found["message"], float(found["at"]))
+        code = exit_code if exit_code < 0 else int(found["exit_code"])
+        return Ending(rank, code, found["error"], found["message"], float(found["at"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Ending(rank, exit_code, at=time.time())
 

@@ -122,6 +122,23 @@ def environment_for(nproc: int, *, cpu: bool, library: object | None) -> tuple[d
     return kept, notes
 
 
+def debug_environment(logs: Path) -> dict[str, str]:
+    """What makes torch and NCCL tell more, into files in the logs' folder.
+
+    Every collective is compared between the ranks before it runs (slow), and the last of them are kept and written
+    out when one times out (torch's flight recorder).
+    """
+    return {
+        "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
+        "TORCH_SHOW_CPP_STACKTRACES": "1",
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(logs / "flight-rank-"),
+        "NCCL_DEBUG": "INFO",
+        "NCCL_DEBUG_FILE": str(logs / "nccl-%h-%p.log"),
+    }
+
+
 def shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """A command with its environment, as it may be pasted into a shell."""
     settings = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]

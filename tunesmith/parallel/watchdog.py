@@ -226,7 +226,7 @@ def _meet(rank: int, size: int) -> Store:
     Raises: ParallelError.
     """
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     limit = timedelta(seconds=60)
