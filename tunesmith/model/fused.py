@@ -148,17 +148,21 @@ def _through_norm(
     x, norm_weight, rstd, low, free = saved
     projection: Projection = ctx.projection
     wants_stream, wants_norm = ctx.needs_input_grad[:2]
+    # Where processes share the projection, they talk beside its products.
+    gathered = None
     if y is None and projection.needs_input:
-        y = projection.stream.gather(rms_norm_again(x, norm_weight, rstd))
+        gathered = projection.stream.gather_beside(rms_norm_again(x, norm_weight, rstd))
     dy, dlow = projection.input_grad(g, ctx.noise) if wants_stream or wants_norm else (None, None)
+    summed = None if dy is None else projection.stream.scatter_beside(dy)
+    del dy
+    y = y if gathered is None else gathered()
     if of_up is None or low is None or dlow is None:
         dtrained = projection.parameter_grads(g, y, (low, dlow, free), ctx.noise)
     else:
         dtrained = adapter_grads(projection, g, y, low, dlow, (of_up, None))
-    if dy is None:
+    if summed is None:
         return None, None, dtrained
-    dy = projection.stream.scatter(dy)
-    dx, dnorm = rms_norm_backward(dy, x, norm_weight, rstd, grad_stream, wants_norm)
+    dx, dnorm = rms_norm_backward(summed(), x, norm_weight, rstd, grad_stream, wants_norm)
     return dx, None if dnorm is None else dnorm.to(norm_weight.dtype), dtrained
 
 

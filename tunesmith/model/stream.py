@@ -9,6 +9,7 @@ Source: arXiv 2205.05198, section 4.2.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -37,6 +38,12 @@ class Stream(Protocol):
     def scatter(self, x_TD: Tensor) -> Tensor:
         """`summed` without autograd."""
 
+    def gather_beside(self, x_PD: Tensor) -> Callable[[], Tensor]:
+        """`gather` begun now and waited for by calling what is returned: beside whatever is queued in between."""
+
+    def scatter_beside(self, x_TD: Tensor) -> Callable[[], Tensor]:
+        """`scatter` begun now and waited for by calling what is returned."""
+
 
 class WholeStream:
     """The stream of one process."""
@@ -64,6 +71,14 @@ class WholeStream:
     def scatter(self, x_TD: Tensor) -> Tensor:
         """As it is."""
         return x_TD
+
+    def gather_beside(self, x_PD: Tensor) -> Callable[[], Tensor]:
+        """As it is."""
+        return lambda: x_PD
+
+    def scatter_beside(self, x_TD: Tensor) -> Callable[[], Tensor]:
+        """As it is."""
+        return lambda: x_TD
 
 
 WHOLE = WholeStream()

@@ -6,6 +6,7 @@ version of torch, so there everything is summed and a process takes its rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,24 +27,34 @@ class Team:
 
     def gather(self, x_PD: Tensor) -> Tensor:
         """The rows of all processes below each other: [size * P, D]. Without gradients."""
+        return self.gather_beside(x_PD)()
+
+    def gather_beside(self, x_PD: Tensor) -> Callable[[], Tensor]:
+        """`gather`, begun now; what is returned waits for it."""
         import torch.distributed as dist
 
-        out = x_PD.new_empty(self.size * x_PD.shape[0], *x_PD.shape[1:])
+        rows = x_PD.contiguous()
+        out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         # Torch 2.13 has the same operation under a new name, and warns of the old one.
         gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(out, x_PD.contiguous(), group=self.group)
-        return out
+        return _Underway(gather(out, rows, group=self.group, async_op=True), out, rows)
 
     def scatter_sum(self, x_TD: Tensor) -> Tensor:
         """The sum over the processes, of this one's rows: [T / size, D]. Without gradients."""
+        return self.scatter_sum_beside(x_TD)()
+
+    def scatter_sum_beside(self, x_TD: Tensor) -> Callable[[], Tensor]:
+        """`scatter_sum`, begun now; what is returned waits for it."""
         import torch.distributed as dist
 
         if not x_TD.is_cuda:
-            return self.own(self.summed(x_TD)).clone()
-        out = x_TD.new_empty(x_TD.shape[0] // self.size, *x_TD.shape[1:])
+            total = x_TD.detach().clone(memory_format=torch.contiguous_format)
+            work = dist.all_reduce(total, group=self.group, async_op=True)
+            return _Underway(work, total, total, self.own)
+        rows = x_TD.contiguous()
+        out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
         scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(out, x_TD.contiguous(), group=self.group)
-        return out
+        return _Underway(scatter(out, rows, group=self.group, async_op=True), out, rows)
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum over the processes, as a tensor of its own. Without gradients."""
@@ -59,6 +70,22 @@ class Team:
         """This process's rows (a view)."""
         rows = x_TD.shape[0] // self.size
         return x_TD[self.index * rows : (self.index + 1) * rows]
+
+
+@dataclass
+class _Underway:
+    """A collective that was begun. given: what it reads, which must live as long."""
+
+    work: Any
+    out: Tensor
+    given: Tensor | None
+    taken: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self) -> Tensor:
+        """Its result: on a GPU the stream waits for it, not the host."""
+        self.work.wait()
+        self.given = None
+        return self.out if self.taken is None else self.taken(self.out).clone()
 
 
 class _GatherRows(torch.autograd.Function):

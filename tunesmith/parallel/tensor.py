@@ -11,7 +11,7 @@ Sources: arXiv 1909.08053, section 3; arXiv 2205.05198, section 4.2.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -72,6 +72,14 @@ class SharedStream:
     def scatter(self, x_TD: Tensor) -> Tensor:
         """See `Team.scatter_sum`."""
         return self.team.scatter_sum(x_TD)
+
+    def gather_beside(self, x_PD: Tensor) -> Callable[[], Tensor]:
+        """See `Team.gather_beside`."""
+        return self.team.gather_beside(x_PD)
+
+    def scatter_beside(self, x_TD: Tensor) -> Callable[[], Tensor]:
+        """See `Team.scatter_sum_beside`."""
+        return self.team.scatter_sum_beside(x_TD)
 
 
 def shard_tensors(decoder: Decoder, mesh: Mesh) -> None:
