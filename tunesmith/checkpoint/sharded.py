@@ -14,19 +14,21 @@ What it leaves in the hidden folder is removed at the next save.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.checkpoint.agreement import Agreement, Alone
+from tunesmith.checkpoint.agreement import PATIENCE, Agreement, Alone
 from tunesmith.checkpoint.generations import drop_old, state_path
 from tunesmith.checkpoint.manifest import SCHEMA_VERSION, STATE, write_manifest
 from tunesmith.checkpoint.shards import FILE_BYTES, Box, Plan, PlannedFile, Shard, box_of, make_plan
@@ -184,9 +186,11 @@ class ShardedWriter:
 
     def _remove_leftovers(self, ticket: Ticket) -> None:
         remove_leftovers(self.checkpoints)
-        # One save is in flight at most: another folder of this process is of a save that failed.
-        for path in self.checkpoints.glob(f".step-*.tmp-{os.getpid()}-*"):
-            if path != ticket.temporary:
+        # One save is in flight at most: another folder of this process is of a save that failed. Whether a process of
+        # another machine lives, where the run was before, can't be asked; but none that saves is silent for so long.
+        own = f".tmp-{os.getpid()}-"
+        for path in self.checkpoints.glob(".step-*.tmp-*"):
+            if path != ticket.temporary and (own in path.name or _age_s(path) > PATIENCE.total_seconds()):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _commit(self, ticket: Ticket, path: Path, files: dict[str, FileSum], facts: Mapping[str, Any]) -> None:
@@ -225,6 +229,15 @@ def _write_state(path: Path, ticket: Ticket, facts: Mapping[str, Any]) -> FileSu
 
 def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _age_s(folder: Path) -> float:
+    """Seconds since anything in a folder was written."""
+    times = []
+    for path in (folder, *folder.glob("*")):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return time.time() - max(times, default=time.time())
 
 
 def _check_visible(path: Path, expected: FileSum) -> None:

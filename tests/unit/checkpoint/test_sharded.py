@@ -340,6 +340,25 @@ def test_a_manifest_is_checked_to_the_byte(state_path: Path) -> None:
             load_state(state_path)
 
 
+def test_leftovers_go_unless_somebody_may_still_write_there(tmp_path: Path) -> None:
+    """Of a process that is gone, of this one, of another machine's that was silent for hours; not of a neighbour."""
+    gone = multiprocessing.get_context("fork").Process(target=int)
+    gone.start()
+    gone.join()
+    leftovers = {"gone": gone.pid, "own": os.getpid(), "nearby": os.getppid(), "elsewhere": os.getppid()}
+    folders = {
+        name: tmp_path / f".step-00000001.tmp-{pid}-{number:08x}"
+        for number, (name, pid) in enumerate(leftovers.items())
+    }
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "tensors.safetensors").write_bytes(b"half")
+    for path in (folders["elsewhere"], folders["elsewhere"] / "tensors.safetensors"):
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    save_shards(tmp_path, 2, cut_for(0, 1, whole_tensors(2)), {}, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {folders["nearby"].name, "step-00000002"}
+
+
 def changed_later(folder: Path) -> tuple[int, int]:
     """A process gets another tensor after the first save: the plan is made again, by all. Returns: plans made."""
     agreement = checkpoint_group()
