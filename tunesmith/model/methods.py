@@ -83,7 +83,8 @@ def apply_method(model: LanguageModel, method: MethodSection, *, seed: int) -> M
 
 
 def summarise(model: LanguageModel, adapted: tuple[str, ...] = ()) -> MethodSummary:
-    """Counts of parameters; a weight held in NF4 or fp8 counts as many as it stands for."""
+    """Counts of parameters; a weight held in NF4 or fp8 counts as many as it stands for, a process's part as the whole
+    of a linear."""
     module = _module(model)
     parameters = dict(module.named_parameters())
     quantised_values = sum(
@@ -91,11 +92,30 @@ def summarise(model: LanguageModel, adapted: tuple[str, ...] = ()) -> MethodSumm
     )
     trained = tuple(name for name, parameter in parameters.items() if parameter.requires_grad)
     return MethodSummary(
-        trainable_parameters=sum(parameters[name].numel() for name in trained),
-        total_parameters=sum(parameter.numel() for parameter in parameters.values()) + quantised_values,
+        trainable_parameters=sum(parameters[name].numel() for name in trained)
+        + _values_elsewhere(module, trained=True),
+        total_parameters=sum(parameter.numel() for parameter in parameters.values())
+        + quantised_values
+        + _values_elsewhere(module, trained=False),
         adapted=adapted,
         trained=trained,
     )
+
+
+def _values_elsewhere(module: nn.Module, *, trained: bool) -> int:
+    """Weights and biases of linears of which this process holds a part, that other processes hold (see
+    parallel/shard_linears.py); with `trained` only those that are."""
+    total = 0
+    for child in module.modules():
+        whole: Any = getattr(child, "cut", None)
+        if whole is not None:
+            linear: Any = child
+            rows, held = sum(whole.parts.values()), linear.out_features
+            if not trained or getattr(getattr(linear, "weight", None), "requires_grad", False):
+                total += rows * whole.in_features - held * linear.in_features
+            if linear.bias is not None and (not trained or linear.bias.requires_grad):
+                total += rows - held
+    return total
 
 
 def block_linears(model: LanguageModel) -> list[Target]:

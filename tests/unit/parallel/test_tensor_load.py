@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.checkpoint.adapter import load_adapter, save_adapter
 from tunesmith.checkpoint.load import load_language_model
 from tunesmith.errors import UnsupportedModelError
 from tunesmith.kernels.nf4 import dequantize_nf4
 from tunesmith.model.decoder import Decoder
-from tunesmith.model.methods import apply_method
+from tunesmith.model.methods import MethodSummary, apply_method
 from tunesmith.model.quant import NF4Linear
 from tunesmith.parallel.mesh import Mesh, joined
 from tunesmith.parallel.tensor import placements, shard_tensors
@@ -31,11 +32,17 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def _load(directory: Path, weights: Any, method: dict[str, Any], mesh: Mesh | None) -> Decoder:
+    return _load_and_count(directory, weights, method, mesh)[0]
+
+
+def _load_and_count(
+    directory: Path, weights: Any, method: dict[str, Any], mesh: Mesh | None
+) -> tuple[Decoder, MethodSummary]:
     section, settings = ModelSection(path=str(directory), weights=weights), MethodSection(**method)
     model = load_language_model(section, quantize=settings.quantisation, dtype=torch.float32, seed=5, mesh=mesh)
-    apply_method(model, settings, seed=1)
+    summary = apply_method(model, settings, seed=1)
     assert isinstance(model, Decoder)
-    return model
+    return model, summary
 
 
 def _held(decoder: Decoder) -> dict[str, Tensor]:
@@ -49,8 +56,9 @@ def _differing(directory: Path, weights: str, methods: list[str]) -> list[str]:
     out = []
     with joined(ParallelSection(tensor=2), "cpu") as mesh:
         for method in methods:
-            parts = _load(directory, weights, METHODS[method], mesh)
-            cut = _load(directory, weights, METHODS[method], None)
+            parts, of_parts = _load_and_count(directory, weights, METHODS[method], mesh)
+            cut, of_whole = _load_and_count(directory, weights, METHODS[method], None)
+            assert of_parts == of_whole  # parameters are those of the whole model
             for decoder in (parts, cut):
                 shard_tensors(decoder, mesh)
             assert placements(parts) == placements(cut)
@@ -103,6 +111,31 @@ def test_nf4_shards_have_the_values_of_the_whole(
 ) -> None:
     """Though the whole's scales are doubly quantised, and a shard's are plain."""
     assert ranks(_values, 2, tiny_model_dir("llama", **SIZES)) == [True, True]
+
+
+def _continued(directory: Path, adapters: Path, method: str) -> list[str]:
+    """What is not the same after going on from an adapter, in a decoder loaded in parts and in one that was cut."""
+    with joined(ParallelSection(tensor=2), "cpu") as mesh:
+        whole = _load(directory, "checkpoint", METHODS[method], None)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in whole.parameters():
+            if parameter.requires_grad:
+                parameter.data.uniform_(0.1, 1, generator=generator)
+        own = adapters / str(mesh.rank)
+        save_adapter(whole, own, str(directory))
+        parts = _load(directory, "checkpoint", METHODS[method], mesh)
+        load_adapter(parts, own, trainable=True, base_directory=directory)
+        for decoder in (whole, parts):
+            shard_tensors(decoder, mesh)
+        got, expected = _held(parts), _held(whole)
+        return [name for name, tensor in expected.items() if not torch.equal(got[name], tensor)]
+
+
+@pytest.mark.parametrize("method", ["dora", "qlora"])
+def test_adapters_are_gone_on_from(
+    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    assert ranks(_continued, 2, tiny_model_dir("qwen2", **SIZES), tmp_path, method) == [[], []]
 
 
 def _foreign(directory: Path) -> str:
