@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from tunesmith.checkpoint.adapter import save_adapter
+from tunesmith.checkpoint.consolidate import can_stream, consolidate
 from tunesmith.checkpoint.save import save_decoder
+from tunesmith.checkpoint.state import load_latest
 from tunesmith.errors import ModelError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
@@ -22,9 +24,16 @@ from tunesmith.train.resolve import DTYPES, trains_base
 from tunesmith.train.session import Session
 
 
-def export(session: Session, directory: Path) -> Path:
-    """Write the outcome of `session` as `directory`; see `write_outcome`."""
-    return write_outcome(session.recipe, session.model, session.model_directory, session.tokenizer, directory)
+def export(session: Session, run: RunDir) -> Path:
+    """Write the outcome of `session` as the run's `final/`; see `write_outcome`.
+
+    Where no process holds all of it, it is put together from the last checkpoint, a tensor at a time.
+    """
+    if session.mesh.world_size > 1 and can_stream(session.recipe):
+        _, state = load_latest(run.checkpoints)
+        consolidate(session.recipe, state, run.final, replace=True)
+        return run.final
+    return write_outcome(session.recipe, session.model, session.model_directory, session.tokenizer, run.final)
 
 
 def write_outcome(

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from tunesmith.checkpoint.state import TrainingState, list_states, load_latest, save_state
+from tunesmith.checkpoint.agreement import Agreement
+from tunesmith.checkpoint.state import TrainingState, list_states, load_latest
 from tunesmith.errors import TrainingError
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, LogSection
 from tunesmith.rundir.io import MetricsWriter
@@ -20,6 +21,7 @@ from tunesmith.train.collection import CollectedBetweenSteps
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.pending import Pending
 from tunesmith.train.stopping import StopSignals
+from tunesmith.train.together import Together
 
 NO_WAIT, BAD_WAIT = 0.001, 0.1
 SLOW_DATA = "batches are made by one thread beside the device's; give the process more cores, or longer documents"
@@ -99,14 +101,16 @@ class LoopResult:
         return f"{waited}: {SLOW_DATA}" if ratio > BAD_WAIT else waited
 
 
-def resume(trainable: Trainable, run: RunDir) -> Path | None:
-    """Put `trainable` into the newest whole state of `run`. Returns that checkpoint; None when it has none yet.
+def resume(trainable: Trainable, checkpoints: Path, agreement: Agreement | None = None) -> Path | None:
+    """Put `trainable` into the newest whole state. Returns that checkpoint; None when there is none yet.
 
+    agreement: of the processes that train together: all come to the same state.
     Raises: CheckpointError when there are checkpoints and none is whole.
     """
-    if not list_states(run.checkpoints):
+    there = bool(list_states(checkpoints))
+    if not (there if agreement is None else any(agreement.gather(there))):
         return None
-    path, state = load_latest(run.checkpoints)
+    path, state = load_latest(checkpoints, agreement=agreement)
     trainable.restore(state)
     return path
 
@@ -119,6 +123,8 @@ def run_loop(
     checkpoint: CheckpointSection,
     log: LogSection,
     hooks: Hooks,
+    others: Together | None = None,
+    checkpoints: Path | None = None,
 ) -> LoopResult:
     """Train to the last step, or until SIGTERM or Ctrl-C; the state is saved at the end of both.
 
@@ -126,9 +132,11 @@ def run_loop(
     metrics.jsonl gets a row per logged step and per validation; rows after the step that `trainable` is at are dropped
     first, so that a resumed run has none twice.
 
+    others: the processes that train together, each with a run directory of its own; `checkpoints` are then of all.
     Raises: TrainingError when the disk is full at the end, naming the last good checkpoint; whatever a step raises.
     """
     loop = _Loop(trainable, run, evaluation, checkpoint, log, hooks)
+    loop.others, loop.checkpoints = others or Together(), checkpoints or run.checkpoints
     try:
         with (
             StopSignals(hooks.on_warning) as signals,
@@ -141,6 +149,7 @@ def run_loop(
             raise
         raise TrainingError(_disk_full_message(run, error)) from error
     finally:
+        loop.others.close()
         trainable.close()
     return loop.result
 
@@ -161,19 +170,27 @@ class _Loop:
         self.saved_step = trainable.step_number
         self.saved_at = time.monotonic()
         self._pending: Pending[StepMetrics] | None = None
+        self.others = Together()
+        self.checkpoints = run.checkpoints
 
     def run(self, metrics: MetricsWriter, signals: StopSignals, collection: CollectedBetweenSteps) -> None:
-        while self.trainable.step_number < self.trainable.total_steps and signals.received is None:
+        stopped = self.others.signal(signals.received)
+        while self.trainable.step_number < self.trainable.total_steps and stopped is None:
             self._step(metrics, collection)
-            if signals.received is None and self._evaluation_due():
+            self._learn_of_saves()
+            stopped = self.others.signal(signals.received)
+            if stopped is None and self._evaluation_due():
                 self._evaluate(metrics)
-            if signals.received is None and self._checkpoint_due():
+                stopped = self.others.signal(signals.received)
+            if stopped is None and self.others.any(self._checkpoint_due()):
                 self._settle(metrics)
-                self._save_or_warn()
+                self._or_warn(self._save)
         self._settle(metrics)
-        self.result.stopped_by = signals.received
+        self._learn_of_saves(self.others.finish)
+        self.result.stopped_by = stopped
         if self.saved_step < self.trainable.step_number:
             self._save()
+            self.others.finish()
 
     def _step(self, metrics: MetricsWriter, collection: CollectedBetweenSteps) -> None:
         """Queue a step, then take the numbers of the one before: the device is never without work meanwhile."""
@@ -238,18 +255,20 @@ class _Loop:
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def _save(self) -> None:
-        path = save_state(self.run_dir.checkpoints, self.trainable.state(), keep=self.checkpoint.keep)
+        self.others.save(self.trainable, self.checkpoints, self.checkpoint.keep, self.hooks.on_checkpoint)
         self.saved_step, self.saved_at = self.trainable.step_number, time.monotonic()
-        self.hooks.on_checkpoint(path)
 
-    def _save_or_warn(self) -> None:
+    def _learn_of_saves(self, ask: Callable[[], None] | None = None) -> None:
+        self._or_warn(ask or self.others.poll)
+
+    def _or_warn(self, act: Callable[[], None]) -> None:
         """A disk that is full in the middle costs this checkpoint, not the run."""
         try:
-            self._save()
+            act()
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            self.saved_at = time.monotonic()
+            self.saved_step, self.saved_at = -1, time.monotonic()
             self.result.failed_saves.append(self.trainable.step_number)
             step = self.trainable.step_number
             self.hooks.on_warning(

@@ -143,7 +143,7 @@ def fit(
     session = ModuleSession(module, of_epoch, loss, settings, validation)
     run = RunDir(run_dir)
     run.path.mkdir(parents=True, exist_ok=True)
-    resume(session, run)
+    resume(session, run.checkpoints)
     return run_loop(
         session,
         run,

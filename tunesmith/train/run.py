@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shlex
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import RecipeError, TrainingError, TunesmithError
+import torch
+
+from tunesmith.errors import TrainingError
+from tunesmith.hardware import pick_device
+from tunesmith.parallel.agreement import check_agreement, versions
+from tunesmith.parallel.mesh import Mesh, joined
+from tunesmith.parallel.progress import Progress
+from tunesmith.parallel.watchdog import watched
 from tunesmith.recipe.load import dump_recipe, load_recipe, recipe_from_mapping
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import read_jsonl, write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
 from tunesmith.train.allocator import prepare_allocator
+from tunesmith.train.directories import check_resumable as check_resumable
+from tunesmith.train.directories import missing_folders, opened_run, recorded, shared_run, with_steps_of
 from tunesmith.train.display import Display, best_line, closing_lines, method_line, pace_line, plan_line
 from tunesmith.train.execution import execution_facts, execution_line, ran_as_asked
 from tunesmith.train.export import export, next_commands, remove_interim
@@ -30,25 +36,13 @@ from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session import Session, build_session, configure_cublas
 from tunesmith.train.start import loads_first
-from tunesmith.train.stopping import exit_code, sigterm_exits
+from tunesmith.train.stopping import exit_code
+from tunesmith.train.together import Together, together
 from tunesmith.watch.start_up import StartUp
 from tunesmith.watch.start_up import describe as describe_start_up
 from tunesmith.watch.trackers import Trackers
 
 Preflight = Callable[[Recipe, Path], str]
-# What a resumed run may change: where and how often things are written, not what is computed.
-FREE_KEYS = (
-    "name",
-    "output",
-    "log.",
-    "checkpoint.",
-    "evaluation.",
-    "bench.",
-    "model.device",
-    "data.workers",
-    "data.cache",
-    "train.detect_anomaly",
-)
 _MEASURED = ("duration_s", "skipped_steps")
 SLOW_IMPORTS = ("torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor", "transformers", "pyarrow")
 """What takes a second or so to import and is not needed for a first step; run.json says which of it came in."""
@@ -109,85 +103,53 @@ def train(
     asked = recipe if isinstance(recipe, Recipe) else recipe_from_mapping(recipe)
     watch = StartUp() if start_up is None else start_up
     prepare_allocator(asked.model.device)
-    with watch.part("recipe and device"):
-        resolved = resolve_recipe(asked)
     if resume is not None:
-        run = open_run(resume)
-        check_resumable(load_recipe(run.recipe), resolved)
-        write_text_atomic(run.recipe, dump_recipe(resolved))
-        folders: set[Path] | None = None
-    else:
-        folders = _missing_folders(Path(resolved.output if run_dir is None else run_dir))
+        asked = with_steps_of(asked, load_recipe(open_run(resume).recipe))
+    with joined(asked.parallel, torch.device(pick_device(asked.model.device)).type) as mesh:
+        if mesh.world_size > 1:
+            asked = _for_this_process(asked, mesh)
+        with watch.part("recipe and device"):
+            resolved = resolve_recipe(asked, mesh.world_size)
+        folders = None if resume is not None else missing_folders(Path(resolved.output if run_dir is None else run_dir))
         with watch.part("run directory"):
-            run = create_run(resolved, path=None if run_dir is None else Path(run_dir))
-    with _recorded(run, folders), Display(quiet=quiet) as display:
-        return _train(resolved, run, display, resume is not None, on_step, preflight, watch)
+            make = partial(_run_directory, resolved, resume, run_dir)
+            run, own = shared_run(make, mesh, resolved)
+        with (
+            recorded(own, folders if mesh.is_first else None),
+            watched(mesh, resolved.parallel, run.path / "logs") as progress,
+            Display(quiet=quiet or not mesh.is_first) as display,
+        ):
+            place = _Place(mesh, together(mesh), progress, run, own)
+            return _train(resolved, place, display, resume is not None, on_step, preflight, watch)
 
 
-def check_resumable(before: Recipe, now: Recipe) -> None:
-    """Raises: RecipeError naming the first key that changed and would make the rest of the run another one."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    for key in (*new, *(key for key in old if key not in new)):
-        value = new.get(key)
-        if value is None and key == "train.epochs":
-            continue  # decided from the data, and so the same again
-        if value != old.get(key) and not key.startswith(FREE_KEYS):
-            raise RecipeError(
-                f"the run was started with {key}: {old.get(key)!r}, and would go on with {value!r}: "
-                f"leave it as it was, or start a new run without --resume"
-            )
+@dataclass(frozen=True)
+class _Place:
+    """Where in a run this process stands. run: the run's directory; own: this process's, the same for the first."""
+
+    mesh: Mesh
+    others: Together
+    progress: Progress
+    run: RunDir
+    own: RunDir
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in mapping.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _run_directory(recipe: Recipe, resume: Path | str | None, run_dir: Path | str | None) -> RunDir:
+    if resume is not None:
+        return opened_run(Path(resume), recipe)
+    return create_run(recipe, path=None if run_dir is None else Path(run_dir))
 
 
-@contextmanager
-def _recorded(run: RunDir, made: set[Path] | None) -> Iterator[None]:
-    """run.json says how the run stands, also when it fails; a mistake of use before the first step leaves nothing.
-
-    Args: made: the folders above the run directory that were made for it; None: the run was there before.
-    """
-    run.set_status("running")
-    try:
-        with sigterm_exits():
-            yield
-    except (KeyboardInterrupt, SystemExit):
-        run.set_status("interrupted")
-        raise
-    except BaseException as error:
-        is_mistake = isinstance(error, TunesmithError) and isinstance(error, ValueError)
-        if made is not None and is_mistake and not run.metrics.exists():
-            _remove(run, made)
-        else:
-            run.set_status("failed", error=f"{type(error).__name__}: {error}")
-        raise
-
-
-def _missing_folders(path: Path) -> set[Path]:
-    """Which of `path` and the folders above it are not there."""
-    return {folder for folder in (path, *path.parents) if not folder.exists()}
-
-
-def _remove(run: RunDir, made: set[Path]) -> None:
-    """The run directory, and of the folders above it those that were made for it and are empty."""
-    shutil.rmtree(run.path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        for folder in run.path.parents:
-            if folder not in made:
-                return
-            folder.rmdir()
+def _for_this_process(recipe: Recipe, mesh: Mesh) -> Recipe:
+    """On its own device; trackers are the first process's."""
+    model = recipe.model.model_copy(update={"device": str(mesh.device)})
+    log = recipe.log if mesh.is_first else recipe.log.model_copy(update={"trackers": []})
+    return recipe.model_copy(update={"model": model, "log": log})
 
 
 def _train(
     recipe: Recipe,
-    run: RunDir,
+    place: _Place,
     display: Display,
     resuming: bool,
     on_step: Callable[[StepMetrics], None] | None,
@@ -195,7 +157,10 @@ def _train(
     watch: StartUp,
 ) -> TrainResult:
     configure_cublas(recipe.train)
-    session = _checked_session(recipe, run, display, preflight, watch)
+    run, mesh = place.own, place.mesh
+    session = _checked_session(recipe, run, display, preflight, watch, mesh)
+    session.updater.before_update = place.others.fence
+    _check_agreement(session, recipe)
     display.say(f"run directory: {run.path}")
     if session.recipe != recipe:
         recipe = session.recipe
@@ -205,8 +170,9 @@ def _train(
     with watch.part("example"):
         _show_example(session, run, display)
     if resuming:
-        place = resume_from(session, run) or "the start: there is no checkpoint yet"
-        display.say(f"going on from {place} (step {session.step_number} of {session.total_steps})")
+        state = resume_from(session, place.run.checkpoints, place.others.agreement)
+        where = state or "the start: there is no checkpoint yet"
+        display.say(f"going on from {where} (step {session.step_number} of {session.total_steps})")
     with watch.part("trackers"):
         trackers = Trackers(recipe.log, run.path, name=run.path.name, config=recipe.model_dump(mode="json"))
     try:
@@ -218,15 +184,18 @@ def _train(
             evaluation=recipe.evaluation,
             checkpoint=recipe.checkpoint,
             log=recipe.log,
-            hooks=_hooks(display, trackers, on_step, partial(_record_start_up, run, watch)),
+            hooks=_hooks(display, trackers, on_step, partial(_record_start_up, run, watch), place.progress),
+            others=place.others,
+            checkpoints=place.run.checkpoints,
         )
     finally:
         trackers.close()
-    return _finish(session, run, display, loop)
+    with place.progress.long("export"):
+        return _finish(session, place, display, loop)
 
 
 def _checked_session(
-    recipe: Recipe, run: RunDir, display: Display, preflight: Preflight | None, watch: StartUp
+    recipe: Recipe, run: RunDir, display: Display, preflight: Preflight | None, watch: StartUp, mesh: Mesh
 ) -> Session:
     """The session of a recipe that has passed its preflight."""
 
@@ -235,13 +204,28 @@ def _checked_session(
         if said:
             display.say(said)
 
-    load = partial(build_session, recipe, progress=display.loading, start_up=watch)
-    if preflight is None or not loads_first(recipe):
+    load = partial(build_session, recipe, progress=display.loading, start_up=watch, mesh=mesh)
+    with watch.part("recipe and device"):
+        checks_last = preflight is not None and loads_first(recipe)
+    if not checks_last:
         check()
         return load()
     session = load()
     check()
     return session
+
+
+def _check_agreement(session: Session, recipe: Recipe) -> None:
+    """All processes must run the same recipe, versions and data. Raises: ParallelError naming what differs."""
+    if session.mesh.world_size == 1:
+        return
+    own = {"model": {"device"}, "log": True}
+    facts = {
+        "versions": versions(session.device.type),
+        "recipe": recipe.model_dump(mode="json", exclude=own),
+        "data": session.data_fingerprint(),
+    }
+    check_agreement(facts)
 
 
 def _record_start_up(run: RunDir, watch: StartUp) -> None:
@@ -255,10 +239,15 @@ def _record_start_up(run: RunDir, watch: StartUp) -> None:
 
 
 def _hooks(
-    display: Display, trackers: Trackers, on_step: Callable[[StepMetrics], None] | None, started: Callable[[], None]
+    display: Display,
+    trackers: Trackers,
+    on_step: Callable[[StepMetrics], None] | None,
+    started: Callable[[], None],
+    progress: Progress,
 ) -> Hooks:
     def stepped(metrics: StepMetrics) -> None:
         started()
+        progress.step_done(metrics.step)
         trackers.log(metrics.step, metrics.row())
         display.step(metrics)
         if on_step is not None:
@@ -286,10 +275,11 @@ def _show_example(session: Session, run: RunDir, display: Display) -> None:
     write_json_atomic(run.preview, preview.data)
 
 
-def _finish(session: Session, run: RunDir, display: Display, loop: LoopResult) -> TrainResult:
+def _finish(session: Session, place: _Place, display: Display, loop: LoopResult) -> TrainResult:
+    run = place.own
     final, commands = None, [f"tunesmith train --resume {shlex.quote(str(run.path))}"]
     if loop.stopped_by is None:
-        final = _export(session, run)
+        final = _export(session, place)
         commands = next_commands(session, run.path)
         display.say(f"written: {final}")
     if (pace := pace_line(loop)) is not None:
@@ -340,9 +330,12 @@ def _method_facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _export(session: Session, run: RunDir) -> Path:
+def _export(session: Session, place: _Place) -> Path:
+    run = place.run
+    if not place.mesh.is_first:
+        return run.final
     try:
-        final = export(session, run.final)
+        final = export(session, run)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -16,12 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tunesmith.checkpoint.shards import Shard
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, DataError, NonFiniteError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary
+from tunesmith.model.uncompiled import decide_determinism
 from tunesmith.parallel.apply import spread_out
 from tunesmith.parallel.mesh import Mesh, Place
 from tunesmith.recipe.schema import Recipe, TrainSection
@@ -40,10 +42,11 @@ from tunesmith.train.resolve import DTYPES, resolve_recipe
 from tunesmith.train.session_data import DEFAULT_RANDOM_ROWS as DEFAULT_RANDOM_ROWS
 from tunesmith.train.session_data import SessionData as SessionData
 from tunesmith.train.session_data import check_positions, data_from_files, model_vocab_size, random_data
+from tunesmith.train.shards import capture_shards, restore_shards
 from tunesmith.train.share import count_tokens, count_trained, own_packs, packs_of_a_step
 from tunesmith.train.speed import SpeedMeter
 from tunesmith.train.start import Beside, warm_device
-from tunesmith.train.states import capture_state, restore_state
+from tunesmith.train.states import capture_state, check_finite, restore_state
 from tunesmith.train.trainable import Progress, load_trainable
 from tunesmith.train.update import Update, Updater
 from tunesmith.watch.start_up import StartUp
@@ -213,24 +216,36 @@ class Session:
     def state(self) -> TrainingState:
         """The complete state after the steps done so far."""
         self.clock.interrupt()
-        facts = {
-            "tokens_seen": self.tokens_seen,
-            "total_steps": self.total_steps,
-            "data": {"next_step": self.step_number, "fingerprint": self._fingerprint()},
-        }
-        return capture_state(self.step_number, self.trained_weights(), self.updater, self.device, facts)
+        return capture_state(self.step_number, self.trained_weights(), self.updater, self.device, self._facts())
 
     def restore(self, state: TrainingState) -> None:
         """Go on from `state` as if there had been no stop.
 
         Raises: CheckpointError when it is of another model, method or data.
         """
-        if state.facts["data"]["fingerprint"] != self._fingerprint():
+        if state.facts["data"]["fingerprint"] != self.data_fingerprint():
             raise CheckpointError("the training data is not what the checkpoint was trained on: start a new run")
         self.close()
         self.clock.interrupt()
-        restore_state(state, self.trained_weights(), self.updater, self.device)
+        if self.mesh.world_size > 1:
+            restore_shards(state, self.updater, self.mesh, self.recipe.train.seed)
+        else:
+            restore_state(state, self.trained_weights(), self.updater, self.device)
         self.step_number, self.tokens_seen = state.step, int(state.facts["tokens_seen"])
+
+    def shards(self) -> tuple[list[Shard], dict[str, Any]]:
+        """This process's part of the state, and its facts: what one of several processes saves."""
+        self.clock.interrupt()
+        check_finite(self.step_number, {piece.name: piece.local for piece in self.updater.pieces})
+        shards, own = capture_shards(self.updater, self.mesh)
+        return shards, {**self._facts(), **own}
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "tokens_seen": self.tokens_seen,
+            "total_steps": self.total_steps,
+            "data": {"next_step": self.step_number, "fingerprint": self.data_fingerprint()},
+        }
 
     def close(self) -> None:
         """Stop the background thread; a later step starts it again."""
@@ -289,7 +304,7 @@ class Session:
         finally:
             self.model.train(was_training)
 
-    def _fingerprint(self) -> str:
+    def data_fingerprint(self) -> str:
         """What the training documents are, in their order."""
         train = self.data.train
         return hashlib.sha256(train.lengths.tobytes() + train.hashes.tobytes()).hexdigest()
@@ -322,11 +337,13 @@ def build_session(
     Raises: RecipeError, ModelError, DataError, DeviceError.
     """
     watch = StartUp() if start_up is None else start_up
-    prepare_allocator(recipe.model.device)
-    resolved = resolve_recipe(recipe, 1 if mesh is None else mesh.world_size)
-    _set_determinism(resolved)
-    directory = resolve_model(resolved.model.path, resolved.model.revision)
+    with watch.part("recipe and device"):
+        prepare_allocator(recipe.model.device)
+        resolved = resolve_recipe(recipe, 1 if mesh is None else mesh.world_size)
+        _set_determinism(resolved)
+        directory = resolve_model(resolved.model.path, resolved.model.revision)
     with (
+        watch.part("threads beside"),
         Beside(partial(_read_data, resolved, progress, watch), "data") as files,
         Beside(partial(_warm, resolved, watch), "warm") as warmed,
     ):
@@ -335,9 +352,9 @@ def build_session(
             data = files.take() or random_data(resolved, model)
         with watch.part("libraries waited for"):
             warmed.take()
-    check_positions(model, resolved.data)
-    randomness.seed_everything(resolved.train.seed + (0 if mesh is None else mesh.index("dp")))
     with watch.part("optimiser"):
+        check_positions(model, resolved.data)
+        randomness.seed_everything(resolved.train.seed + (0 if mesh is None else mesh.index("dp")))
         return Session(resolved, model, data, summary, directory, mesh)
 
 
@@ -366,7 +383,7 @@ def _set_determinism(recipe: Recipe) -> None:
     if not recipe.model.device.startswith("cuda"):
         return
     configure_cublas(recipe.train)
-    torch.use_deterministic_algorithms(recipe.train.deterministic)
+    decide_determinism(recipe.train.deterministic)
 
 
 def configure_cublas(train: TrainSection) -> None:

@@ -21,7 +21,7 @@ def capture_state(
 
     Raises: NonFiniteError when a weight is NaN or Inf: such a state must not take the place of a good one.
     """
-    _check_finite(step, weights)
+    check_finite(step, weights)
     tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     scalars: dict[str, dict[str, Any]] = {}
     for name, values in _optimizer_states(updater).items():
@@ -37,7 +37,8 @@ def capture_state(
     return TrainingState(step, tensors, {**facts, **own})
 
 
-def _check_finite(step: int, weights: Mapping[str, Tensor]) -> None:
+def check_finite(step: int, weights: Mapping[str, Tensor]) -> None:
+    """Raises: NonFiniteError when a weight is NaN or Inf."""
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(

@@ -89,6 +89,7 @@ class Updater:
         self.device = self.spread.device
         wake_autograd(self.device)
         self.guard = Guard(self.device)
+        self.before_update: Callable[[], None] = _nothing
         self._in_backward: UpdatesInBackward | None = None
         if settings.optimizer_in_backward:
             self._in_backward = UpdatesInBackward(self.optimizer, self.guard)
@@ -158,6 +159,7 @@ class Updater:
         norm = self.spread.norm(with_gradient).to(self.device)
         numbers = torch.stack([*losses, self.spread.total(torch.stack(losses).sum()), norm])
         self.guard.look(numbers)
+        self.before_update()
         guarded_step(self.optimizer, gradient_divisor(norm, divisor, self.settings.max_grad_norm), self.guard.stopped)
         self._updated.append(with_gradient)
         self.spread.clear()
@@ -226,6 +228,10 @@ class Updater:
         if self._in_backward is None or what.startswith("the loss"):
             return "nothing was updated"
         return "parameters whose gradients came before were updated, so go on from the last checkpoint"
+
+
+def _nothing() -> None:
+    return None
 
 
 def _counted(number: int, total: int) -> int:

@@ -18,7 +18,7 @@ from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import DataError, NonFiniteError, TrainingError
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, TrainSection
 from tunesmith.rundir.io import read_jsonl
-from tunesmith.train import loop as loop_module
+from tunesmith.train import together as together_module
 from tunesmith.train.loop import Hooks, LoopResult
 from tunesmith.train.metrics import StepMetrics
 from tunesmith.train.module_session import fit
@@ -162,14 +162,14 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
 
 
 def _fail_saves(monkeypatch: pytest.MonkeyPatch, failing: set[int]) -> None:
-    original = loop_module.save_state
+    original = together_module.save_state
 
     def save(checkpoints: Path, state: object, *, keep: int) -> Path:
         if state.step in failing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(checkpoints, state, keep=keep)
 
-    monkeypatch.setattr(loop_module, "save_state", save)
+    monkeypatch.setattr(together_module, "save_state", save)
 
 
 def test_a_full_disk_in_the_middle_costs_a_checkpoint_not_the_run(
