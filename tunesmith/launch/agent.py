@@ -69,7 +69,8 @@ def _outcome(agent: _Agent, plan: Plan) -> int:
     verdict = agent.verdict
     if verdict is None or verdict.exit_code not in STOPPED:
         line = "the processes ended" if verdict is None else verdict.line
-        tries = f", after {plan.max_restarts} restarts" if verdict is not None and verdict.restart else ""
+        is_tried_out = verdict is not None and verdict.restart and plan.max_restarts > 0
+        tries = f" (the last of {plan.max_restarts} restarts)" if is_tried_out else ""
         raise GroupError(f"{line}{tries}; the logs of all ranks: {plan.logs}", verdict)
     return verdict.exit_code
 

@@ -65,6 +65,8 @@ class Ending:
             return f"{who} was ended by {_signal_name(-self.exit_code)}"
         if self.error is None:
             return f"{who} ended with exit code {self.exit_code}"
+        if self.error == ParallelError.__name__ and self.message:  # it names the ranks itself
+            return self.message
         return f"{who}: {self.message if _is_ours(self.error) else f'{self.error}: {self.message}'}"
 
 
