@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from tunesmith.arch import ModelConfig, read_config
 from tunesmith.bench.matrix import recipe_hash
-from tunesmith.bench.scale_curve import SCALING_VERSION, curves_json, projection_json
+from tunesmith.bench.scale_curve import curves_json, projection_json
 from tunesmith.bench.scale_rank import TRACED_STEPS, rank_file
 from tunesmith.bench.scale_summary import summarise
+from tunesmith.bench.schema import SCALING_VERSION, scaling_file
 from tunesmith.bench.worker import Outcome, Worker
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.cost.collectives import Link
@@ -94,17 +95,12 @@ def scale(
     try:
         cells = _run_all(run, plans, recipe.bench.repeats, command, progress or (lambda cell: None))
         scaling = _scaling_json(cells, recipe, extension)
-        write_json_atomic(scaling_file(run), scaling)
+        write_json_atomic(scaling_file(run.path), scaling)
     except BaseException as error:
         run.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error) or None)
         raise
     run.set_status("finished")
     return ScaleResult(run.path, tuple(cells), scaling)
-
-
-def scaling_file(run: RunDir) -> Path:
-    """The curves of a scaling run."""
-    return run.path / "scaling.json"
 
 
 def plan_scaling(recipe: Recipe, gpus: Sequence[int], mode: Modes) -> list[ScalePlan]:

@@ -18,7 +18,6 @@ from tunesmith.cost.scaling import Curve, Measured, Mode, Parts, Work, extend, f
 from tunesmith.cost.shards import Layout
 from tunesmith.recipe.schema import Recipe
 
-SCALING_VERSION = 1
 NOTHING_LOST = 0.99
 """From this efficiency on, nothing limits."""
 Limit = Literal["none", "communication", "stragglers", "data", "optimizer", "host", "compute"]

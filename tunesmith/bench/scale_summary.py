@@ -57,7 +57,8 @@ def summarise(ranks: Sequence[Rank], recipe: Recipe, config: ModelConfig | None)
     steps_s = [max(values) for values in zip(*(rank["steps_s"] for rank in ranks), strict=True)]
     step_s = statistics.median(steps_s)
     layout = layout_of(recipe, ranks[0]["mesh"], config)
-    tokens = _tokens_per_step(ranks, recipe)
+    work = ranks[0]["work"]  # of all processes together
+    tokens = work["tokens"] // work["steps"]
     parts, waiting_s, idle_s = _parts(ranks, step_s)
     return {
         "step_s": step_s,
@@ -75,12 +76,6 @@ def summarise(ranks: Sequence[Rank], recipe: Recipe, config: ModelConfig | None)
         "losses": ranks[0]["losses"],
         "setup_s": max(rank["setup_s"] for rank in ranks),
     }
-
-
-def _tokens_per_step(ranks: Sequence[Rank], recipe: Recipe) -> int:
-    """Tokens of the data in a step of all processes: those that share a batch see the same ones."""
-    seen = [rank["work"] for rank in ranks if rank["place"]["pp"] == 0 and rank["place"]["tp"] == 0]
-    return int(sum(work["tokens"] for work in seen)) // int(seen[0]["steps"])
 
 
 def _parts(ranks: Sequence[Rank], step_s: float) -> tuple[Parts, float, float | None]:

@@ -22,13 +22,21 @@ A value that was not measured is null.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.rundir.layout import Migration
 
 CELL_VERSION = 1
 CELL_MIGRATIONS: Mapping[int, Migration] = {}
+SCALING_VERSION = 1
+"""Of scaling.json: see bench/scale_curve.py."""
 Status = Literal["ok", "failed", "out_of_memory", "timeout", "killed"]
+
+
+def scaling_file(run: Path) -> Path:
+    """The curves of a scaling run, below its directory."""
+    return run / "scaling.json"
 
 
 def blank_cell() -> dict[str, Any]:

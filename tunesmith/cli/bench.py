@@ -1,9 +1,10 @@
-"""`tunesmith bench train`: a matrix of methods in equal conditions; `bench peers`: one row beside other libraries."""
+"""`bench train`: a matrix of methods in equal conditions; `peers`: beside other libraries; `scale`: on 1, 2, 4 GPUs."""
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from tunesmith.cli import console
 
 if TYPE_CHECKING:
     from tunesmith.bench.matrix import BenchResult
+    from tunesmith.bench.scale import Extension, Modes, ScaleResult
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -83,10 +85,11 @@ def peers(
 ) -> int:
     """Train one row by tunesmith and by other libraries, alternating, and say who was faster on equal work.
 
-    Every run is a record below --out; peers.md and peers.json there are drawn from all of them. A peer that is missing
-    or fails is a row that says why.
+    Every run is a record below --out, written after each whole round; peers.md and peers.json there are drawn from all
+    of them. A peer that is missing or fails is a row that says why.
 
-    Exit codes: 0 tunesmith's row was measured (or the table drawn), 1 it was not.
+    Exit codes: 0 tunesmith's row was measured (or the table drawn), 1 it was not; 130 and 143 stopped by Ctrl-C or
+    SIGTERM, whole rounds kept.
     """
     from tunesmith.bench.peers.compare import compare
     from tunesmith.bench.peers.table import write_table
@@ -98,18 +101,127 @@ def peers(
         return 0
     if recipe is None:
         raise RecipeError("name a recipe (recipes/peers has some), or say --table to draw the stored records")
-    result = compare(
-        load_recipe(recipe, overrides or []),
-        names.replace(",", " ").split(),
-        rounds=rounds,
-        out=out,
-        peer_paths=_peer_paths(peer_path or []),
-        tokenizer=tokenizer,
-        command=_peers_command(recipe, overrides or [], names, rounds),
-        progress=_say_row,
-    )
+    with _whole_rounds_kept(out):
+        result = compare(
+            load_recipe(recipe, overrides or []),
+            names.replace(",", " ").split(),
+            rounds=rounds,
+            out=out,
+            peer_paths=_peer_paths(peer_path or []),
+            tokenizer=tokenizer,
+            command=_peers_command(recipe, overrides or [], names, rounds),
+            progress=_say_row,
+        )
     _show_table(write_table(out), out, result.path)
     return 0 if result.ours_measured else 1
+
+
+@contextlib.contextmanager
+def _whole_rounds_kept(out: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the runner that is at work, and say what was kept."""
+    from tunesmith.train.stopping import sigterm_exits
+
+    try:
+        with sigterm_exits():
+            yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+        message = f"whole rounds are kept in {out}; to draw them: tunesmith bench peers --table --out {out}"
+        raise console.StoppedError(message, code) from None
+
+
+@app.command()
+def scale(
+    recipe: Annotated[Path, typer.Argument(help="the recipe; its parallel section says how states are shared")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, such as parallel.strategy=ddp")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="numbers of GPUs to measure")] = "1,2,4",
+    mode: Annotated[
+        str, typer.Option(help="weak: the batch grows with the GPUs; strong: it stays; both: one after the other")
+    ] = "weak",
+    cpu: Annotated[bool, typer.Option("--cpu", help="CPU processes instead of GPUs")] = False,
+    nodes: Annotated[int | None, typer.Option(min=2, help="extend the curve to so many nodes")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="what each node has in all: 400Gb, 8x400Gb (bits per second), 50GB (bytes)")
+    ] = None,
+    latency_us: Annotated[float, typer.Option(min=0, help="a message between nodes, microseconds")] = 5.0,
+    per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node; else as many as were measured")] = None,
+    output: Annotated[Path | None, typer.Option(help="the run directory (new or empty)")] = None,
+    report: Annotated[bool, typer.Option(help="write report.html into the run directory")] = True,
+    language: Annotated[str, typer.Option(help="the report's language: en or zh")] = "en",
+) -> int:
+    """Train a recipe on 1, 2, 4 ... GPUs, each in fresh processes: speed, where a step's time goes, and what limits.
+
+    Exit codes: 0 at least one number of GPUs was measured, 1 none was.
+    """
+    from tunesmith.bench.scale import scale as run_scale
+    from tunesmith.recipe.load import load_recipe
+    from tunesmith.report.strings import words_for
+
+    words_for(language)
+    settings = [*(overrides or []), *(["model.device=cpu"] if cpu else [])]
+    words = [word for setting in overrides or [] for word in ("--set", setting)]
+    command = shlex.join(["tunesmith", "bench", "scale", str(recipe), *words, *(["--cpu"] if cpu else [])])
+    result = run_scale(
+        load_recipe(recipe, settings),
+        gpus=_counts(gpus),
+        mode=_mode(mode),
+        extension=_extension(nodes, network, latency_us, per_node),
+        run_dir=output,
+        command=command,
+        progress=_say_cell,
+    )
+    page = _report(result, language) if report else None
+    facts = {"run_dir": result.run_dir, "cells": len(result.cells), "ok": result.num_ok, "report": page}
+    console.emit({**facts, "curves": result.scaling["curves"], "projection": result.scaling["projection"]})
+    return 0 if result.num_ok else 1
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of --gpus. Raises: RecipeError."""
+    from tunesmith.errors import RecipeError
+
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise RecipeError(f"--gpus is numbers from 1 on, as 1,2,4; got {text!r}")
+    return [int(word) for word in words]
+
+
+def _mode(text: str) -> Modes:
+    """Raises: RecipeError for a mode that is not there."""
+    from tunesmith.errors import RecipeError, nearest
+
+    known: tuple[Modes, ...] = ("weak", "strong", "both")
+    found = next((mode for mode in known if mode == text), None)
+    if found is None:
+        raise RecipeError(f"--mode {text!r} is not one of weak, strong, both{nearest(text, known)}")
+    return found
+
+
+def _extension(nodes: int | None, network: str | None, latency_us: float, per_node: int | None) -> Extension | None:
+    """What the curve is extended to. Raises: RecipeError."""
+    from tunesmith.bench.scale import Extension
+    from tunesmith.cost.collectives import parse_network
+    from tunesmith.errors import RecipeError
+
+    if nodes is None and network is None:
+        return None
+    if nodes is None or network is None:
+        raise RecipeError("--nodes and --network go together: --nodes 8 --network 400Gb")
+    return Extension(nodes, parse_network(network, latency_us * 1e-6), per_node)
+
+
+def _say_cell(cell: Mapping[str, Any]) -> None:
+    """A line on stderr for a cell that has ended."""
+    from rich.markup import escape
+
+    from tunesmith.units import format_count, format_seconds
+
+    how = f"{cell['status']}: {cell['reason']}"
+    if (found := cell["summary"]) is not None:
+        how = f"{format_seconds(found['step_s'])} a step, {format_count(found['tokens_per_s'])} tokens/s"
+    console.err.print(f"{cell['name']}: {escape(how)} ({cell['wall_s']:.0f} s)")
 
 
 def _peer_paths(texts: list[str]) -> dict[str, Path]:
@@ -162,7 +274,7 @@ def _command(recipe: Path, overrides: list[str], matrix: str | None) -> str:
     return shlex.join([*words, "--matrix", matrix] if matrix else words)
 
 
-def _report(result: BenchResult, language: str) -> Path:
+def _report(result: BenchResult | ScaleResult, language: str) -> Path:
     from rich.markup import escape
 
     from tunesmith.report.write import write_report

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tunesmith.report.answers import Evaluation, evaluations_of
 from tunesmith.report.load import Node, Run
 from tunesmith.report.rows import Row, rows_of
+from tunesmith.report.scale import Scale, scale_of
 from tunesmith.report.strings import Words
 from tunesmith.report.tables import environment_items
 from tunesmith.report.verdict import Sentence, bench_verdict, train_sentence
@@ -33,6 +34,7 @@ class Content:
     random_weights: bool
     sentences: tuple[Sentence, ...]
     benches: tuple[Bench, ...]
+    scales: tuple[Scale, ...]
     trains: tuple[Run, ...]
     evaluations: tuple[Evaluation, ...]
     certificates: tuple[Node, ...]
@@ -43,8 +45,9 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
     """The content of a report on these runs."""
     benches = tuple(Bench(run.name, tuple(rows_of(run))) for run in runs if run.kind == "bench")
     evaluations = tuple(evaluations_of(runs, words))
+    scales = tuple(scale_of(run, words) for run in runs if run.kind == "scale")
     trains = tuple(run for run in runs if run.metrics)
-    headline, sentences = _verdict(benches, trains, evaluations, words)
+    headline, sentences = _verdict(benches, scales, trains, evaluations, words)
     return Content(
         words=words,
         name=" · ".join(dict.fromkeys(run.name for run in runs)),
@@ -54,6 +57,7 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
         random_weights=_random_weights(runs),
         sentences=tuple(sentences),
         benches=benches,
+        scales=scales,
         trains=trains,
         evaluations=evaluations,
         certificates=tuple(run.certificate for run in runs if run.certificate is not None),
@@ -62,12 +66,17 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
 
 
 def _verdict(
-    benches: Sequence[Bench], trains: Sequence[Run], evaluations: Sequence[Evaluation], words: Words
+    benches: Sequence[Bench],
+    scales: Sequence[Scale],
+    trains: Sequence[Run],
+    evaluations: Sequence[Evaluation],
+    words: Words,
 ) -> tuple[str, list[Sentence]]:
     """The headline is the first bench's; without one, the first sentence there is."""
     verdicts = [bench_verdict(bench.rows, words) for bench in benches]
     sentences = [Sentence(verdict.headline) for verdict in verdicts[1:]]
     sentences += [sentence for verdict in verdicts for sentence in verdict.sentences]
+    sentences += [sentence for scale in scales for sentence in scale.sentences]
     sentences += [Sentence(text) for run in trains if (text := train_sentence(run, words))]
     sentences += [Sentence(text) for evaluation in evaluations for text in evaluation.sentences]
     if verdicts:
@@ -78,7 +87,7 @@ def _verdict(
 def _device(runs: Sequence[Run]) -> str | None:
     """The device that the first run measured on: as its cells name it, else as the environment does."""
     for run in runs:
-        names = [cell.text("device", "name") for cell in run.cells]
+        names = [cell.text("device", "name") or cell.text("summary", "device", "name") for cell in run.cells]
         gpus = run.environment.get("gpus")
         if isinstance(gpus, list) and gpus:
             names.append(Node(gpus[0]).text("name"))

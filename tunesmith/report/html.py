@@ -11,9 +11,10 @@ from typing import Any
 from markupsafe import Markup
 
 from tunesmith import __version__
-from tunesmith.report import plots
+from tunesmith.report import plots, scale_plots
 from tunesmith.report.content import Bench, Content
 from tunesmith.report.rows import OWNERS, Row
+from tunesmith.report.scale import PARTS, Scale, scale_head, scale_rows
 from tunesmith.report.strings import Words
 from tunesmith.report.style import SERIES
 from tunesmith.report.tables import bench_table, certificate_rows, work_note
@@ -45,6 +46,7 @@ def render_page(content: Content) -> str:
         random_weights=content.random_weights,
         sentences=[{"text": s.text, "kind": s.kind, "colour": _colour(content, s.row)} for s in content.sentences],
         benches=[_bench(bench, words, f"b{index}") for index, bench in enumerate(content.benches)],
+        scales=[_scale(scale, words, f"s{index}") for index, scale in enumerate(content.scales)],
         trains=[
             {"name": run.name, "svg": Markup(svg)}
             for index, run in enumerate(content.trains)
@@ -106,6 +108,28 @@ def _bench(bench: Bench, words: Words, key: str) -> dict[str, Any]:
         },
         "commands": [{"label": words.data(row.label), "command": row.command} for row in rows if row.command],
     }
+
+
+def _scale(scale: Scale, words: Words, key: str) -> dict[str, Any]:
+    curve = scale_plots.curve_plot(scale, words, f"{key}-curve")
+    parts = scale_plots.parts_plot(scale, words, f"{key}-parts")
+    drawn = {"scale_curve": (curve, ()), "scale_parts": (parts, _legend(words))}
+    return {
+        "name": scale.name,
+        "figures": [
+            {"title": words(name), "note": words(f"{name}_note"), "svg": Markup(svg), "legend": legend}
+            for name, (svg, legend) in drawn.items()
+            if svg
+        ],
+        "head": scale_head(scale, words),
+        "rows": scale_rows(scale, words),
+        "commands": scale.commands,
+    }
+
+
+def _legend(words: Words) -> list[dict[str, str]]:
+    series = scale_plots.PART_SERIES
+    return [{"name": words(f"part_{name}"), "colour": f"series-{series[name]}"} for name in PARTS]
 
 
 def _figures(rows: Sequence[Row], words: Words, key: str) -> list[Figure]:

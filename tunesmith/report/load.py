@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from tunesmith.bench.schema import CELL_MIGRATIONS, CELL_VERSION
+from tunesmith.bench.schema import CELL_MIGRATIONS, CELL_VERSION, SCALING_VERSION, scaling_file
 from tunesmith.errors import RunDirError
 from tunesmith.rundir.io import read_json, read_jsonl
-from tunesmith.rundir.layout import migrate, open_run
+from tunesmith.rundir.layout import RunDir, migrate, open_run
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Run:
     certificate: Node | None = None
     evaluations: tuple[tuple[str, Node], ...] = ()
     recipe: Node = field(default_factory=lambda: Node({}))
+    scaling: Node = field(default_factory=lambda: Node({}))
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
@@ -106,6 +107,7 @@ def read_run(path: Path) -> Run:
         certificate=_read_optional(run.certificate),
         evaluations=tuple((file.stem, Node(read_json(file))) for file in evaluation_files(path)),
         recipe=_read_recipe(run.recipe),
+        scaling=_read_scaling(run),
     )
 
 
@@ -123,6 +125,12 @@ def _by_number(file: Path) -> tuple[str, int]:
 def _read_cells(directory: Path) -> Iterator[Node]:
     for file in sorted(directory.glob("*.json")):
         yield Node(migrate(read_json(file), CELL_VERSION, CELL_MIGRATIONS, file))
+
+
+def _read_scaling(run: RunDir) -> Node:
+    """The curves of a scaling run; empty of any other, and of one that did not finish."""
+    file = scaling_file(run.path)
+    return Node(migrate(read_json(file), SCALING_VERSION, {}, file)) if file.is_file() else Node({})
 
 
 def _read_recipe(file: Path) -> Node:

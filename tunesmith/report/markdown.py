@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tunesmith import __version__
 from tunesmith.report.content import Bench, Content
+from tunesmith.report.scale import Scale, scale_head, scale_rows
 from tunesmith.report.strings import Words
 from tunesmith.report.tables import TableRow, bench_table, certificate_rows, work_note
 
@@ -25,6 +26,8 @@ def render_markdown(content: Content) -> str:
         parts.append("\n".join(f"- {_escape(sentence.text)}" for sentence in content.sentences))
     for bench in content.benches:
         parts += _bench(bench, words)
+    for scale in content.scales:
+        parts += _scale(scale, words)
     parts += _evaluations(content)
     for certificate in content.certificates:
         parts += _certificate(content, [*certificate_rows(certificate, words)])
@@ -52,6 +55,13 @@ def _bench(bench: Bench, words: Words) -> list[str]:
     parts.append(" ".join(part for part in (work_note(bench.rows, words), words("units")) if part))
     commands = [f"- {_escape(words.data(row.label))}: {_code(row.command)}" for row in bench.rows if row.command]
     return [*parts, f"### {words('reproduce')}", "\n".join(commands)] if commands else parts
+
+
+def _scale(scale: Scale, words: Words) -> list[str]:
+    table = _table(scale_head(scale, words), scale_rows(scale, words), numeric=True)
+    parts = [f"## {_escape(scale.name)}", table, f"{words('scale_table_note')} {words('units')}"]
+    commands = "\n".join(f"- {_code(command)}" for command in scale.commands)
+    return [*parts, f"### {words('reproduce')}", commands] if commands else parts
 
 
 def _label(row: TableRow) -> str:

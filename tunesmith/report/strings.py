@@ -136,6 +136,47 @@ _EN = {
     "eval_verdict_one": "{after} of {count} questions answered exactly.",
     "ppl_verdict": "Perplexity went from {before} to {after}.",
     "comma": ", ",
+    "unit_gpus": "GPUs",
+    "unit_processes": "CPU processes",
+    "mode_weak": "weak",
+    "mode_strong": "strong",
+    "projected": "projected",
+    "tokens_per_gpu": "tokens/s each",
+    "of_ideal": "of ideal",
+    "part_compute": "compute",
+    "part_exposed": "exposed communication",
+    "part_optimizer": "optimiser",
+    "part_data": "data",
+    "states": "model states each",
+    "states_formula": "by formula",
+    "states_difference": "difference",
+    "scale_table": "Every number of processes",
+    "scale_table_note": (
+        "Weak: each keeps its part of a step. Strong: the step's batch stays. Ideal is the fewest's speed times their "
+        "number. Model states are weights, gradients and optimiser states of the process with most; the difference is "
+        "the worst of any process."
+    ),
+    "scale_curve": "Speed against size",
+    "scale_curve_note": "Both axes double. The thin line is ideal; dashed and hollow is projected, not measured.",
+    "scale_parts": "Where a step's time goes",
+    "scale_parts_note": "Exposed: only communication ran on the device. Medians of the timed steps.",
+    "scale_alone": "{gpus} {unit}: {tokens} tokens/s ({mode} scaling was not measured further).",
+    "scale_verdict": (
+        "{gpus} {unit}: {tokens} tokens/s, {ratio} of ideal against {fewest} ({mode} scaling). What limits: {what}."
+    ),
+    "limit_none": "nothing yet",
+    "limit_communication": "communication that nothing hides, {lost} more of a step of {step}",
+    "limit_stragglers": "waiting for the slowest process, {lost} more of a step of {step}",
+    "limit_data": "waiting for data, {lost} more of a step of {step}",
+    "limit_optimizer": "the optimiser, {lost} more of a step of {step}",
+    "limit_host": "the host, which launches kernels too late, {lost} more of a step of {step}",
+    "limit_compute": "computing itself, which takes longer, {lost} more of a step of {step}",
+    "scale_states": "Model states of a process differ from the formula by {percent} at most.",
+    "scale_projected": (
+        "Projected: {gpus} {unit} on {nodes} nodes reach {tokens} tokens/s, {ratio} of ideal ({mode}); computing hides "
+        "{hidden} of the communication, and the model misses a measured step by {error} at most."
+    ),
+    "scale_no_projection": "Nothing is projected: {reason}.",
 }
 
 _ZH = {
@@ -255,6 +296,46 @@ _ZH = {
     "eval_verdict_one": "{count} 个问题中完全答对 {after}。",
     "ppl_verdict": "困惑度从 {before} 变为 {after}。",
     "comma": "，",
+    "unit_gpus": "GPU 数",
+    "unit_processes": "CPU 进程数",
+    "mode_weak": "弱扩展",
+    "mode_strong": "强扩展",
+    "projected": "推算",
+    "tokens_per_gpu": "每个词元/秒",
+    "of_ideal": "占理想",
+    "part_compute": "计算",
+    "part_exposed": "未隐藏的通信",
+    "part_optimizer": "优化器",
+    "part_data": "数据",
+    "states": "每个的模型状态",
+    "states_formula": "按公式",
+    "states_difference": "差异",
+    "scale_table": "各进程数",
+    "scale_table_note": (
+        "弱扩展：每个进程保持自己的份额。强扩展：每步的批量不变。理想值为最少进程数的速度乘以倍数。"
+        "模型状态为占用最多的进程的权重、梯度和优化器状态；差异为所有进程中最大的。"
+    ),
+    "scale_curve": "速度与规模",
+    "scale_curve_note": "两轴均按倍增。细线为理想值；虚线和空心点为推算，并非测量。",
+    "scale_parts": "每步时间的去向",
+    "scale_parts_note": "未隐藏：设备上只有通信在运行。取计时步的中位数。",
+    "scale_alone": "{unit} {gpus}：每秒 {tokens} 词元（{mode}未继续测量）。",
+    "scale_verdict": (
+        "{unit} {gpus}：每秒 {tokens} 词元，为理想值（以 {fewest} 为基准）的 {ratio}（{mode}）。瓶颈：{what}。"
+    ),
+    "limit_none": "尚无",
+    "limit_communication": "未隐藏的通信，在 {step} 的一步中多用 {lost}",
+    "limit_stragglers": "等待最慢的进程，在 {step} 的一步中多用 {lost}",
+    "limit_data": "等待数据，在 {step} 的一步中多用 {lost}",
+    "limit_optimizer": "优化器，在 {step} 的一步中多用 {lost}",
+    "limit_host": "主机启动内核太慢，在 {step} 的一步中多用 {lost}",
+    "limit_compute": "计算本身变慢，在 {step} 的一步中多用 {lost}",
+    "scale_states": "每个进程的模型状态与公式最多相差 {percent}。",
+    "scale_projected": (
+        "推算：{nodes} 个节点、{unit} {gpus}，可达每秒 {tokens} 词元，为理想值的 {ratio}（{mode}）；"
+        "计算隐藏了 {hidden} 的通信，模型与测得的每步最多相差 {error}。"
+    ),
+    "scale_no_projection": "没有推算：{reason}。",
 }
 
 # Words that a bench run writes into its JSON in English (gains of a matrix), as the report says them in Chinese.
