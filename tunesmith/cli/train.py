@@ -62,11 +62,12 @@ def train(
     from tunesmith.verify.warm_up import start_compiling
     from tunesmith.watch.start_up import StartUp, process_age_s
 
-    compiling = start_compiling(recipe)  # while torch is imported
-    cuda = start_cuda(recipe.model.device)
-    read_ahead(recipe.model)
-    run_training = _import_all(verify, has_cuda=cuda is not None)
-    start_up = StartUp(process_age_s())
+    start_up = StartUp(process_age_s(), "command")
+    with start_up.part("threads begun"):
+        compiling = start_compiling(recipe)  # while torch is imported
+        cuda = start_cuda(recipe.model.device)
+        read_ahead(recipe.model)
+    run_training = _import_all(start_up, verify, has_cuda=cuda is not None)
     if cuda is not None:
         with start_up.part("CUDA waited for"):
             cuda.wait()
@@ -76,7 +77,7 @@ def train(
     return result.exit_code
 
 
-def _import_all(verify: bool, *, has_cuda: bool) -> Callable[..., TrainResult]:
+def _import_all(start_up: StartUp, verify: bool, *, has_cuda: bool) -> Callable[..., TrainResult]:
     """All that a first step imports, while CUDA starts and kernels are compiled. Returns: `train.run.train`.
 
     Modules are never garbage: looking for some among them would take a tenth of the time.
@@ -85,14 +86,18 @@ def _import_all(verify: bool, *, has_cuda: bool) -> Callable[..., TrainResult]:
 
     gc.disable()
     try:
-        from tunesmith.train.run import train as run_training
+        with start_up.part("torch imported"):
+            import torch  # noqa: F401
+        with start_up.part("imports"):
+            from tunesmith.train.run import train as run_training
 
-        if verify:
-            from tunesmith.verify import certificate as _  # noqa: F401
+            if verify:
+                from tunesmith.verify import certificate as _  # noqa: F401
         if has_cuda:
             from tunesmith.model.uncompiled import import_kernels
 
-            import_kernels()
+            with start_up.part("kernels imported"):
+                import_kernels()
     finally:
         gc.enable()
     return run_training

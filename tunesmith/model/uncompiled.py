@@ -47,6 +47,18 @@ def _as_it_is(function: Any) -> Any:
     return function
 
 
+def decide_determinism(wanted: bool) -> None:
+    """`torch.use_deterministic_algorithms(wanted)`.
+
+    torch imports its compiler there (one to four seconds) to tell it, too; here it is told only where it has come in
+    already. What somebody compiles later in such a process follows the compiler's own switch.
+    """
+    if "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(wanted)
+    else:
+        torch._C._set_deterministic_algorithms(wanted, warn_only=False)
+
+
 def spare_operators() -> None:
     """No operator written in Python that there is now (ours, and FlashAttention's) imports the compiler when called."""
     from torch._library.custom_ops import OPDEFS

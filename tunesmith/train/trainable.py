@@ -29,8 +29,8 @@ def load_trainable(
 ) -> tuple[LanguageModel, MethodSummary]:
     """The model of a resolved recipe with its method applied: what training begins with."""
     watch = StartUp() if start_up is None else start_up
-    randomness.seed_everything(recipe.train.seed)
     with watch.part("weights"):
+        randomness.seed_everything(recipe.train.seed)
         model = _load_model(recipe, progress)
     with watch.part("method"):
         summary = _apply_method(model, recipe)

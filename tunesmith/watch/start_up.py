@@ -15,29 +15,47 @@ _TOLD_S = 0.01
 
 
 class StartUp:
-    """A stopwatch with parts. Parts of the main thread follow one another; `aside` holds what ran beside them.
+    """A stopwatch with parts, of the main thread; `beside` is for what other threads do meanwhile.
 
-    Args: age_s: how long the process has run already, of which "imports" is said to be the part.
+    Parts follow one another, or lie within one another, where the outer one counts without the inner ones. What lies
+    between two is "before" the second one, or "other" where it is next to nothing.
+
+    Args: age_s: how long the process has run already, and so_far: the part that was.
     """
 
-    def __init__(self, age_s: float = 0.0) -> None:
-        self._began = time.perf_counter() - age_s
+    def __init__(self, age_s: float = 0.0, so_far: str = "imports") -> None:
+        self._edge = time.perf_counter()
+        self._began = self._edge - age_s
         self._parts: dict[str, float] = {}
         self._aside: dict[str, float] = {}
         self._lock = threading.Lock()
         self._total_s: float | None = None
         self._last: tuple[str, float] | None = None
+        self._inner_s: list[float] = []
         if age_s:
-            self._parts["imports"] = age_s
+            self._parts[so_far] = age_s
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """What is done inside counts as `name`, again and again; nothing once start-up is over."""
-        began = time.perf_counter()
+        began = self._enter(name)
+        self._inner_s.append(0.0)
         try:
             yield
         finally:
-            self._add(self._parts, name, time.perf_counter() - began)
+            self._edge = time.perf_counter()
+            took_s, inner_s = self._edge - began, self._inner_s.pop()
+            self._add(self._parts, name, took_s - inner_s)
+            if self._inner_s:
+                self._inner_s[-1] += took_s
+
+    def _enter(self, name: str) -> float:
+        """Now; the time since the part before is named where it is worth it, and no outer part counts it."""
+        now = time.perf_counter()
+        gap_s = now - self._edge
+        if not self._inner_s and gap_s >= _TOLD_S:
+            self._add(self._parts, f"before {name}", gap_s)
+        return now
 
     @contextmanager
     def beside(self, name: str) -> Iterator[None]:
@@ -50,7 +68,7 @@ class StartUp:
 
     def begin_last(self, name: str) -> None:
         """From here to `finish` counts as `name`."""
-        self._last = (name, time.perf_counter())
+        self._last = (name, self._enter(name))
 
     def _add(self, where: dict[str, float], name: str, seconds: float) -> None:
         with self._lock:

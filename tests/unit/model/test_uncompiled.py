@@ -85,3 +85,17 @@ def test_operators_are_called_without_the_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[2.0, 2.0, 2.0] []"
+
+
+def test_determinism_is_decided_without_the_compiler() -> None:
+    """torch's own switch imports all of it: up to four seconds of a start-up on a GPU."""
+    code = (
+        "import sys, torch; from tunesmith.model.uncompiled import decide_determinism\n"
+        "for wanted in (True, False):\n"
+        "    decide_determinism(wanted)\n"
+        "    print(torch.are_deterministic_algorithms_enabled(), end=' ')\n"
+        "    print(torch.is_deterministic_algorithms_warn_only_enabled())\n"
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True False", "False False", "[]"]

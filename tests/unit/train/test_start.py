@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -176,3 +178,30 @@ def test_the_run_directory_says_where_the_time_went(raw: dict[str, Any]) -> None
     assert isinstance(account["imported"], list)
     summed = sum(value for name, value in seconds.items() if name != "total" and not name.endswith("(aside)"))
     assert summed == pytest.approx(seconds["total"], abs=0.02)
+
+
+_ALONE = """
+import json, sys, torch
+brought = {name for name in sys.modules if name.startswith("torch.")}
+from tunesmith.model.uncompiled import import_kernels
+from tunesmith.recipe.load import recipe_from_mapping
+from tunesmith.train.run import SLOW_IMPORTS, train
+from tunesmith.train.session import _set_determinism
+from tunesmith.verify import certificate
+import_kernels()
+raw = json.loads(sys.argv[1])
+train(raw, quiet=True)
+gpu = recipe_from_mapping({**raw, "model": {**raw["model"], "device": "cuda:0"}})
+_set_determinism(gpu)
+new = {name for name in sys.modules if name.startswith("torch.distributed")} - brought
+print(sorted(new), [name for name in SLOW_IMPORTS if name in sys.modules])
+"""
+
+
+def test_a_run_of_one_process_imports_no_compiler_and_nothing_for_several(raw: dict[str, Any]) -> None:
+    """torch brings some of torch.distributed itself; the rest, its compiler and sympy take seconds."""
+    raw["train"]["max_steps"] = 1
+    command = [sys.executable, "-W", "ignore", "-c", _ALONE, json.dumps(raw)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[] []"

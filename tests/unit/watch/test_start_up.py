@@ -36,6 +36,35 @@ def test_nothing_is_added_after_the_first_step() -> None:
     assert watch.finish() == found
 
 
+def test_a_part_within_another_counts_once() -> None:
+    watch = StartUp(1.0, "command")
+    with watch.part("outer"):
+        time.sleep(0.01)
+        with watch.part("inner"):
+            time.sleep(0.05)
+    found = watch.finish()
+    assert found["command"] == 1.0
+    assert found["inner"] >= 0.05
+    assert 0.01 <= found["outer"] < found["total"] - 1.05
+
+
+def test_what_no_part_covers_is_named_after_the_next_one() -> None:
+    """A start-up on a GPU once had four seconds of "other", and nothing said where."""
+    watch = StartUp()
+    time.sleep(0.02)
+    with watch.part("weights"):
+        time.sleep(0.02)
+        with watch.part("read"):
+            pass
+    time.sleep(0.02)
+    watch.begin_last("first step")
+    found = watch.finish()
+    assert found["before weights"] >= 0.02
+    assert found["before first step"] >= 0.02
+    assert "before read" not in found
+    assert found["other"] < 0.01
+
+
 def test_a_part_that_fails_is_counted() -> None:
     watch = StartUp()
     with pytest.raises(KeyError), watch.part("certificate"):
