@@ -53,8 +53,8 @@ class HostLane:
     """Tensors on the host: the copy is done when it was begun."""
 
     def buffer(self, num_bytes: int) -> Tensor:
-        """Plain memory."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        """Plain memory, every page of it taken now: not while the first copy is waited for."""
+        return torch.empty(num_bytes, dtype=torch.uint8).fill_(0)
 
     def copy(self, pairs: Pairs) -> Copied:
         """Copy now."""
