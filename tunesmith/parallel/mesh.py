@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Dimension = Literal["pp", "dp", "tp"]
 DIMENSIONS: tuple[Dimension, ...] = ("pp", "dp", "tp")
 CPU_TIMEOUT_S, GPU_TIMEOUT_S = 10.0, 60.0
+BACKSTOP = 40
+"""How many times the limit a collective itself waits. The watchdog, which knows a slow process from one that hangs,
+ends the processes long before; its patience (`hang.PATIENCE`) is shorter than this."""
 NO_LIMIT = timedelta(days=365)
 # (rank, processes, rank on this node): torchrun's, Open MPI's and SLURM's names.
 _LAUNCHERS = (
@@ -117,11 +120,11 @@ def mesh_shape(settings: ParallelSection, world_size: int) -> tuple[int, int, in
 
 
 def timeout_of(settings: ParallelSection, device: torch.device) -> timedelta:
-    """How long a collective may wait for the other processes."""
+    """How long a collective may wait for the other processes, where no watchdog has ended them."""
     if settings.timeout_s == 0:
         return NO_LIMIT
     default = GPU_TIMEOUT_S if device.type == "cuda" else CPU_TIMEOUT_S
-    return timedelta(seconds=settings.timeout_s or default)
+    return timedelta(seconds=BACKSTOP * (settings.timeout_s or default))
 
 
 @contextmanager

@@ -59,6 +59,10 @@ class Progress:
     thread: int = field(default_factory=threading.get_ident)
     _beat: int = 0
 
+    def leave_out(self, *groups: Any) -> None:
+        """Don't compare the calls in these groups: a pipeline's, or those of a thread beside the main one."""
+        self.uneven |= {group.group_name for group in groups}
+
     def move(self, at: str | None = None) -> None:
         """Something was done: a micro-batch, a batch of validation. `at`: where the run is now."""
         self.moved += 1

@@ -119,7 +119,9 @@ def train(
             watched(mesh, resolved.parallel, run.path / "logs") as progress,
             Display(quiet=quiet or not mesh.is_first) as display,
         ):
-            place = _Place(mesh, together(mesh), progress, run, own)
+            if mesh.size("pp") > 1:
+                progress.leave_out(mesh.group("pp"))
+            place = _Place(mesh, together(mesh, progress), progress, run, own)
             return _train(resolved, place, display, resume is not None, on_step, preflight, watch)
 
 

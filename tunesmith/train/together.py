@@ -14,6 +14,7 @@ from tunesmith.checkpoint.async_saver import AsyncSaver
 from tunesmith.checkpoint.state import TrainingState, save_state
 from tunesmith.parallel.agreement import any_rank, most
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.progress import Progress
 
 
 class Saved(Protocol):
@@ -56,15 +57,19 @@ class Together:
 
 
 class Several(Together):
-    """One of several processes: what one wants all do, and the state is written beside training."""
+    """One of several processes: what one wants all do, and the state is written beside training.
 
-    def __init__(self, mesh: Mesh) -> None:
+    progress: is told when the main thread may wait long for a save.
+    """
+
+    def __init__(self, mesh: Mesh, progress: Progress) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.progress = mesh, progress
         # Groups of their own: saving and stopping must not get between the collectives of a step.
         self._flags: Any = torch.distributed.new_group(backend="gloo")
         self._group: Any = torch.distributed.new_group(backend="gloo")
         self.agreement = GroupAgreement(self._group)
+        progress.leave_out(self._group)  # its calls come from the saver's thread
         self._saver: AsyncSaver | None = None
         self._done: Callable[[Path], None] = _ignore
 
@@ -83,13 +88,15 @@ class Several(Together):
             device = self.mesh.device
             self._saver = AsyncSaver(checkpoints, keep=keep, device=device, agreement=self.agreement)
         self._done = done
-        shards, facts = trained.shards()  # type: ignore[attr-defined]
-        self._saver.save(trained.step_number, shards, facts)
+        with self.progress.long("a save"):  # which waits for the one before
+            shards, facts = trained.shards()  # type: ignore[attr-defined]
+            self._saver.save(trained.step_number, shards, facts)
 
     def fence(self) -> None:
         """Before the optimiser writes to what is being copied."""
         if self._saver is not None:
-            self._saver.fence()
+            with self.progress.long("the copy of a save"):
+                self._saver.fence()
 
     def poll(self) -> None:
         """Learn of a save that has ended."""
@@ -97,7 +104,8 @@ class Several(Together):
 
     def finish(self) -> None:
         """Wait for the save that is under way."""
-        self._take(None if self._saver is None else self._saver.wait())
+        with self.progress.long("a save"):
+            self._take(None if self._saver is None else self._saver.wait())
 
     def close(self) -> None:
         """The saver's thread is a daemon: a failing process does not wait for the others."""
@@ -112,6 +120,6 @@ def _ignore(path: Path) -> None:
     return None
 
 
-def together(mesh: Mesh) -> Together:
+def together(mesh: Mesh, progress: Progress) -> Together:
     """For the processes of a mesh; all of them call this."""
-    return Together() if mesh.world_size == 1 else Several(mesh)
+    return Together() if mesh.world_size == 1 else Several(mesh, progress)
