@@ -105,6 +105,10 @@ class ZeroEngine:
         """What float16 losses are multiplied by; None for other dtypes."""
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Go on with a loss scale (float16)."""
+        self._engine.optimizer.loss_scale = scale
+
     @property
     def is_sharding_weights(self) -> bool:
         """Whether a weight is whole only where it is used (ZeRO-3)."""
@@ -133,11 +137,19 @@ class ZeroEngine:
         """Processes that see other data: all."""
         return self.world_size
 
-    def step(self, window: Sequence[Batch], function: Loss[Batch], rate: float, denominator: int | None) -> ZeroStep:
+    def step(
+        self,
+        window: Sequence[Batch],
+        function: Loss[Batch],
+        rate: float,
+        denominator: int | None,
+        before_update: Callable[[], None] | None = None,
+    ) -> ZeroStep:
         """Accumulate over `window`, then update with the learning rate `rate`.
 
         Args: window: this process's batches, as many on every process. denominator: items counted in the windows of
-        all processes; None: found on the way, and the gradients divided at the end.
+        all processes; None: found on the way, and the gradients divided at the end. before_update: called when the
+        gradients are there.
         """
         self._set_rate(rate)
         losses, counts = [], []
@@ -150,6 +162,8 @@ class ZeroEngine:
         values = torch.stack(losses).tolist()
         sums = self.total(torch.tensor([sum(values), sum(counts)], dtype=torch.float64, device=self.device)).tolist()
         items = int(sums[1]) if denominator is None else denominator
+        if before_update is not None:
+            before_update()
         with self._divided_by(items if denominator is None else 1):
             self._engine.step()
         norm = self._engine.get_global_grad_norm()

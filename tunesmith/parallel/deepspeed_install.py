@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from tunesmith.watch.doctor import Finding
 
 NVME = "DeepSpeed's async_io operator, which offload to NVMe goes through"
 _HEADER = "libaio.h"
+_WARNINGS = (
+    r".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated",  # torch 2.13 has other names for them
+    r"Full backward hook is firing when gradients are computed with respect to module outputs",  # as it should
+)
 
 
 def require_deepspeed(device_type: str) -> Any:
@@ -28,6 +33,8 @@ def require_deepspeed(device_type: str) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if device_type == "cpu" else "cuda")
     import deepspeed
 
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     if "DS_LOG_LEVEL" not in os.environ:
         deepspeed.utils.logger.setLevel(logging.ERROR)
     if device_type == "cpu":

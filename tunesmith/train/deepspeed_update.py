@@ -19,6 +19,7 @@ from tunesmith.parallel.deepspeed_conflicts import RunFacts
 from tunesmith.parallel.deepspeed_engine import ZeroEngine, ZeroStep
 from tunesmith.parallel.deepspeed_state import Fragment
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.spread import Piece
 from tunesmith.recipe.parallel import ParallelSection
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.optimizers import parameter_groups
@@ -37,6 +38,10 @@ class _Scale:
         """What losses are multiplied by."""
         return self._engine.loss_scale or 1.0
 
+    def state(self) -> dict[str, float]:
+        """What is saved of it."""
+        return {"scale": self.scale}
+
 
 class DeepSpeedUpdater:
     """DeepSpeed's engine, our schedule, our errors.
@@ -50,6 +55,9 @@ class DeepSpeedUpdater:
         groups = parameter_groups(module.named_parameters(), settings.weight_decay)
         self.engine = ZeroEngine(module, config, groups, _options(settings), mesh)
         self.scaler = _Scale(self.engine) if self.engine.loss_scale is not None else None
+        self.pieces: list[Piece] = []  # DeepSpeed's optimiser sees no parameter, but flat shares: see `shards`
+        self.before_update: Callable[[], None] | None = None
+        self._steps = 0
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -86,7 +94,8 @@ class DeepSpeedUpdater:
         if denominator == 0:
             raise NonFiniteError(f"step {number + 1}: no item of the batch is counted in the loss")
         rate = learning_rate(self.settings, number, self.total_steps)
-        done = self.engine.step(window, loss, rate, denominator)
+        done = self.engine.step(window, loss, rate, denominator, self.before_update)
+        self._steps = number + 1
         if done.count == 0:
             raise NonFiniteError(f"step {number + 1}: no item of the batch is counted in the loss")
         names = [describe(batch) for batch in window]
@@ -95,7 +104,7 @@ class DeepSpeedUpdater:
     def forget_failure(self) -> None:
         """Nothing to do: a step that is not finite leaves nothing behind."""
 
-    def shards(self, step: int) -> list[Shard]:
+    def shards(self) -> list[Shard]:
         """This process's part of the weights and the optimiser's states, by the native engine's names.
 
         All processes must call it. Raises: NonFiniteError, in all, when a weight is NaN or Inf; CheckpointError.
@@ -106,8 +115,8 @@ class DeepSpeedUpdater:
         if self.engine.count(len(bad)):
             what = bad[0] if bad else "a weight of another process"
             raise NonFiniteError(
-                f"the update of step {step} made {what} NaN or infinite, so nothing of it is saved; checkpoints before "
-                f"it are as they were"
+                f"the update of step {self._steps} made {what} NaN or infinite, so nothing of it is saved; checkpoints "
+                f"before it are as they were"
             )
         return [_shard(fragment) for fragment in fragments]
 
@@ -127,6 +136,8 @@ class DeepSpeedUpdater:
                 names.discard(fragment.name)
         fill(state.stored, [_shard(fragment) for fragment in fragments if fragment.name in names])
         self.engine.restored(held, fragments)
+        if self.scaler is not None and state.facts.get("scaler"):
+            self.engine.set_loss_scale(float(state.facts["scaler"]["scale"]))
 
     def close(self) -> None:
         """Let DeepSpeed go."""

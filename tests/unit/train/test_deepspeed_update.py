@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from tunesmith.checkpoint.agreement import checkpoint_group
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.checkpoint.sharded import save_shards
 from tunesmith.checkpoint.state import load_latest, save_state
+from tunesmith.errors import NonFiniteError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import apply_method
 from tunesmith.parallel.mesh import joined
@@ -112,7 +114,7 @@ def train(
 def _save(updater: Updater | DeepSpeedUpdater, states: Path, step: int) -> None:
     facts = {"optimizer": {}, "rng": {}, "scaler": None}
     if isinstance(updater, DeepSpeedUpdater):
-        save_shards(states, step, updater.shards(step), facts, keep=1, agreement=checkpoint_group())
+        save_shards(states, step, updater.shards(), facts, keep=1, agreement=checkpoint_group())
     else:
         weights = {name: p for name, p in updater.module.named_parameters() if p.requires_grad}
         save_state(states, capture_state(step, weights, updater, updater.device, {}), keep=1)
@@ -199,3 +201,105 @@ def test_a_resumed_run_has_the_same_bits(
     begun = ranks(train, 2, folder, "full", strategy, stop=7, states=str(tmp_path))[0]["losses"]
     ended = ranks(train, 2, folder, "full", strategy, first=7, states=str(tmp_path))[0]["losses"]
     assert begun + ended == whole
+
+
+def spoil(model_dir: str, strategy: Strategy, what: str) -> tuple[str, float, float, float]:
+    """A good step, a step that is NaN on the second rank only, a good step again."""
+    settings = ParallelSection(strategy=strategy, engine="deepspeed")
+    recipe = TrainSection(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, precision="float32")
+    model = _model(model_dir, "full", "fused", "none")
+
+    def spoiled(module: Any, batch: MicroBatch) -> Any:
+        loss, count = language_model_loss(module, batch, 64)
+        if what == "loss":
+            return loss * float("nan"), count
+        loss = loss.clone()
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss, count
+
+    with joined(settings, "cpu") as mesh:
+        config = deepspeed_config(settings, recipe, model, STEPS, mesh, micro_batches=2)
+        updater = DeepSpeedUpdater(model, recipe, STEPS, config, mesh)
+
+        def step(number: int, function: Any) -> float:
+            window = _window(number, mesh.rank, 2)
+            tokens = _trained_tokens(number)
+            return updater.step(number, window, function, denominator=tokens, describe=lambda b: "row 7").loss
+
+        def look() -> float:
+            with torch.no_grad():
+                return float(updater.engine.total(updater.engine.loss(_loss, _window(0, mesh.rank, 2)[0])[0]))
+
+        first = step(0, _loss)
+        before = look()
+        with pytest.raises(NonFiniteError) as caught:
+            step(1, spoiled if mesh.rank == 1 else _loss)
+        after = look()
+        step(1, _loss)
+        updater.close()
+    return str(caught.value), before, after, first
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_nan_on_one_rank_stops_all_before_the_update(
+    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], strategy: str, what: str
+) -> None:
+    first, second = ranks(spoil, 2, str(tiny_model_dir("qwen2")), strategy, what)
+    for message, before, after, _ in (first, second):
+        assert message.startswith("step 2: ") and "nothing was updated" in message
+        assert after == before
+    if what == "loss":
+        assert "the loss is nan" in second[0] and "Batch: row 7" in second[0]
+        assert "the loss of another process is nan" in first[0]
+
+
+def narrow(model_dir: str, method: str, strategy: Strategy | None, precision: str) -> list[float]:
+    """Twenty steps in bfloat16 or float16; strategy None: the native engine on one process."""
+    settings = ParallelSection(strategy=strategy or "auto", engine="deepspeed")
+    recipe = TrainSection(learning_rate=1e-3, precision=precision, master_weights="float32")  # type: ignore[arg-type]
+    model = _model(model_dir, method, "fused", "none")
+    model.compute_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float16
+    with joined(settings, "cpu") as mesh:
+        updater: Updater | DeepSpeedUpdater = Updater(model, recipe, STEPS)
+        if strategy is not None:
+            config = deepspeed_config(settings, recipe, model, STEPS, mesh, micro_batches=PACKS // mesh.world_size)
+            updater = DeepSpeedUpdater(model, recipe, STEPS, config, mesh)
+        losses = []
+        for step in range(STEPS):
+            window = _window(step, mesh.rank, mesh.world_size)
+            tokens = _trained_tokens(step)
+            losses.append(updater.step(step, window, _loss, denominator=tokens, describe=lambda b: "a batch").loss)
+        if isinstance(updater, DeepSpeedUpdater):
+            assert next(model.parameters()).dtype == model.compute_dtype
+            updater.close()
+    return losses
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("full", "zero1"), ("full", "zero3"), ("qlora", "zero3")])
+def test_bfloat16_with_float32_masters_trains_as_one_does(
+    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], method: str, strategy: str
+) -> None:
+    folder = str(tiny_model_dir("qwen2"))
+    alone = narrow(folder, method, None, "bfloat16")
+    for losses in ranks(narrow, 2, folder, method, strategy, "bfloat16"):
+        np.testing.assert_allclose(losses, alone, rtol=3e-3)
+
+
+def digits(strategy: Strategy | None) -> dict[str, float]:
+    """The example: a module that is no language model, its items counted on the way; None: the native engine."""
+    spec = importlib.util.spec_from_file_location("digits", Path(__file__).parents[3] / "examples/digits_deepspeed.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    engine: Literal["native", "deepspeed"] = "native" if strategy is None else "deepspeed"
+    return example.train(ParallelSection(engine=engine, strategy=strategy or "auto"), "cpu", 25)
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_any_module_trains_under_either_engine(ranks: Callable[..., list[Any]], strategy: Strategy) -> None:
+    alone = digits(None)
+    for rank in ranks(digits, 2, strategy):
+        for key in ("first_loss", "last_loss"):
+            np.testing.assert_allclose(rank[key], alone[key], rtol=1e-5)
+        assert rank["accuracy"] == alone["accuracy"] > 0.5
