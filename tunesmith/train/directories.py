@@ -14,7 +14,7 @@ from tunesmith.parallel.mesh import Mesh
 from tunesmith.recipe.load import dump_recipe, load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import write_text_atomic
-from tunesmith.rundir.layout import RunDir, create_run, is_run, open_run
+from tunesmith.rundir.layout import RunDir, claim_run, create_run, is_run, open_run
 from tunesmith.train.share import packs_of_a_step
 from tunesmith.train.stopping import sigterm_exits
 
@@ -78,7 +78,8 @@ def shared_run(make: Any, mesh: Mesh, recipe: Recipe) -> tuple[RunDir, RunDir]:
 
 def _own_run(run: RunDir, mesh: Mesh, recipe: Recipe) -> RunDir:
     path = run.path / RANKS / f"rank-{mesh.rank}"
-    return open_run(path) if is_run(path) else create_run(recipe, path=path)
+    # Claimed first: what a start that was killed has left there without a run.json is no obstacle to the next.
+    return open_run(path) if is_run(path) else create_run(recipe, path=claim_run("", "", path))
 
 
 def opened_run(path: Path, recipe: Recipe) -> RunDir:
@@ -130,7 +131,7 @@ def recorded(run: RunDir, made: set[Path] | None) -> Iterator[None]:
         is_mistake = isinstance(error, TunesmithError) and isinstance(error, ValueError)
         if made is not None and is_mistake and not run.metrics.exists():
             _remove(run, made)
-        else:
+        elif run.run.exists():  # of a further process: the first one may have removed it
             run.set_status("failed", error=f"{type(error).__name__}: {error}")
         raise
 
