@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.cli.console import emit, err
+from tunesmith.parallel.deepspeed_install import deepspeed_findings
 from tunesmith.watch.doctor import Finding, check_up, has_errors
 
 app = typer.Typer(add_completion=False)
@@ -25,6 +26,7 @@ _MARKS = {
 def doctor() -> int:
     """Look at driver, torch, compiler, memory, disk and packages; name the command that mends each lack."""
     findings = check_up()
+    findings += deepspeed_findings(with_cuda=any(finding.name == "cuda" for finding in findings))
     show(findings)
     levels = [finding.level for finding in findings]
     emit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from tunesmith.checkpoint.shards import Shard
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.checkpoint.stored import fill
 from tunesmith.errors import NonFiniteError
+from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.parallel.deepspeed_config import ZeroConfig, make_config
 from tunesmith.parallel.deepspeed_conflicts import RunFacts
@@ -21,10 +23,12 @@ from tunesmith.parallel.deepspeed_state import Fragment
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.spread import Piece
 from tunesmith.recipe.parallel import ParallelSection
-from tunesmith.recipe.schema import TrainSection
+from tunesmith.recipe.schema import Recipe, TrainSection
 from tunesmith.train.optimizers import parameter_groups
 from tunesmith.train.schedules import learning_rate, peak_learning_rate, warmup_steps
 from tunesmith.train.update import Batch, LossFunction, PendingUpdate, Update
+
+_log = logging.getLogger(__name__)
 
 
 class _Scale:
@@ -152,6 +156,29 @@ class DeepSpeedUpdater:
         if not done.is_finite and self.scaler is None:
             raise _failed(number, "the gradient norm is NaN or infinite", "; ".join(names))
         return Update(done.loss_sum / done.count, done.count, done.grad_norm, rate, not done.is_finite)
+
+
+def deepspeed_updater(
+    recipe: Recipe, module: nn.Module, total_steps: int, mesh: Mesh, micro_batches: int
+) -> DeepSpeedUpdater:
+    """The updater of a resolved recipe's language model, which is DeepSpeed's from here on.
+
+    micro_batches: of a step, of each process. Raises: RecipeError, ParallelError, MissingExtraError.
+    """
+    tokens = recipe.train.micro_batch_tokens or recipe.data.max_length
+    config = deepspeed_config(
+        recipe.parallel,
+        recipe.train,
+        module,
+        total_steps,
+        mesh,
+        micro_batches=micro_batches,
+        sequences=max(tokens // recipe.data.max_length, 1),
+        hidden_size=module.config.hidden_size if isinstance(module, Decoder) else None,
+    )
+    for note in config.notes:
+        _log.info("%s: %s", config.source, note)
+    return DeepSpeedUpdater(module, recipe.train, total_steps, config, mesh)
 
 
 def deepspeed_config(

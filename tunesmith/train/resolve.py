@@ -49,8 +49,9 @@ def _resolve_parallel(recipe: Recipe, world_size: int) -> Recipe:
             "parallel.strategy zero3 to save memory"
         )
     _, data, _ = mesh_shape(parallel, world_size)
-    strategy = resolve_strategy(parallel, has_adapters=recipe.method.kind in ("lora", "qlora"))
-    settled = {"micro_batches": parallel.micro_batches or train.accumulation * data, "strategy": strategy}
+    settled: dict[str, object] = {"micro_batches": parallel.micro_batches or train.accumulation * data}
+    if parallel.engine == "native":  # a ds_config.json may name the stage, too
+        settled["strategy"] = resolve_strategy(parallel, has_adapters=recipe.method.kind in ("lora", "qlora"))
     return recipe.model_copy(
         update={
             "train": train.model_copy(update={"graphs": "off"}),
