@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.bench.matrix import recipe_hash
 from tunesmith.bench.peers.processes import Said, run_module
 from tunesmith.bench.peers.store import OURS, new_record, save_record
+from tunesmith.bench.peers.timing import timing_of
 from tunesmith.errors import RecipeError, TunesmithError, nearest
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.environment import environment_fingerprint
@@ -50,6 +53,8 @@ def compare(
 ) -> Comparison:
     """Run one recipe by tunesmith and by every peer in `rounds` rounds, and store the record under `out`.
 
+    The record is written after every whole round, so that a run that is stopped keeps the rounds before.
+
     Args:
         peer_paths: folders of packages that a peer is found in, by the peer's name.
         tokenizer: what goes beside random weights for peers that load a checkpoint; None: the embedded model's.
@@ -60,22 +65,37 @@ def compare(
     paths = dict(peer_paths or {})
     _check_names([*peers, *paths], modules)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    turns = [(round_, name) for round_ in range(rounds) for name in (OURS, *peers)]
+    rows: list[dict[str, Any]] = []
+    done: Comparison | None = None
     with tempfile.TemporaryDirectory(prefix="tunesmith-peers-") as scratch:
         prepared = _prepare(recipe, Path(scratch), bool(LOADS_A_CHECKPOINT & {*peers}), tokenizer)
-        rows = _run_turns(turns, prepared, paths, modules, recipe.bench.timeout_s, progress)
-    record = new_record(
+        for round_ in range(rounds):
+            turns = [(round_, name) for name in (OURS, *peers)]
+            rows += _run_turns(turns, prepared, paths, modules, recipe.bench.timeout_s, progress, len(rows))
+            record = _record(recipe, prepared, command, started, rounds, rows)
+            done = Comparison(save_record(record, out, None if done is None else done.path), record)
+    if done is None:
+        raise RecipeError(f"a comparison takes at least one round, got {rounds}")
+    return done
+
+
+def _record(
+    recipe: Recipe, prepared: Mapping[str, Any], command: str, started: str, rounds: int, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    resolved = prepared["job"]["recipe"]
+    return new_record(
         recipe=recipe.model_dump(mode="json"),
         recipe_hash=recipe_hash(recipe.model_dump(mode="json")),
-        resolved=prepared["job"]["recipe"],
+        resolved=resolved,
         lengths=prepared["lengths"],
         chip=prepared["chip"],
         environment=environment_fingerprint(),
         command=command,
         started=started,
+        timing=timing_of(torch.device(resolved["model"]["device"])),
+        rounds_asked=rounds,
         rows=rows,
     )
-    return Comparison(save_record(record, out), record)
 
 
 def _check_names(names: Sequence[str], modules: Mapping[str, str]) -> None:
@@ -106,9 +126,10 @@ def _run_turns(
     modules: Mapping[str, str],
     timeout_s: float,
     progress: Progress | None,
+    first_order: int = 0,
 ) -> list[dict[str, Any]]:
     rows = []
-    for order, (round_, name) in enumerate(turns):
+    for order, (round_, name) in enumerate(turns, first_order):
         began = time.monotonic()
         said = run_module(modules[name], prepared["job"], timeout_s=timeout_s, path=paths.get(name))
         row = _row(name, round_, order, said)

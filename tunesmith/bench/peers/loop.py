@@ -1,4 +1,7 @@
-"""The bare training loop that peers run in: kinder to them than a trainer, and the same operations as ours."""
+"""The bare training loop that peers run in: kinder to them than a trainer, and the same operations as ours.
+
+Batches wait in page-locked memory and are moved to the device inside the steps, without a wait, as ours are.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from tunesmith.bench.cell import synchronise
 from tunesmith.bench.peers.batches import Documents, digest, load_windows, peer_inputs
 from tunesmith.bench.peers.job import Job
+from tunesmith.bench.peers.timing import CONTINUOUS, Mark, QueuedSteps, mark_of, timing_of
 from tunesmith.bench.peers.wire import NotApplicableError, Say, require
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.optimizers import make_optimizer, parameter_groups
@@ -64,10 +68,7 @@ def optimizer_for(model: nn.Module, settings: TrainSection) -> torch.optim.Optim
 
 
 def train(model: Any, job: Job, say: Say, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Train `model` (of transformers' face) for the job's steps, saying each; returns what else was measured.
-
-    A step is timed from an idle device to an idle device; loss and norm are read outside.
-    """
+    """Train `model` (of transformers' face) for the job's steps, saying each; returns what else was measured."""
     steps, first_digest = host_steps(job)
     optimizer = optimizer_for(model, job.recipe.train)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -112,13 +113,23 @@ def _step_function(
 
 
 class Recorder:
-    """Times steps and reads the memory they took; the peaks start from what is held when it is made."""
+    """Times steps and reads the memory they took; the peaks start from what is held when it is made.
 
-    def __init__(self, job: Job, say: Say) -> None:
+    The warm-up's steps are timed from an idle device to an idle device and said at once; the timed ones as `timing`
+    says: continuous ones are said when all are done.
+    """
+
+    def __init__(
+        self, job: Job, say: Say, *, timing: str | None = None, mark: Callable[[], Mark] | None = None
+    ) -> None:
         self.device = job.device
         self.say = say
         self.warmup = job.recipe.bench.warmup_steps
+        self.timing = timing or timing_of(self.device)
+        self._mark = mark or mark_of(self.device)
         self._count = 0
+        self._began = 0.0
+        self._queued: QueuedSteps | None = None
         self._before: MemoryReading | None = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -126,31 +137,52 @@ class Recorder:
         self._sampler.start()
 
     def record(self, step: Callable[[], tuple[Any, Any]]) -> None:
-        """Run one step, time it, and say its loss and gradient norm."""
+        """Run one step, and take its time, its loss and its gradient norm."""
         self.begin()
-        synchronise(self.device)
-        began = time.perf_counter()
-        loss, norm = step()
-        synchronise(self.device)
-        self.add(time.perf_counter() - began, float(loss), float(norm))
+        self.end(*step())
 
     def begin(self) -> None:
         """A step begins: the peaks of the timed steps are kept apart from the warm-up's."""
         if self._count == self.warmup:
             self._before = self._sampler.read()
             self._sampler.start()
+        if self._queued is not None:
+            return
+        synchronise(self.device)
+        if self.timing == CONTINUOUS and self._count == self.warmup:
+            self._queued = QueuedSteps(self._mark)
+        self._began = time.perf_counter()
+
+    def end(self, loss: Tensor | float, grad_norm: Tensor | float) -> None:
+        """A step ends, or all of it is queued."""
+        if self._queued is not None:
+            self._count += 1
+            self._queued.end(loss, grad_norm)
+            return
+        synchronise(self.device)
+        self.add(time.perf_counter() - self._began, float(loss), float(grad_norm))
 
     def add(self, seconds: float, loss: float, grad_norm: float) -> None:
         """Say a step that was timed elsewhere."""
         self._count += 1
+        self._say_step(seconds, loss, grad_norm)
+
+    def _say_step(self, seconds: float, loss: float, grad_norm: float) -> None:
         self.say({"event": "step", "seconds": seconds, "loss": loss, "grad_norm": grad_norm})
 
     def finish(self) -> dict[str, Any]:
-        """The peaks, of the timed steps and of all steps, in bytes; None where there is no such figure."""
+        """Say the steps that were queued. Returns: how steps were timed, and the peaks in bytes.
+
+        The peaks are of the timed steps and of all steps; None where there is no such figure.
+        """
+        synchronise(self.device)
+        for step in () if self._queued is None else self._queued.read():
+            self._say_step(*step)
         timed = self._sampler.read()
         self._sampler.stop()
         before = self._before or timed
         return {
+            "timing": self.timing,
             "memory": {
                 "allocated_peak_bytes": timed.device_allocated_peak_bytes,
                 "reserved_peak_bytes": timed.device_reserved_peak_bytes,

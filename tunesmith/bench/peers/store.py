@@ -1,7 +1,8 @@
 """The records of rows that ran: one JSON for each run, `<chip>/<row>-<time>.json`, so that results add up by copying.
 
-key       chip, driver, torch, commit ("+changes" where files differed from it), row, recipe_hash: what rows that
-          are pooled have in common
+key       chip, driver, torch, commit ("+changes" where files differed from it), row, recipe_hash, timing (how the
+          steps were timed, see timing.py; version 1 had one way): what rows that are pooled have in common
+rounds    whole rounds that the rows are of; rounds_asked: as many were asked for (neither is in version 1)
 recipe, resolved, lengths   as given; as it ran; the document lengths of the first micro-batch
 environment, command, started
 rows      in the order they ran: peer, round, status, reason, steps (seconds, loss, grad_norm), memory, dtypes,
@@ -16,10 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tunesmith.bench.peers.timing import IDLE_TO_IDLE
 from tunesmith.errors import RunDirError
 from tunesmith.rundir.io import read_json, write_json_atomic
 
-SCHEMA, VERSION = "tunesmith.bench.peers", 1
+SCHEMA, VERSION = "tunesmith.bench.peers", 2
 OURS = "tunesmith"
 TABLE = "peers"
 
@@ -34,9 +36,11 @@ def new_record(
     environment: Mapping[str, Any],
     command: str,
     started: str,
+    timing: str,
+    rounds_asked: int,
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """One run's record."""
+    """One run's record, of the whole rounds that `rows` are."""
     key = {
         "chip": chip or "unknown",
         "driver": environment.get("driver"),
@@ -44,6 +48,7 @@ def new_record(
         "commit": _commit(environment.get("git")),
         "row": recipe["name"],
         "recipe_hash": recipe_hash,
+        "timing": timing,
     }
     return {
         "schema": SCHEMA,
@@ -55,6 +60,8 @@ def new_record(
         "environment": dict(environment),
         "command": command,
         "started": started,
+        "rounds": len({row["round"] for row in rows}),
+        "rounds_asked": rounds_asked,
         "rows": list(rows),
     }
 
@@ -65,14 +72,18 @@ def _commit(git: Mapping[str, Any] | None) -> str | None:
     return str(git["commit"])[:12] + ("+changes" if git.get("dirty") else "")
 
 
-def save_record(record: Mapping[str, Any], out: Path) -> Path:
-    """Write a record where no other is."""
+def save_record(record: Mapping[str, Any], out: Path, replaced: Path | None = None) -> Path:
+    """Write a record where no other is, or over the same run's of fewer rounds. Returns: where."""
+    path = replaced or _free_path(record, out)
+    write_json_atomic(path, record)
+    return path
+
+
+def _free_path(record: Mapping[str, Any], out: Path) -> Path:
     folder = out / slug(record["key"]["chip"])
     folder.mkdir(parents=True, exist_ok=True)
     moment = re.sub(r"[^0-9]", "", record["started"])
-    path = folder / f"{slug(record['key']['row'])}-{moment}-{secrets.token_hex(2)}.json"
-    write_json_atomic(path, record)
-    return path
+    return folder / f"{slug(record['key']['row'])}-{moment}-{secrets.token_hex(2)}.json"
 
 
 def slug(text: str) -> str:
@@ -89,7 +100,12 @@ def load_records(out: Path) -> list[dict[str, Any]]:
             continue
         if record["schema_version"] > VERSION:
             raise RunDirError(f"{path} has version {record['schema_version']}, this tunesmith reads up to {VERSION}")
-        records.append(record)
+        records.append(_brought_up(record))
     if not records:
         raise RunDirError(f"{out} holds no record of a row: run tunesmith bench peers RECIPE first")
     return sorted(records, key=lambda record: record["started"])
+
+
+def _brought_up(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with what version 1 did not say: there was one way of timing."""
+    return {**record, "key": {"timing": IDLE_TO_IDLE, **record["key"]}}

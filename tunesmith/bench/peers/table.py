@@ -15,11 +15,13 @@ _HEADER = (
     "loss, gradient norm: step 1", "step 10", "rounds", "verdict",
 )  # fmt: skip
 _NOTE = (
-    "A step is timed from an idle device to an idle device; tokens a second are the median over all timed steps "
-    "of all rounds. Peaks are of all steps, since memory that CUDA graphs recorded in the first is held after it; in "
-    "decimal GB (on a CPU: resident pages). A row whose first loss or "
-    "gradient norm is more than 1 % from ours did not do equal work, and a peer that is missing or failed proves "
-    "nothing. "
+    "How steps were timed stands in each heading. Continuous, as training runs: the timed steps are queued while the "
+    "device works, its events mark where each ends, and no program is asked for a loss before the step is over. From "
+    "idle to idle: the device is waited for before and after every step. Batches are moved to the device inside the "
+    "steps, on a GPU from page-locked memory, by all. Tokens a second are the median over all timed steps of all "
+    "rounds. Peaks are of all steps, since memory that CUDA graphs recorded in the first is held after it; in decimal "
+    "GB (on a CPU: resident pages). A row whose first loss or gradient norm is more than 1 % from ours did not do "
+    "equal work, and a peer that is missing or failed proves nothing. "
     "Random weights sit at the loss ln(vocabulary): such rows show speed and memory, not quality."
 )
 
@@ -41,6 +43,7 @@ def described(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "key": dict(record["key"]),
         "what": describe(record["resolved"], record["lengths"]),
+        "timing": record["key"]["timing"],
         "runs": record.get("runs", 1),
         "last_started": record["started"],
         "command": record["command"],
@@ -54,7 +57,8 @@ def describe(recipe: Mapping[str, Any], lengths: Sequence[int]) -> str:
     words.append(_method(method) + (", our base in fp8" if uses_fp8(method) else ""))
     words.append(_batch(lengths, train["accumulation"]))
     words.append(f"{train['precision']}, trained in {_trained(train)}")
-    words.append(f"checkpointing {train['checkpointing']}")
+    spared = train.get("checkpointing_skip_last") or 0
+    words.append(f"checkpointing {train['checkpointing']}{f', our last {spared} blocks spared' if spared else ''}")
     return "; ".join(words)
 
 
@@ -87,7 +91,12 @@ def markdown(groups: Sequence[Mapping[str, Any]]) -> str:
 def _section(group: Mapping[str, Any]) -> list[str]:
     key = group["key"]
     machine = [f"{name} {key[name]}" for name in ("driver", "torch", "commit") if key[name]]
-    lines = [f"## {key['row']}", "", f"{group['what']}. {', '.join([key['chip'], *machine])}.", ""]
+    lines = [
+        f"## {key['row']} (timing: {group['timing']})",
+        "",
+        f"{group['what']}. {', '.join([key['chip'], *machine])}.",
+        "",
+    ]
     lines += [_line(_HEADER), _line(["---"] * len(_HEADER))]
     lines += [_line(_cells(row)) for row in group["rows"]]
     return lines
@@ -108,7 +117,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         _loss(row["step_1"]),
         _loss(row["step_10"]),
         str(row["rounds"]),
-        row["verdict"],
+        "; ".join(text for text in (row["verdict"], row["waits"]) if text),
     ]
 
 

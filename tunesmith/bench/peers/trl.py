@@ -1,19 +1,22 @@
 """The peer TRL: its SFTTrainer's own loop around transformers + PEFT (with Liger's kernels where they are installed).
 
 A step lasts from the end of the one before to its own end, the trainer's bookkeeping included: that is what its user
-waits for. An index stands for a micro-batch, so that the trainer sees the same ids in the same order as everybody.
+waits for. Losses and norms are taken where the trainer has them, on the device: its log would wait for them. What the
+trainer itself reads of every micro-batch (entropy, accuracy, token counts) it waits for, and the row says so. An index
+stands for a micro-batch, so that the trainer sees the same ids in the same order as everybody.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tunesmith.bench.peers.wire import NotApplicableError, Say, require, serve
+
+WAITS = "its trainer reads entropy, accuracy and token counts from the device in every micro-batch, which waits"
 
 
 def run(mapping: Mapping[str, Any], say: Say) -> dict[str, Any]:
@@ -28,7 +31,8 @@ def run(mapping: Mapping[str, Any], say: Say) -> dict[str, Any]:
     if job.recipe.train.optimizer != "adamw":
         raise NotApplicableError("the peer trl runs torch's fused AdamW only")
     liger = job.device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    facts = {"attention": attention_of(job), "liger": liger, "autocast": job.needs_autocast}
+    waits = WAITS if job.device.type == "cuda" else None
+    facts = {"attention": attention_of(job), "liger": liger, "autocast": job.needs_autocast, "waits": waits}
     with tempfile.TemporaryDirectory() as scratch:
         return {**_train(build(job), job, say, Path(scratch), liger), **facts}
 
@@ -38,37 +42,34 @@ def _train(model: Any, job: Any, say: Say, scratch: Path, liger: bool) -> dict[s
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found,unused-ignore]
 
-    from tunesmith.bench.cell import synchronise
     from tunesmith.bench.peers.loop import Recorder, dtypes_of, host_steps
 
     steps, first_digest = host_steps(job)
     batches = [_with_mask(inputs) for step in steps for inputs in step.inputs]
     recorder = Recorder(job, say)
+    losses: list[Any] = []
+    norms: list[Any] = []
+
+    class Trainer(SFTTrainer):  # type: ignore[misc,unused-ignore]
+        """Keeps the loss of every micro-batch, on the device."""
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            losses.append(loss)
+            return loss
 
     class Clock(TrainerCallback):  # type: ignore[misc,unused-ignore]
-        """Takes a step's end; its loss and norm come with the log that follows."""
-
-        began = 0.0
-        seconds = 0.0
+        """Takes a step's end, its loss and its norm."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            self.start()
-
-        def start(self) -> None:
             recorder.begin()
-            synchronise(job.device)
-            self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            synchronise(job.device)
-            self.seconds = time.perf_counter() - self.began
+            recorder.end(sum(losses[1:], losses[0]), norms[-1])
+            losses.clear()
+            recorder.begin()
 
-        def on_log(self, *_: Any, logs: Mapping[str, Any], **__: Any) -> None:
-            if "grad_norm" in logs:
-                recorder.add(self.seconds, float(logs["loss"]), float(logs["grad_norm"]))
-                self.start()
-
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=SFTConfig(output_dir=str(scratch), use_liger_kernel=liger, **_settings(job, len(steps))),
         train_dataset=Dataset.from_dict({"input_ids": [[index] for index in range(len(batches))]}),
@@ -76,6 +77,7 @@ def _train(model: Any, job: Any, say: Say, scratch: Path, liger: bool) -> dict[s
         processing_class=AutoTokenizer.from_pretrained(_tokenizer_directory(job)),
         callbacks=[Clock()],
     )
+    trainer.accelerator.clip_grad_norm_ = _keeping(trainer.accelerator.clip_grad_norm_, norms)
     trainer.create_optimizer()
     _set_rates(trainer, job.rates)
     trainer.train()
@@ -86,6 +88,16 @@ def _train(model: Any, job: Any, say: Say, scratch: Path, liger: bool) -> dict[s
         "tokens": [step.num_tokens for step in steps],
         "trained_tokens": [step.num_trained for step in steps],
     }
+
+
+def _keeping(clip: Callable[..., Any], norms: list[Any]) -> Callable[..., Any]:
+    """`clip`, which returns the norm of all gradients before it clips them; the norm is kept."""
+
+    def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
+        norms.append(clip(*args, **kwargs))
+        return norms[-1]
+
+    return clip_and_keep
 
 
 def _with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -117,10 +129,12 @@ def _settings(job: Any, num_steps: int) -> dict[str, Any]:
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "dataloader_pin_memory": False,
+        "dataloader_pin_memory": False,  # they are page-locked already
+        "accelerator_config": {"non_blocking": job.device.type == "cuda"},
         "gradient_checkpointing": job.is_checkpointed,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "logging_steps": 1,
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,  # it would wait for every loss
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

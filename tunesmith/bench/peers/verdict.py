@@ -73,6 +73,7 @@ def _summary(name: str, rows: Sequence[Row], ours: Sequence[Row], warmup: int) -
         "trainable_parameters": first and first.get("trainable_parameters"),
         "dtypes": first and {**first.get("dtypes", {}), "autocast": first.get("autocast")},
         "attention": first and first.get("attention"),
+        "waits": first and first.get("waits"),
         "versions": first and first.get("versions"),
     }
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from tunesmith.bench.peers.store import load_records
 from tunesmith.bench.peers.table import markdown, write_table
 from tunesmith.errors import RecipeError
 from tunesmith.recipe.schema import Recipe
+from tunesmith.train.stopping import sigterm_exits
 
 Make = Callable[..., Recipe]
 FAKES = {
@@ -23,6 +28,13 @@ FAKES = {
         "serve(lambda job, say: require('no_such_package_here', 'no-such-package'))"
     ),
     "hung": "import time\ntime.sleep(60)",
+    "second_hung": (
+        "import pathlib, time\n"
+        "once = pathlib.Path(__file__).with_suffix('.once')\n"
+        "if once.exists():\n"
+        "    time.sleep(60)\n"
+        "once.touch()"
+    ),
 }
 
 
@@ -75,6 +87,47 @@ def test_rounds_alternate_and_a_hung_peer_is_a_row(fakes: Path) -> None:
     ]
     assert rows[0]["status"] == "timeout"
     assert 1.0 <= rows[0]["wall_s"] < 30
+
+
+def test_a_run_stopped_in_its_second_round_keeps_the_first(peer_recipe: Make, fakes: Path, tmp_path: Path) -> None:
+    """Stopped by SIGTERM while a peer of round 2 runs: that peer's process ends, and round 1 is on disk."""
+    out, told = tmp_path / "results", []
+
+    def stop_in_round_2(row: Any) -> None:
+        told.append((row["peer"], row["round"]))
+        if told[-1] == ("tunesmith", 1):
+            threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+
+    began = time.monotonic()
+    with sigterm_exits(), pytest.raises(SystemExit) as stopped:
+        compare(
+            peer_recipe(),
+            ["second_hung"],
+            rounds=2,
+            out=out,
+            peer_paths={"second_hung": fakes},
+            progress=stop_in_round_2,
+            modules={**MODULES, "second_hung": "second_hung_peer"},
+        )
+    assert stopped.value.code == 143
+    assert told == [("tunesmith", 0), ("second_hung", 0), ("tunesmith", 1)]
+    assert time.monotonic() - began < 60
+    (record,) = load_records(out)
+    assert (record["rounds"], record["rounds_asked"]) == (1, 2)
+    assert [(row["peer"], row["order"], row["status"]) for row in record["rows"]] == [
+        ("tunesmith", 0, "ok"),
+        ("second_hung", 1, "failed"),
+    ]
+
+
+def test_whole_rounds_go_into_one_record(fakes: Path, peer_recipe: Make, tmp_path: Path) -> None:
+    modules = {**MODULES, "crashing": "crashing_peer"}
+    result = compare(
+        peer_recipe(), ["crashing"], rounds=2, out=tmp_path, peer_paths={"crashing": fakes}, modules=modules
+    )
+    assert load_records(tmp_path) == [json.loads(result.path.read_text("utf-8"))]
+    assert [(row["round"], row["order"]) for row in result.record["rows"]] == [(0, 0), (0, 1), (1, 2), (1, 3)]
+    assert result.record["key"]["timing"] == "each step from idle to idle"
 
 
 def test_an_unknown_peer_is_refused_before_anything_runs(peer_recipe: Make, tmp_path: Path) -> None:

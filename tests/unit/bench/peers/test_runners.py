@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tunesmith.bench.peers import bitsandbytes, ours, transformers
+from tunesmith.bench.peers import bitsandbytes, ours, transformers, trl
 from tunesmith.bench.peers.job import Job
 from tunesmith.bench.peers.verdict import difference
 from tunesmith.bench.peers.wire import NotApplicableError
@@ -126,3 +129,31 @@ def test_what_a_peer_does_not_do_is_said(
     job = prepared(peer_recipe(**sections))["job"]
     with pytest.raises(NotApplicableError):
         measured(runner, job)
+
+
+@pytest.fixture
+def trl_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `trl` whose SFTTrainer is the Trainer of transformers that the real one is built on."""
+    from transformers import Trainer, TrainingArguments
+
+    def arguments(dataset_kwargs: dict[str, Any], **settings: Any) -> TrainingArguments:
+        assert dataset_kwargs == {"skip_prepare_dataset": True}
+        return TrainingArguments(**settings)
+
+    module = ModuleType("trl")
+    module.__spec__ = ModuleSpec("trl", None)
+    module.SFTTrainer, module.SFTConfig = Trainer, arguments  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trl", module)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.usefixtures("trl_on_transformers")
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_trainer_s_losses_and_norms_are_taken_without_its_log(
+    accumulation: int, peer_recipe: Make, prepared: Prepared, measured: Measured
+) -> None:
+    job = prepared(peer_recipe("llama", train={"accumulation": accumulation, "max_grad_norm": 0.01}))["job"]
+    mine, other = measured(ours.run, job), measured(trl.run, job)
+    assert difference(other, mine) is None
+    assert equal_steps(mine, other)
+    assert other["waits"] is None

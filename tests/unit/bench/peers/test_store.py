@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from tunesmith.bench.peers.store import load_records, new_record, save_record, slug
+from tunesmith.bench.peers.timing import CONTINUOUS, IDLE_TO_IDLE
 from tunesmith.errors import RunDirError
 
 
-def record(started: str = "2026-01-02T03:04:05Z", **environment: Any) -> dict[str, Any]:
+def record(started: str = "2026-01-02T03:04:05Z", rounds: int = 0, **environment: Any) -> dict[str, Any]:
     facts = {"driver": "580", "packages": {"torch": "2.11"}, "git": {"commit": "a" * 40, "dirty": True}, **environment}
     return new_record(
         recipe={"name": "7B LoRA"},
@@ -23,7 +24,9 @@ def record(started: str = "2026-01-02T03:04:05Z", **environment: Any) -> dict[st
         environment=facts,
         command="c",
         started=started,
-        rows=[],
+        timing=CONTINUOUS,
+        rounds_asked=2,
+        rows=[{"round": round_} for round_ in range(rounds) for _ in range(2)],
     )
 
 
@@ -35,6 +38,7 @@ def test_the_key_names_machine_and_commit() -> None:
         "commit": "aaaaaaaaaaaa+changes",
         "row": "7B LoRA",
         "recipe_hash": "h",
+        "timing": CONTINUOUS,
     }
     assert record(git=None)["key"]["commit"] is None
 
@@ -46,6 +50,20 @@ def test_records_come_back_oldest_first_and_never_overwrite(tmp_path: Path) -> N
     assert all(path.name.startswith("7b-lora-2026010203040") for path in paths)
     (tmp_path / "peers.json").write_text('{"schema": "tunesmith.bench.peers.table"}', encoding="utf-8")
     assert [r["started"][-3:] for r in load_records(tmp_path)] == ["03Z", "05Z", "05Z"]
+
+
+def test_a_run_replaces_its_own_record_of_fewer_rounds(tmp_path: Path) -> None:
+    path = save_record(record(rounds=1), tmp_path)
+    assert save_record(record(rounds=2), tmp_path, path) == path
+    (stored,) = load_records(tmp_path)
+    assert (stored["rounds"], stored["rounds_asked"], len(stored["rows"])) == (2, 2, 4)
+
+
+def test_records_of_version_1_were_timed_in_the_one_way_there_was(tmp_path: Path) -> None:
+    old = record()
+    del old["key"]["timing"]
+    (tmp_path / "old.json").write_text(json.dumps({**old, "schema_version": 1}), encoding="utf-8")
+    assert load_records(tmp_path)[0]["key"]["timing"] == IDLE_TO_IDLE
 
 
 def test_newer_records_and_empty_folders_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tunesmith.bench.peers.table import markdown
+from tunesmith.bench.peers.timing import CONTINUOUS, IDLE_TO_IDLE
 from tunesmith.bench.peers.verdict import difference, pooled, summarise
 
 
@@ -37,8 +38,9 @@ def row(peer: str = "tunesmith", seconds: float = 1.0, **changes: Any) -> dict[s
     return {**base, **changes}
 
 
-def record(rows: list[dict[str, Any]], commit: str = "c") -> dict[str, Any]:
+def record(rows: list[dict[str, Any]], commit: str = "c", timing: str = CONTINUOUS) -> dict[str, Any]:
     key = {"chip": "chip", "driver": None, "torch": "2", "commit": commit, "row": "r", "recipe_hash": "h"}
+    key["timing"] = timing
     return {
         "key": key,
         "resolved": {"bench": {"warmup_steps": 1}, "method": {}, "train": {"precision": "bfloat16"}},
@@ -112,14 +114,18 @@ def test_without_ours_nothing_is_proved() -> None:
 
 
 def test_runs_of_one_key_are_pooled_and_others_are_not() -> None:
-    groups = pooled([record([row()]), record([row()]), record([row()], commit="other")])
-    assert [(group["runs"], len(group["rows"])) for group in groups] == [(2, 2), (1, 1)]
+    others = [record([row()], commit="other"), record([row()], timing=IDLE_TO_IDLE)]
+    groups = pooled([record([row()]), record([row()]), *others])
+    assert [(group["runs"], len(group["rows"])) for group in groups] == [(2, 2), (1, 1), (1, 1)]
 
 
 def test_the_page_has_a_line_for_each() -> None:
-    made = record([row(), row("peer"), {**row("gone"), "status": "missing", "reason": "a | b", "steps": []}])
-    group = {**made, "what": "a row", "rows": summarise(made)}
+    gone = {**row("gone"), "status": "missing", "reason": "a | b", "steps": []}
+    made = record([row(), row("peer"), row("slow", waits="it waits"), gone])
+    group = {**made, "what": "a row", "timing": made["key"]["timing"], "rows": summarise(made)}
     page = markdown([group])
     assert "| **tunesmith** | 75 (50 to 100) | - | 2.50 / 3.50 GB | 9.00 s | 2.0000, 1 | - | 1 | ours |" in page
     assert "| peer | 75 (50 to 100) | 1.00x |" in page
+    assert "| equal work; it waits |" in page
     assert "missing: a / b; proves nothing |" in page
+    assert "## r (timing: continuous)" in page
