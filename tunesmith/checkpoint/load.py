@@ -35,6 +35,7 @@ from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.model.uncompiled import import_kernels
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.shard_linears import is_cut, load_part
+from tunesmith.parallel.stages import cut_decoder
 from tunesmith.parallel.tensor import share_linears
 from tunesmith.recipe.schema import ModelSection
 
@@ -123,8 +124,10 @@ def load_language_model(
     except UnsupportedModelError as reason:
         if model.backend == "native":
             raise
-        if mesh is not None and mesh.size("tp") > 1:
-            raise UnsupportedModelError(f"parallel.tensor is for the native decoder: set it to 1 ({reason})") from None
+        if mesh is not None and mesh.size("tp") * mesh.size("pp") > 1:
+            raise UnsupportedModelError(
+                f"parallel.tensor is for the native decoder, and so is parallel.pipeline: set both to 1 ({reason})"
+            ) from None
         if model.backend == "auto":
             _log.warning("%s: running it through the transformers backend", reason)
     foreign = TransformersModel.load(directory, device=device, dtype=dtype, weights=model.weights, seed=seed)
@@ -147,7 +150,7 @@ def load_decoder(
     """The native decoder of a model directory, its weights in `dtype` (None: the checkpoint's) on `device`.
 
     Random weights are normal(0, initializer_range), drawn on the device. `progress(done, total)` counts tensors.
-    mesh: its tensor-parallel processes hold a part each.
+    mesh: its tensor-parallel processes hold a part each, its pipeline's stages some blocks each.
     Raises: ModelError for tensors that are missing, unexpected or of another shape; UnsupportedModelError for a family
     or a quantisation that the decoder does not have.
     """
@@ -172,7 +175,7 @@ def fill_decoder(
     mesh: Mesh | None = None,
 ) -> Decoder:
     """A decoder in `dtype` on `device`, filled from `source` one projection at a time; of those of a mesh whose
-    processes share tensors, this process's part."""
+    processes share tensors or blocks, this process's part."""
     with torch.device("meta"):
         decoder = Decoder(config).to(dtype)
     wanted = list(tensor_names(decoder))
@@ -184,6 +187,11 @@ def fill_decoder(
     doubles = {path for path, child in decoder.named_modules() if isinstance(child, NF4Linear) and child.is_double}
     if mesh is not None and mesh.size("tp") > 1:
         share_linears(decoder, mesh)
+    if mesh is not None and mesh.size("pp") > 1:
+        cut_decoder(decoder, mesh)
+    held = {(item.module, item.part) for item in tensor_names(decoder)}
+    if not isinstance(source, RandomWeights):  # these come in turn, whoever takes them
+        wanted = [item for item in wanted if (item.module, item.part) in held]
     _give_storage(decoder, device)
     done = 0
     with source.reading_ahead(wanted):
@@ -191,12 +199,14 @@ def fill_decoder(
             import_kernels()  # while the first tensors come
         for (path, part), group in groupby(wanted, key=lambda item: (item.module, item.part)):
             tensors: dict[Any, Any] = {item.kind: source.read(item) for item in group}
+            done += len(tensors)
+            if (path, part) not in held:
+                continue
             module = decoder.get_submodule(path)
             if part is not None and is_cut(module):
                 load_part(module, part, tensors["weight"], tensors.get("bias"), path in doubles)
             else:
                 _put(module, part, tensors)
-            done += len(tensors)
             if progress is not None:
                 progress(done, len(wanted))
     return decoder
