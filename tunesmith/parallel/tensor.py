@@ -121,9 +121,7 @@ def share_linears(decoder: Decoder, mesh: Mesh) -> SharedStream:
         shard_linear(base, shard, stream.team, path)
         stream.shards[path] = shard
     decoder.stream = stream
-    for block in decoder.blocks:
-        if not isinstance(block, Block):  # of another stage
-            continue
+    for _, block in _blocks(decoder):
         block.stream = stream
         block.attention.num_heads //= count
         block.attention.num_kv_heads //= count
@@ -167,9 +165,7 @@ def _mlp_sizes(config: ModelConfig) -> dict[str, int]:
 
 def _block_linears(decoder: Decoder) -> Iterator[tuple[str, nn.Module, Literal["rows", "columns"]]]:
     """Path, linear and how it is cut, of all blocks; routers are not cut."""
-    for layer, block in enumerate(decoder.blocks):
-        if not isinstance(block, Block):  # of another stage
-            continue
+    for layer, block in _blocks(decoder):
         path = f"blocks.{layer}"
         attention: Attention = block.attention
         yield f"{path}.attention.qkv", attention.qkv, "rows"
@@ -177,6 +173,11 @@ def _block_linears(decoder: Decoder) -> Iterator[tuple[str, nn.Module, Literal["
         for inner, mlp in _mlps(block.mlp):
             yield f"{path}.{inner}.up", mlp.up, "rows"
             yield f"{path}.{inner}.down", mlp.down, "columns"
+
+
+def _blocks(decoder: Decoder) -> Iterator[tuple[int, Block]]:
+    """Number and block of those that are here: a stage of a pipeline has some only."""
+    return ((layer, block) for layer, block in enumerate(decoder.blocks) if isinstance(block, Block))
 
 
 def _mlps(mlp: nn.Module) -> Iterator[tuple[str, Mlp]]:
