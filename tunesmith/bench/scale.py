@@ -191,12 +191,17 @@ def _start(plan: ScalePlan, repeat: int, command: str) -> dict[str, Any]:
         "repeat": repeat,
         "status": "failed",
         "reason": None,
-        "command": f"{command} --gpus {plan.gpus} --mode {plan.mode}",
+        "command": f"{command}{_batch(plan)} --gpus {plan.gpus} --mode {plan.mode}",
         "recipe": recipe,
         "recipe_hash": recipe_hash(recipe),
         "ranks": [],
         "summary": None,
     }
+
+
+def _batch(plan: ScalePlan) -> str:
+    """What a command of one strong cell must say beside: the batch that the most processes gave."""
+    return f" --set parallel.micro_batches={plan.micro_batches}" if plan.mode == "strong" else ""
 
 
 def _run_cell(worker: Worker, plan: ScalePlan, cell: dict[str, Any], run: RunDir) -> dict[str, Any]:
@@ -213,14 +218,14 @@ def _run_cell(worker: Worker, plan: ScalePlan, cell: dict[str, Any], run: RunDir
     files = [rank_file(folder, rank) for rank in range(plan.gpus)]
     ranks = [read_json(file) for file in files if file.exists()]
     cell.update(wall_s=time.monotonic() - began, log=f"logs/{stem}")
-    cell.update(_judged(ranks, plan, outcome))
+    cell.update(judged(ranks, plan, outcome))
     write_json_atomic(run.cells / f"{stem}.json", cell)
     for file in [plan_file, *files]:
         file.unlink(missing_ok=True)
     return cell
 
 
-def _judged(ranks: Sequence[dict[str, Any]], plan: ScalePlan, outcome: Outcome) -> dict[str, Any]:
+def judged(ranks: Sequence[dict[str, Any]], plan: ScalePlan, outcome: Outcome) -> dict[str, Any]:
     """A cell's status, its processes, and what they measured together."""
     failed = [rank for rank in ranks if rank["status"] != "ok"]
     if failed:
