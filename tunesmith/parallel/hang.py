@@ -6,7 +6,8 @@ A rank hangs when others wait for it and it does not move. It does not when it i
   that this rank has not, nobody is held up, however long a step takes.
 - *It does not move.* Every collective it enters, every micro-batch and every step is a move, and starts its time anew.
 - *It was given no patience.* Before the end of the first step (compilation, allocation), and inside what the run
-  declares to be long (a save, an export, tokenising), the limit is PATIENCE times as long.
+  declares to be long (a save, an export, tokenising), the limit is PATIENCE times as long; SILENT_PATIENCE times, where
+  not even its watchdog reports: it is stopped, or in a call that lets no other thread of its process run.
 - *It is later than a whole step.* With the default limit, a rank is not hung while it is late by less than the shortest
   step so far: where steps take a minute, half a minute is no sign of anything.
 - *It does not wait itself.* A rank that is held up has entered a collective that the one it waits for has not; of a
@@ -26,7 +27,7 @@ from typing import Any
 
 from tunesmith.parallel.progress import Report
 
-PATIENCE = 30.0
+PATIENCE, SILENT_PATIENCE = 30.0, 3.0
 NAMED_AT = 0.8
 _PIPELINE_STEPS = 3.0
 
@@ -121,9 +122,10 @@ class Judge:
                 self._shortest_step_s = min(self._shortest_step_s or took, took)
             self._step = (slowest, now)
 
-    def _allowed_s(self, track: _Track, steps: float) -> float:
+    def _allowed_s(self, track: _Track, steps: float, now: float) -> float:
         limit = self.limit_s if self.is_exact else max(self.limit_s, steps * self._shortest_step_s)
-        return NAMED_AT * limit * (PATIENCE if track.report.patient else 1.0)
+        patience = SILENT_PATIENCE if self._is_silent(track, now) else PATIENCE
+        return NAMED_AT * limit * (patience if track.report.patient else 1.0)
 
     def _held_up(self, behind: set[int], ahead: set[int], now: float) -> Verdict | None:
         late = dict(self._late(behind, now))
@@ -139,7 +141,7 @@ class Judge:
     def _late(self, behind: set[int], now: float) -> Iterator[tuple[int, float]]:
         for rank in sorted(behind):
             track = self._tracks[rank]
-            allowed = self._allowed_s(track, 1.0)
+            allowed = self._allowed_s(track, 1.0, now)
             if self._still_s(track, now) >= allowed:
                 yield rank, allowed
 
@@ -153,7 +155,7 @@ class Judge:
         still = {
             rank: track
             for rank, track in self._tracks.items()
-            if now - track.moved_at >= self._allowed_s(track, _PIPELINE_STEPS)
+            if now - track.moved_at >= self._allowed_s(track, _PIPELINE_STEPS, now)
         }
         if len(still) < len(self._tracks):
             return None

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ParallelError
-from tunesmith.parallel.hang import NAMED_AT, PATIENCE, Judge, Verdict
+from tunesmith.parallel.hang import NAMED_AT, SILENT_PATIENCE, Judge, Verdict
 from tunesmith.parallel.mesh import CPU_TIMEOUT_S, GPU_TIMEOUT_S, Mesh
 from tunesmith.parallel.progress import Progress, Report, stack_of
 from tunesmith.parallel.told import ON_HANG
@@ -175,7 +175,7 @@ class _Watchdog:
         """Rank 0 is judged by its store: what is stopped does not answer."""
         while not self._closed.wait(self.limits.look_s):
             silent_s = time.monotonic() - self.answered_at
-            allowed_s = NAMED_AT * self.limits.limit_s * (PATIENCE if self.progress.patience else 1.0)
+            allowed_s = NAMED_AT * self.limits.limit_s * (SILENT_PATIENCE if self.progress.patience else 1.0)
             if silent_s >= allowed_s and self._threads[0].is_alive():
                 verdict = Verdict((0,), (0,), (self.rank,), self.progress.at, silent_s)
                 self._write_stacks(verdict)

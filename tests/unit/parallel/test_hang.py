@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tunesmith.parallel.hang import PATIENCE, Judge, Verdict
+from tunesmith.parallel.hang import PATIENCE, SILENT_PATIENCE, Judge, Verdict
 from tunesmith.parallel.progress import Report
 
 LIMIT = 10.0
@@ -76,6 +76,14 @@ def test_what_is_declared_to_be_long_has_patience(factor: float) -> None:
 
     found = first_verdict(Judge(LIMIT), factor * LIMIT * PATIENCE * 0.8, reports)
     assert (found is None) == (factor < 1)
+
+
+def test_a_stopped_process_has_less_patience() -> None:
+    """Steps are quick, and its last report was of the first one."""
+    found = first_verdict(Judge(LIMIT), 300, lambda now: {0: report(int(2 * now), 5), 1: report(1, 4, patient=True)})
+    assert found is not None
+    assert found[1].silent == (1,)
+    assert found[0] <= SILENT_PATIENCE * LIMIT
 
 
 def test_late_by_less_than_a_step_is_no_hang() -> None:
