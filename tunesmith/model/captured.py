@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -128,9 +129,10 @@ class Recording:
         self.pack.boundaries[:num].copy_(pack.boundaries)
         self.pack.boundaries[num:].fill_(hidden_TD.shape[0])
 
-    def is_current(self) -> bool:
-        """Whether every parameter is where it was when this was recorded."""
-        return _addresses(self.parameters) == self.addresses
+    def is_current(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these, which are trained now, are the parameters that were when this was recorded, and where."""
+        same = len(parameters) == len(self.parameters) and all(map(is_, parameters, self.parameters))
+        return same and _addresses(self.parameters) == self.addresses
 
     def _warm_up(self, run: Run) -> None:
         """What happens at first calls only (compilation, measurements, workspaces) must not be recorded."""
@@ -185,6 +187,7 @@ class CapturedBlocks:
         self.refused: str | None = None
         self._recordings: dict[Signature, Recording] = {}
         self._pool: Any = None
+        self._blocks: object = None
 
     @property
     def num_graphs(self) -> int:
@@ -209,6 +212,12 @@ class CapturedBlocks:
         recording.load(hidden_TD, pack, seed)
         return cast(Tensor, _Replay.apply(hidden_TD, recording, self.exclusive, *recording.parameters))
 
+    def belong_to(self, blocks: object) -> None:
+        """Drop what was recorded of blocks that have been made again since: `blocks` is what they are now."""
+        if blocks is not self._blocks and self._recordings:
+            self._drop()
+        self._blocks = blocks
+
     def give_up(self, reason: str) -> None:
         """Drop every recording and record no more: the blocks run launch by launch from now on."""
         self.refused = reason
@@ -230,7 +239,7 @@ class CapturedBlocks:
     ) -> Recording | None:
         wanted = Signature.of(hidden_TD, pack, f"{kind}, {'random' if seed is not None else 'exact'}")
         known = next((made for held, made in self._recordings.items() if held.covers(wanted)), None)
-        if known is not None and known.is_current():
+        if known is not None and known.is_current(parameters):
             return known
         if known is not None:
             self._drop()

@@ -78,6 +78,7 @@ class Decoder(nn.Module):
         kind = self.checkpointing if self.training else "none"
         if not self.is_fused:
             return self.norm(self._run_eager(hidden, positions_T, attend, kind))
+        self._fused.of(self.blocks, hidden.dtype)
         seed = self._prepare_fused(hidden)
         return final_norm(self.norm, self._run_fused(hidden, positions_T, attend, kind, seed))
 
@@ -91,7 +92,6 @@ class Decoder(nn.Module):
 
     def _prepare_fused(self, hidden: Tensor) -> Tensor | None:
         """What is not part of a recording: rows' norms are measured; the seed of this pass's dropout is drawn."""
-        self._fused.of(self.blocks, hidden.dtype)
         if not self.has_same_weights:
             self._fused.measure()
         return self._fused.draw(hidden.device) if self.training else None
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing, seed: Tensor | None
     ) -> Tensor:
         rope = None if self.config.rope is None else FusedRope.of(self._inverse(positions_T.device), positions_T)
-        blocks = self._fused.of(self.blocks, hidden.dtype)
+        blocks = self._fused.blocks
         self._fused.refresh()
         offloaded = self._begin_offloading(kind, hidden.device)
         tile, recipe_kind = self.mlp_tile_tokens, kind
@@ -154,18 +154,20 @@ class Decoder(nn.Module):
             return False
         if not pack.tokens_T.is_cuda:
             return False
-        return all(block.is_whole for block in self._fused.of(self.blocks, self._stream_dtype))
+        self._fused.of(self.blocks, self._stream_dtype)
+        return self._fused.are_whole
 
     def _run_captured(self, hidden: Tensor, pack: PackedTokens) -> Tensor:
         assert self.captured is not None
-        trained = [parameter for parameter in self.blocks.parameters() if parameter.requires_grad]
+        self.captured.belong_to(self._fused.blocks)
 
         def run(hidden: Tensor, pack: PackedTokens, seed: Tensor | None) -> Tensor:
             attend = PackedAttention(self.config, pack)
             return self._run_fused(hidden, pack.positions_T, attend, self.checkpointing, seed)
 
         seed = self._prepare_fused(hidden)
-        return self.captured(run, hidden, pack, f"{self.checkpointing}, {self.skip_last} spared", trained, seed)
+        kind = f"{self.checkpointing}, {self.skip_last} spared"
+        return self.captured(run, hidden, pack, kind, self._fused.trained(), seed)
 
     def hidden(self, pack: PackedTokens) -> Tensor:
         """hidden_TD of packed documents, each attending to itself only (what training and evaluation call).

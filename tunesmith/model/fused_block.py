@@ -14,6 +14,7 @@ from tunesmith.kernels.rope import rope_tables_half
 from tunesmith.model.attention import AttendLayer
 from tunesmith.model.block import Block, Mlp
 from tunesmith.model.dora_projection import DoraProjection
+from tunesmith.model.entries import Entries
 from tunesmith.model.fused import add_projection, norm_mlp, norm_qkv
 from tunesmith.model.gathered import gathered
 from tunesmith.model.heads import HalfRope, Heads
@@ -73,6 +74,7 @@ class FusedBlock:
         """Whether the block still has the modules that this was made from."""
         linears = self._linears()
         same = all(now is then for now, then in zip(linears, self.linears, strict=True))
+        same = same and _head_norms(self.block) == self.head_norms
         return same and _masters(linears) == self.masters and self.block.stream is self.stream
 
     @property
@@ -154,45 +156,81 @@ class FusedBlock:
 
 
 class FusedBlocks:
-    """The written-out forms of all blocks of a decoder, made again when a method put other linears in place."""
+    """The written-out forms of all blocks of a decoder, made again when a method put other linears in place.
+
+    blocks: as `of` found them last. It is another list when they were made again.
+    """
 
     def __init__(self) -> None:
-        self._blocks: list[FusedBlock] = []
+        self.blocks: list[FusedBlock] = []
+        self.are_whole = True
+        self._dtype: torch.dtype | None = None
+        self._modules: nn.ModuleList | None = None
+        self._entries = Entries([])
+        self._parameters: list[nn.Parameter] = []
+        self._masters: list[nn.Parameter] = []
+        self._devices: list[torch.device] = []
+        self._scales: list[tuple[Block, list[RowScale]]] = []
+        self._drops = False
 
     def of(self, blocks: nn.ModuleList, dtype: torch.dtype) -> list[FusedBlock]:
-        """The current forms of those that are here: a stage of a pipeline has some only."""
-        here = [(layer, block) for layer, block in enumerate(blocks) if isinstance(block, Block)]
-        if len(self._blocks) != len(here) or not all(b.dtype == dtype and b.is_current() for b in self._blocks):
-            self._blocks = [_written(block, dtype, layer) for layer, block in here]
-        return self._blocks
+        """The current forms of those that are here: a stage of a pipeline has some only.
+
+        Asked before every forward pass, so that the modules are gone through only where an entry of one has changed.
+        """
+        if blocks is not self._modules or dtype != self._dtype or not self._is_as_noted():
+            self._look(blocks, dtype)
+        return self.blocks
+
+    def trained(self) -> list[nn.Parameter]:
+        """The blocks' trained parameters, as `of` found the blocks."""
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     def refresh(self) -> None:
         """Bring the copies of the adapters up to date."""
         refresh([p.low_rank for p in self._projections() if p.low_rank is not None])
-        refresh_ratios(self._row_scales())
+        refresh_ratios([rows for _, scales in self._scales for rows in scales])
 
     def measure(self) -> None:
         """Measure the rows' norms that DoRA divides by, as the adapters are now."""
-        for block in self._blocks:
-            if scales := block.row_scales:
-                with gathered(block.block):
-                    for rows in scales:
-                        rows.measure()
+        for block, scales in self._scales:
+            with gathered(block):
+                for rows in scales:
+                    rows.measure()
 
     def draw(self, device: torch.device) -> Tensor | None:
         """A seed for the masks of one forward pass, int64 [1], from torch's generator; None where nothing is dropped.
 
         Drawn on the device, so that the host does not wait.
         """
-        if not any(p.dropout for p in self._projections()):
+        if not self._drops:
             return None
         return torch.randint(2**62, (1,), device=device)
 
     def _projections(self) -> list[Projection]:
-        return [projection for block in self._blocks for projection in block.projections]
+        return [projection for block in self.blocks for projection in block.projections]
 
-    def _row_scales(self) -> list[RowScale]:
-        return [rows for block in self._blocks for rows in block.row_scales]
+    def _is_as_noted(self) -> bool:
+        """Whether modules hold what they held, adapters are where they were, and the blocks share the same stream."""
+        if any(block.block.stream is not block.stream for block in self.blocks):
+            return False
+        return self._entries.are_same() and [master.device for master in self._masters] == self._devices
+
+    def _look(self, blocks: nn.ModuleList, dtype: torch.dtype) -> None:
+        """Make the forms again where one is not current, and note what they were made of."""
+        here = [(layer, block) for layer, block in enumerate(blocks) if isinstance(block, Block)]
+        known = [block.block for block in self.blocks]
+        same = len(known) == len(here) and all(then is now for then, (_, now) in zip(known, here, strict=True))
+        if not same or not all(b.dtype == dtype and b.is_current() for b in self.blocks):
+            self.blocks = [_written(block, dtype, layer) for layer, block in here]
+        self.are_whole = all(block.is_whole for block in self.blocks)
+        self._scales = [(block.block, scales) for block in self.blocks if (scales := block.row_scales)]
+        self._drops = any(projection.dropout for projection in self._projections())
+        self._modules, self._dtype = blocks, dtype
+        self._entries, self._parameters = Entries(blocks.modules()), list(blocks.parameters())
+        adapted = [child for child in blocks.modules() if isinstance(child, AdaptedLinear)]
+        self._masters = [parameter for linear in adapted for parameter in linear.adapters.parameters()]
+        self._devices = [master.device for master in self._masters]
 
 
 def _written(block: Block, dtype: torch.dtype, layer: int) -> FusedBlock:

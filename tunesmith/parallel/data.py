@@ -48,6 +48,7 @@ class Replicated:
 
         self.module, self.mesh = module, mesh
         self.num_data = mesh.size("dp")
+        self._parameters = list(module.parameters())
         self._engine = DistributedDataParallel(
             _Called(module),
             process_group=mesh.group("dp"),
@@ -75,7 +76,7 @@ class Replicated:
 
     def clear(self) -> None:
         """Let the gradients go."""
-        for parameter in self.module.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
 
     def norm(self, pieces: Sequence[nn.Parameter]) -> Tensor:
@@ -174,7 +175,7 @@ class Sharded:
 
     def clear(self) -> None:
         """Let the gradients go."""
-        for parameter in [*self.module.parameters(), *self._local.values()]:
+        for parameter in [*(parameter for _, parameter in self._names), *self._local.values()]:
             parameter.grad = None
 
     def norm(self, pieces: Sequence[nn.Parameter]) -> Tensor:

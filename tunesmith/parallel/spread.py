@@ -86,6 +86,7 @@ class Alone:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._parameters = list(module.parameters())
 
     def pieces(self) -> list[Piece]:
         """The trained parameters, whole."""
@@ -99,8 +100,8 @@ class Alone:
         """Nothing to do."""
 
     def clear(self) -> None:
-        """Let the gradients go."""
-        for parameter in self.module.parameters():
+        """Let the gradients go. All parameters are listed once: a walk of the module would hold up every step."""
+        for parameter in self._parameters:
             parameter.grad = None
 
     def norm(self, pieces: Sequence[nn.Parameter]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,9 @@ from tunesmith.recipe.schema import DataSection
 from tunesmith.text.dataset import Document
 from tunesmith.text.packing import build_pack
 from tunesmith.train.losses import trained_positions
+from tunesmith.units import ceil_div
+
+_ALIGNMENT = 16
 
 
 class Dataset(Protocol):
@@ -40,6 +44,7 @@ class MicroBatch:
     """T packed tokens and where the loss is.
 
     index, targets: the trained positions and their tokens. lengths: of the real documents, fillers left out.
+    block: all the tensors once more, one behind the other in page-locked memory, so that one copy takes them to a GPU.
     """
 
     pack: PackedTokens
@@ -48,6 +53,7 @@ class MicroBatch:
     documents: tuple[int, ...]
     lengths: tuple[int, ...]
     num_tokens: int
+    block: Tensor | None = None
 
     @property
     def num_trained(self) -> int:
@@ -58,14 +64,9 @@ class MicroBatch:
         """The same on `device`; the host does not wait for the copy."""
         if device.type == "cpu":
             return self
-        pack = PackedTokens(
-            self.pack.tokens_T.to(device, non_blocking=True),
-            self.pack.positions_T.to(device, non_blocking=True),
-            self.pack.lengths,
-            self.pack.boundaries.to(device, non_blocking=True),
-        )
-        index, targets = (tensor.to(device, non_blocking=True) for tensor in (self.index, self.targets))
-        return replace(self, pack=pack, index=index, targets=targets)
+        if self.block is None:
+            return self._of([tensor.to(device, non_blocking=True) for tensor in self._tensors()])
+        return self._of(cut(self.block.to(device, non_blocking=True), self._tensors()))
 
     def without_tail(self) -> MicroBatch:
         """The same without the fillers at its end: shapes need not be constant where nothing is compiled for them.
@@ -81,14 +82,37 @@ class MicroBatch:
         return replace(self, pack=packed(self.pack.tokens_T[:real], self.lengths))
 
     def pinned(self) -> MicroBatch:
-        """The same in page-locked memory, which a GPU copies from by itself."""
-        pack = PackedTokens(
-            self.pack.tokens_T.pin_memory(),
-            self.pack.positions_T.pin_memory(),
-            self.pack.lengths,
-            self.pack.boundaries.pin_memory(),
-        )
-        return replace(self, pack=pack, index=self.index.pin_memory(), targets=self.targets.pin_memory())
+        """The same with its `block`, which a GPU copies by itself."""
+        return replace(self, block=joined(self._tensors()).pin_memory())
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.pack.tokens_T, self.pack.positions_T, self.pack.boundaries, self.index, self.targets]
+
+    def _of(self, tensors: Sequence[Tensor]) -> MicroBatch:
+        """The same with these as `_tensors`, and no block."""
+        tokens, positions, boundaries, index, targets = tensors
+        pack = PackedTokens(tokens, positions, self.pack.lengths, boundaries)
+        return replace(self, pack=pack, index=index, targets=targets, block=None)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of vectors, uint8, one behind the other; each begins where any dtype may."""
+    block = torch.zeros(sum(_padded(tensor.nbytes) for tensor in tensors), dtype=torch.uint8)
+    for part, tensor in zip(cut(block, tensors), tensors, strict=True):
+        part.copy_(tensor)
+    return block
+
+
+def cut(block: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """The vectors in a block that was made of `like`, wherever the block is now: views."""
+    ends = list(accumulate((_padded(tensor.nbytes) for tensor in like), initial=0))
+    return [
+        block[start : start + tensor.nbytes].view(tensor.dtype) for start, tensor in zip(ends[:-1], like, strict=True)
+    ]
+
+
+def _padded(num_bytes: int) -> int:
+    return _ALIGNMENT * ceil_div(num_bytes, _ALIGNMENT)
 
 
 def build_micro_batch(

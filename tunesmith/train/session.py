@@ -131,7 +131,8 @@ class Session:
         self.clock.start()
         host, wait_s = self._next_window()
         self.clock.data_ready(wait_s)
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         batches = [batch.to(self.device) for batch in host.batches]
         with torch.autograd.set_detect_anomaly(self.recipe.train.detect_anomaly):
             self._promise_same_weights(False)

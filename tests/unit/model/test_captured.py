@@ -77,7 +77,7 @@ class _Fake:
         self.made.append(signature)
         self.num_bytes, self.current = 100, True
 
-    def is_current(self) -> bool:
+    def is_current(self, parameters: Any) -> bool:
         return self.current
 
 
@@ -309,3 +309,34 @@ def test_recordings_of_other_shapes_take_a_micro_batch_memory_too() -> None:
     with pytest.raises(RuntimeError, match="go backward through it before the next goes forward"):
         first.sum().backward()
     second.sum().backward()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_other_trained_parameters_are_recorded_anew() -> None:
+    """A graph has no gradient for a parameter that was frozen when it was recorded."""
+    weight, bias, captured = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4)), CapturedBlocks()
+
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        return hidden * weight + bias
+
+    held = []
+    for parameters in ([weight], [weight], [weight, bias], [bias, weight]):
+        captured(run, torch.ones(64, 4), _pack([32, 32]), "none", parameters).sum().backward()
+        held.append(next(iter(captured._recordings.values())))
+    assert captured.num_graphs == 1
+    assert [held[0] is held[1], held[1] is held[2], held[2] is held[3]] == [True, False, False]
+    assert bias.grad is not None
+
+
+@pytest.mark.usefixtures("cuda")
+def test_blocks_that_were_made_again_are_recorded_again() -> None:
+    weight, captured = nn.Parameter(torch.ones(4)), CapturedBlocks()
+
+    def run(hidden: Tensor, _pack: PackedTokens, _seed: Tensor | None) -> Tensor:
+        return hidden * weight
+
+    blocks: list[int] = []
+    for now, graphs in ((blocks, 0), (blocks, 1), ([], 0)):
+        captured.belong_to(now)
+        assert captured.num_graphs == graphs
+        captured(run, torch.ones(64, 4), _pack([32, 32]), "none", [weight])

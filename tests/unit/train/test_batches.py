@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
-from tunesmith.train.batches import RandomTokens, build_micro_batch, describe_rows
+from tunesmith.train.batches import MicroBatch, RandomTokens, build_micro_batch, cut, describe_rows, joined
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -55,3 +57,28 @@ def test_rows_of_a_large_batch_are_named_briefly() -> None:
     documents = RandomTokens(30, 4, 10, seed=0)
     assert describe_rows(documents, range(2)) == "random:1, random:2"
     assert describe_rows(documents, range(30)).endswith("random:8 and 22 more")
+
+
+def _tensors(batch: MicroBatch) -> list[torch.Tensor]:
+    return [batch.pack.tokens_T, batch.pack.positions_T, batch.pack.boundaries, batch.index, batch.targets]
+
+
+@pytest.mark.parametrize("rows", [[2, 0], [1], [0, 1, 2]])
+def test_one_copy_takes_a_micro_batch_to_its_device(rows: list[int]) -> None:
+    documents = RandomTokens(3, 19, 50, seed=1)
+    batch = build_micro_batch(documents, rows, 101, DataSection(max_length=32), 50)
+    block = joined(_tensors(batch))
+    for found, expected in zip(cut(block, _tensors(batch)), _tensors(batch), strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert found.data_ptr() % 16 == 0
+        assert found.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
+    there = replace(batch, block=block).to(torch.device("meta"))
+    assert there.block is None and there.pack.lengths == batch.pack.lengths
+    assert [(t.shape, t.dtype) for t in _tensors(there)] == [(t.shape, t.dtype) for t in _tensors(batch)]
+    assert len({tensor.untyped_storage()._cdata for tensor in _tensors(there)}) == 1
+    assert all(tensor.is_meta for tensor in _tensors(batch.to(torch.device("meta"))))
+
+
+def test_a_batch_without_targets_is_copied_too() -> None:
+    tensors = [torch.arange(3), torch.zeros(0, dtype=torch.int64), torch.tensor([7, 8], dtype=torch.int32)]
+    assert [part.tolist() for part in cut(joined(tensors), tensors)] == [[0, 1, 2], [], [7, 8]]
