@@ -29,7 +29,8 @@ def export(session: Session, run: RunDir) -> Path:
 
     Where no process holds all of it, it is put together from the last checkpoint, a tensor at a time.
     """
-    if session.mesh.world_size > 1 and can_stream(session.recipe):
+    is_sharded = session.mesh.world_size > 1 or session.recipe.parallel.engine == "deepspeed"
+    if is_sharded and can_stream(session.recipe):
         _, state = load_latest(run.checkpoints)
         consolidate(session.recipe, state, run.final, replace=True)
         return run.final

@@ -24,7 +24,6 @@ from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary
 from tunesmith.model.uncompiled import decide_determinism
-from tunesmith.parallel.apply import spread_out
 from tunesmith.parallel.mesh import Mesh, Place
 from tunesmith.recipe.schema import Recipe, TrainSection
 from tunesmith.text.packing import plan_epoch
@@ -33,12 +32,14 @@ from tunesmith.train import randomness
 from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.batches import Dataset, MicroBatch, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
+from tunesmith.train.deepspeed_update import DeepSpeedUpdater
+from tunesmith.train.engines import loss_without_step, spread_and_updater
 from tunesmith.train.losses import cross_entropy_sum, head_of
 from tunesmith.train.metrics import EvalMetrics, StepMetrics, step_metrics
 from tunesmith.train.order import DataOrder, Window
 from tunesmith.train.pending import Pending
 from tunesmith.train.prefetch import Prefetcher
-from tunesmith.train.resolve import DTYPES, resolve_recipe
+from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session_data import DEFAULT_RANDOM_ROWS as DEFAULT_RANDOM_ROWS
 from tunesmith.train.session_data import SessionData as SessionData
 from tunesmith.train.session_data import check_positions, data_from_files, model_vocab_size, random_data
@@ -48,7 +49,7 @@ from tunesmith.train.speed import SpeedMeter
 from tunesmith.train.start import Beside, warm_device
 from tunesmith.train.states import capture_state, check_finite, restore_state
 from tunesmith.train.trainable import Progress, load_trainable
-from tunesmith.train.update import Update, Updater
+from tunesmith.train.update import Update
 from tunesmith.watch.start_up import StartUp
 
 
@@ -96,9 +97,8 @@ class Session:
             self.recipe = recipe.model_copy(
                 update={"train": recipe.train.model_copy(update={"epochs": self.order.epochs})}
             )
-        self.spread = spread_out(self.module, self.mesh, recipe.parallel, DTYPES[recipe.train.precision])
-        self.updater = Updater(self.module, recipe.train, self.total_steps, self.spread)
         self.speed = SpeedMeter(model, recipe, self.device)
+        self.spread, self.updater = spread_and_updater(recipe, self.module, self.total_steps, self.mesh, width)
         self.step_number = 0
         self.tokens_seen = 0
         self.epoch_position = 0.0
@@ -196,9 +196,10 @@ class Session:
         """The sum of the losses (float64, on the device), over how many tokens it is, and how many were read."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tokens = trained = 0
+        function = partial(language_model_loss, chunk_tokens=self.recipe.train.loss_chunk_tokens)
         with self._evaluating():
             for batch in self._validation_batches(validation):
-                loss, count = language_model_loss(self.module, batch, self.recipe.train.loss_chunk_tokens)
+                loss, count = loss_without_step(self.spread, self.module, function, batch)
                 total, trained, tokens = total + loss, trained + count, tokens + batch.num_tokens
         return self.spread.total(total), self.spread.count(trained), self.spread.count(tokens)
 
@@ -217,6 +218,9 @@ class Session:
     def state(self) -> TrainingState:
         """The complete state after the steps done so far."""
         self.clock.interrupt()
+        if isinstance(self.updater, DeepSpeedUpdater):
+            shards, facts = self.shards()
+            return TrainingState(self.step_number, {shard.name: shard.tensor for shard in shards}, facts)
         return capture_state(self.step_number, self.trained_weights(), self.updater, self.device, self._facts())
 
     def restore(self, state: TrainingState) -> None:
@@ -228,7 +232,7 @@ class Session:
             raise CheckpointError("the training data is not what the checkpoint was trained on: start a new run")
         self.close()
         self.clock.interrupt()
-        if self.mesh.world_size > 1:
+        if self.mesh.world_size > 1 or isinstance(self.updater, DeepSpeedUpdater):
             restore_shards(state, self.updater, self.mesh, self.recipe.train.seed)
         else:
             restore_state(state, self.trained_weights(), self.updater, self.device)

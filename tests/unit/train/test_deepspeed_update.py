@@ -303,3 +303,36 @@ def test_any_module_trains_under_either_engine(ranks: Callable[..., list[Any]], 
         for key in ("first_loss", "last_loss"):
             np.testing.assert_allclose(rank[key], alone[key], rtol=1e-5)
         assert rank["accuracy"] == alone["accuracy"] > 0.5
+
+
+def run_recipe(out: str, engine: Literal["native", "deepspeed"], changes: dict[str, Any]) -> list[float]:
+    """A whole run by its recipe; its losses, the validation's last. Four packs a step, however many processes."""
+    from tunesmith.recipe.load import recipe_from_mapping
+    from tunesmith.rundir.io import read_jsonl
+    from tunesmith.train.run import train as train_recipe
+
+    recipe = recipe_from_mapping(
+        {
+            "output": out,
+            "model": {"path": "builtin:tiny", "device": "cpu"},
+            "data": {"train": ["builtin:shop"], "max_rows": 120, "max_length": 128},
+            "train": {"max_steps": 3, "micro_batch_tokens": 256, "precision": "float32", "accumulation": 4},
+            "log": {"trackers": []},
+            "checkpoint": {"every_steps": 2},
+        },
+        [f"parallel.engine={engine}", "parallel.micro_batches=4", *(f"{k}={v}" for k, v in changes.items())],
+    )
+    done = train_recipe(recipe, quiet=True)
+    rows = read_jsonl(done.run_dir / "metrics.jsonl")
+    return [row.get("loss", row.get("validation_loss")) for row in rows]
+
+
+@pytest.mark.parametrize("changes", [{"method.kind": "lora", "method.rank": 4}])
+def test_a_recipe_runs_under_deepspeed(
+    ranks: Callable[..., list[Any]], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    (alone,) = ranks(run_recipe, 1, str(tmp_path / "native"), "native", changes)
+    both = ranks(run_recipe, 2, str(tmp_path / "both"), "deepspeed", {**changes, "parallel.strategy": "zero3"})
+    assert len(alone) >= 4
+    np.testing.assert_allclose(both[0], alone, rtol=1e-5)
+    assert list((tmp_path / "both").glob("*/final/adapter_model.safetensors"))
