@@ -68,3 +68,8 @@ def test_a_peer_does_equal_work(peer: str, package: str, method: str, checkpoint
     assert ours["verdict"] == "ours"
     assert other["verdict"] == "equal work"
     assert other["allocated_peak_bytes"] > 0
+    assert result.record["key"]["timing"] == "continuous"
+    assert {row["timing"] for row in result.record["rows"]} == {"continuous"}
+    assert all(step["seconds"] > 0 for row in result.record["rows"] for step in row["steps"])
+    assert all(len(row["steps"]) == 10 for row in result.record["rows"])
+    assert (other["waits"] is not None) == (peer == "trl")
