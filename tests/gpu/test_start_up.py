@@ -68,6 +68,21 @@ def test_a_first_step_without_a_certificate_warns_of_nothing(more: dict[str, Any
     _output([sys.executable, "-c", _STEP, json.dumps(raw)], dict(os.environ))
 
 
+def test_a_run_names_its_seconds_and_imports_no_compiler(tmp_path: Path) -> None:
+    """torch's switch for determinism, which only runs on a GPU touch, once imported all of it: four unnamed seconds."""
+    recipe = tmp_path / "recipe.yaml"
+    raw = {**RECIPE, "model": {"path": "builtin:tiny"}, "output": str(tmp_path / "runs")}
+    recipe.write_text(json.dumps({**raw, "method": {"kind": "lora"}}), encoding="utf-8")
+    _output([sys.executable, "-m", "tunesmith", "train", str(recipe)], dict(os.environ))
+    (run,) = (tmp_path / "runs").iterdir()
+    account = json.loads((run / "run.json").read_text(encoding="utf-8"))["facts"]["start_up"]
+    slow = {"torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor"}
+    assert not slow & set(account["imported"])
+    assert account["seconds"]["other"] < 0.2
+    unnamed = {name: value for name, value in account["seconds"].items() if name.startswith("before ") and value > 0.5}
+    assert not unnamed
+
+
 def _output(command: list[str], environment: dict[str, str], request: str = "") -> str:
     """What a program prints, at the repository's root; a program that fails is shown with what it wrote."""
     done = subprocess.run(command, input=request, capture_output=True, text=True, cwd=ROOT, env=environment)
