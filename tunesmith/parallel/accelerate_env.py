@@ -7,6 +7,7 @@ Source: accelerate's utils/launch.py, which sets the variables.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from tunesmith.errors import ParallelError, RecipeError
 from tunesmith.recipe.parallel import ParallelSection
 
+_log = logging.getLogger(__name__)
 Environment = Mapping[str, str]
 _SHARDING = {
     "FULL_SHARD": "zero3",
@@ -66,6 +68,15 @@ def from_accelerate(environment: Environment, settings: ParallelSection) -> tupl
         reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
         raise RecipeError(f"accelerate's configuration and the recipe don't go together: {reason}") from None
     return section, (*notes, *_passed_over(environment))
+
+
+def with_accelerate(settings: ParallelSection, environment: Environment) -> ParallelSection:
+    """`from_accelerate`; the first process says what was done. Raises: as that."""
+    found, notes = from_accelerate(environment, settings)
+    if environment.get("RANK", "0") == "0":
+        for note in notes:
+            _log.warning("%s", note)
+    return found
 
 
 def _of_deepspeed(environment: Environment) -> dict[str, tuple[Any, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 
 from tunesmith.errors import TrainingError
 from tunesmith.hardware import pick_device
+from tunesmith.parallel.accelerate_env import with_accelerate
 from tunesmith.parallel.agreement import check_agreement, versions
 from tunesmith.parallel.mesh import Mesh, joined
 from tunesmith.parallel.progress import Progress
@@ -105,6 +107,7 @@ def train(
     prepare_allocator(asked.model.device)
     if resume is not None:
         asked = with_steps_of(asked, load_recipe(open_run(resume).recipe))
+    asked = asked.model_copy(update={"parallel": with_accelerate(asked.parallel, os.environ)})
     with joined(asked.parallel, torch.device(pick_device(asked.model.device)).type) as mesh:
         if mesh.world_size > 1:
             asked = _for_this_process(asked, mesh)
