@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from tunesmith.model.decoder import Decoder
 from tunesmith.model.packed import PackedTokens, packed
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.replicas import SharedSums, Summed
-from tunesmith.parallel.spread import Loss, Piece
+from tunesmith.parallel.spread import Batch, Loss, Piece
 from tunesmith.parallel.stages import TIED, cut_decoder, holds_two_copies
 from tunesmith.parallel.tensor import own_tokens
 from tunesmith.parallel.tensor_spread import around
@@ -38,9 +38,6 @@ class Packs(Protocol):
 
     @property
     def num_trained(self) -> int: ...
-
-
-Batch = TypeVar("Batch", bound=Packs)
 
 
 class Piped:
@@ -68,6 +65,7 @@ class Piped:
         self._turns = _Turns(decoder, is_last=self._is_last)
         self._schedule: tuple[Any, Any] = (None, None)
         self._has_copy = holds_two_copies(decoder, mesh)
+        self._pieces = [self._piece(piece) for piece in self._stage.pieces()]
         self._refuse_idle_stages()
 
     def _refuse_idle_stages(self) -> None:
@@ -82,24 +80,25 @@ class Piped:
 
     def pieces(self) -> list[Piece]:
         """This stage's parameters by the names of the whole decoder; the first stage writes what two stages hold."""
-        pieces = self._stage.pieces()
-        return [replace(piece, is_own=False) if self._is_second(piece) else piece for piece in pieces]
+        return list(self._pieces)
 
-    def _is_second(self, piece: Piece) -> bool:
-        return self._has_copy and self._is_last and piece.name == TIED
+    def _piece(self, piece: Piece) -> Piece:
+        is_second = self._has_copy and self._is_last and piece.name == TIED
+        return replace(piece, is_own=False) if is_second else piece
 
     def backward(self, function: Loss[Batch], window: Sequence[Batch], factor: float) -> tuple[list[Tensor], list[int]]:
-        """All micro-batches through the pipeline. `function` is called on the last stage only."""
+        """All micro-batches (`Packs`) through the pipeline. `function` is called on the last stage only."""
         self._refuse_offloading()
         self._replicas.settle()
-        batches = _of_one_length(window)
+        packs = cast(Sequence[Packs], window)
+        batches = _of_one_length(packs)
         schedule = self._schedule_for(len(batches), self._rows(batches[0].pack))
         with self._turns.taken(function, batches, factor), _causes():
             if self._is_last:
                 schedule.step(target=torch.arange(len(batches)))
             else:
                 schedule.step()
-        return self._told(self._turns.losses, len(batches)), [batch.num_trained for batch in window]
+        return self._told(self._turns.losses, len(batches)), [batch.num_trained for batch in packs]
 
     def evaluate(self, function: Loss[Batch], window: Sequence[Batch]) -> tuple[list[Tensor], list[int]]:
         """The losses of micro-batches without gradients, and over how many tokens each is: the same on every stage.
@@ -107,21 +106,22 @@ class Piped:
         Packs may have any lengths. All stages call it, with the same packs; data-parallel pipelines need not.
         """
         self._replicas.settle()
+        packs = cast(Sequence[Packs], window)
         sent: list[Any] = []
-        with torch.no_grad(), self._turns.taken(function, window, 1.0):
-            for batch in window:
+        with torch.no_grad(), self._turns.taken(function, packs, 1.0):
+            for batch in packs:
                 out = self._turns(*self._received(batch.pack))
                 if not self._is_last:
                     self._send(out.contiguous(), sent)
         for work, _ in sent:
             work.wait()
-        return self._told(self._turns.losses, len(window)), [batch.num_trained for batch in window]
+        return self._told(self._turns.losses, len(packs)), [batch.num_trained for batch in packs]
 
     def _received(self, pack: PackedTokens) -> tuple[Tensor, ...]:
         if self._index == 0:
             return ()
         stream = self._wire(self._rows(pack)).buffer(self.mesh.device)
-        torch.distributed.irecv(stream, group=self.mesh.group("pp"), group_src=self._index - 1).wait()
+        torch.distributed.recv(stream, group=self.mesh.group("pp"), group_src=self._index - 1)
         return (stream,)
 
     def _send(self, stream: Tensor, sent: list[Any]) -> None:
@@ -166,9 +166,13 @@ class Piped:
     def collect(self) -> None:
         """Sum gradients over the data-parallel pipelines, and at last those of both copies of a tied embedding."""
         self._stage.collect()
-        for piece in self.pieces():
-            if self._has_copy and piece.name == TIED:
-                self._add_other_copy(piece.local)
+        for piece in self._copies:
+            self._add_other_copy(piece.local)
+
+    @property
+    def _copies(self) -> list[Piece]:
+        """What another stage holds too."""
+        return [piece for piece in self._pieces if self._has_copy and piece.name == TIED]
 
     def _add_other_copy(self, weight: nn.Parameter) -> None:
         """Both ends add the same two numbers, and so stay equal bit by bit."""
@@ -187,7 +191,7 @@ class Piped:
 
     def norm(self, pieces: Sequence[nn.Parameter]) -> Tensor:
         """Squares are summed over the stages; what two of them hold counts once."""
-        second = {id(piece.local) for piece in self.pieces() if self._is_second(piece)}
+        second = {id(piece.local) for piece in self._copies if self._is_last}
         squares = self._stage.norm([piece for piece in pieces if id(piece) not in second]).square()
         torch.distributed.all_reduce(squares, group=self.mesh.group("pp"))
         return squares.sqrt()
@@ -255,18 +259,18 @@ class _Turns(nn.Module):
         return torch.stack((loss_sum * self._factor,))
 
 
-def _of_one_length(window: Sequence[Batch]) -> Sequence[Batch]:
+def _of_one_length(window: Sequence[Packs]) -> Sequence[Packs]:
     """With an untrained document at the end of packs that are shorter than others: what is sent has one shape."""
     longest = max(batch.pack.tokens_T.numel() for batch in window)
     return [_lengthened(batch, longest - batch.pack.tokens_T.numel()) for batch in window]
 
 
-def _lengthened(batch: Batch, missing: int) -> Batch:
+def _lengthened(batch: Packs, missing: int) -> Packs:
     if not missing:
         return batch
     tokens = batch.pack.tokens_T
     pack = packed(torch.cat((tokens, tokens.new_zeros(missing))), (*batch.pack.lengths, missing))
-    return cast(Batch, replace(cast(Any, batch), pack=pack))
+    return cast(Packs, replace(cast(Any, batch), pack=pack))
 
 
 @contextmanager

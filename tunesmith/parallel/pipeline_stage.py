@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class _Stage(PipelineStage):
             self._is_shared = True
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
-    def _share(self, received: dict[int, Sequence[Any]]) -> None:
+    def _share(self, received: Mapping[int, Sequence[Any]]) -> None:
         for chunk, infos in received.items():
             for info, first in zip(infos, received[chunk % self.in_flight], strict=True):
                 if getattr(info, "buffer", None) is not None:

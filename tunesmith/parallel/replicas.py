@@ -31,11 +31,7 @@ class Summed:
     def __init__(self, module: nn.Module, mesh: Mesh) -> None:
         self.module, self.mesh = module, mesh
         self.num_data = mesh.size("dp")
-
-    @property
-    def trained(self) -> Named:
-        """What is trained here, by logical name."""
-        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        self.trained: Named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
     def pieces(self) -> list[Piece]:
         """The trained parameters, whole; the first process writes them."""
@@ -56,7 +52,7 @@ class Summed:
 
     def clear(self) -> None:
         """Let the gradients go."""
-        for parameter in self.module.parameters():
+        for _, parameter in self.trained:
             parameter.grad = None
 
     def norm(self, pieces: Sequence[nn.Parameter]) -> Tensor:

@@ -110,7 +110,7 @@ def _of_team(value: float, mesh: Mesh) -> float:
 
 def train(model_dir: str, case: Case) -> dict[str, Any]:
     """The losses of the steps, the norms, a validation, and what is held here at the end."""
-    settings = ParallelSection(strategy=case.strategy, pipeline=case.pipeline, tensor=case.tensor)  # type: ignore[arg-type]
+    settings = ParallelSection(strategy=case.strategy, pipeline=case.pipeline, tensor=case.tensor)
     with joined(settings, "cpu") as mesh:
         model = _model(model_dir, case, mesh)
         spread = spread_out(model, mesh, settings)
@@ -322,9 +322,11 @@ def _buffers() -> list[tuple[int, int]]:
         inputs = iter([torch.ones(4, 8)] * 16)
         stage = _First(module, inputs) if mesh.index("pp") == 0 else module
         schedule = make_schedule(stage, mesh, 16, Wire(4, 8, torch.float32))
-        targets = {"target": torch.arange(16)} if mesh.index("pp") == 3 else {}
-        schedule.step(**targets)
-        received = [infos[0].buffer for infos in schedule._stage.args_recv_info.values() if infos]
+        if mesh.index("pp") == 3:
+            schedule.step(target=torch.arange(16))
+        else:
+            schedule.step()
+        received: list[Any] = [infos[0].buffer for infos in schedule._stage.args_recv_info.values() if infos]
         return [(len(received), len({buffer.data_ptr() for buffer in received}))]
 
 
