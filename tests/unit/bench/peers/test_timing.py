@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tunesmith.bench import cell
 from tunesmith.bench.peers import loop, ours
 from tunesmith.bench.peers.job import Job
 from tunesmith.bench.peers.loop import Recorder
@@ -109,7 +110,7 @@ def test_our_timed_steps_are_queued_together(job: Job, monkeypatch: pytest.Monke
     asked: list[Any] = []
     monkeypatch.setattr(loop, "timing_of", lambda _: CONTINUOUS)
     monkeypatch.setattr(loop, "mark_of", lambda _: FakeDevice().mark)
-    queue = ours.timed_steps
+    queue = cell.timed_steps
 
     def watched(session: Any, steps: int) -> Any:
         asked.append((session.step_number, steps))
