@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.bench.owners import adapter_tensors, optimizer_tensors, storage_bytes
 from tunesmith.train.session import Session
@@ -58,7 +58,7 @@ class OptimizerWatch:
     def _after(self, *_: object) -> None:
         self._marks.append((self._began, self._mark()))
         if self.states is None:
-            self.states = held_bytes(self._session)
+            self.states = held_bytes(self._session.module, self._session.optimizer)
 
     def _mark(self) -> _Mark:
         if self._device.type != "cuda":
@@ -77,9 +77,8 @@ def _between(began: _Mark, ended: _Mark) -> float:
     return ended - began
 
 
-def held_bytes(session: Session) -> dict[str, int]:
+def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Bytes of storages by owner, of shards what is held here; gradients as they are at this moment."""
-    module, optimizer = session.module, session.optimizer
     adapters = adapter_tensors(module)
     kept = {id(tensor) for tensor in adapters}
     weights = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in kept]

@@ -7,7 +7,8 @@ One process's step of n:
 
 C is the time of the messages that computing may hide (`step_messages`, `cost.collectives`), serial that of the others,
 and h, the share that is hidden, the model's one free parameter: `fit_hidden` takes it from measured steps. Where
-messages take longer than computing, hiding ends with the computing. What overlapping slows computing down by is in h.
+messages take longer than computing, hiding ends with the computing. What overlapping slows computing down by is in h,
+and so is what messages take beyond their bytes, above all waiting for a late process: then h may be below 0.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ class Measured:
 
 
 def fit_hidden(measured: Sequence[Measured]) -> Overlap | None:
-    """The hidden share that explains measured steps best, by least squares, within 0 and 1.
+    """The hidden share that explains measured steps best, by least squares, 1 at most.
 
     Linear in h: step - base - serial - C = -h min(C, compute), so h is sum(m r) / sum(m m), m being the minimum and r
     what the step is shorter than nothing hidden.
@@ -187,7 +188,7 @@ def fit_hidden(measured: Sequence[Measured]) -> Overlap | None:
     if weight == 0:
         return None
     saved = [one.base_s + one.talk.serial_s + one.talk.hideable_s - one.step_s for one in measured]
-    hidden = min(1.0, max(0.0, sum(most * less for most, less in zip(could, saved, strict=True)) / weight))
+    hidden = min(1.0, sum(most * less for most, less in zip(could, saved, strict=True)) / weight)
     misses = [
         abs(one.base_s + exposed_s(one.talk, one.parts.compute_s, hidden) - one.step_s) / one.step_s for one in measured
     ]

@@ -170,10 +170,17 @@ def _projection_sentences(
         "tokens": format_count(last.tokens_per_s),
         "ratio": f"{last.efficiency_ratio * 100:.1f} %",
         "mode": words(f"mode_{mode}"),
-        "hidden": f"{(fitted.number('hidden_ratio') or 0.0) * 100:.0f} %",
+        "hidden": _hidden(fitted.number("hidden_ratio") or 0.0, words),
         "error": f"{error * 100:.1f} %",
     }
     yield Sentence(words("scale_projected", **names), kind="warning" if error > POOR_FIT else "fact")
+
+
+def _hidden(ratio: float, words: Words) -> str:
+    """How much of the communication is hidden, or by how much it takes longer than its bytes do."""
+    if ratio < 0:
+        return words("scale_not_hidden", x=f"{1 - ratio:.1f}")
+    return words("scale_hidden", percent=f"{ratio * 100:.0f} %")
 
 
 def _percent(value: float) -> str:

@@ -173,9 +173,11 @@ _EN = {
     "limit_compute": "computing itself, which takes longer, {lost} more of a step of {step}",
     "scale_states": "Model states of a process differ from the formula by {percent} at most.",
     "scale_projected": (
-        "Projected: {gpus} {unit} on {nodes} nodes reach {tokens} tokens/s, {ratio} of ideal ({mode}); computing hides "
-        "{hidden} of the communication, and the model misses a measured step by {error} at most."
+        "Projected: {gpus} {unit} on {nodes} nodes reach {tokens} tokens/s, {ratio} of ideal ({mode}). {hidden}; "
+        "the model misses a measured step by {error} at most."
     ),
+    "scale_hidden": "Computing hides {percent} of the communication",
+    "scale_not_hidden": "Communication takes {x} times as long as its bytes alone",
     "scale_no_projection": "Nothing is projected: {reason}.",
 }
 
@@ -332,9 +334,11 @@ _ZH = {
     "limit_compute": "计算本身变慢，在 {step} 的一步中多用 {lost}",
     "scale_states": "每个进程的模型状态与公式最多相差 {percent}。",
     "scale_projected": (
-        "推算：{nodes} 个节点、{unit} {gpus}，可达每秒 {tokens} 词元，为理想值的 {ratio}（{mode}）；"
-        "计算隐藏了 {hidden} 的通信，模型与测得的每步最多相差 {error}。"
+        "推算：{nodes} 个节点、{unit} {gpus}，可达每秒 {tokens} 词元，为理想值的 {ratio}（{mode}）。"
+        "{hidden}；模型与测得的每步最多相差 {error}。"
     ),
+    "scale_hidden": "计算隐藏了 {percent} 的通信",
+    "scale_not_hidden": "通信用时为其字节传输时间的 {x} 倍",
     "scale_no_projection": "没有推算：{reason}。",
 }
 

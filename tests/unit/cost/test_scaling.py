@@ -134,10 +134,15 @@ def test_the_hidden_share_is_the_least_squares_one() -> None:
 
 
 def test_the_hidden_share_is_a_share() -> None:
+    """At most all is hidden; messages that cost more than their bytes have a negative one: 0.9 s for 0.2 s."""
+    quicker = fit_hidden([_measured(0.9, 0.2)])
+    assert quicker is not None
+    assert quicker.hidden_ratio == 1.0
+    assert quicker.error_ratio == pytest.approx(0.1 / 0.9)
     slower = fit_hidden([_measured(1.9, 0.2)])
     assert slower is not None
-    assert slower.hidden_ratio == 0.0
-    assert slower.error_ratio == pytest.approx(0.7 / 1.9)
+    assert slower.hidden_ratio == pytest.approx(-3.5)
+    assert slower.error_ratio == pytest.approx(0.0, abs=1e-12)
     assert fit_hidden([_measured(1.0, 0.0)]) is None
     assert fit_hidden([]) is None
 
