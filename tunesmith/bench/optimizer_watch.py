@@ -22,7 +22,7 @@ class OptimizerWatch:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._device = session.updater.device
+        self._device = session.device
         self._marks: list[tuple[_Mark, _Mark]] = []
         self._began: _Mark = 0.0
         self._hooks: list[Any] = []
@@ -78,16 +78,21 @@ def _between(began: _Mark, ended: _Mark) -> float:
 
 
 def held_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of storages by owner, of shards what is held here; gradients as they are at this moment."""
+    """Bytes of storages by owner, of shards what is held here; gradients as they are at this moment.
+
+    Masters that are no parameters of the module, as DeepSpeed has them, count as the optimiser's.
+    """
     adapters = adapter_tensors(module)
     kept = {id(tensor) for tensor in adapters}
     weights = [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in kept]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = {tensor.untyped_storage().data_ptr() for tensor in map(_local, (*weights, *adapters))}
+    masters = [p for p in parameters if _local(p).untyped_storage().data_ptr() not in held]
     return {
         "weights_bytes": storage_bytes(map(_local, weights)),
         "adapters_bytes": storage_bytes(map(_local, adapters)),
         "gradients_bytes": storage_bytes(_gradients(parameters)),
-        "optimizer_bytes": storage_bytes(map(_local, optimizer_tensors(optimizer))),
+        "optimizer_bytes": storage_bytes(map(_local, [*masters, *optimizer_tensors(optimizer)])),
     }
 
 
@@ -99,4 +104,6 @@ def _local(tensor: Tensor) -> Tensor:
     """A shard's own values; any other tensor as it is."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's ZeRO-3

@@ -52,7 +52,8 @@ def summarise(ranks: Sequence[Rank], recipe: Recipe, config: ModelConfig | None)
     A step ends when its last process does. exposed_s is the mean over the processes; waiting_s the part of it above
     the least of them: time that some wait for others, rather than for bytes. idle_s: nothing ran on the device, the
     host being late; it is in compute_s too. data_s and optimizer_s are the slowest process's.
-    Args: recipe: as resolved. config: None where the formulas do not know the model.
+    Args: recipe: as resolved. config: None where the formulas do not know the model. Under DeepSpeed, which keeps
+    buffers of its own, states are measured and not compared.
     """
     steps_s = [max(values) for values in zip(*(rank["steps_s"] for rank in ranks), strict=True)]
     step_s = statistics.median(steps_s)
@@ -69,7 +70,7 @@ def summarise(ranks: Sequence[Rank], recipe: Recipe, config: ModelConfig | None)
         "waiting_s": waiting_s,
         "idle_s": idle_s,
         "memory": _memory(ranks),
-        "states": _states(ranks, recipe, config, layout),
+        "states": _states(ranks, recipe, config if recipe.parallel.engine == "native" else None, layout),
         "link": _link(ranks),
         "layout": asdict(layout),
         "device": ranks[0]["device"],
