@@ -88,6 +88,7 @@ class NF4Linear(nn.Module):
         """One projection as it is held."""
         state = [getattr(self, f"{part}_{name}") for name in _STATE]
         codes, scales, scale_scales, offset = state
+        codes = codes.view(torch.uint8)  # held in another dtype of the same size where they are sharded
         return NF4Weight(codes, scales, (self.parts[part], self.in_features), self.dtype, scale_scales, offset)
 
     def part_weight(self, part: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -241,7 +241,9 @@ def hold_codes_as_parameters(module: nn.Module) -> None:
         if isinstance(child, NF4Linear | Fp8Linear):
             for name, buffer in list(child.named_buffers(recurse=False)):
                 delattr(child, name)
-                child.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+                # As a floating-point dtype of the same size: torch 2.11 can't shard others. Only bytes are moved.
+                held = buffer.view(torch.float8_e4m3fn) if buffer.dtype == torch.uint8 else buffer
+                child.register_parameter(name, nn.Parameter(held, requires_grad=False))
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
@@ -44,6 +44,7 @@ class MicroBatch:
     """T packed tokens and where the loss is.
 
     index, targets: the trained positions and their tokens. lengths: of the real documents, fillers left out.
+    trained: tokens in the loss of the whole pack, where index and targets are a process's part of it.
     block: all the tensors once more, one behind the other in page-locked memory, so that one copy takes them to a GPU.
     """
 
@@ -54,11 +55,12 @@ class MicroBatch:
     lengths: tuple[int, ...]
     num_tokens: int
     block: Tensor | None = None
+    trained: int | None = None
 
     @property
     def num_trained(self) -> int:
         """Tokens in the loss."""
-        return self.index.numel()
+        return self.index.numel() if self.trained is None else self.trained
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`; the host does not wait for the copy."""
@@ -67,6 +69,11 @@ class MicroBatch:
         if self.block is None:
             return self._of([tensor.to(device, non_blocking=True) for tensor in self._tensors()])
         return self._of(cut(self.block.to(device, non_blocking=True), self._tensors()))
+
+    def part(self, cut: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]) -> MicroBatch:
+        """The same with what `cut(index, targets, tokens)` leaves of index and targets; it counts as the whole."""
+        index, targets = cut(self.index, self.targets, self.pack.tokens_T.numel())
+        return replace(self, index=index, targets=targets, trained=self.num_trained)
 
     def without_tail(self) -> MicroBatch:
         """The same without the fillers at its end: shapes need not be constant where nothing is compiled for them.

@@ -25,6 +25,7 @@ from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary
 from tunesmith.model.uncompiled import decide_determinism
 from tunesmith.parallel.mesh import Mesh, Place
+from tunesmith.parallel.tensor import own_targets
 from tunesmith.recipe.schema import Recipe, TrainSection
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer
@@ -262,10 +263,10 @@ class Session:
         """The data of step number `step` (from 0), on the host."""
         window, data, train = self.order.window(step), self.recipe.data, self.data.train
         batches = tuple(self._build(train, pack) for pack in self._own(window.packs))
-        if self.mesh.size("dp") == 1:
-            trained = sum(batch.num_trained for batch in batches)
-            return HostWindow(window, batches, trained, sum(batch.num_tokens for batch in batches))
-        counts = count_trained(train, window.packs, data), count_tokens(train, window.packs, data)
+        if self.mesh.size("dp") > 1:
+            counts = count_trained(train, window.packs, data), count_tokens(train, window.packs, data)
+        else:
+            counts = sum(batch.num_trained for batch in batches), sum(batch.num_tokens for batch in batches)
         return HostWindow(window, batches, *counts)
 
     def _own(self, packs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -280,8 +281,11 @@ class Session:
     def _build(self, dataset: Dataset, documents: tuple[int, ...]) -> MicroBatch:
         vocab_size = model_vocab_size(self.model)
         batch = build_micro_batch(dataset, documents, self.micro_batch_tokens, self.recipe.data, vocab_size)
-        if self.device.type != "cuda":
-            return batch.without_tail()
+        on_host = self.device.type != "cuda"
+        batch = batch.without_tail() if on_host else batch
+        batch = batch.part(partial(own_targets, mesh=self.mesh)) if self.mesh.size("tp") > 1 else batch
+        if on_host:
+            return batch
         with torch.cuda.device(self.device):  # a thread begins on the first GPU, and pinning would take memory there
             return batch.pinned()
 
@@ -352,7 +356,7 @@ def build_session(
         Beside(partial(_read_data, resolved, progress, watch), "data") as files,
         Beside(partial(_warm, resolved, watch), "warm") as warmed,
     ):
-        model, summary = load_trainable(resolved, progress, watch)
+        model, summary = load_trainable(resolved, progress, watch, mesh)
         with watch.part("data waited for"):
             data = files.take() or random_data(resolved, model)
         with watch.part("libraries waited for"):

@@ -14,6 +14,8 @@ from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary, apply_method
+from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.tensor import shard_tensors
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import randomness
 from tunesmith.train.activations import prepare_activations
@@ -25,20 +27,25 @@ Progress = Callable[[str, int, int], None]
 
 
 def load_trainable(
-    recipe: Recipe, progress: Progress | None = None, start_up: StartUp | None = None
+    recipe: Recipe, progress: Progress | None = None, start_up: StartUp | None = None, mesh: Mesh | None = None
 ) -> tuple[LanguageModel, MethodSummary]:
-    """The model of a resolved recipe with its method applied: what training begins with."""
+    """The model of a resolved recipe with its method applied: what training begins with.
+
+    mesh: the processes of the run; where some share tensors, this one has its part of them.
+    """
     watch = StartUp() if start_up is None else start_up
     with watch.part("weights"):
         randomness.seed_everything(recipe.train.seed)
-        model = _load_model(recipe, progress)
+        model = _load_model(recipe, progress, mesh)
     with watch.part("method"):
         summary = _apply_method(model, recipe)
         prepare_activations(model, recipe)
+        if mesh is not None and isinstance(model, Decoder):
+            shard_tensors(model, mesh)
     return model, summary
 
 
-def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
+def _load_model(recipe: Recipe, progress: Progress | None, mesh: Mesh | None) -> LanguageModel:
     # Frozen layers: loaded wide, so that what stays trained loses nothing; the rest is narrowed afterwards.
     dtype = trained_dtype(recipe.train) if recipe.method.kind == "freeze" else DTYPES[recipe.model.dtype]
     model = load_language_model(
@@ -48,6 +55,7 @@ def _load_model(recipe: Recipe, progress: Progress | None) -> LanguageModel:
         device=torch.device(recipe.model.device),
         seed=recipe.train.seed,
         progress=None if progress is None else partial(progress, "loading weights"),
+        mesh=mesh,
     )
     model.compute_dtype = DTYPES[recipe.train.precision]
     model.checkpointing = recipe.train.checkpointing

@@ -204,7 +204,7 @@ class Updater:
             raise NonFiniteError(
                 f"step {sent.number + 1}: an earlier step was not finite, and nothing was updated since"
             )
-        loss = sum(values) if self.spread.num_data == 1 else shared
+        loss = sum(values) if isinstance(self.spread, Alone) else shared
         return Update(loss / sent.total, sent.total, norm, sent.rate, overflow)
 
     def _adapt_scale(self, overflow: bool) -> None:

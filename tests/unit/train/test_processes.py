@@ -80,13 +80,27 @@ def run(recipe: dict[str, Any], resume: str | None = None, stop_after: int | Non
     }
 
 
-@pytest.mark.parametrize(("kind", "strategy"), [("full", "zero3"), ("lora", "ddp"), ("qlora", "zero3")])
+CASES = [
+    ("full", "zero3", {}),
+    ("lora", "ddp", {}),
+    ("qlora", "zero3", {}),
+    ("full", "auto", {"tensor": 2}),
+    ("lora", "auto", {"tensor": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "strategy", "parallel"), CASES)
 def test_two_processes_make_the_run_of_one(
-    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], tmp_path: Path, kind: str, strategy: str
+    ranks: Callable[..., list[Any]],
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    strategy: str,
+    parallel: dict[str, Any],
 ) -> None:
     model = str(tiny_model_dir("qwen2"))
     (alone,) = ranks(run, 1, _recipe(model, str(tmp_path / "one"), kind, strategy))
-    first, second = ranks(run, 2, _recipe(model, str(tmp_path / "two"), kind, strategy))
+    first, second = ranks(run, 2, _recipe(model, str(tmp_path / "two"), kind, strategy, **parallel))
     assert list(first["losses"]) == list(second["losses"]) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(first["losses"].values()), list(alone["losses"].values()), rtol=1e-5)
     np.testing.assert_allclose(first["validation"], alone["validation"], rtol=1e-5)
