@@ -30,7 +30,8 @@ from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.session import Session, build_session
 from tunesmith.watch.memory import MemorySampler
 
-TRACED_STEPS = 3
+TRACED_STEPS = 5
+"""The first of them starts on an idle device, which looks like a late host; more of them make that weigh little."""
 LINK_BYTES = {"cpu": (4, 2**20, 2**23), "cuda": (4, 2**24, 2**28)}
 _LINK_ROUNDS = 5
 
