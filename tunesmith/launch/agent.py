@@ -120,9 +120,9 @@ class _Agent(LocalElasticAgent):
                 os.killpg(process.pid, signal.SIGKILL)
         return super()._monitor_workers(worker_group)
 
-    def _patience_s(self, failed: dict[int, int]) -> float:
-        polite = self.is_stopping or all(code in STOPPED for code in failed.values())
-        return STOPPING_S if polite else LEFT_OVER_S
+    @staticmethod
+    def _patience_s(failed: dict[int, int]) -> float:
+        return STOPPING_S if all(code in STOPPED for code in failed.values()) else LEFT_OVER_S
 
     def _decide(self, endings: list[Ending]) -> None:
         """Whether there is another try, and what is said of this one."""

@@ -105,6 +105,7 @@ class _Watchdog:
         self.folder, self.told = folder, told
         self.judge = Judge(limits.limit_s, limits.is_exact)
         self.store = _meet(self.rank, self.size)
+        self._report()  # before any step: who never says anything is not judged
         self.answered_at = time.monotonic()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._talk, name="tunesmith-watchdog", daemon=True)]
@@ -138,13 +139,16 @@ class _Watchdog:
 
     def _exchange(self) -> Verdict | None:
         """Report, judge (rank 0 all; the others rank 0, if it is silent), and hear what was decided."""
-        self.store.set(_key(self.rank), json.dumps(self.progress.report().as_data()))
+        self._report()
         known = range(self.size) if self.rank == 0 else (0, self.rank)
         found = self.judge.look(self._reports(known), time.monotonic())
         if found is not None and (self.rank == 0 or 0 in found.silent):
             self.store.compare_set(_VERDICT, "", json.dumps(vars(found)))
         said = self.store.get(_VERDICT).decode()
         return Verdict.from_data(json.loads(said)) if said else None
+
+    def _report(self) -> None:
+        self.store.set(_key(self.rank), json.dumps(self.progress.report().as_data()))
 
     def _reports(self, ranks: Sequence[int] | range) -> dict[int, Report]:
         texts = self.store.multi_get([_key(rank) for rank in ranks])
