@@ -113,7 +113,7 @@ def test_a_rank_that_hangs_is_named(how: str, rank: int, tunesmith_cli: CLI, scr
     assert done.returncode == 1
     assert time.monotonic() - began < 60
     line = done.stderr.splitlines()[-1]
-    assert re.search(rf"rank {rank} hangs in step \d: no progress for \d", line)
+    assert re.search(rf"rank {rank} hangs in (starting|step \d): no progress for \d", line)
     if how == "sleep":
         number = 1 + GUILTY.splitlines().index("        time.sleep(1000)")
         assert "hangs in step 3" in line and f"rank {rank} is at {script}:{number} in misbehave" in line
