@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tunesmith.parallel.apply import spread_out
 from tunesmith.parallel.deepspeed_engine import ZeroEngine
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.pipeline import Piped
 from tunesmith.parallel.spread import Spread
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.deepspeed_update import DeepSpeedUpdater, deepspeed_updater
@@ -32,5 +33,9 @@ def spread_and_updater(
 def loss_without_step(
     spread: AnySpread, module: nn.Module, function: LossFunction[Batch], batch: Batch
 ) -> tuple[Tensor, int]:
-    """function(module, batch), to validate: DeepSpeed has weights whole inside its own forward pass only."""
+    """function(module, batch), to validate: DeepSpeed has weights whole inside its own forward pass only, and of a
+    pipeline all stages take part."""
+    if isinstance(spread, Piped):
+        (loss,), (count,) = spread.evaluate(function, [batch])
+        return loss, count
     return spread.loss(function, batch) if isinstance(spread, ZeroEngine) else function(module, batch)

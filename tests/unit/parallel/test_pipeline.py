@@ -20,7 +20,6 @@ from tunesmith.model.methods import apply_method
 from tunesmith.parallel.apply import spread_out, strategy_of
 from tunesmith.parallel.mesh import Mesh, joined
 from tunesmith.parallel.pipeline import Piped, _causes
-from tunesmith.parallel.pipeline_stage import Wire, make_schedule
 from tunesmith.parallel.stages import plan_stages
 from tunesmith.parallel.tensor import own_targets, shard_tensors
 from tunesmith.recipe.parallel import ParallelSection
@@ -92,20 +91,14 @@ class _Ragged:
 
 
 def _loss(mesh: Mesh) -> Any:
+    """The loss of this process's own tokens, where several share a pack."""
+
     def loss(module: Any, batch: MicroBatch) -> Any:
         tokens, count = batch.pack.tokens_T.numel(), batch.num_trained
         index, targets = own_targets(batch.index, batch.targets, tokens, mesh)
         return language_model_loss(module, replace(batch, index=index, targets=targets), 64)[0], count
 
     return loss
-
-
-def _of_team(value: float, mesh: Mesh) -> float:
-    """A process that shares matrices has the losses of its own tokens."""
-    total = torch.tensor(value, dtype=torch.float64)
-    if mesh.size("tp") > 1:
-        torch.distributed.all_reduce(total, group=mesh.group("tp"))
-    return total.item()
 
 
 def train(model_dir: str, case: Case) -> dict[str, Any]:
@@ -122,13 +115,13 @@ def train(model_dir: str, case: Case) -> dict[str, Any]:
             window = _window(step, case, mesh.index("dp"), mesh.size("dp"))
             denominator = sum(batch.num_trained for batch in _window(step, case, 0, 1))
             update = updater.step(step, window, _loss(mesh), denominator=denominator, describe=lambda batch: "a batch")
-            losses.append(_of_team(update.loss, mesh))
+            losses.append(update.loss)
             norms.append(update.grad_norm)
         return {
             "losses": losses,
             "norms": norms,
             "strategy": strategy_of(spread),
-            "validation": _of_team(_validated(spread, model, case, mesh), mesh),
+            "validation": _validated(spread, model, case, mesh),
             "held": sum(p.numel() for p in model.parameters()),
             "states": sum(piece.local.numel() for piece in updater.pieces),
             "weights": _weights(spread, model),
@@ -155,7 +148,7 @@ def _validated(spread: Any, model: Decoder, case: Case, mesh: Mesh) -> float:
     else:
         with torch.no_grad():
             losses, counts = map(list, zip(*(_loss(mesh)(model, batch) for batch in window), strict=True))
-    return float(torch.stack(losses).sum()) / sum(counts)
+    return float(spread.total(torch.stack(losses).sum())) / spread.count(sum(counts))
 
 
 def _weights(spread: Any, model: Decoder) -> dict[str, np.ndarray]:
@@ -195,19 +188,18 @@ def _alone(ranks: Ranks, folder: Path, case: Case) -> dict[str, Any]:
     return _cache[folder, alone]
 
 
-SHORT = 4
+SHORT = 3
 TWO_STAGES = [
     Case("full"),
-    Case("lora", loads_stage=True),
-    Case("qlora", loads_stage=True),
+    Case("lora", loads_stage=True, packs=(2,)),
+    Case("qlora", loads_stage=True, packs=(2,)),
     Case("full", blocks="eager", steps=SHORT),
     Case("full", checkpointing="block", steps=SHORT),
     Case("full", checkpointing="selective", steps=SHORT),
     Case("full", blocks="eager", checkpointing="selective", steps=SHORT),
-    Case("qlora", checkpointing="selective", steps=SHORT),
     Case("dora", steps=SHORT),
     Case("fp8", steps=SHORT),
-    Case("full", packs=(1, 4, 2, 3), has_tails=False, steps=SHORT),
+    Case("full", packs=(1, 4, 3), has_tails=False, steps=SHORT),
 ]
 
 
@@ -220,7 +212,7 @@ def test_two_stages_train_as_one_process(ranks: Ranks, tiny_model_dir: Callable[
     assert max(first["held"], last["held"]) < 0.75 * _alone(ranks, folder, case)["held"]
 
 
-FOUR_STAGES = [Case("full"), Case("lora", steps=SHORT), Case("full", packs=(1, 2, 3), steps=SHORT)]
+FOUR_STAGES = [Case("full"), Case("qlora", steps=SHORT), Case("full", packs=(1, 2, 3), steps=SHORT)]
 
 
 @pytest.mark.parametrize("case", FOUR_STAGES, ids=str)
@@ -228,7 +220,7 @@ def test_four_stages_train_as_one_process(ranks: Ranks, tiny_model_dir: Callable
     _check(ranks, tiny_model_dir("qwen2", num_hidden_layers=4), replace(case, pipeline=4), 4)
 
 
-@pytest.mark.parametrize(("count", "steps"), [(2, STEPS), (4, SHORT)])
+@pytest.mark.parametrize(("count", "steps"), [(2, 6), (4, SHORT)])
 def test_a_tied_embedding_is_one_on_both_ends(
     ranks: Ranks, tiny_model_dir: Callable[..., Path], count: int, steps: int
 ) -> None:
@@ -261,7 +253,7 @@ def test_pipelines_beside_each_other_train_as_one_process(
     assert all(o["states"] <= share * size for o, size in zip(outcomes, trained, strict=True))
 
 
-@pytest.mark.parametrize("case", [Case("full"), Case("qlora", steps=SHORT)], ids=str)
+@pytest.mark.parametrize("case", [Case("full", steps=SHORT), Case("qlora", steps=SHORT)], ids=str)
 def test_stages_whose_matrices_are_shared(ranks: Ranks, tiny_model_dir: Callable[..., Path], case: Case) -> None:
     """Two stages of two processes each; every second pack has an odd number of tokens."""
     folder = tiny_model_dir(
@@ -271,7 +263,7 @@ def test_stages_whose_matrices_are_shared(ranks: Ranks, tiny_model_dir: Callable
     _check(ranks, folder, case, 4)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
 def test_other_families(ranks: Ranks, tiny_model_dir: Callable[..., Path], family: str) -> None:
     layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4}
     _check(ranks, tiny_model_dir(family, **layers), Case("full", pipeline=2, steps=SHORT), 2)
@@ -317,6 +309,8 @@ def test_what_a_stage_raises_is_not_wrapped() -> None:
 
 def _buffers() -> list[tuple[int, int]]:
     """Of sixteen micro-batches: (activations received, their buffers) of each stage."""
+    from tunesmith.parallel.pipeline_stage import Wire, make_schedule  # late: it imports torch's compiler
+
     with joined(ParallelSection(pipeline=4), "cpu") as mesh:
         module = nn.Linear(8, 8) if mesh.index("pp") < 3 else nn.Sequential(nn.Linear(8, 1), nn.Flatten(0), _Sum())
         inputs = iter([torch.ones(4, 8)] * 16)
