@@ -86,6 +86,8 @@ CASES = [
     ("qlora", "zero3", {}),
     ("full", "auto", {"tensor": 2}),
     ("lora", "auto", {"tensor": 2}),
+    ("full", "auto", {"pipeline": 2}),
+    ("qlora", "auto", {"pipeline": 2}),
 ]
 
 
