@@ -7,19 +7,20 @@ from typing import Any
 from tunesmith.model.attention_choice import choices
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
+from tunesmith.parallel.stages import own_blocks
 
 
 def execution_facts(model: LanguageModel) -> dict[str, Any]:
     """What run.json keeps under `execution`: plain data.
 
-    fused_blocks of blocks; graphs: pairs recorded; graphs_refused: why none are; attention: the kernel chosen for each
+    fused_blocks of blocks, those of this process's pipeline stage; graphs: pairs recorded; graphs_refused: why none are; attention: the kernel chosen for each
     shape, with the milliseconds of every candidate.
     """
     if not isinstance(model, Decoder):
         return {"blocks": None, "fused_blocks": 0, "graphs": 0, "graphs_refused": None, "attention": []}
     captured = model.captured
     return {
-        "blocks": len(model.blocks),
+        "blocks": len(own_blocks(model)),
         "fused_blocks": model.num_fused_blocks,
         "graphs": 0 if captured is None else captured.num_graphs,
         "graphs_refused": None if captured is None else captured.refused,
