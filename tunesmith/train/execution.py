@@ -13,8 +13,8 @@ from tunesmith.parallel.stages import own_blocks
 def execution_facts(model: LanguageModel) -> dict[str, Any]:
     """What run.json keeps under `execution`: plain data.
 
-    fused_blocks of blocks, those of this process's pipeline stage; graphs: pairs recorded; graphs_refused: why none are; attention: the kernel chosen for each
-    shape, with the milliseconds of every candidate.
+    fused_blocks of blocks, those of this process's pipeline stage; graphs: pairs recorded; graphs_refused: why none
+    are; attention: the kernel chosen for each shape, with the milliseconds of every candidate.
     """
     if not isinstance(model, Decoder):
         return {"blocks": None, "fused_blocks": 0, "graphs": 0, "graphs_refused": None, "attention": []}
