@@ -83,7 +83,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, Decoder):
         return list(module.blocks)
     lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
-    return list(max(lists, key=lambda found: len(found), default=nn.ModuleList()))
+    return sorted((list(found) for found in lists), key=len)[-1] if lists else []
 
 
 def strategy_of(spread: Spread) -> str:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.recipe.load import dump_recipe, load_recipe
@@ -71,7 +73,7 @@ def shared_run(make: Any, mesh: Mesh, recipe: Recipe) -> tuple[RunDir, RunDir]:
         return run, run
     import torch.distributed as dist
 
-    dist.broadcast_object_list(found, src=0, device="cpu")
+    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     run = RunDir(Path(found[0]))
     return run, run if mesh.is_first else _own_run(run, mesh, recipe)
 

@@ -27,6 +27,7 @@ from tunesmith.rundir.io import read_jsonl, write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
 from tunesmith.train.allocator import prepare_allocator
+from tunesmith.train.determinism import configure_cublas
 from tunesmith.train.directories import check_resumable as check_resumable
 from tunesmith.train.directories import missing_folders, opened_run, recorded, shared_run, with_steps_of
 from tunesmith.train.display import Display, best_line, closing_lines, method_line, pace_line, plan_line
@@ -36,7 +37,7 @@ from tunesmith.train.loop import DISK_FULL, Hooks, LoopResult, run_loop
 from tunesmith.train.loop import resume as resume_from
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
 from tunesmith.train.resolve import resolve_recipe
-from tunesmith.train.session import Session, build_session, configure_cublas
+from tunesmith.train.session import Session, build_session
 from tunesmith.train.start import loads_first
 from tunesmith.train.stopping import exit_code
 from tunesmith.train.together import Together, together
@@ -224,7 +225,7 @@ def _check_agreement(session: Session, recipe: Recipe) -> None:
     """All processes must run the same recipe, versions and data. Raises: ParallelError naming what differs."""
     if session.mesh.world_size == 1:
         return
-    own = {"model": {"device"}, "log": True}
+    own: Any = {"model": {"device"}, "log": True}
     facts = {
         "versions": versions(session.device.type),
         "recipe": recipe.model_dump(mode="json", exclude=own),

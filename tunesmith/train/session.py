@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,10 +22,9 @@ from tunesmith.errors import CheckpointError, DataError, NonFiniteError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary
-from tunesmith.model.uncompiled import decide_determinism
 from tunesmith.parallel.mesh import Mesh, Place
 from tunesmith.parallel.tensor import own_targets
-from tunesmith.recipe.schema import Recipe, TrainSection
+from tunesmith.recipe.schema import Recipe
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.train import randomness
@@ -34,6 +32,7 @@ from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.batches import Dataset, MicroBatch, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
 from tunesmith.train.deepspeed_update import DeepSpeedUpdater
+from tunesmith.train.determinism import set_determinism
 from tunesmith.train.engines import loss_without_step, spread_and_updater
 from tunesmith.train.losses import cross_entropy_sum, head_of
 from tunesmith.train.metrics import EvalMetrics, StepMetrics, step_metrics
@@ -349,7 +348,7 @@ def build_session(
     with watch.part("recipe and device"):
         prepare_allocator(recipe.model.device)
         resolved = resolve_recipe(recipe, 1 if mesh is None else mesh.world_size)
-        _set_determinism(resolved)
+        set_determinism(resolved)
         directory = resolve_model(resolved.model.path, resolved.model.revision)
     with (
         watch.part("threads beside"),
@@ -386,16 +385,3 @@ def _read_data(
 
     with watch.beside("data"):
         return data_from_files(recipe, look)
-
-
-def _set_determinism(recipe: Recipe) -> None:
-    if not recipe.model.device.startswith("cuda"):
-        return
-    configure_cublas(recipe.train)
-    decide_determinism(recipe.train.deterministic)
-
-
-def configure_cublas(train: TrainSection) -> None:
-    """Give cuBLAS the workspace that determinism needs; torch looks once, at the process's first matrix product."""
-    if train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -186,13 +186,13 @@ brought = {name for name in sys.modules if name.startswith("torch.")}
 from tunesmith.model.uncompiled import import_kernels
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.train.run import SLOW_IMPORTS, train
-from tunesmith.train.session import _set_determinism
+from tunesmith.train.determinism import set_determinism
 from tunesmith.verify import certificate
 import_kernels()
 raw = json.loads(sys.argv[1])
 train(raw, quiet=True)
 gpu = recipe_from_mapping({**raw, "model": {**raw["model"], "device": "cuda:0"}})
-_set_determinism(gpu)
+set_determinism(gpu)
 new = {name for name in sys.modules if name.startswith("torch.distributed")} - brought
 print(sorted(new), [name for name in SLOW_IMPORTS if name in sys.modules])
 """
