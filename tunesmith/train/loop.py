@@ -172,6 +172,7 @@ class _Loop:
         self._pending: Pending[StepMetrics] | None = None
         self.others = Together()
         self.checkpoints = run.checkpoints
+        self._prepared = False
 
     def run(self, metrics: MetricsWriter, signals: StopSignals, collection: CollectedBetweenSteps) -> None:
         stopped = self.others.signal(signals.received)
@@ -204,6 +205,9 @@ class _Loop:
         self._pending = following
         if following.is_ready:
             self._settle(metrics)
+        if not self._prepared and (self.checkpoint.every_steps or self.checkpoint.every_minutes):
+            self._prepared = True
+            self.others.prepare(self.trainable, self.checkpoints, self.checkpoint.keep)
 
     def _settle(self, metrics: MetricsWriter) -> None:
         """Wait for the step that is under way, if there is one, and write its row. Raises: what the step raises."""
@@ -240,7 +244,8 @@ class _Loop:
 
     def _evaluate(self, metrics: MetricsWriter) -> None:
         self._settle(metrics)
-        measured = self.trainable.evaluate()
+        with self.others.long("validation"):
+            measured = self.trainable.evaluate()
         if measured is not None:
             self.result.validation = measured
             metrics.write(measured.row())

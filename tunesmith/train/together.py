@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +12,9 @@ import torch
 
 from tunesmith.checkpoint.agreement import Agreement, Alone, GroupAgreement
 from tunesmith.checkpoint.async_saver import AsyncSaver
+from tunesmith.checkpoint.shards import Shard
 from tunesmith.checkpoint.state import TrainingState, save_state
-from tunesmith.parallel.agreement import any_rank, most
+from tunesmith.parallel.agreement import any_rank, most, raise_together
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.progress import Progress
 
@@ -38,6 +40,13 @@ class Together:
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
         return flag
+
+    def long(self, what: str) -> AbstractContextManager[None]:
+        """While what is inside may take long in one process alone."""
+        return nullcontext()
+
+    def prepare(self, trained: Saved, checkpoints: Path, keep: int) -> None:
+        """After the first step: take what the first save would otherwise have to wait for."""
 
     def save(self, trained: Saved, checkpoints: Path, keep: int, done: Callable[[Path], None]) -> None:
         """Save the state; `done` is called with its directory once it is there. Raises: OSError."""
@@ -82,15 +91,38 @@ class Several(Together):
         """Whether `flag` is true in any process."""
         return any_rank(flag, self._flags)
 
+    def long(self, what: str) -> AbstractContextManager[None]:
+        """The watchdog waits longer."""
+        return self.progress.long(what)
+
+    def prepare(self, trained: Saved, checkpoints: Path, keep: int) -> None:
+        """Agree on who writes what, and take the host's memory for it in the background."""
+        with self.progress.long("preparing a save"):
+            self._saver_of(checkpoints, keep).prepare(self._shards(trained)[0])
+
     def save(self, trained: Saved, checkpoints: Path, keep: int, done: Callable[[Path], None]) -> None:
         """Begin to save; what was begun before is waited for."""
+        self._done = done
+        with self.progress.long("a save"):  # which waits for the one before
+            shards, facts = self._shards(trained)
+            self._saver_of(checkpoints, keep).save(trained.step_number, shards, facts)
+
+    def _saver_of(self, checkpoints: Path, keep: int) -> AsyncSaver:
         if self._saver is None:
             device = self.mesh.device
             self._saver = AsyncSaver(checkpoints, keep=keep, device=device, agreement=self.agreement)
-        self._done = done
-        with self.progress.long("a save"):  # which waits for the one before
-            shards, facts = trained.shards()  # type: ignore[attr-defined]
-            self._saver.save(trained.step_number, shards, facts)
+        return self._saver
+
+    def _shards(self, trained: Saved) -> tuple[list[Shard], dict[str, Any]]:
+        """This process's shards. Raises: in all processes, what one raises (weights that are NaN)."""
+        found: tuple[list[Shard], dict[str, Any]] = ([], {})
+        problem: Exception | None = None
+        try:
+            found = trained.shards()  # type: ignore[attr-defined]
+        except Exception as error:
+            problem = error
+        raise_together(problem, self._flags)
+        return found
 
     def fence(self) -> None:
         """Before the optimiser writes to what is being copied."""
