@@ -165,6 +165,7 @@ class Terminal:
             with contextlib.suppress(AssertionError):
                 self.wait_for(pattern, timeout_s=2)
                 return
+            self.type("\x01")  # to the line's beginning: a key that changes nothing
         raise AssertionError(f"{pattern!r} did not come after twenty times Ctrl-C")
 
     def type(self, text: str) -> None:

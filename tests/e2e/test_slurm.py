@@ -98,7 +98,7 @@ class Cluster:
         _until(lambda: (self.folder / "munge.sock").exists(), 20)
         self._run("slurmctld", "-D", "-f", str(self.configuration))
         self._run("slurmd", "-D", "-f", str(self.configuration))
-        _until(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"), 60)
+        _until(lambda: "idle" in self.ask("sinfo", "-h", "-o", "%T"), 180)
 
     def stop(self) -> None:
         for daemon in reversed(self._daemons):
@@ -197,14 +197,14 @@ def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue(
     folder = tmp_path / "a b 中文"
     (folder / "twice.py").write_text(TWICE, encoding="utf-8")
     job = launch("--nproc", "1", "twice.py")
-    _until(lambda: (folder / "started").exists(), 60)
+    _until(lambda: (folder / "started").exists(), 180)
     cluster.ask("scancel", "--batch", "--signal=TERM", job["job"])
-    _until(lambda: (folder / "saved").exists(), 60)
-    _until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job["job"]), 60)
+    _until(lambda: (folder / "saved").exists(), 180)
+    _until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job["job"]), 180)
     # A requeued job waits two minutes before it may begin; this one may at once.
-    _until(lambda: _begin(cluster, job["job"]), 60)
+    _until(lambda: _begin(cluster, job["job"]), 180)
     _until(lambda: (folder / "went-on").exists(), 120)
-    _until(lambda: cluster.state_of(job["job"]) == "COMPLETED", 60)
+    _until(lambda: cluster.state_of(job["job"]) == "COMPLETED", 180)
 
 
 def _begin(cluster: Cluster, job: str) -> bool:
@@ -218,9 +218,9 @@ def test_a_job_that_is_cancelled_stays_so(
     folder = tmp_path / "a b 中文"
     (folder / "twice.py").write_text(TWICE, encoding="utf-8")
     job = launch("--nproc", "1", "twice.py")
-    _until(lambda: (folder / "started").exists(), 60)
+    _until(lambda: (folder / "started").exists(), 180)
     cluster.ask("scancel", job["job"])
-    _until(lambda: cluster.state_of(job["job"]) == "CANCELLED", 60)
+    _until(lambda: cluster.state_of(job["job"]) == "CANCELLED", 180)
     assert (folder / "saved").exists()
     assert not (folder / "went-on").exists()
 

@@ -101,7 +101,7 @@ def test_the_adapter_gives_the_logits_that_were_trained(recipe: Recipe) -> None:
     model = tunesmith.load_model(recipe["model"]["path"], adapter=result.final, device="cpu")
     base = tunesmith.load_model(recipe["model"]["path"], device="cpu")
     session = build_session(recipe_from_mapping(recipe))
-    resume_from(session, open_run(result.run_dir))
+    resume_from(session, open_run(result.run_dir).checkpoints)
     session.model.eval()
     document = [[1, 2, 3, 40, 50, 60]]
     trained = tunesmith.logits(session.model, document)[0]

@@ -283,7 +283,7 @@ def _show_example(session: Session, run: RunDir, display: Display) -> None:
 
 def _finish(session: Session, place: _Place, display: Display, loop: LoopResult) -> TrainResult:
     run = place.own
-    final, commands = None, [f"tunesmith train --resume {shlex.quote(str(run.path))}"]
+    final, commands = None, [_go_on_command(place.mesh, run)]
     if loop.stopped_by is None:
         final = _export(session, place)
         commands = next_commands(session, run.path)
@@ -319,6 +319,15 @@ def _finish(session: Session, place: _Place, display: Display, loop: LoopResult)
     for line in closing_lines(commands):
         display.say(line)
     return result
+
+
+def _go_on_command(mesh: Mesh, run: RunDir) -> str:
+    """What goes on with a run that was stopped, in as many processes."""
+    command = f"train --resume {shlex.quote(str(run.path))}"
+    if mesh.world_size == 1:
+        return f"tunesmith {command}"
+    device = "--cpu " if mesh.device.type == "cpu" else ""
+    return f"tunesmith launch {device}--nproc {mesh.world_size} {command}"
 
 
 def _validations(run: RunDir) -> list[tuple[int, float]]:

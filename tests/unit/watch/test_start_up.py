@@ -45,7 +45,8 @@ def test_a_part_within_another_counts_once() -> None:
     found = watch.finish()
     assert found["command"] == 1.0
     assert found["inner"] >= 0.05
-    assert 0.01 <= found["outer"] < found["total"] - 1.05
+    assert found["outer"] >= 0.01
+    assert found["outer"] + found["inner"] <= found["total"] - 1.0 + 0.005  # rounded to milliseconds each
 
 
 def test_what_no_part_covers_is_named_after_the_next_one() -> None:
