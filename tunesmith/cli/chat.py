@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from rich.text import Text
 from tunesmith.cli.console import emit, err
 from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import RequestError, TunesmithError, nearest
+from tunesmith.rundir.io import read_json
 from tunesmith.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 BLOCK = '"""'
+TEMPERATURE = 0.7
 ALONE = (
     "This run learnt from single questions, so each one is asked without what was said before "
     "(to keep it: --history, or type /history on)."
@@ -51,7 +53,12 @@ def chat(
     mode: Annotated[
         str, typer.Option(help="auto, chat (use the chat template), complete (continue the text)")
     ] = "auto",
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.7,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 is greedy; by default 0.7, and 0 where the model's generation_config.json samples nothing"
+        ),
+    ] = None,
     top_p: Annotated[float, typer.Option(help="keep the likeliest tokens up to this share")] = 0.9,
     top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0: all")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="above 1: say less again")] = 1.0,
@@ -69,7 +76,7 @@ def chat(
 
     params = SamplingParams(
         max_tokens=max_tokens,
-        temperature=temperature,
+        temperature=TEMPERATURE if temperature is None else temperature,
         top_p=top_p,
         top_k=top_k,
         repetition_penalty=repetition_penalty,
@@ -82,6 +89,8 @@ def chat(
     use_checkpoint(model, adapter)
     with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
         llm = LLM(model, adapter=adapter, quantize=quantize, dtype=dtype, device=device, max_model_len=max_model_len)
+    if temperature is None and not samples(llm):
+        params = replace(params, temperature=0.0)
     chosen = choose_mode(llm, mode)
     alone = learnt_single_turns(llm) and chosen == "chat" and history is None
     conversation = Conversation(llm, params, system or llm.system, chosen, history=not alone and history is not False)
@@ -94,6 +103,17 @@ def chat(
         talk.follow(read_turns(_lines_of_stdin()))
     facts = {"mode": conversation.mode, "history": conversation.history, "answers": talk.answers}
     emit({"messages": conversation.messages(), **facts})
+
+
+def samples(llm: LLM) -> bool:
+    """Whether answers are drawn by chance unless one says else: the model's own generation_config.json may say no."""
+    if llm.source is None:
+        return True
+    from tunesmith.checkpoint.source import resolve_model
+
+    file = resolve_model(llm.source.path, llm.source.revision) / "generation_config.json"
+    config = read_json(file) if file.is_file() else {}
+    return not isinstance(config, dict) or config.get("do_sample") is not False
 
 
 def learnt_single_turns(llm: LLM) -> bool:

@@ -7,12 +7,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tunesmith.cli import console, main
-from tunesmith.cli.chat import describe_model
+from tunesmith.cli.chat import describe_model, samples
 from tunesmith.engine.source import ModelSource
 from tunesmith.rundir.layout import open_run
 from tunesmith.train.run import train
@@ -124,3 +125,10 @@ def test_what_one_talks_with_is_named(tmp_path: Path) -> None:
     )
     assert describe_model("builtin:tiny", adapted) == f"builtin:tiny with the adapter {tmp_path / 'final'}"
     assert describe_model("runs/a", ModelSource("runs/a/final")) == "runs/a (the whole model, runs/a/final)"
+
+
+def test_a_model_whose_configuration_samples_nothing_answers_greedily(tiny_model_dir: Callable[..., Path]) -> None:
+    """`builtin:tiny` writes characters that it never saw before fine-tuning wrongly where they are drawn by chance."""
+    assert not samples(SimpleNamespace(source=ModelSource("builtin:tiny")))
+    assert samples(SimpleNamespace(source=ModelSource(str(tiny_model_dir("qwen2")))))
+    assert samples(SimpleNamespace(source=None))
