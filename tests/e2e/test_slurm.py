@@ -191,6 +191,7 @@ def test_two_tasks_train(cluster: Cluster, launch: Callable[..., dict[str, Any]]
     assert {path.name for path in job["logs"].glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
 
 
+@pytest.mark.long
 def test_a_job_that_is_asked_to_stop_goes_back_to_the_queue(
     cluster: Cluster, launch: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -218,6 +219,7 @@ def _begin(cluster: Cluster, job: str) -> None:
     raise AssertionError(f"the requeued job did not begin: {cluster.ask('scontrol', 'show', 'job', job)}")
 
 
+@pytest.mark.long
 def test_a_job_that_is_cancelled_stays_so(
     cluster: Cluster, launch: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
