@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.fp8 import to_codes
+from tunesmith.kernels.kv_cache_scale import SMALLEST_SCALE, power_of_two_scale
 from tunesmith.kernels.nf4 import use_kernel
-
-SMALLEST_SCALE = 2.0**-100
-"""The scale of a page of zeros."""
-MANTISSA_ABOVE_448 = 0x1FFFFF
-"""Added to the bits of a float32 it carries into the exponent where the mantissa is above 1.75: 448 is 1.75 * 2^8."""
-EXPONENT, EXPONENT_OF_448 = 0x7F800000, 8 << 23
 
 
 def write_kv(
@@ -70,14 +65,6 @@ def write_kv_reference(
             pages_PSKH.view(-1, *pages_PSKH.shape[2:]).index_copy_(0, slots_T, new_TKH.to(pages_PSKH.dtype))
         elif slots_T.numel():
             _write_fp8(new_TKH.float(), pages_PSKH, slots_T, scales_PK)
-
-
-def power_of_two_scale(largest: Tensor) -> Tensor:
-    """The least power of two p, at least SMALLEST_SCALE, with largest <= 448 p; float32 of largest's shape."""
-    bits = largest.contiguous().view(torch.int32)
-    exponent = (bits + MANTISSA_ABOVE_448).bitwise_and(EXPONENT)
-    scale = (exponent - EXPONENT_OF_448).clamp(min=0).view(torch.float32)
-    return scale.clamp(min=SMALLEST_SCALE)
 
 
 def _write_fp8(new_TKH: Tensor, pages_PSKH: Tensor, slots_T: Tensor, scales_PK: Tensor) -> None:

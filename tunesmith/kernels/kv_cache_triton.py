@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.kv_cache import EXPONENT, EXPONENT_OF_448, MANTISSA_ABOVE_448, SMALLEST_SCALE
+from tunesmith.kernels.kv_cache_scale import EXPONENT, EXPONENT_OF_448, MANTISSA_ABOVE_448, SMALLEST_SCALE
 from tunesmith.kernels.launch import current, tile
 from tunesmith.units import ceil_div
 

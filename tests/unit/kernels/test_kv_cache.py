@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.fp8_weight import FP8
-from tunesmith.kernels.kv_cache import SMALLEST_SCALE, power_of_two_scale, write_kv
+from tunesmith.kernels.kv_cache import write_kv
+from tunesmith.kernels.kv_cache_scale import SMALLEST_SCALE, power_of_two_scale
 
 PAGES, SLOTS, HEADS, HEAD_DIM = 6, 16, 2, 8
 
