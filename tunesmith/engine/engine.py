@@ -136,10 +136,10 @@ class Engine:
         sequence.pending = [token]
         piece, reason = self._say(sequence, token)
         if reason is None:
-            return StepOutput(sequence.request.id, token, piece)
+            return StepOutput(sequence.request.id, [token], piece)
         piece += sequence.text.finish()
         self.scheduler.finish(sequence)
-        return StepOutput(sequence.request.id, token, piece, _complete(sequence, reason))
+        return StepOutput(sequence.request.id, [token], piece, _complete(sequence, reason))
 
     def _say(self, sequence: Running, token: int) -> tuple[str, FinishReason | None]:
         """The text this token adds, and why the answer ends here, if it does."""
