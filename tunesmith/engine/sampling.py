@@ -1,14 +1,210 @@
-"""From logits to a token: penalty, temperature, top-k, top-p, min-p, then a draw from the request's own generator."""
+"""From logits to tokens, on the device: penalties, biases and masks, then the draw; nothing waits for the device.
+
+    logits_BV -> chosen tokens' log-probabilities are of these
+      -> repetition, presence, frequency penalties, logit bias, stop tokens that are too early, the grammar's bitmask
+      -> / temperature -> min-p, top-k, top-p -> the largest of what is left plus the noise of (seed, position)
+
+A row's token depends on its own logits, parameters and position alone: not on the batch, nor on what ran before.
+Penalties are vLLM's and OpenAI's: presence and frequency count the answer's tokens, repetition the prompt's too.
+Rows with drafts (one slot several times) may not have penalties: their counts are of the drawn tokens only.
+"""
 
 from __future__ import annotations
 
+import math
+import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.batch import SampledRow
+from tunesmith.engine.logprobs import LogprobTensors, chosen_and_top, to_host
+from tunesmith.engine.request import SamplingParams, TokenLogprobs
+from tunesmith.engine.sampling_state import Entries, Penalised, SamplingPlan, SamplingState
 from tunesmith.errors import RequestError
+from tunesmith.kernels.sampling import BROKEN, choose, choose_greedily, find_thresholds
+
+__all__ = ["BROKEN", "Sampled", "Sampling", "SamplingState", "draw_seed"]
+
+
+def draw_seed() -> int:
+    """A fresh seed for a request that has none."""
+    return secrets.randbits(63)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What was drawn, on the device. `BROKEN` (-1) stands where a row's logits are not numbers, or none is allowed."""
+
+    tokens_B: Tensor
+    plan: SamplingPlan
+    logprobs: LogprobTensors | None = None
+
+    def to_host(self) -> Sampled:
+        """Copies that are begun now and that nothing waits for: read them with `lists` when the device is there."""
+        return Sampled(to_host(self.tokens_B), self.plan, self.logprobs and self.logprobs.to_host())
+
+    def lists(self) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Tokens, and what was asked for of log-probabilities: [] where no row asks."""
+        tokens = self.tokens_B.tolist()
+        if self.logprobs is None:
+            return tokens, []
+        found: list[TokenLogprobs | None] = [None] * len(tokens)
+        for row, one in zip(self.plan.reported_rows, self.logprobs.lists(self.plan.num_top), strict=True):
+            found[row] = one
+        return tokens, found
+
+
+class Sampling:
+    """The sampling of one runner.
+
+        sampling = Sampling(max_num_seqs, vocab_size, device)
+        sampled = sampling(logits_BV, rows, slots_B, positions_B, masks)     # launched
+        tokens, logprobs = sampled.to_host().lists()                       # after the device has come so far
+        sampling.release(slot)                                             # a sequence has left
+
+    `state.last_tokens_N` has the last drawn token of each slot, for a step that is launched before this one is read.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self.state = SamplingState(num_slots, vocab_size, device)
+
+    def plan(self, rows: Sequence[SampledRow]) -> SamplingPlan:
+        """What these rows need: made again only when they are others, or in another order."""
+        return self.state.plan(rows)
+
+    def release(self, slot: int) -> None:
+        """A sequence has left this slot."""
+        self.state.release(slot)
+
+    def __call__(
+        self,
+        logits_BV: Tensor,
+        rows: Sequence[SampledRow],
+        slots_B: Tensor,
+        positions_B: Tensor,
+        masks_MW: Tensor | None = None,
+        chosen_B: Tensor | None = None,
+    ) -> Sampled:
+        """One token for each row.
+
+        Args: logits_BV: any float dtype; not changed. rows: in the order of the logits. slots_B, positions_B: int64
+        on the device, each row's slot and the position of the token to be drawn. masks_MW: int32 on the device, bit
+        t % 32 of word t // 32 set where token t is allowed, one row for each that has a grammar. chosen_B: tokens
+        that a recorded graph has chosen already (used where the plan is plain; the graph kept the last tokens).
+        """
+        plan = self.plan(rows)
+        if chosen_B is not None and plan.is_plain:
+            return Sampled(chosen_B, plan)
+        logits = logits_BV if plan.is_plain else self._changed(logits_BV, plan, slots_B, positions_B, masks_MW)
+        tokens_B = self._choose(logits, plan, slots_B, positions_B)
+        self.state.last_tokens_N.index_copy_(0, slots_B, tokens_B.clamp(min=0))
+        if plan.penalised is not None:
+            self.state.counts.add(plan.penalised.places, tokens_B.index_select(0, plan.penalised.rows))
+        return Sampled(tokens_B, plan, _report(logits_BV, tokens_B, plan))
+
+    def choose_plainly(self, logits_BV: Tensor, slots_B: Tensor, positions_B: Tensor) -> Tensor:
+        """The tokens where the plan is plain, kept as last tokens too: what a graph records. Reads tables by slot."""
+        tokens_B = self._draw(logits_BV, slots_B, positions_B, None)
+        self.state.last_tokens_N.index_copy_(0, slots_B, tokens_B.clamp(min=0))
+        return tokens_B
+
+    def _choose(self, logits: Tensor, plan: SamplingPlan, slots_B: Tensor, positions_B: Tensor) -> Tensor:
+        if plan.is_greedy:
+            return choose_greedily(logits)
+        return self._draw(logits, slots_B, positions_B, self._thresholds(logits, plan, slots_B))
+
+    def _draw(self, logits: Tensor, slots_B: Tensor, positions_B: Tensor, thresholds_B: Tensor | None) -> Tensor:
+        state = self.state
+        temperatures_B = state.floats_PN[0].index_select(0, slots_B)
+        seeds_B = state.ints_PN[0].index_select(0, slots_B)
+        return choose(logits, temperatures_B, seeds_B, positions_B, thresholds_B)
+
+    def _thresholds(self, logits: Tensor, plan: SamplingPlan, slots_B: Tensor) -> Tensor | None:
+        if plan.filtered is None:
+            return None
+        slots_M = slots_B.index_select(0, plan.filtered)
+        temperatures, top_p, min_p = self.state.floats_PN[:3].index_select(1, slots_M)
+        top_k = self.state.ints_PN[1].index_select(0, slots_M)
+        found_M = find_thresholds(logits.index_select(0, plan.filtered), temperatures, top_k, top_p, min_p)
+        thresholds_B = torch.full((logits.shape[0],), -math.inf, device=logits.device)
+        return thresholds_B.index_copy_(0, plan.filtered, found_M)
+
+    def _changed(
+        self,
+        logits_BV: Tensor,
+        plan: SamplingPlan,
+        slots_B: Tensor,
+        positions_B: Tensor,
+        masks_MW: Tensor | None,
+    ) -> Tensor:
+        """The logits after penalties, biases and masks: a float32 copy where there are any."""
+        if plan.penalised is None and plan.biased is None and plan.not_yet is None and plan.masked is None:
+            return logits_BV
+        logits = logits_BV.to(torch.float32, copy=True)
+        if plan.penalised is not None:
+            self._penalise(logits, plan.penalised, slots_B)
+        if plan.biased is not None:
+            biased = plan.biased
+            logits.index_put_((biased.rows, biased.tokens), biased.biases, accumulate=True)
+        if plan.not_yet is not None:
+            self._forbid(logits, plan.not_yet, slots_B, positions_B)
+        if plan.masked is not None and masks_MW is not None:
+            allowed = unpack_masks(masks_MW, logits.shape[1])
+            rows = logits.index_select(0, plan.masked).masked_fill_(~allowed, -math.inf)
+            logits.index_copy_(0, plan.masked, rows)
+        return logits
+
+    def _penalise(self, logits: Tensor, penalised: Penalised, slots_B: Tensor) -> None:
+        counts = self.state.counts
+        slots_M = slots_B.index_select(0, penalised.rows)
+        parameters = self.state.floats_PN[3:].index_select(1, slots_M)
+        in_prompt = counts.prompts_NV.index_select(0, penalised.places)
+        in_answer = counts.answers_NV.index_select(0, penalised.places)
+        rows = penalise(logits.index_select(0, penalised.rows), in_prompt, in_answer, *parameters)
+        logits.index_copy_(0, penalised.rows, rows)
+
+    def _forbid(self, logits: Tensor, entries: Entries, slots_B: Tensor, positions_B: Tensor) -> None:
+        """Stop tokens of answers that have fewer tokens than they must."""
+        num_prompt, min_tokens = self.state.ints_PN[2:].index_select(1, slots_B)
+        is_early = (positions_B - num_prompt < min_tokens).index_select(0, entries.rows)
+        place = (entries.rows, entries.tokens)
+        logits.index_put_(place, torch.where(is_early, entries.biases, logits[place]))
+
+
+def penalise(
+    logits_MV: Tensor,
+    in_prompt_MV: Tensor,
+    in_answer_MV: Tensor,
+    presence_M: Tensor,
+    frequency_M: Tensor,
+    repetition_M: Tensor,
+) -> Tensor:
+    """Logits of tokens already seen, lowered.
+
+    Repetition: divided by the penalty, or multiplied where negative (arXiv 1909.05858), if in prompt or answer. Then
+    minus frequency x the times in the answer, minus presence if it is there at all (OpenAI's API reference).
+    """
+    answered = in_answer_MV > 0
+    repetition = torch.where(in_prompt_MV | answered, repetition_M[:, None], 1.0)
+    logits = torch.where(logits_MV > 0, logits_MV / repetition, logits_MV * repetition)
+    return logits - frequency_M[:, None] * in_answer_MV - presence_M[:, None] * answered
+
+
+def unpack_masks(masks_MW: Tensor, vocab_size: int) -> Tensor:
+    """bool [M, V] of int32 words: bit t % 32 of word t // 32."""
+    bits = torch.arange(32, device=masks_MW.device, dtype=torch.int32)
+    return ((masks_MW[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
+
+
+def _report(logits_BV: Tensor, tokens_B: Tensor, plan: SamplingPlan) -> LogprobTensors | None:
+    """Log-probabilities of the model's own logits."""
+    if plan.reported is None:
+        return None
+    rows = logits_BV.index_select(0, plan.reported)
+    return chosen_and_top(rows, tokens_B.index_select(0, plan.reported), max(plan.num_top))
 
 
 class Sampler:
@@ -29,7 +225,7 @@ class Sampler:
         """The next token. Raises RequestError when the logits are not numbers."""
         logits_V = logits_V.float()
         if self.penalised:
-            logits_V = penalise(logits_V, sorted(self.seen), self.params.repetition_penalty)
+            logits_V = penalise_seen(logits_V, sorted(self.seen), self.params.repetition_penalty)
         token = take_maximum(logits_V[None])[0] if self.params.is_greedy else self._draw(logits_V)
         if self.penalised:
             self.seen.add(token)
@@ -72,7 +268,7 @@ def _not_numbers() -> RequestError:
     )
 
 
-def penalise(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+def penalise_seen(logits_V: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     """Seen tokens' logits lowered: divided by the penalty, or multiplied where negative. Source: arXiv 1909.05858."""
     index = torch.tensor(seen, device=logits_V.device, dtype=torch.int64)
     values = logits_V[index]

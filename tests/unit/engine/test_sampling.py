@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from tunesmith.engine.request import SamplingParams
-from tunesmith.engine.sampling import Sampler, candidates, choose_tokens, penalise
+from tunesmith.engine.sampling import Sampler, candidates, choose_tokens, penalise_seen as penalise
 from tunesmith.errors import RequestError
 
 VOCAB = 50
