@@ -116,6 +116,10 @@ class Tokenizer:
         digest.update(json.dumps(extra, sort_keys=True).encode())
         return digest.hexdigest()
 
+    def to_json(self) -> str:
+        """The vocabulary and its rules as `tokenizers` writes them, added tokens included."""
+        return self._backend.to_str()
+
     def encode(self, text: str, *, parse_special: bool = False, add_special: bool = False) -> list[int]:
         """Token ids of a text.
 

@@ -1,0 +1,341 @@
+"""From a specification to a grammar over the tokenizer's tokens, by llguidance, off the engine's loop.
+
+    spec --grammar_text--> llguidance's grammar --a thread--> MatcherGrammar (cached) --copy--> a request's state
+
+llguidance walks the tokenizer's trie with a lazily built automaton, so nothing is precomputed for the whole
+vocabulary: a schema compiles in about a millisecond, and what a hostile one may spend is bounded by fuel.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunesmith.engine.request import StructuredSpec
+from tunesmith.engine.structured import MAX_SPEC_BYTES, check_spec, mask_words
+from tunesmith.errors import RequestError
+from tunesmith.text.tokenizer import Tokenizer
+
+# Between JSON's tokens: nothing, a space, or a line break with its indentation. Without a bound a model may go on
+# writing blanks until its limit.
+JSON_WHITESPACE = r"([ ]|\n[ ]{0,40})"
+
+
+@dataclass(frozen=True)
+class GrammarLimits:
+    """What one grammar may cost.
+
+    max_spec_bytes: of a schema, expression, grammar or all choices together.
+    compile_s: from the request's arrival until its grammar is ready; a request that waits longer fails.
+    cache_entries: compiled grammars that are kept, the least recently used go first.
+    start_fuel, step_fuel: automaton work for the start (about 50,000 a millisecond) and for one token.
+    max_states: automaton states of one grammar (1 to 2 kB each).
+    max_symbols: symbols of a grammar after expansion.
+    """
+
+    max_spec_bytes: int = MAX_SPEC_BYTES
+    compile_s: float = 10.0
+    cache_entries: int = 64
+    start_fuel: int = 5_000_000
+    step_fuel: int = 200_000
+    max_states: int = 50_000
+    max_symbols: int = 500_000
+
+
+class MatcherState:
+    """One answer's place in its grammar (`interfaces.GrammarState`, and `rollback`). Used by one thread at a time.
+
+    Stop tokens are the engine's: they are allowed where the grammar may end, and only there.
+    """
+
+    def __init__(self, matcher: Any, stop_ids: tuple[int, ...]) -> None:
+        self._matcher = matcher
+        self._stop_ids = stop_ids
+        self._has_stopped = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether a stop token was taken, or nothing else may follow."""
+        return self._has_stopped or (self._matcher.is_stopped() and not self._matcher.is_error())
+
+    @property
+    def may_end(self) -> bool:
+        """Whether what was accepted so far is a whole answer."""
+        return self._has_stopped or self._matcher.is_accepting()
+
+    def mask_into(self, bitmask_row: np.ndarray) -> None:
+        """Write which tokens may come next.
+
+        Args: `bitmask_row`: int32, contiguous, ceil(V / 32) long.
+        Raises: RequestError when the grammar became too complex to follow: the request can't go on.
+        """
+        if self._has_stopped:
+            bitmask_row.fill(0)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(bitmask_row.ctypes.data, bitmask_row.nbytes)
+            if self._matcher.is_error():
+                raise _too_complex(self._matcher)
+        self._set_stops(bitmask_row)
+
+    def _set_stops(self, bitmask_row: np.ndarray) -> None:
+        words = bitmask_row.view(np.uint32)
+        allowed = self.may_end
+        for token in self._stop_ids:
+            word, bit = token >> 5, 1 << (token & 31)
+            words[word] = int(words[word]) | bit if allowed else int(words[word]) & ~bit
+
+    def accept(self, token: int) -> bool:
+        """Go on by one token; False, and no change, when the grammar doesn't allow it."""
+        if self._has_stopped:
+            return False
+        if token in self._stop_ids:
+            self._has_stopped = self._matcher.is_accepting()
+            return self._has_stopped
+        return self._matcher.try_consume_tokens([token]) == 1
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take the last accepted tokens back."""
+        if num_tokens and self._has_stopped:
+            self._has_stopped = False
+            num_tokens -= 1
+        if num_tokens:
+            self._matcher.rollback(num_tokens)
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next, if any: drafts that a speculative step need not guess."""
+        return [] if self._has_stopped else list(self._matcher.compute_ff_tokens())
+
+
+class MatcherGrammar:
+    """A compiled grammar: a matcher at its start, copied for each request (about a microsecond)."""
+
+    def __init__(self, matcher: Any, stop_ids: tuple[int, ...], warnings: tuple[str, ...] = ()) -> None:
+        self._matcher = matcher
+        self._stop_ids = stop_ids
+        self.warnings = warnings
+
+    def state(self) -> MatcherState:
+        """A fresh start."""
+        return MatcherState(self._matcher.deep_copy(), self._stop_ids)
+
+
+class PendingGrammar:
+    """A grammar that is being compiled. `is_ready` never blocks."""
+
+    def __init__(self, future: Future[MatcherGrammar], limit_s: float) -> None:
+        self._future = future
+        self._limit_s = limit_s
+        self._started_s = time.monotonic()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `grammar` would answer (or raise) at once."""
+        return self._future.done() or time.monotonic() - self._started_s > self._limit_s
+
+    def grammar(self) -> MatcherGrammar:
+        """The grammar, waiting for it up to the limit. Raises: RequestError when it is wrong or took too long."""
+        left_s = self._limit_s - (time.monotonic() - self._started_s)
+        try:
+            return self._future.result(max(0.0, left_s))
+        except TimeoutError:
+            raise RequestError(
+                f"the structured output's grammar was not compiled within {self._limit_s:g} s: make it simpler"
+            ) from None
+
+
+class GrammarCompiler:
+    """Compiles specifications for one tokenizer and vocabulary, and keeps what it compiled.
+
+    Args:
+        vocab_size: the width of the logits; ids beyond the tokenizer's are never allowed.
+        stop_ids: what ends an answer; allowed only where the grammar may end.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        stop_ids: Collection[int] = (),
+        *,
+        limits: GrammarLimits | None = None,
+        max_threads: int = 2,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.stop_ids = tuple(sorted(token for token in stop_ids if token < vocab_size))
+        self.limits = limits or GrammarLimits()
+        self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="grammar")
+        self._cache: OrderedDict[StructuredSpec, Future[MatcherGrammar]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._trie_lock = threading.Lock()
+        self._trie: Any = None
+
+    @property
+    def num_mask_words(self) -> int:
+        """int32 words of a mask row."""
+        return mask_words(self.vocab_size)
+
+    def compile(self, spec: StructuredSpec) -> MatcherGrammar:
+        """The grammar, waiting for it. Raises: RequestError."""
+        return self.submit(spec).grammar()
+
+    def submit(self, spec: StructuredSpec) -> PendingGrammar:
+        """Begin compiling in a thread, or find what is there. Raises: RequestError for what is malformed."""
+        check_spec(spec, max_bytes=self.limits.max_spec_bytes)
+        with self._lock:
+            future = self._cache.get(spec)
+            if future is None or (future.done() and future.exception() is not None):
+                future = self._cache[spec] = self._pool.submit(self._compile, spec)
+            self._cache.move_to_end(spec)
+            while len(self._cache) > self.limits.cache_entries:
+                self._cache.popitem(last=False)
+        return PendingGrammar(future, self.limits.compile_s)
+
+    def warm_up(self) -> None:
+        """Begin reading the vocabulary (a second for 150,000 tokens) before the first request needs it."""
+        self._pool.submit(self._tokens)
+
+    def close(self) -> None:
+        """End the threads; what waits is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, spec: StructuredSpec) -> MatcherGrammar:
+        library = _library()
+        matcher = library.LLMatcher(self._tokens(), grammar_text(spec), log_level=0, limits=_fuel(self.limits))
+        if matcher.is_error():
+            raise _refused(spec, matcher.get_error())
+        # The first mask builds most of the automaton: it is made here, not in the engine's loop.
+        first = matcher.deep_copy()
+        row = np.zeros(self.num_mask_words, dtype=np.int32)
+        first.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if first.is_error():
+            raise _refused(spec, first.get_error())
+        return MatcherGrammar(matcher, self.stop_ids, tuple(matcher.get_grammar_warnings()))
+
+    def _tokens(self) -> Any:
+        """The vocabulary as llguidance's trie."""
+        with self._trie_lock:
+            if self._trie is None:
+                self._trie = _read_vocabulary(self.tokenizer, self.vocab_size, self.stop_ids)
+            return self._trie
+
+
+class RequestGrammars:
+    """The grammars of an engine's requests (`interfaces.Grammars`)."""
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self.compiler = compiler
+        self._pending: dict[int, PendingGrammar] = {}
+
+    def submit(self, request_id: int, spec: StructuredSpec) -> None:
+        """Begin to compile. Raises: RequestError for what is malformed."""
+        self._pending[request_id] = self.compiler.submit(spec)
+
+    def ready(self, request_id: int) -> MatcherState | None:
+        """A fresh state; None while it is being compiled. Raises: RequestError when it is wrong or took too long."""
+        pending = self._pending[request_id]
+        return pending.grammar().state() if pending.is_ready else None
+
+    def forget(self, request_id: int) -> None:
+        """The request has ended."""
+        self._pending.pop(request_id, None)
+
+
+def grammar_text(spec: StructuredSpec) -> str:
+    """The specification in llguidance's own form (JSON)."""
+    matcher = _library().LLMatcher
+    value = spec.value if isinstance(spec.value, str) else ""
+    if spec.kind == "choice":
+        return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in spec.value))
+    if spec.kind == "regex":
+        return matcher.grammar_from_regex(value)
+    if spec.kind == "grammar":
+        return value if value.lstrip().startswith("{") else matcher.grammar_from_lark(_as_lark(value))
+    schema = value if spec.kind == "json_schema" else '{"type": "object"}'
+    return matcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
+
+
+def _as_lark(grammar: str) -> str:
+    """A grammar in Lark's notation, also from llama.cpp's (`root ::= ...`)."""
+    if "::=" not in grammar:
+        return grammar
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(grammar)
+    except (ValueError, IndexError, KeyError, AssertionError, RecursionError) as error:
+        raise RequestError(f"the grammar of the structured output can't be read as GBNF: {error}") from None
+
+
+def validate_spec(spec: StructuredSpec, limits: GrammarLimits | None = None) -> list[str]:
+    """Refuse a specification that can't be compiled, without a tokenizer (about a millisecond); warnings.
+
+    For the HTTP process, in a thread: what is wrong is said before the request reaches the engine.
+    Raises: RequestError.
+    """
+    limits = limits or GrammarLimits()
+    check_spec(spec, max_bytes=limits.max_spec_bytes)
+    wrong, messages = _library().LLMatcher.validate_grammar_with_warnings(grammar_text(spec), limits=_fuel(limits))
+    if wrong:
+        raise _refused(spec, messages[0])
+    return list(messages)
+
+
+def after_thoughts(spec: StructuredSpec, end: str = "</think>") -> StructuredSpec:
+    """The specification for what follows a thought: any text up to `end`, blank lines, then the answer."""
+    answer = json.loads(grammar_text(spec))["grammars"]
+    answer[0]["name"] = "answer"
+    lark = f"start: thoughts BLANK? @answer\nthoughts[suffix={json.dumps(end)}]: /(?s:.)*/\nBLANK: /\\n{{1,2}}/\n"
+    return StructuredSpec("grammar", json.dumps({"grammars": [{"lark_grammar": lark}, *answer]}))
+
+
+def _read_vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Any:
+    width = max(vocab_size, tokenizer.vocab_size)
+    if mask_words(width) != mask_words(vocab_size):
+        raise RequestError(
+            f"structured output needs logits for all of the tokenizer's {tokenizer.vocab_size} tokens; "
+            f"this model has {vocab_size}"
+        )
+    eos = stop_ids[0] if stop_ids else None
+    try:
+        return _library().LLTokenizer(tokenizer.to_json(), n_vocab=width, eos_token=eos)
+    except (ValueError, RuntimeError) as error:
+        raise RequestError(f"structured output isn't possible with this model's tokenizer: {error}") from None
+
+
+def _fuel(limits: GrammarLimits) -> Any:
+    return _library().LLParserLimits(
+        initial_lexer_fuel=limits.start_fuel,
+        step_lexer_fuel=limits.step_fuel,
+        max_lexer_states=limits.max_states,
+        max_grammar_size=limits.max_symbols,
+        verbose_errors=False,
+    )
+
+
+def _library() -> Any:
+    try:
+        from llguidance import _lib
+    except ImportError:
+        raise RequestError(
+            "structured output needs llguidance, which is not installed: pip install llguidance"
+        ) from None
+    return _lib
+
+
+def _refused(spec: StructuredSpec, reason: str) -> RequestError:
+    what = spec.kind.replace("_", " ").replace("json", "JSON")
+    return RequestError(f"the structured output's {what} can't be used: {reason.strip().splitlines()[0][:300]}")
+
+
+def _too_complex(matcher: Any) -> RequestError:
+    reason = (matcher.get_error() or "unknown").strip().splitlines()[0][:200]
+    return RequestError(f"the structured output's grammar became too complex to follow ({reason}): make it simpler")
