@@ -1,0 +1,190 @@
+"""Low-rank adapters of many requests in one pass: every token's row takes the adapter that its request asked for.
+
+    y[t] += up[s] (down[s] x[t])        s = slots[t], the adapter of token t; -1 adds nothing
+
+The adapters of one fused linear lie in a stack; each of its P projections has a rank of its own, at most R:
+
+    down [A, P * R, D]    projection p of adapter s in rows p * R .. p * R + rank[s, p] - 1
+    up   [A, F, R]        alpha / rank is folded in; columns beyond the rank are zero
+
+Tokens are sorted by adapter and cut into tiles that hold tokens of one adapter only. How many tiles there are is a
+function of T alone (the rest is empty), so that a recorded graph goes with any choice of adapters.
+
+On a CPU each adapter's rows are multiplied in turn. A product over gathered adapters (bmm) was measured beside it on
+one core, ranks of 16: slower wherever adapters repeat, at best as fast for 16 tokens of 16 adapters in bfloat16.
+Sources: arXiv 2106.09685, section 4.1; arXiv 2310.18547, section 4 (products over segments of a batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.kernels.launch import in_rows
+from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.units import ceil_div
+
+NO_ADAPTER = -1
+# Tokens of a tile: few where a pass has few (decode), many where it has many (prefill).
+TILE, WIDE_TILE = 16, 64
+_WIDE_FROM = 512
+# Columns of the output that one program adds to.
+BAND = 128
+
+
+@dataclass(frozen=True)
+class AdapterStack:
+    """The adapters of one fused linear, by slot.
+
+    down_AQD [A, P * R, D] and up_AFR [A, F, R] in the compute dtype; ranks_AP int32, 0 where a projection has no
+    adapter, and `ranks`, the same on the host; `parts`: the rows of each projection; bands_N3 int32: bands of the
+    output's columns (projection, first, stop) of at most `BAND`, none over two projections.
+    """
+
+    down_AQD: Tensor
+    up_AFR: Tensor
+    ranks_AP: Tensor
+    bands_N3: Tensor
+    parts: tuple[int, ...]
+    ranks: list[list[int]] = field(default_factory=list)
+
+    @property
+    def max_rank(self) -> int:
+        """R."""
+        return self.up_AFR.shape[2]
+
+
+def empty_stack(
+    num_slots: int, in_features: int, parts: Sequence[int], max_rank: int, dtype: torch.dtype, device: torch.device
+) -> AdapterStack:
+    """A stack of so many slots, all empty."""
+    bands, first = [], 0
+    for part, rows in enumerate(parts):
+        bands += [(part, start, min(start + BAND, first + rows)) for start in range(first, first + rows, BAND)]
+        first += rows
+    return AdapterStack(
+        down_AQD=torch.zeros(num_slots, len(parts) * max_rank, in_features, dtype=dtype, device=device),
+        up_AFR=torch.zeros(num_slots, first, max_rank, dtype=dtype, device=device),
+        ranks_AP=torch.zeros(num_slots, len(parts), dtype=torch.int32, device=device),
+        bands_N3=torch.tensor(bands, dtype=torch.int32, device=device),
+        parts=tuple(parts),
+        ranks=[[0] * len(parts) for _ in range(num_slots)],
+    )
+
+
+@dataclass(frozen=True)
+class TokenAdapters:
+    """Which adapter each token's row takes.
+
+    slots: by token, on the host. order_T int32: the tokens, sorted by slot, those without adapter first; tiles_G3
+    int32: (slot, first, stop) in that order, slot -1 where a tile is empty. Both are on the device, and there only
+    where the kernels run. tile: the most tokens of a tile.
+    """
+
+    slots: np.ndarray
+    device: torch.device
+    tile: int
+    order_T: Tensor | None = None
+    tiles_G3: Tensor | None = None
+
+    @property
+    def groups(self) -> list[tuple[int, slice | Tensor]]:
+        """(slot, its rows), rows side by side as a slice."""
+        return list(self._groups())
+
+    def _groups(self) -> Iterator[tuple[int, slice | Tensor]]:
+        for slot in np.unique(self.slots).tolist():
+            rows = np.flatnonzero(self.slots == slot)
+            if slot == NO_ADAPTER:
+                continue
+            if rows[-1] - rows[0] + 1 == len(rows):
+                yield slot, slice(int(rows[0]), int(rows[-1]) + 1)
+            else:
+                yield slot, torch.from_numpy(rows).to(self.device)
+
+
+def tile_of(num_tokens: int, *, invariant: bool = False) -> int:
+    """Tokens of a tile; `invariant`: the same for any number of tokens, so that a row's sums have one order."""
+    return WIDE_TILE if num_tokens >= _WIDE_FROM and not invariant else TILE
+
+
+def num_tiles(num_tokens: int, num_slots: int, tile: int) -> int:
+    """The most tiles that so many tokens can need."""
+    return ceil_div(num_tokens, tile) + min(num_slots, num_tokens)
+
+
+def plan_tiles(slots: np.ndarray, num_slots: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """order [T] and tiles [G, 3] of `TokenAdapters`, int32, on the host."""
+    order = np.argsort(slots, kind="stable").astype(np.int32)
+    tiles = np.full((num_tiles(len(slots), num_slots, tile), 3), NO_ADAPTER, dtype=np.int32)
+    found, counts = np.unique(slots, return_counts=True)
+    end, filled = 0, 0
+    for slot, count in zip(found.tolist(), counts.tolist(), strict=True):
+        first, end = end, end + count
+        if slot == NO_ADAPTER:
+            continue
+        for start in range(first, end, tile):
+            tiles[filled] = (slot, start, min(start + tile, end))
+            filled += 1
+    return order, tiles
+
+
+def token_adapters(
+    slots: Sequence[int] | np.ndarray, num_slots: int, device: torch.device, *, invariant: bool = False
+) -> TokenAdapters:
+    """The choice of these tokens, with what the kernels need where they run."""
+    chosen = np.asarray(slots, dtype=np.int32)
+    tile = tile_of(len(chosen), invariant=invariant)
+    if not use_kernel(device):
+        return TokenAdapters(chosen, device, tile)
+    order, tiles = plan_tiles(chosen, num_slots, tile)
+    packed = torch.from_numpy(np.concatenate((order, tiles.reshape(-1)))).to(device)
+    return TokenAdapters(chosen, device, tile, packed[: len(order)], packed[len(order) :].view(-1, 3))
+
+
+def add_multi_lora(y_TF: Tensor, x_TD: Tensor, stack: AdapterStack, chosen: TokenAdapters) -> None:
+    """y[t] += up[s] (down[s] x[t]) in place, s being the adapter of token t."""
+    if chosen.order_T is None or chosen.tiles_G3 is None:
+        add_multi_lora_reference(y_TF, x_TD, stack, chosen)
+        return
+    from tunesmith.kernels.multi_lora_triton import multi_lora_operator
+
+    held = y_TF if y_TF.stride(-1) == 1 else y_TF.contiguous()
+    multi_lora_operator(
+        held,
+        in_rows(x_TD),
+        stack.down_AQD,
+        stack.up_AFR,
+        stack.ranks_AP,
+        stack.bands_N3,
+        chosen.order_T,
+        chosen.tiles_G3,
+        chosen.tile,
+    )
+    if held is not y_TF:
+        y_TF.copy_(held)
+
+
+def add_multi_lora_reference(y_TF: Tensor, x_TD: Tensor, stack: AdapterStack, chosen: TokenAdapters) -> None:
+    """The same, one adapter after the other."""
+    for slot, rows in chosen.groups:
+        x, target = x_TD[rows], y_TF[rows]
+        _add_one(target, x, stack, slot)
+        if not isinstance(rows, slice):
+            y_TF[rows] = target
+
+
+def _add_one(y_NF: Tensor, x_ND: Tensor, stack: AdapterStack, slot: int) -> None:
+    """The adapter of one slot on rows that all take it."""
+    width, first = stack.max_rank, 0
+    for part, (rows, rank) in enumerate(zip(stack.parts, stack.ranks[slot], strict=True)):
+        if rank:
+            down = stack.down_AQD[slot, part * width : part * width + rank]
+            up = stack.up_AFR[slot, first : first + rows, :rank]
+            y_NF[:, first : first + rows].addmm_(F.linear(x_ND, down), up.t())
+        first += rows
