@@ -24,7 +24,8 @@ from tunesmith.engine.logprobs import LogprobTensors, chosen_and_top, to_host
 from tunesmith.engine.request import SamplingParams, TokenLogprobs
 from tunesmith.engine.sampling_state import Entries, Penalised, SamplingPlan, SamplingState
 from tunesmith.errors import RequestError
-from tunesmith.kernels.sampling import BROKEN, choose, choose_greedily, find_thresholds
+from tunesmith.kernels.sampling import choose, choose_greedily, find_thresholds
+from tunesmith.kernels.sampling_noise import BROKEN
 
 __all__ = ["BROKEN", "Sampled", "Sampling", "SamplingState", "draw_seed"]
 
@@ -100,27 +101,23 @@ class Sampling:
             return Sampled(chosen_B, plan)
         logits = logits_BV if plan.is_plain else self._changed(logits_BV, plan, slots_B, positions_B, masks_MW)
         tokens_B = self._choose(logits, plan, slots_B, positions_B)
-        self.state.last_tokens_N.index_copy_(0, slots_B, tokens_B.clamp(min=0))
         if plan.penalised is not None:
             self.state.counts.add(plan.penalised.places, tokens_B.index_select(0, plan.penalised.rows))
         return Sampled(tokens_B, plan, _report(logits_BV, tokens_B, plan))
 
     def choose_plainly(self, logits_BV: Tensor, slots_B: Tensor, positions_B: Tensor) -> Tensor:
         """The tokens where the plan is plain, kept as last tokens too: what a graph records. Reads tables by slot."""
-        tokens_B = self._draw(logits_BV, slots_B, positions_B, None)
-        self.state.last_tokens_N.index_copy_(0, slots_B, tokens_B.clamp(min=0))
-        return tokens_B
+        return self._draw(logits_BV, slots_B, positions_B, None)
 
     def _choose(self, logits: Tensor, plan: SamplingPlan, slots_B: Tensor, positions_B: Tensor) -> Tensor:
         if plan.is_greedy:
-            return choose_greedily(logits)
+            return choose_greedily(logits, slots_B, self.state.last_tokens_N)
         return self._draw(logits, slots_B, positions_B, self._thresholds(logits, plan, slots_B))
 
     def _draw(self, logits: Tensor, slots_B: Tensor, positions_B: Tensor, thresholds_B: Tensor | None) -> Tensor:
         state = self.state
-        temperatures_B = state.floats_PN[0].index_select(0, slots_B)
-        seeds_B = state.ints_PN[0].index_select(0, slots_B)
-        return choose(logits, temperatures_B, seeds_B, positions_B, thresholds_B)
+        temperatures_N, seeds_N = state.floats_PN[0], state.ints_PN[0]
+        return choose(logits, temperatures_N, seeds_N, slots_B, positions_B, state.last_tokens_N, thresholds_B)
 
     def _thresholds(self, logits: Tensor, plan: SamplingPlan, slots_B: Tensor) -> Tensor | None:
         if plan.filtered is None:

@@ -1,9 +1,8 @@
 """Drawing tokens from logits: what may be drawn as one threshold a row, and the draw as an argmax of noisy logits.
 
 Gumbel-max: the largest of x / temperature + g, with g independent standard Gumbel noise, is distributed as
-softmax(x / temperature). Noise is a pure function of (seed, position, token): it is the same in any batch, after a
-preemption, and on another device but for the rounding of a logarithm. The counter of the generator Philox4x32 is
-(token mod Q, position, site, 0), the word token div Q, where Q is a quarter of the vocabulary, rounded up to 64.
+softmax(x / temperature). Noise is a pure function of (seed, position, token), see `sampling_noise`: it is the same in
+any batch, after a preemption, and on another device but for the rounding of a logarithm.
 
 What top-k, top-p and min-p leave are always the largest logits, so a row's choice is between x >= threshold. Tokens
 whose logit equals the threshold stay together. Order: min-p, top-k, top-p, each on what the ones before have left.
@@ -19,84 +18,66 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.nf4 import use_kernel
-from tunesmith.kernels.philox import philox
-from tunesmith.units import ceil_div
-
-BROKEN = -1
-"""In place of a token where a row's largest logit is not a finite number."""
-SITE = 0x5A11
-"""Tells this noise from other uses of the same seed."""
-SERIES_BELOW = 2.0**-6
-
-
-def quarter(vocab_size: int) -> int:
-    """Tokens that share one word of the generator's four: every fourth strip of the vocabulary."""
-    return 64 * ceil_div(vocab_size, 256)
+from tunesmith.kernels.sampling_noise import BROKEN, gumbel
 
 
 def choose(
     logits_BV: Tensor,
-    temperatures_B: Tensor,
-    seeds_B: Tensor,
+    temperatures_N: Tensor,
+    seeds_N: Tensor,
+    slots_B: Tensor,
     positions_B: Tensor,
+    last_tokens_N: Tensor,
     thresholds_B: Tensor | None = None,
 ) -> Tensor:
     """tokens_B int64 on the device, `BROKEN` where a row can't be chosen from. Nothing waits for the device.
 
-    Args: logits_BV: any float dtype, last stride 1. temperatures_B: float32; 0 takes the largest logit (the first of
-    several). seeds_B, positions_B: int64; positions below 2^31. thresholds_B: float32, none below it is drawn.
+    Args: logits_BV: any float dtype, last stride 1. temperatures_N: float32 by slot; 0 takes the largest logit (the
+    first of several). seeds_N: int64 by slot. slots_B, positions_B: int64, each row's slot and the position that is
+    drawn, below 2^31. last_tokens_N: int64 by slot, is given the tokens (0 for `BROKEN`). thresholds_B: float32;
+    logits below it are not drawn.
     """
     if not use_kernel(logits_BV.device):
-        return choose_reference(logits_BV, temperatures_B, seeds_B, positions_B, thresholds_B)
+        return choose_reference(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
     from tunesmith.kernels.sampling_triton import choose_operator
 
-    return choose_operator(logits_BV, temperatures_B, seeds_B, positions_B, thresholds_B)
+    return choose_operator(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
 
 
 def choose_reference(
     logits_BV: Tensor,
-    temperatures_B: Tensor,
-    seeds_B: Tensor,
+    temperatures_N: Tensor,
+    seeds_N: Tensor,
+    slots_B: Tensor,
     positions_B: Tensor,
+    last_tokens_N: Tensor,
     thresholds_B: Tensor | None = None,
 ) -> Tensor:
     """`choose` by plain torch: the truth that the kernel must equal."""
     logits = logits_BV.float()
-    divisor = torch.where(temperatures_B > 0, temperatures_B, 1.0)[:, None]
-    drawn = logits / divisor + gumbel(seeds_B, positions_B, logits.shape[-1])
-    scores = torch.where(temperatures_B[:, None] > 0, drawn, logits)
+    temperatures_B = temperatures_N.index_select(0, slots_B)[:, None]
+    divisor = torch.where(temperatures_B > 0, temperatures_B, 1.0)
+    drawn = logits / divisor + gumbel(seeds_N.index_select(0, slots_B), positions_B, logits.shape[-1])
+    scores = torch.where(temperatures_B > 0, drawn, logits)
     if thresholds_B is not None:
         scores = scores.masked_fill(logits < thresholds_B[:, None], -math.inf)
-    values, tokens = scores.max(-1)
-    return torch.where(values.isfinite(), tokens, BROKEN)
+    return _best(scores, slots_B, last_tokens_N)
 
 
-def choose_greedily(logits_BV: Tensor) -> Tensor:
-    """tokens_B of the largest logits, `BROKEN` where a row has none."""
-    if use_kernel(logits_BV.device):
-        from tunesmith.kernels.sampling_triton import greedy_operator
+def choose_greedily(logits_BV: Tensor, slots_B: Tensor, last_tokens_N: Tensor) -> Tensor:
+    """`choose` of rows that all take their largest logit."""
+    if not use_kernel(logits_BV.device):
+        return _best(logits_BV, slots_B, last_tokens_N)
+    from tunesmith.kernels.sampling_triton import greedy_operator
 
-        return greedy_operator(logits_BV)
-    values, tokens = logits_BV.max(-1)
-    return torch.where(values.isfinite(), tokens, BROKEN)
-
-
-def gumbel(seeds_B: Tensor, positions_B: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, float32 [B, V]."""
-    strip = quarter(vocab_size)
-    columns = torch.arange(strip, device=seeds_B.device).expand(len(seeds_B), strip)
-    rows = positions_B[:, None].expand(len(seeds_B), strip)
-    words = philox(columns, rows, SITE, seeds_B[:, None])
-    word = torch.cat(words, dim=1)[:, :vocab_size]
-    return -exponential(word).log()
+    return greedy_operator(logits_BV, slots_B, last_tokens_N)
 
 
-def exponential(word: Tensor) -> Tensor:
-    """Standard exponential noise, float32, of words from 0 to below 2^32. Small values, which win, are exact in all
-    their bits: -log(1 - u) is a series where u is small, so that a large Gumbel value is as likely as it should be."""
-    u = ((word.to(torch.float32) + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4))))
-    return torch.where(u < SERIES_BELOW, series, -(1 - u).log())
+def _best(scores_BV: Tensor, slots_B: Tensor, last_tokens_N: Tensor) -> Tensor:
+    values, tokens = scores_BV.max(-1)
+    found = torch.where(values.isfinite(), tokens, BROKEN)
+    last_tokens_N.index_copy_(0, slots_B, found.clamp(min=0))
+    return found
 
 
 def find_thresholds(
