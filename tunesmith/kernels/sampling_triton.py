@@ -172,8 +172,8 @@ def _best_kernel(
             mask = (column < QUARTER) & (at < VOCAB)
             value = tl.load(source + at, mask=mask, other=float("-inf")).to(tl.float32)
             score = value
-            if DRAWS:
-                if temperature > 0:  # noqa: SIM102 (one is decided when the kernel is compiled)
+            if DRAWS:  # noqa: SIM102 (decided when the kernel is compiled; the other, while it runs)
+                if temperature > 0:
                     score = value / temperature + _gumbel(words[strip], SERIES_BELOW)
             if HAS_THRESHOLDS:
                 score = tl.where(value < threshold, float("-inf"), score)
