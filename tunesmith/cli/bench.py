@@ -1,4 +1,5 @@
-"""`bench train`: a matrix of methods in equal conditions; `peers`: beside other libraries; `scale`: on 1, 2, 4 GPUs."""
+"""`bench train`: a matrix of methods in equal conditions; `peers`: beside other libraries; `scale`: on 1, 2, 4 GPUs;
+`serve`: a server under load."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli import console
+from tunesmith.cli import bench_serve, console
 
 if TYPE_CHECKING:
     from tunesmith.bench.matrix import BenchResult
@@ -176,6 +177,9 @@ def scale(
     facts = {"run_dir": result.run_dir, "cells": len(result.cells), "ok": result.num_ok, "report": page}
     console.emit({**facts, "curves": result.scaling["curves"], "projection": result.scaling["projection"]})
     return 0 if result.num_ok else 1
+
+
+app.command("serve")(bench_serve.serve)
 
 
 def _counts(text: str) -> list[int]:

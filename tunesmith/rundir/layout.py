@@ -32,7 +32,7 @@ from tunesmith.rundir.environment import environment_fingerprint
 from tunesmith.rundir.io import read_json, write_json_atomic, write_text_atomic
 
 SCHEMA_VERSION = 1
-Kind = Literal["train", "bench", "scale", "eval", "profile"]
+Kind = Literal["train", "bench", "scale", "serve", "infer", "eval", "profile"]
 Status = Literal["running", "finished", "failed", "interrupted"]
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 _CLAIMED = ".claimed"
