@@ -18,7 +18,7 @@ Sources: arXiv 2106.09685, section 4.1; arXiv 2310.18547, section 4 (products ov
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -81,14 +81,17 @@ def empty_stack(
 class TokenAdapters:
     """Which adapter each token's row takes.
 
-    slots: by token, on the host. order_T int32: the tokens, sorted by slot, those without adapter first; tiles_G3
-    int32: (slot, first, stop) in that order, slot -1 where a tile is empty. Both are on the device, and there only
-    where the kernels run. tile: the most tokens of a tile.
+    slots: by token, on the host; num_slots: of the stacks.
+    tile: the most tokens of a tile; invariant: it is the same for any number of tokens.
+    order_T int32: the tokens, sorted by slot, those without adapter first; tiles_G3 int32: (slot, first, stop) in that
+        order, slot -1 where a tile is empty. Both on the device, and there only where the kernels run.
     """
 
     slots: np.ndarray
+    num_slots: int
     device: torch.device
-    tile: int
+    tile: int = TILE
+    invariant: bool = False
     order_T: Tensor | None = None
     tiles_G3: Tensor | None = None
 
@@ -140,11 +143,12 @@ def token_adapters(
     """The choice of these tokens, with what the kernels need where they run."""
     chosen = np.asarray(slots, dtype=np.int32)
     tile = tile_of(len(chosen), invariant=invariant)
+    made = TokenAdapters(chosen, num_slots, device, tile, invariant)
     if not use_kernel(device):
-        return TokenAdapters(chosen, device, tile)
+        return made
     order, tiles = plan_tiles(chosen, num_slots, tile)
     packed = torch.from_numpy(np.concatenate((order, tiles.reshape(-1)))).to(device)
-    return TokenAdapters(chosen, device, tile, packed[: len(order)], packed[len(order) :].view(-1, 3))
+    return replace(made, order_T=packed[: len(order)], tiles_G3=packed[len(order) :].view(-1, 3))
 
 
 def add_multi_lora(y_TF: Tensor, x_TD: Tensor, stack: AdapterStack, chosen: TokenAdapters) -> None:

@@ -107,7 +107,7 @@ def check(dtype, limit, slots, ranks, width, parts, max_rank, tile):
     stack.ranks[:] = ranks
     slots = np.asarray(slots, dtype=np.int32)
     order, tiles = map(torch.from_numpy, plan_tiles(slots, len(ranks), tile))
-    chosen = TokenAdapters(slots, torch.device("cpu"), tile)
+    chosen = TokenAdapters(slots, len(ranks), torch.device("cpu"), tile)
     wide = random(len(slots), width + 8).to(dtype)
     x, y = wide[:, 8:], random(len(slots), sum(parts)).to(dtype)
     truth = y.clone()
