@@ -1,0 +1,151 @@
+"""The kernel of kernels/heads_to_pages.py, as a torch custom operator. Imported only where Triton is installed."""
+
+# Triton's decorator and its kernels' arguments have no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tunesmith.kernels.launch import current
+from tunesmith.units import ceil_div
+
+# Tokens of one program where there are many; one program a token and head where there are few, to fill the chip.
+_MANY_TOKENS, _TOKENS = 512, 8
+
+
+@torch.library.custom_op("tunesmith::heads_to_pages", mutates_args=("keys", "values"))
+def heads_to_pages_operator(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """query [T, N, H]; keys and values are written into their slots of the pages."""
+    num_tokens, head_dim = qkv.shape[0], keys.shape[-1]
+    query = qkv.new_empty(num_tokens, num_heads, head_dim)
+    if not num_tokens:
+        return query
+    tokens = tokens_of_a_program(num_tokens)
+    columns = 1 << max((head_dim + 1) // 2 - 1, 0).bit_length()
+    with current(qkv.device):
+        _heads_to_pages_kernel[(ceil_div(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
+            qkv,
+            query_weight,
+            key_weight,
+            cos,
+            sin,
+            query,
+            keys,
+            values,
+            slots,
+            num_tokens,
+            eps,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HALF=head_dim // 2,
+            TOKENS=tokens,
+            COLUMNS=columns,
+            HAS_NORM=query_weight is not None,
+            HAS_ROPE=cos is not None,
+            num_warps=max(1, min(4, tokens * columns // 128)),
+            enable_fp_fusion=False,  # rounds as plain torch does
+        )
+    return query
+
+
+@heads_to_pages_operator.register_fake
+def _heads_to_pages_fake(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], num_heads, keys.shape[-1])
+
+
+def tokens_of_a_program(num_tokens: int) -> int:
+    """Tokens that one program takes of a head."""
+    return _TOKENS if num_tokens >= _MANY_TOKENS else 1
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _heads_to_pages_kernel(
+    qkv,
+    query_weight,
+    key_weight,
+    cos,
+    sin,
+    query,
+    keys,
+    values,
+    slots,
+    num_tokens,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
+) -> None:
+    WIDTH: tl.constexpr = 2 * HALF
+    ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+    head = tl.program_id(1)
+    is_query = head < NUM_HEADS
+    is_value = head >= NUM_HEADS + NUM_KV_HEADS
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    in_tokens = token < num_tokens
+    column = tl.arange(0, COLUMNS)
+    in_half = column < HALF
+    mask = in_tokens[:, None] & in_half[None, :]
+    dtype = query.dtype.element_ty
+    source = qkv + (token * ALL_HEADS + head)[:, None] * WIDTH + column[None, :]
+    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        weight = query_weight if is_query else key_weight
+        if not is_value:
+            squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+            scale = tl.math.rsqrt(squares / WIDTH + eps)[:, None]
+            low = tl.load(weight + column, mask=in_half, other=0.0).to(dtype).to(tl.float32)[None, :]
+            high = tl.load(weight + HALF + column, mask=in_half, other=0.0).to(dtype).to(tl.float32)[None, :]
+            first = ((first * scale).to(dtype).to(tl.float32) * low).to(dtype).to(tl.float32)
+            second = ((second * scale).to(dtype).to(tl.float32) * high).to(dtype).to(tl.float32)
+    if HAS_ROPE:  # noqa: SIM102 (the first is known when compiling)
+        if not is_value:
+            cosine = tl.load(cos + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
+            sine = tl.load(sin + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
+            rotated = first * cosine - second * sine
+            second = second * cosine + first * sine
+            first = rotated
+    if is_query:
+        target = query + (token * NUM_HEADS + head)[:, None] * WIDTH + column[None, :]
+        tl.store(target, first.to(dtype), mask=mask)
+        tl.store(target + HALF, second.to(dtype), mask=mask)
+    else:
+        slot = tl.load(slots + token, mask=in_tokens, other=-1)
+        written = mask & (slot >= 0)[:, None]
+        pages = values if is_value else keys
+        kv_head = head - NUM_HEADS - (NUM_KV_HEADS if is_value else 0)
+        target = pages + (slot * NUM_KV_HEADS + kv_head)[:, None] * WIDTH + column[None, :]
+        tl.store(target, first.to(dtype), mask=written)
+        tl.store(target + HALF, second.to(dtype), mask=written)
