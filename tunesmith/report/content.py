@@ -9,6 +9,8 @@ from tunesmith.report.answers import Evaluation, evaluations_of
 from tunesmith.report.load import Node, Run
 from tunesmith.report.rows import Row, rows_of
 from tunesmith.report.scale import Scale, scale_of
+from tunesmith.report.section import Section
+from tunesmith.report.serve import serve_sections
 from tunesmith.report.strings import Words
 from tunesmith.report.tables import environment_items
 from tunesmith.report.verdict import Sentence, bench_verdict, train_sentence
@@ -35,6 +37,7 @@ class Content:
     sentences: tuple[Sentence, ...]
     benches: tuple[Bench, ...]
     scales: tuple[Scale, ...]
+    sections: tuple[Section, ...]
     trains: tuple[Run, ...]
     evaluations: tuple[Evaluation, ...]
     certificates: tuple[Node, ...]
@@ -46,8 +49,9 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
     benches = tuple(Bench(run.name, tuple(rows_of(run))) for run in runs if run.kind == "bench")
     evaluations = tuple(evaluations_of(runs, words))
     scales = tuple(scale_of(run, words) for run in runs if run.kind == "scale")
+    sections = tuple(serve_sections(runs, words))
     trains = tuple(run for run in runs if run.metrics)
-    headline, sentences = _verdict(benches, scales, trains, evaluations, words)
+    headline, sentences = _verdict(benches, scales, sections, trains, evaluations, words)
     return Content(
         words=words,
         name=" · ".join(dict.fromkeys(run.name for run in runs)),
@@ -58,6 +62,7 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
         sentences=tuple(sentences),
         benches=benches,
         scales=scales,
+        sections=sections,
         trains=trains,
         evaluations=evaluations,
         certificates=tuple(run.certificate for run in runs if run.certificate is not None),
@@ -68,6 +73,7 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
 def _verdict(
     benches: Sequence[Bench],
     scales: Sequence[Scale],
+    sections: Sequence[Section],
     trains: Sequence[Run],
     evaluations: Sequence[Evaluation],
     words: Words,
@@ -77,6 +83,7 @@ def _verdict(
     sentences = [Sentence(verdict.headline) for verdict in verdicts[1:]]
     sentences += [sentence for verdict in verdicts for sentence in verdict.sentences]
     sentences += [sentence for scale in scales for sentence in scale.sentences]
+    sentences += [sentence for section in sections for sentence in section.sentences]
     sentences += [Sentence(text) for run in trains if (text := train_sentence(run, words))]
     sentences += [Sentence(text) for evaluation in evaluations for text in evaluation.sentences]
     if verdicts:

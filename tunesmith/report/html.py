@@ -15,6 +15,7 @@ from tunesmith.report import plots, scale_plots
 from tunesmith.report.content import Bench, Content
 from tunesmith.report.rows import OWNERS, Row
 from tunesmith.report.scale import PARTS, Scale, scale_head, scale_rows
+from tunesmith.report.section import Section
 from tunesmith.report.strings import Words
 from tunesmith.report.style import SERIES
 from tunesmith.report.tables import bench_table, certificate_rows, work_note
@@ -47,6 +48,7 @@ def render_page(content: Content) -> str:
         sentences=[{"text": s.text, "kind": s.kind, "colour": _colour(content, s.row)} for s in content.sentences],
         benches=[_bench(bench, words, f"b{index}") for index, bench in enumerate(content.benches)],
         scales=[_scale(scale, words, f"s{index}") for index, scale in enumerate(content.scales)],
+        sections=[_section(section, f"m{index}") for index, section in enumerate(content.sections)],
         trains=[
             {"name": run.name, "svg": Markup(svg)}
             for index, run in enumerate(content.trains)
@@ -124,6 +126,23 @@ def _scale(scale: Scale, words: Words, key: str) -> dict[str, Any]:
         "head": scale_head(scale, words),
         "rows": scale_rows(scale, words),
         "commands": scale.commands,
+    }
+
+
+def _section(section: Section, key: str) -> dict[str, Any]:
+    drawn = [(figure, figure.draw(f"{key}-{index}")) for index, figure in enumerate(section.figures)]
+    return {
+        **{name: getattr(section, name) for name in ("name", "title", "note", "head", "rows", "commands")},
+        "figures": [
+            {
+                "title": figure.title,
+                "note": figure.note,
+                "svg": Markup(svg),
+                "legend": [{"name": name, "colour": colour} for name, colour in figure.legend],
+            }
+            for figure, svg in drawn
+            if svg
+        ],
     }
 
 

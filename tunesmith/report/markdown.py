@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tunesmith import __version__
 from tunesmith.report.content import Bench, Content
 from tunesmith.report.scale import Scale, scale_head, scale_rows
+from tunesmith.report.section import Section
 from tunesmith.report.strings import Words
 from tunesmith.report.tables import TableRow, bench_table, certificate_rows, work_note
 
@@ -28,6 +29,8 @@ def render_markdown(content: Content) -> str:
         parts += _bench(bench, words)
     for scale in content.scales:
         parts += _scale(scale, words)
+    for section in content.sections:
+        parts += _section(section, words)
     parts += _evaluations(content)
     for certificate in content.certificates:
         parts += _certificate(content, [*certificate_rows(certificate, words)])
@@ -61,6 +64,12 @@ def _scale(scale: Scale, words: Words) -> list[str]:
     table = _table(scale_head(scale, words), scale_rows(scale, words), numeric=True)
     parts = [f"## {_escape(scale.name)}", table, f"{words('scale_table_note')} {words('units')}"]
     commands = "\n".join(f"- {_code(command)}" for command in scale.commands)
+    return [*parts, f"### {words('reproduce')}", commands] if commands else parts
+
+
+def _section(section: Section, words: Words) -> list[str]:
+    parts = [f"## {_escape(section.name)}", _table(section.head, section.rows, numeric=True), _escape(section.note)]
+    commands = "\n".join(f"- {_escape(label)}: {_code(command)}" for label, command in section.commands)
     return [*parts, f"### {words('reproduce')}", commands] if commands else parts
 
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.errors import RecipeError, nearest
+from tunesmith.report import measured_strings
 
 Language = Literal["en", "zh"]
 
 _EN = {
+    **measured_strings.EN,
     "title": "What it cost, what it gained",
     "verdict": "Verdict",
     "not_measured": "not measured",
@@ -182,6 +184,7 @@ _EN = {
 }
 
 _ZH = {
+    **measured_strings.ZH,
     "title": "代价与收益",
     "verdict": "结论",
     "not_measured": "未测量",
