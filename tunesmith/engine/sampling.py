@@ -94,10 +94,10 @@ class Sampling:
         Args: logits_BV: any float dtype; not changed. rows: in the order of the logits. slots_B, positions_B: int64
         on the device, each row's slot and the position of the token to be drawn. masks_MW: int32 on the device, bit
         t % 32 of word t // 32 set where token t is allowed, one row for each that has a grammar. chosen_B: tokens
-        that a recorded graph has chosen already (used where the plan is plain; the graph kept the last tokens).
+        that a recorded graph has chosen already: used where the plan is plain, and the tables knew all rows then.
         """
         plan = self.plan(rows)
-        if chosen_B is not None and plan.is_plain:
+        if chosen_B is not None and plan.is_plain and not self.state.has_new_rows:
             return Sampled(chosen_B, plan)
         logits = logits_BV if plan.is_plain else self._changed(logits_BV, plan, slots_B, positions_B, masks_MW)
         tokens_B = self._choose(logits, plan, slots_B, positions_B)

@@ -88,6 +88,7 @@ class SamplingState:
         self.counts = Counts(vocab_size, device)
         self._entered: dict[int, SampledRow] = {}
         self._plan: SamplingPlan | None = None
+        self.has_new_rows = False
 
     def release(self, slot: int) -> None:
         """A sequence has left this slot."""
@@ -95,8 +96,11 @@ class SamplingState:
         self.counts.free(slot)
 
     def plan(self, rows: Sequence[SampledRow]) -> SamplingPlan:
-        """The plan of these rows; the last one again where they are the same objects in the same order."""
-        last = self._plan
+        """The plan of these rows; the last one again where they are the same objects in the same order.
+
+        `has_new_rows` says then whether the tables had to be written for one of them.
+        """
+        last, self.has_new_rows = self._plan, False
         if (
             last is not None
             and len(last.rows) == len(rows)
@@ -109,6 +113,7 @@ class SamplingState:
 
     def _enter(self, new: Sequence[SampledRow]) -> None:
         """Put new rows' parameters into the tables: one copy for the numbers of all of them."""
+        self.has_new_rows = bool(new)
         if not new:
             return
         slots = self.tensor([row.slot for row in new], torch.int64)
