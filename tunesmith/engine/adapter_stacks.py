@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import UnsupportedModelError
-from tunesmith.kernels.multi_lora import NO_ADAPTER, TokenAdapters, plan_tiles, token_adapters
+from tunesmith.kernels.multi_lora import TokenAdapters, token_adapters
+from tunesmith.kernels.multi_lora_tiles import NO_ADAPTER, plan_tiles
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.lora import AdaptedLinear

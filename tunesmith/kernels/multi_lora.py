@@ -26,15 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.kernels.launch import in_rows
+from tunesmith.kernels.multi_lora_tiles import BAND, NO_ADAPTER, TILE, plan_tiles, tile_of
 from tunesmith.kernels.nf4 import use_kernel
-from tunesmith.units import ceil_div
-
-NO_ADAPTER = -1
-# Tokens of a tile: few where a pass has few (decode), many where it has many (prefill).
-TILE, WIDE_TILE = 16, 64
-_WIDE_FROM = 512
-# Columns of the output that one program adds to.
-BAND = 128
 
 
 @dataclass(frozen=True)
@@ -109,32 +102,6 @@ class TokenAdapters:
                 yield slot, slice(int(rows[0]), int(rows[-1]) + 1)
             else:
                 yield slot, torch.from_numpy(rows).to(self.device)
-
-
-def tile_of(num_tokens: int, *, invariant: bool = False) -> int:
-    """Tokens of a tile; `invariant`: the same for any number of tokens, so that a row's sums have one order."""
-    return WIDE_TILE if num_tokens >= _WIDE_FROM and not invariant else TILE
-
-
-def num_tiles(num_tokens: int, num_slots: int, tile: int) -> int:
-    """The most tiles that so many tokens can need."""
-    return ceil_div(num_tokens, tile) + min(num_slots, num_tokens)
-
-
-def plan_tiles(slots: np.ndarray, num_slots: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
-    """order [T] and tiles [G, 3] of `TokenAdapters`, int32, on the host."""
-    order = np.argsort(slots, kind="stable").astype(np.int32)
-    tiles = np.full((num_tiles(len(slots), num_slots, tile), 3), NO_ADAPTER, dtype=np.int32)
-    found, counts = np.unique(slots, return_counts=True)
-    end, filled = 0, 0
-    for slot, count in zip(found.tolist(), counts.tolist(), strict=True):
-        first, end = end, end + count
-        if slot == NO_ADAPTER:
-            continue
-        for start in range(first, end, tile):
-            tiles[filled] = (slot, start, min(start + tile, end))
-            filled += 1
-    return order, tiles
 
 
 def token_adapters(

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current
-from tunesmith.kernels.multi_lora import BAND, TILE
+from tunesmith.kernels.multi_lora_tiles import BAND, TILE
 from tunesmith.units import ceil_div
 
 DEPTH = 128

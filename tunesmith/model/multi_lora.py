@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.multi_lora import (
-    NO_ADAPTER,
-    TokenAdapters,
-    add_multi_lora,
-    empty_stack,
-    token_adapters,
-)
+from tunesmith.kernels.multi_lora import TokenAdapters, add_multi_lora, empty_stack, token_adapters
+from tunesmith.kernels.multi_lora_tiles import NO_ADAPTER
 from tunesmith.model.layers import Linear
 from tunesmith.model.methods import ROUTERS
 from tunesmith.model.moe import Experts, sort_by_expert

@@ -12,18 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.multi_lora import (
-    NO_ADAPTER,
-    TILE,
-    WIDE_TILE,
-    AdapterStack,
-    add_multi_lora,
-    empty_stack,
-    num_tiles,
-    plan_tiles,
-    tile_of,
-    token_adapters,
-)
+from tunesmith.kernels.multi_lora import AdapterStack, add_multi_lora, empty_stack, token_adapters
+from tunesmith.kernels.multi_lora_tiles import NO_ADAPTER, TILE, WIDE_TILE, num_tiles, plan_tiles, tile_of
 
 CPU = torch.device("cpu")
 
@@ -94,6 +84,7 @@ KERNEL = """
 import numpy as np, torch
 from tunesmith.kernels.multi_lora import *
 from tunesmith.kernels.multi_lora import TokenAdapters
+from tunesmith.kernels.multi_lora_tiles import plan_tiles
 from tunesmith.kernels.multi_lora_triton import multi_lora_operator, num_chunks, depth_of
 
 generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,7 @@ WIDE_RANK = {"PARTS": 2, "RANK": 64, "PADDED": 64}
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int]]]:
     """Every kernel with its arguments' types and its constants."""
     from tunesmith.kernels import multi_lora_triton as lora
-    from tunesmith.kernels.multi_lora import BAND, TILE, WIDE_TILE
+    from tunesmith.kernels.multi_lora_tiles import BAND, TILE, WIDE_TILE
 
     stream, index, count = "*bf16", "*i32", "i32"
     tables = {"ranks": index, "order": index, "tiles": index, "low": "*fp32", "num_rows": count, "stride": count}
