@@ -292,12 +292,25 @@ def validate_spec(spec: StructuredSpec, limits: GrammarLimits | None = None) -> 
     return list(messages)
 
 
-def after_thoughts(spec: StructuredSpec, end: str = "</think>") -> StructuredSpec:
-    """The specification for what follows a thought: any text up to `end`, blank lines, then the answer."""
+def after_thoughts(spec: StructuredSpec, begin: str, end: str, *, is_open: bool) -> StructuredSpec:
+    """The specification for what follows a thought.
+
+    Args:
+        begin, end: what stands around a thought, as a Lark terminal: `"<think>"`, or `<[151667]>` for a control token.
+        is_open: the prompt has opened the thought, so it must be closed; else the answer may also come without one.
+    """
     answer = json.loads(grammar_text(spec))["grammars"]
     answer[0]["name"] = "answer"
-    lark = f"start: thoughts BLANK? @answer\nthoughts[suffix={json.dumps(end)}]: /(?s:.)*/\nBLANK: /\\n{{1,2}}/\n"
+    start = "thought BLANK? @answer" if is_open else f"({begin} thought BLANK?)? @answer"
+    lark = f"start: {start}\n{lark_until('thought', end)}BLANK: /\\n{{1,2}}/\n"
     return StructuredSpec("grammar", json.dumps({"grammars": [{"lark_grammar": lark}, *answer]}))
+
+
+def lark_until(name: str, end: str) -> str:
+    """A Lark rule: any text up to a terminal, which belongs to it."""
+    if end.startswith("<"):
+        return f"{name}: ANY_{name.upper()} {end}\nANY_{name.upper()}: /(?s:.)*/\n"
+    return f"{name}[lazy]: ANY_{name.upper()} {end}\nANY_{name.upper()}: /(?s:.)*/\n"
 
 
 def _read_vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Any:

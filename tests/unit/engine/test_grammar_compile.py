@@ -213,18 +213,26 @@ def test_rows_of_a_draft_say_what_may_follow_each_of_its_tokens(compiler: Gramma
     assert compiler.compile(StructuredSpec("choice", ("abc",))).state().forced() == compiler.tokenizer.encode("abc")
 
 
-def test_an_answer_may_follow_a_thought(compiler: GrammarCompiler) -> None:
+def test_an_answer_follows_a_thought(compiler: GrammarCompiler) -> None:
+    def takes(spec: StructuredSpec, text: str) -> bool:
+        state = compiler.compile(spec).state()
+        return all(state.accept(token) for token in compiler.tokenizer.encode(text)) and state.may_end
+
     for spec in (StructuredSpec("choice", ("yes", "no")), StructuredSpec("regex", "yes|no")):
-        state = compiler.compile(after_thoughts(spec)).state()
-        encode = compiler.tokenizer.encode
-        assert all(state.accept(token) for token in encode('<think>{ "no" 😀'))
-        assert not state.may_end
-        assert all(state.accept(token) for token in encode("</think>\n\nyes"))
-        assert state.may_end
-    nested = after_thoughts(StructuredSpec("json_schema", '{"type": "object", "maxProperties": 0}'))
-    state = compiler.compile(nested).state()
-    assert all(state.accept(token) for token in compiler.tokenizer.encode("hm</think>{}"))
-    assert state.may_end
+        opened = after_thoughts(spec, '"<think>"', '"</think>"', is_open=True)
+        free = after_thoughts(spec, '"<think>"', '"</think>"', is_open=False)
+        assert takes(opened, '\n{ "no" 😀</think>\n\nyes') and takes(opened, "</think>no")
+        assert not takes(opened, "yes") and not takes(opened, "hm</think>maybe")
+        assert takes(free, "yes") and takes(free, "<think>\nno</think>\n\nyes")
+        assert not takes(free, "no</think>yes") and not takes(free, "<think>yes")
+    nested = StructuredSpec("json_schema", '{"type": "object", "maxProperties": 0}')
+    assert takes(after_thoughts(nested, '"<think>"', '"</think>"', is_open=True), "hm</think>{}")
+    mark = next(t for t in range(9) if compiler.tokenizer.is_special(t) and t not in compiler.stop_ids)
+    control = f"<[{mark}]>"
+    special = after_thoughts(StructuredSpec("choice", ("yes",)), control, control, is_open=True)
+    state = compiler.compile(special).state()
+    ids = [*compiler.tokenizer.encode("yes"), mark, *compiler.tokenizer.encode("yes")]
+    assert all(state.accept(token) for token in ids) and state.may_end
 
 
 @pytest.mark.parametrize(
