@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.units import ceil_div
 
 
@@ -48,6 +49,27 @@ def paged_attention(
     Rows beyond query_starts[-1], padding, come out as anything.
     """
     scale = query_TNH.shape[-1] ** -0.5 if scale is None else scale
+    if use_kernel(query_TNH.device):
+        from tunesmith.kernels.paged_attention_operator import paged_attention_operator
+
+        out = query_TNH.new_empty(query_TNH.shape) if out is None else out
+        paged_attention_operator(
+            query_TNH,
+            keys_PSKH,
+            values_PSKH,
+            block_tables_RP,
+            query_starts_R1,
+            context_R,
+            key_scales_PK,
+            value_scales_PK,
+            out,
+            max_query,
+            max_context,
+            window,
+            scale,
+            invariant,
+        )
+        return out
     result = paged_attention_reference(
         query_TNH,
         keys_PSKH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -86,3 +87,32 @@ def test_a_page_begun_anew_forgets_its_scale_and_a_page_going_on_keeps_it() -> N
     assert key_scales[1].tolist() == [2.0**-5] * HEADS
     held = keys[1, :3].float() * key_scales[1][None, :, None]
     assert held[:, 0, 0].tolist() == [1.0, 8.0, 1.0]
+
+
+KERNELS = """
+from tunesmith.kernels.kv_cache import write_kv_reference
+from tunesmith.kernels.kv_cache_triton import write_kv_operator
+
+generator = torch.Generator().manual_seed(0)
+def both(dtype, scaled, batches, heads=3, width=24):
+    pages = [torch.zeros(6, 16, heads, width).to(dtype) for _ in range(2)]
+    scales = [torch.full((6, heads), 2.0**30) for _ in range(2)] if scaled else [None, None]
+    mine, truth = ([None if t is None else t.clone() for t in (*pages, *scales)] for _ in range(2))
+    for number, slots in enumerate(batches):
+        fused = torch.randn(len(slots), 3 * heads, width, generator=generator) * 8.0**number
+        key, value = fused[:, :heads], fused[:, heads : 2 * heads].transpose(1, 2).contiguous().transpose(1, 2)
+        slots = torch.tensor(slots)
+        write_kv_operator(key, value, *mine[:2], slots, *mine[2:])
+        write_kv_reference(key, value, *truth[:2], slots, *truth[2:])
+    for one, other in zip(mine, truth):
+        assert one is None or torch.equal(one.float(), other.float()), (one.float() - other.float()).abs().max()
+    return key, value, *mine[:2], slots, *mine[2:]
+batches = [[32, 33, 34, -1], [35, 16, 17], [*range(36, 48), *range(80, 96), *range(0, 7), 18], [7, -1, -1, 19]]
+arguments = both(torch.float32, False, batches)
+both(torch.float8_e4m3fn, True, batches)
+torch.library.opcheck(write_kv_operator, arguments, test_utils=("test_schema", "test_faketensor"))
+"""
+
+
+def test_kernels_equal_the_reference_under_tritons_interpreter(check_interpreted_fp8: Callable[[str], None]) -> None:
+    check_interpreted_fp8(KERNELS)

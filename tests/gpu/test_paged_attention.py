@@ -1,0 +1,168 @@
+"""Attention over pages on a GPU: the kernels against plain torch there, bits that do not depend on the batch, graphs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kernels"))
+from paged_batches import SLOTS, PagedBatch, make_batch
+
+from tunesmith.kernels.fp8 import has_fp8
+from tunesmith.kernels.fp8_weight import FP8
+from tunesmith.kernels.kv_cache import write_kv, write_kv_reference
+from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.kernels.paged_attention import paged_attention
+from tunesmith.kernels.paged_attention_fresh import attend_fresh, fits_fresh
+
+pytestmark = pytest.mark.gpu
+MIXED = ([1, 20, 3, 1, 500, 0, 129], [5, 20, 3000, 1700, 800, 0, 129])
+DECODE = ([1] * 9, [5, 130, 3000, 1, 16, 17, 512, 513, 2048])
+HEADS = [(28, 4, 128), (16, 8, 128), (14, 2, 64), (32, 32, 96), (20, 4, 80), (8, 1, 256), (24, 1, 64)]
+
+
+def run(batch: PagedBatch, window: int | None = None, slack: int = 0, invariant: bool = False) -> Tensor:
+    out = torch.full(batch.query.shape, float("nan"), dtype=batch.query.dtype, device="cuda")
+    paged_attention(
+        batch.query,
+        batch.keys,
+        batch.values,
+        batch.tables,
+        batch.starts,
+        batch.context,
+        max_query=batch.max_query,
+        max_context=batch.max_context + slack,
+        window=window,
+        key_scales_PK=batch.key_scales,
+        value_scales_PK=batch.value_scales,
+        out=out,
+        invariant=invariant,
+    )
+    return out[: int(batch.starts[-1])]
+
+
+def assert_near(batch: PagedBatch, mine: Tensor, window: int | None = None) -> None:
+    limit = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[mine.dtype]
+    if batch.key_scales is not None:
+        limit = max(limit, 4e-2)
+    scale = 1.0 if batch.value_scales is None else 8.0
+    torch.testing.assert_close(mine / scale, batch.truth(window) / scale, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_kernels_equal_the_reference(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert use_kernel(torch.device("cuda"))
+    for shape in (DECODE, MIXED):
+        for window in (None, 300):
+            batch = make_batch(*shape, heads, dtype, device="cuda")
+            assert_near(batch, run(batch, window), window)
+            assert_near(batch, run(batch, window, 9000), window)
+        assert_near(batch, run(batch, invariant=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", [(28, 4, 128), (14, 2, 64)])
+def test_pages_of_fp8(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if not has_fp8("cuda"):
+        pytest.skip("this GPU has no fp8")
+    for shape in (DECODE, MIXED):
+        batch = make_batch(*shape, heads, dtype, fp8=True, device="cuda")
+        assert_near(batch, run(batch))
+        assert_near(batch, run(batch, invariant=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [None, 700])
+def test_the_same_bits_whatever_is_in_the_batch(window: int | None, dtype: torch.dtype) -> None:
+    batch = make_batch(*MIXED, (28, 4, 128), dtype, device="cuda")
+    mine = run(batch, window, invariant=True)
+    for request in (0, 1, 2, 3, 4, 6):
+        start, end = batch.starts[request : request + 2].tolist()
+        alone = batch.of(request)
+        assert torch.equal(run(alone, window, 5000, invariant=True), mine[start:end]), request
+        # The last token alone: the others came from the cache.
+        alone.query, alone.starts = alone.query[-1:], torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+        assert torch.equal(run(alone, window, invariant=True), mine[end - 1 : end]), request
+
+
+def test_many_requests() -> None:
+    contexts = torch.randint(1, 900, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    counts = [1 if number % 7 else min(context, 40) for number, context in enumerate(contexts)]
+    batch = make_batch(counts, contexts, (8, 2, 64), torch.bfloat16, device="cuda")
+    assert_near(batch, run(batch))
+
+
+def test_a_step_recorded_once_serves_other_contexts() -> None:
+    batch = make_batch(*DECODE, (28, 4, 128), torch.bfloat16, device="cuda")
+    run(batch, slack=1000)
+    side = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+        out = run_for_graph(batch)
+    batch.context.copy_(batch.context.flip(0).clamp(max=512))
+    batch.tables.copy_(batch.tables[2:3].expand_as(batch.tables))
+    graph.replay()
+    assert_near(batch, out[: int(batch.starts[-1])])
+
+
+def run_for_graph(batch: PagedBatch) -> Tensor:
+    return paged_attention(
+        batch.query,
+        batch.keys,
+        batch.values,
+        batch.tables,
+        batch.starts,
+        batch.context,
+        max_query=1,
+        max_context=4000,
+        window=None,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_fresh_prompts_through_torchs_kernel(window: int | None) -> None:
+    counts = [5, 300, 64, 1]
+    batch = make_batch(counts, counts, (28, 4, 128), torch.bfloat16, device="cuda")
+    places = torch.cat(
+        [
+            batch.tables[r].long().repeat_interleave(SLOTS)[:n] * SLOTS + torch.arange(n, device="cuda") % SLOTS
+            for r, n in enumerate(counts)
+        ]
+    )
+    key, value = batch.keys.flatten(0, 1)[places], batch.values.flatten(0, 1)[places]
+    query = batch.query[: sum(counts)]
+    assert fits_fresh(query, key)
+    out = attend_fresh(query, key, value, batch.starts, 300, window)
+    assert_near(batch, out, window)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_writing(scaled: bool) -> None:
+    if scaled and not has_fp8("cuda"):
+        pytest.skip("this GPU has no fp8")
+    generator = torch.Generator().manual_seed(0)
+    dtype = FP8 if scaled else torch.bfloat16
+    pages = [torch.zeros(40, SLOTS, 4, 128).to(dtype).cuda() for _ in range(2)]
+    scales = [torch.ones(40, 4, device="cuda") if scaled else None for _ in range(2)]
+    truth = [None if tensor is None else tensor.clone() for tensor in (*pages, *scales)]
+    order = torch.randperm(40, generator=generator)
+    filled = [0] * 4
+    for step in range(12):
+        slots = []
+        for request, length in enumerate((1, 7, 16, 30 if step < 4 else 1)):
+            positions = torch.arange(filled[request], min(filled[request] + length, 160))
+            slots.append(order[request * 10 + positions // SLOTS] * SLOTS + positions % SLOTS)
+            filled[request] += len(positions)
+        where = torch.cat([*slots, torch.tensor([-1])]).cuda()
+        new = torch.randn(len(where), 12, 128, generator=generator).bfloat16().cuda() * 2.0 ** (step % 5)
+        write_kv(new[:, :4], new[:, 4:8], pages[0], pages[1], where, scales[0], scales[1])
+        write_kv_reference(new[:, :4], new[:, 4:8], truth[0], truth[1], where, truth[2], truth[3])  # type: ignore[arg-type]
+    for mine, expected in zip((*pages, *scales), truth, strict=True):
+        if mine is not None and expected is not None:
+            assert torch.equal(mine.float(), expected.float())

@@ -1,0 +1,106 @@
+"""The parts of a context in decoding: which there are, and the Triton kernel that joins what they found.
+
+Imported only where Triton is installed. See tunesmith.kernels.paged_attention_triton.
+"""
+
+# Triton's decorator and its kernels' arguments have no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def join_parts(mixed, largest, total, part_mixed, part_largest, part_total):
+    # Two parts of the context as one. A part in which a row sees nothing has the largest score -inf and adds nothing.
+    joined = tl.maximum(largest, part_largest)
+    shift = tl.where(joined == float("-inf"), 0.0, joined)
+    old, new = tl.exp2(largest - shift), tl.exp2(part_largest - shift)
+    mixed = mixed * tl.expand_dims(old, -1) + part_mixed * tl.expand_dims(new, -1)
+    return mixed, joined, total * old + part_total * new
+
+
+@triton.jit
+def extent_of(
+    context, count, first_row, last_row, window, GROUP: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr
+):
+    # The positions that a tile of rows sees: from the first, at the start of a tile of keys, to behind the last.
+    before = context - count
+    end = before + last_row // GROUP + 1
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(before + first_row // GROUP - window + 1, 0) // KEYS * KEYS
+    return begin, end
+
+
+@triton.jit
+def parts_of(begin, end, most_parts, FIXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr):
+    # Where the first part begins, how long a part is, and how many there are.
+    if FIXED > 0:
+        base = begin // FIXED * FIXED
+        size = FIXED
+    else:
+        base = begin
+        size = (tl.cdiv(end - base, most_parts) + KEYS - 1) // KEYS * KEYS
+        size = tl.maximum(size, LEAST)
+    return base, size, tl.cdiv(end - base, size)
+
+
+@triton.jit(do_not_specialize=["most_parts", "held_rows"])
+def join_kernel(
+    found,
+    statistics,
+    starts,
+    contexts,
+    out,
+    window,
+    out_token_stride,
+    out_head_stride,
+    most_parts,
+    held_rows,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FIXED: tl.constexpr,
+    LEAST: tl.constexpr,
+    WINDOW: tl.constexpr,
+) -> None:
+    # A program for one row of a request: what its parts found becomes its output.
+    head, row, request = tl.program_id(0) // held_rows, tl.program_id(0) % held_rows, tl.program_id(1)
+    start = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - start
+    num_rows = count * GROUP
+    if (num_rows > ROWS) | (row >= num_rows):
+        return
+    begin, end = extent_of(tl.load(contexts + request), count, 0, num_rows - 1, window, GROUP, KEYS, WINDOW)
+    _, _, num_parts = parts_of(begin, end, most_parts, FIXED, LEAST, KEYS)
+    if num_parts == 1:
+        return
+    column = tl.arange(0, COLUMNS)[None, :]
+    held = ((request * NUM_HEADS + head).to(tl.int64) * held_rows + row) * most_parts
+    # One after the other where the order of the sums must not depend on how many there may be: AT_ONCE is 1 then.
+    mixed = tl.zeros([1, COLUMNS], tl.float32)
+    largest, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    for first in range(0, num_parts, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        is_part = some < num_parts
+        place = held + some
+        of_some = tl.load(statistics + place * 2, mask=is_part, other=float("-inf"))
+        totals = tl.load(statistics + place * 2 + 1, mask=is_part, other=0.0)
+        values = tl.load(found + place[:, None] * COLUMNS + column, mask=is_part[:, None], other=0.0)
+        if AT_ONCE > 1:
+            largest_of_some = tl.max(of_some, axis=0, keep_dims=True)
+            shift = tl.where(largest_of_some == float("-inf"), 0.0, largest_of_some)
+            weight = tl.exp2(of_some - shift)
+            values = tl.sum(values * weight[:, None], axis=0, keep_dims=True)
+            totals = tl.sum(totals * weight, axis=0, keep_dims=True)
+            of_some = largest_of_some
+        mixed, largest, total = join_parts(mixed, largest, total, values, of_some, totals)
+    place = (start + row // GROUP).to(tl.int64) * out_token_stride + (head * GROUP + row % GROUP) * out_head_stride
+    tl.store(out + place + column, (mixed / total[:, None]).to(out.dtype.element_ty), mask=column < WIDTH)

@@ -1,0 +1,115 @@
+"""How the kernels of paged attention are cut: the tile of a program, and into how many parts a long context is split.
+
+Everything follows from numbers the host knows without asking the device (shapes, dtypes, `max_query`, `max_context`),
+so that a step can be recorded in a CUDA graph. How long a part is, a program works out on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+
+from tunesmith.hardware import GENERATIONS
+from tunesmith.units import ceil_div
+
+DECODE_ROWS = 16
+"""Rows of a decode tile, the least that the tensor cores multiply: query heads of one key head, times new tokens."""
+INVARIANT_ROWS, INVARIANT_SPLIT = 64, 512
+"""Where results must not depend on the batch every tile has this many rows, and every part this many positions."""
+LEAST_SPLIT = 128
+"""Positions below which another part costs more than it hides."""
+LONGEST_SPLIT = 1024
+"""Positions after which a part is split even where there are programs enough: the last to end keeps all waiting."""
+MOST_SPLITS = 64
+_PROGRAMS_PER_PROCESSOR = 4
+_LEAST_SHARED_BYTES = GENERATIONS[8, 6].shared_bytes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: of queries, heads counted; keys: positions at once; stages: of the copy that runs ahead."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_forced: dict[str, Tile] = {}
+
+
+@contextmanager
+def with_tile(kind: Literal["decode", "prefill"], tile: Tile) -> Iterator[None]:
+    """This tile and no other, for whoever looks for a chip's best."""
+    _forced[kind] = tile
+    try:
+        yield
+    finally:
+        del _forced[kind]
+
+
+def decode_tile(head_dim: int, value_bytes: int, page_bytes: int, group: int) -> Tile:
+    """The tile of requests with few new tokens.
+
+    Args: value_bytes: of a query's value; page_bytes: of one in a page; group: query heads of a key head.
+    """
+    if "decode" in _forced:
+        return _forced["decode"]
+    width, rows = padded(head_dim), max(DECODE_ROWS, power_of_two(group))
+    if value_bytes == 4:
+        return Tile(rows, 32 if width <= 128 else 16, 4, 3)
+    return Tile(rows, 64 if width * page_bytes <= 256 else 32, 4, 3)
+
+
+def prefill_tile(head_dim: int, value_bytes: int, page_bytes: int, shared_bytes: int = _LEAST_SHARED_BYTES) -> Tile:
+    """The tile of requests with many new tokens."""
+    if "prefill" in _forced:
+        return _forced["prefill"]
+    width = padded(head_dim)
+    if value_bytes == 4:
+        return Tile(64, 32, 4, 3) if width <= 128 else Tile(32, 16, 4, 3)
+    if width > 128:
+        return Tile(64, 32, 4, 3) if shared_bytes <= _LEAST_SHARED_BYTES else Tile(128, 64, 8, 3)
+    if width <= 64 or shared_bytes > _LEAST_SHARED_BYTES:
+        return Tile(128, 64, 8 if width > 64 else 4, 3)
+    return Tile(64, 64, 4, 3)
+
+
+def invariant_tile(head_dim: int, value_bytes: int, page_bytes: int) -> Tile:
+    """The one tile of all requests where a result must not depend on the batch."""
+    width = padded(head_dim)
+    if value_bytes == 4:
+        return Tile(INVARIANT_ROWS if width <= 128 else 32, 16, 4, 3)
+    return Tile(INVARIANT_ROWS, 64 if width <= 128 else 32, 4, 3)
+
+
+def num_splits(num_requests: int, num_kv_heads: int, max_context: int, processors: int) -> int:
+    """Parts of every context in decoding, a power of two: enough programs for the chip, no part too short or long."""
+    wanted = ceil_div(_PROGRAMS_PER_PROCESSOR * processors, max(1, num_requests * num_kv_heads))
+    wanted = max(wanted, min(ceil_div(max_context, LONGEST_SPLIT), 8))
+    most = max(1, min(MOST_SPLITS, ceil_div(max_context, LEAST_SPLIT)))
+    return min(power_of_two(wanted), power_of_two(most))
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a tile: a power of two, 16 at least."""
+    return max(16, power_of_two(head_dim))
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not below."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have; the least of all chips for one that is not known."""
+    if device.type != "cuda":
+        return _LEAST_SHARED_BYTES
+    generation = GENERATIONS.get(torch.cuda.get_device_capability(device))
+    return _LEAST_SHARED_BYTES if generation is None else generation.shared_bytes
