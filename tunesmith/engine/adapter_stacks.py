@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tunesmith.errors import UnsupportedModelError
-from tunesmith.kernels.multi_lora import TokenAdapters, token_adapters
-from tunesmith.kernels.multi_lora_tiles import NO_ADAPTER, plan_tiles
+from tunesmith.kernels.multi_lora import token_adapters, token_adapters_on_device
+from tunesmith.kernels.multi_lora_tiles import NO_ADAPTER
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.lora import AdaptedLinear
@@ -43,7 +43,6 @@ class AdapterStacks:
         with torch.inference_mode(False):
             self._choice, found = add_stacks(model.blocks, num_slots, max_rank, dtype)
         self.linears = {f"blocks.{path}": linear for path, linear in found.items()}
-        self._recorded: dict[int, TokenAdapters] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -63,23 +62,9 @@ class AdapterStacks:
         else:
             self._choice.tokens = token_adapters(slots, self.num_slots, self.device, invariant=self.invariant)
 
-    def choose_recorded(self, slots: np.ndarray | None, num_tokens: int) -> None:
-        """The same for a pass that is recorded, or replayed: what the kernels read stays where it is.
-
-        The tokens' tensors are made at the first call for a number of tokens, and written over by all others.
-        """
-        chosen = np.full(num_tokens, NO_ADAPTER, dtype=np.int32) if slots is None else slots
-        known = self._recorded.get(num_tokens)
-        if known is None:
-            known = token_adapters(chosen, self.num_slots, self.device, invariant=self.invariant)
-            self._recorded[num_tokens] = known
-        elif known.order_T is not None and known.tiles_G3 is not None:
-            order, tiles = plan_tiles(chosen, self.num_slots, known.tile)
-            packed = torch.from_numpy(np.concatenate((order, tiles.reshape(-1))))
-            packed = packed.pin_memory() if self.device.type == "cuda" else packed
-            known.order_T.copy_(packed[: len(order)], non_blocking=True)
-            known.tiles_G3.view(-1).copy_(packed[len(order) :], non_blocking=True)
-        self._choice.tokens = known
+    def choose_on_device(self, adapter_T: Tensor) -> None:
+        """The same for a pass that is recorded: the slots are read from this tensor whenever it is replayed."""
+        self._choice.tokens = token_adapters_on_device(adapter_T, self.num_slots, invariant=self.invariant)
 
     def close(self) -> None:
         """Take the stacks away."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.kernels.launch import in_rows
-from tunesmith.kernels.multi_lora_tiles import BAND, NO_ADAPTER, TILE, plan_tiles, tile_of
+from tunesmith.kernels.multi_lora_tiles import BAND, NO_ADAPTER, TILE, num_tiles, plan_tiles, tile_of
 from tunesmith.kernels.nf4 import use_kernel
 
 
@@ -116,6 +116,30 @@ def token_adapters(
     order, tiles = plan_tiles(chosen, num_slots, tile)
     packed = torch.from_numpy(np.concatenate((order, tiles.reshape(-1)))).to(device)
     return replace(made, order_T=packed[: len(order)], tiles_G3=packed[len(order) :].view(-1, 3))
+
+
+def token_adapters_on_device(adapter_T: Tensor, num_slots: int, *, invariant: bool = False) -> TokenAdapters:
+    """The choice of tokens whose slots are on the device only (int32), by operations that a CUDA graph can record.
+
+    The host never sees the slots, so this is for the kernels alone.
+    """
+    device, num_tokens = adapter_T.device, adapter_T.shape[0]
+    tile = tile_of(num_tokens, invariant=invariant)
+    sorted_T, order_T = adapter_T.sort(stable=True)
+    slots_S = torch.arange(num_slots, dtype=adapter_T.dtype, device=device)
+    first_S = torch.searchsorted(sorted_T, slots_S)
+    end_S = torch.searchsorted(sorted_T, slots_S, right=True)
+    tiles_S = (end_S - first_S + tile - 1) // tile
+    until_S = tiles_S.cumsum(0)
+    numbers_G = torch.arange(num_tiles(num_tokens, num_slots, tile), device=device)
+    slot_G = torch.searchsorted(until_S, numbers_G, right=True)
+    is_used_G = slot_G < num_slots
+    slot_G = slot_G.clamp(max=num_slots - 1)
+    start_G = first_S[slot_G] + (numbers_G - until_S[slot_G] + tiles_S[slot_G]) * tile
+    stop_G = torch.minimum(start_G + tile, end_S[slot_G])
+    tiles_G3 = torch.stack((slot_G, start_G, stop_G), dim=1).where(is_used_G[:, None], NO_ADAPTER)
+    unseen = np.full(num_tokens, NO_ADAPTER, dtype=np.int32)
+    return TokenAdapters(unseen, num_slots, device, tile, invariant, order_T.int(), tiles_G3.int())
 
 
 def add_multi_lora(y_TF: Tensor, x_TD: Tensor, stack: AdapterStack, chosen: TokenAdapters) -> None:

@@ -143,34 +143,6 @@ def test_the_blocks_written_form_gives_the_same(
     assert model.num_fused_blocks == len(model.blocks)
 
 
-def test_a_recorded_choice_keeps_its_tensors(
-    tiny_model_dir: Callable[..., Path],
-    tmp_path: Path,
-    pool_of: Callable[..., AdapterPool],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from tunesmith.engine import adapter_stacks
-    from tunesmith.kernels import multi_lora
-
-    monkeypatch.setattr(multi_lora, "use_kernel", lambda device: True)
-    base = tiny_model_dir("qwen2")
-    stacks = pool_of(base).stacks
-    assert adapter_stacks.token_adapters is multi_lora.token_adapters
-    stacks.choose_recorded(None, 6)
-    first = stacks._choice.tokens
-    assert first is not None and first.order_T is not None and first.tiles_G3 is not None
-    assert (first.tiles_G3[:, 0] == -1).all()
-    slots = np.array([2, -1, 0, 2, -1, -1], dtype=np.int32)
-    stacks.choose_recorded(slots, 6)
-    assert stacks._choice.tokens is first
-    fresh = multi_lora.token_adapters(slots, stacks.num_slots, torch.device("cpu"))
-    assert fresh.order_T is not None and fresh.tiles_G3 is not None
-    assert torch.equal(first.order_T, fresh.order_T)
-    assert torch.equal(first.tiles_G3, fresh.tiles_G3)
-    stacks.choose(np.full(3, -1, dtype=np.int32))
-    assert stacks._choice.tokens is None
-
-
 def test_names_come_and_go_and_places_are_held_by_who_uses_them(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, pool_of: Callable[..., AdapterPool]
 ) -> None:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.multi_lora import AdapterStack, add_multi_lora, empty_stack, token_adapters
+from tunesmith.kernels.multi_lora import (
+    AdapterStack,
+    add_multi_lora,
+    empty_stack,
+    token_adapters,
+    token_adapters_on_device,
+)
 from tunesmith.kernels.multi_lora_tiles import NO_ADAPTER, TILE, WIDE_TILE, num_tiles, plan_tiles, tile_of
 
 CPU = torch.device("cpu")
@@ -61,8 +67,12 @@ def test_tiles_hold_tokens_of_one_adapter_and_their_number_is_a_function_of_the_
     generator = np.random.default_rng(0)
     for tokens in (1, 5, 16, 33, 200):
         for _ in range(20):
-            slots = generator.integers(-1, 6, tokens)
+            slots = generator.integers(-1, 6, tokens).astype(np.int32)
             order, tiles = plan_tiles(slots, 6, TILE)
+            on_device = token_adapters_on_device(torch.from_numpy(slots), 6)
+            assert on_device.order_T is not None and on_device.tiles_G3 is not None
+            assert on_device.order_T.tolist() == order.tolist()
+            assert on_device.tiles_G3.tolist() == tiles.tolist()
             assert sorted(order.tolist()) == list(range(tokens))
             assert tiles.shape == (num_tiles(tokens, 6, TILE), 3)
             covered = []
