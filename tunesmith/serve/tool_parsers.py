@@ -99,6 +99,8 @@ class AnswerParser:
         self._held = ""
         # Blanks that are dropped at the start of what comes next, and whether anything was said as content.
         self._strips, self._has_said = "\n" if in_thought else "", False
+        # Blanks before a tag: they are dropped with the calls, and stay where there were none.
+        self._blanks = ""
         self._section: Section | None = None
         self._given: list[int] = []
 
@@ -157,7 +159,9 @@ class AnswerParser:
             return self._open(text, tagged=False)
         at = text.find(self.tools.begin)
         if at >= 0:
-            self._say(deltas, text[:at].rstrip(_BLANKS), "")
+            before = text[:at].rstrip(_BLANKS)
+            self._blanks = text[len(before) : at]
+            self._say(deltas, before, "")
             return self._open(text[at + len(self.tools.begin) :], tagged=True)
         shown = _safe(text, (self.tools.begin,), _BLANKS)
         if at_end:
@@ -188,7 +192,8 @@ class AnswerParser:
             return False
         self._section = None
         if section.refused:
-            self._say(deltas, section.refused, "")
+            self._say(deltas, self._blanks + section.refused, "")
+        self._blanks = ""
         return self._enter(self._read_content, section.rest, "" if section.refused else _BLANKS)
 
     def _give(self, deltas: list[Delta], section: Section) -> None:

@@ -63,55 +63,60 @@ class Section(Protocol):
 def open_section(syntax: ToolSyntax, names: Collection[str], *, tagged: bool) -> Section:
     """The reader of what follows a begin tag (`tagged`), or of an answer that begins with a brace."""
     if syntax.name == "llama3":
-        return _Bare(syntax, names, tagged)
-    return {"hermes": _Tagged, "deepseek": _Fenced}.get(syntax.name, _List)(syntax)
+        return _Bare(syntax, syntax.begin if tagged else "", names)
+    return {"hermes": _Tagged, "deepseek": _Fenced}.get(syntax.name, _List)(syntax, syntax.begin)
 
 
 class _Reader:
-    """What the sections share. `_step` reads from `_text`; False when it needs more."""
+    """What the sections share. `_raw` is all that was read, tag and all; `_text` what is still to be looked at."""
 
-    def __init__(self, syntax: ToolSyntax) -> None:
+    def __init__(self, syntax: ToolSyntax, tag: str) -> None:
         self.syntax = syntax
         self.calls: list[JsonCall] = []
         self.is_closed, self.rest, self.refused = False, "", ""
-        self._text = ""
+        self._raw, self._text = tag, ""
 
     def push(self, text: str) -> None:
         """Read on."""
+        self._raw += text
         self._text += text
         while self._text and not self.is_closed and self._step():
             pass
 
     def _step(self) -> bool:
+        """Whether there is more to do with the text there is."""
         call = self.calls[-1] if self.calls else None
         if call is None or call.is_done or call.is_broken:
             return self._between()
         self._text = call.push(self._text)
         if call.is_broken and not call.has_begun:
-            self._refuse(self.calls.pop())
+            self._drop_call()
         return True
 
     def _between(self) -> bool:
         """Go on outside of a call."""
         raise AssertionError
 
-    def _refuse(self, call: JsonCall) -> None:
-        """What was read was no call: it is text, with the tag if nothing else belongs to the tag."""
-        self._close(self._text, ("" if self.calls else self.syntax.begin) + call.raw)
+    def _drop_call(self) -> None:
+        """What was being read was no call: it is text."""
+        call = self.calls.pop()
+        self._close(self._text)
+        self.refused = self.refused or call.raw
 
-    def _close(self, rest: str, refused: str = "") -> None:
-        self.is_closed, self.rest, self.refused, self._text = True, rest, refused, ""
+    def _close(self, rest: str) -> None:
+        """The section ends before `rest`. Without a call it was none."""
+        self.is_closed, self.rest, self._text = True, rest, ""
+        if not self.calls:
+            self.refused = self._raw.removesuffix(rest)
 
     def finish(self) -> None:
         """The answer has ended."""
         if self.is_closed:
             return
-        if not self.calls:
-            self._close("", self.syntax.begin + self._text)
-        elif self.calls[-1].has_begun:
-            self._close("")
+        if self.calls and not self.calls[-1].has_begun:
+            self._drop_call()
         else:
-            self._refuse(self.calls.pop())
+            self._close("")
 
 
 class _Tagged(_Reader):
@@ -132,16 +137,16 @@ class _Tagged(_Reader):
 class _List(_Reader):
     """`[TOOL_CALLS][{...}, {...}]`, or `[TOOL_CALLS]name[ARGS]{...}` with a tag before every call."""
 
-    def __init__(self, syntax: ToolSyntax) -> None:
-        super().__init__(syntax)
-        self._in_list = False
+    def __init__(self, syntax: ToolSyntax, tag: str) -> None:
+        super().__init__(syntax, tag)
+        self._in_list, self._after_tag = False, True
 
     def _between(self) -> bool:
         text = self._text.lstrip()
-        if not text or (self.calls and not self._in_list and self.syntax.begin.startswith(text)):
+        if not text or (not self._in_list and text != self.syntax.begin and self.syntax.begin.startswith(text)):
             return False
         if text.startswith(self.syntax.begin):
-            self._text = text[len(self.syntax.begin) :]
+            self._text, self._after_tag = text[len(self.syntax.begin) :], True
         elif text[0] == "{":
             self.calls.append(JsonCall())
             self._text = text
@@ -149,7 +154,7 @@ class _List(_Reader):
             self._text = text[1:]
         elif self._in_list and text[0] == "]":
             self._close(text[1:])
-        elif self._in_list or self.calls:
+        elif self._in_list or not self._after_tag:
             self._close(text)
         elif text[0] == "[":
             self._in_list, self._text = True, text[1:]
@@ -159,15 +164,19 @@ class _List(_Reader):
 
     def _named(self, text: str) -> bool:
         """`name[ARGS]{`; a call's id may stand between."""
-        at = text.find("{")
-        name = text[:at].split("[")[0].strip()
-        if at >= 0 and name and "\n" not in name:
-            self.calls.append(JsonCall(name))
-            self._text = text[at:]
-            return True
-        if at >= 0 or "\n" in text or len(text) > 512:
-            self._close("", self.syntax.begin + text)
-        return False
+        head, brace, _ = text.partition("{")
+        if "\n" in head or len(head) > 512:
+            self._close("")
+            return False
+        if not brace:
+            return False
+        name = head.split("[")[0].strip()
+        if not name:
+            self._close("")
+            return False
+        self.calls.append(JsonCall(name))
+        self._text, self._after_tag = text[len(head) :], False
+        return True
 
 
 class _Fenced(_Reader):
@@ -195,10 +204,9 @@ class _Bare(_Reader):
     An answer that happens to be JSON is no call: the name must be a tool's.
     """
 
-    def __init__(self, syntax: ToolSyntax, names: Collection[str], tagged: bool) -> None:
-        super().__init__(syntax)
-        self._names = names
-        self._tag = syntax.begin if tagged else ""
+    def __init__(self, syntax: ToolSyntax, tag: str, names: Collection[str]) -> None:
+        super().__init__(syntax, tag)
+        self._tag, self._names = tag, names
 
     def _between(self) -> bool:
         text = self._text.lstrip(" \n\r\t;" if self.calls else " \n\r\t")
@@ -212,16 +220,11 @@ class _Bare(_Reader):
             self._close(text)
         return False
 
-    def _refuse(self, call: JsonCall) -> None:
-        self._close(self._text, ("" if self.calls else self._tag) + call.raw)
-
     def finish(self) -> None:
         """The answer has ended: only now a call in Python's notation is whole."""
-        if not self.is_closed and not self.calls:
+        if not self.is_closed and not self.calls and self._tag:
             call = _dotted(self._text, self._names)
-            if call is not None:
-                self.calls.append(call)
-            self._close("", "" if call is not None else self._tag + self._text)
+            self.calls += [] if call is None else [call]
         super().finish()
 
 
