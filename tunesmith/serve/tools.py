@@ -27,6 +27,7 @@ from tunesmith.text.tokenizer import Tokenizer
 ToolChoice = str | Mapping[str, Any] | None
 MAX_CALLS = 16
 _ROLES = {"developer": "system"}
+_NEXT_ITEM, _NEXT_LINE = '", " call', '"\\n" call'
 _KEPT = ("name", "tool_call_id", "reasoning_content")
 
 
@@ -271,7 +272,7 @@ def _answer(spec: StructuredSpec) -> list[Any]:
 def _free(syntax: ToolSyntax, tokenizer: Tokenizer) -> str:
     """Any text, and after a tag nothing but calls."""
     if syntax.name == "llama3":
-        return "start: calls | TEXT\nTEXT: /[^{\\s](?s:.)*/\n"
+        return "start: calls | TEXT\nTEXT: /\\s*([^{\\s](?s:.)*)?/\n"
     return f"start: (head more)? TEXT\n{lark_until('head', _terminal(syntax.begin, tokenizer))}TEXT: /(?s:.)*/\n"
 
 
@@ -280,13 +281,16 @@ def _calls(
 ) -> tuple[str, list[dict[str, Any]]]:
     """Lark rules `calls` (one to `most`) and `more` (what follows the first begin tag), and the arguments' grammars."""
     begin, end = _terminal(syntax.begin, tokenizer), _terminal(syntax.end, tokenizer) if syntax.end else ""
-    again = f"{{0,{most - 1}}}"
+
+    def again(rule: str) -> str:
+        return f"({rule}){{0,{most - 1}}}" if most > 1 else ""
+
     shapes = {
-        "hermes": (f"{begin} more", f'"\\n" call "\\n" {end} ("\\n" {begin} "\\n" call "\\n" {end}){again}'),
+        "hermes": (f"{begin} more", f'"\\n" call "\\n" {end} ' + again(f'"\\n" {begin} "\\n" call "\\n" {end}')),
         "llama3": ("more", "call"),
-        "mistral": (f"{begin} more", f'"[" call (", " call){again} "]"'),
-        "mistral-args": (f"{begin} more", f"call ({begin} call){again}"),
-        "deepseek": (f"{begin} more", f'call ("\\n" call){again} {end}'),
+        "mistral": (f"{begin} more", f'"[" call {again(_NEXT_ITEM)} "]"'),
+        "mistral-args": (f"{begin} more", f"call {again(f'{begin} call')}"),
+        "deepseek": (f"{begin} more", f"call {again(_NEXT_LINE)} {end}"),
     }
     calls, more = shapes[syntax.name]
     names = [f"call_{index}" for index in range(len(tools))]
