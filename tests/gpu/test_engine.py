@@ -10,7 +10,7 @@ import torch
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.llm import LLM
-from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.probe import probe_runner, stepwise_logits
 from tunesmith.model.language_model import logits
 
 pytestmark = pytest.mark.gpu
@@ -26,10 +26,7 @@ def test_prefill_equals_decode_equals_training(
     model = load_decoder(tiny_model_dir(family, initializer_range=0.1), device="cuda", dtype=dtype).eval()
     ids = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(0)).tolist()
     whole = logits(model, [ids])[0].float()
-    runner = NativeRunner(model, 128)
-    table = runner.open(60)
-    assert table is not None
-    decoded = torch.cat([runner.step([(table, [token])]) for token in ids]).float()
+    decoded = stepwise_logits(probe_runner(model, 128), ids, range(1, 61)).float()
     assert (decoded - whole).abs().max() / whole.abs().max() < TOLERANCES[dtype]
 
 

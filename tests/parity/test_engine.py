@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
-from tunesmith.engine import runner as runner_module
+from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
-from tunesmith.engine.pages import PAGE_SLOTS, PagedCache
+from tunesmith.engine.pages import pages_of
+from tunesmith.engine.probe import probe_runner, stepwise_logits
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.model.decoder import Decoder
@@ -22,6 +25,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe"
 SPREAD = 0.2
 # Float32: the same sums in another order.
 TOLERANCE = 1e-5
+CONFIG = EngineConfig(max_model_len=512, max_num_seqs=8, max_num_batched_tokens=512, debug_pages=True)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -32,14 +36,19 @@ def load(directory: Path) -> Decoder:
     return load_decoder(directory, device="cpu", dtype=torch.float32).eval()
 
 
+def make_engine(model: Decoder, num_pages: int | None = None, **changes: Any) -> Engine:
+    config = replace(CONFIG, **changes)
+    pages = config.max_num_seqs * pages_of(config.max_model_len) if num_pages is None else num_pages
+    return Engine(NativeRunner(model, config, pages), config=config)
+
+
 def generate(engine: Engine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     ids = [engine.submit(p, SamplingParams(max_tokens=max_tokens, ignore_eos=True)) for p in prompts]
     done = {}
     while engine.has_work:
         done.update({o.request_id: o.completion.token_ids for o in engine.step() if o.completion})
-    assert isinstance(engine.runner, NativeRunner)
-    engine.runner.cache.check()
-    assert engine.runner.cache.allocator.num_used == 0
+    engine.scheduler.check()
+    assert engine.runner.pages.num_used == 0
     return [done[i] for i in ids]
 
 
@@ -55,77 +64,87 @@ def test_greedy_equals_transformers(family: str, tiny_model_dir: Callable[..., P
     expected = theirs.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, 37), max_new_tokens=60, do_sample=False, pad_token_id=256
     )
-    assert generate(Engine(NativeRunner(load(directory), 512)), [ids], 60) == [expected[0, 37:].tolist()]
+    assert generate(make_engine(load(directory)), [ids], 60) == [expected[0, 37:].tolist()]
 
 
-def step_by_step(model: Decoder, ids: list[int], cuts: list[int]) -> torch.Tensor:
-    """The logits after each cut, when ids[:cut] enter the cache piece by piece."""
-    runner = NativeRunner(model, 512)
-    table = runner.open(len(ids))
-    assert table is not None
-    rows = [runner.step([(table, ids[start:stop])]) for start, stop in zip([0, *cuts], cuts, strict=False)]
-    return torch.cat(rows)
-
-
+@pytest.mark.parametrize("is_invariant", [False, True], ids=["plain", "invariant"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prefill_equals_decode_equals_training(family: str, tiny_model_dir: Callable[..., Path]) -> None:
+def test_prefill_equals_decode_equals_training(
+    family: str, is_invariant: bool, tiny_model_dir: Callable[..., Path]
+) -> None:
     model = load(tiny_model_dir(family, initializer_range=SPREAD))
+    if is_invariant and model.config.moe is not None:
+        pytest.skip("batch-invariant mode has no mixtures of experts")
     ids = prompt(70)
     whole = training_logits(model, [ids])[0]
     scale = whole.abs().max()
-    decoded = step_by_step(model, ids, list(range(1, 71)))
+    runner = probe_runner(model, 512, batch_invariant=is_invariant)
+    decoded = stepwise_logits(runner, ids, range(1, 71))
     assert (decoded - whole).abs().max() / scale < TOLERANCE
-    prefilled = step_by_step(model, ids, [70])
+    prefilled = stepwise_logits(runner, ids, [70])
     assert (prefilled[0] - whole[-1]).abs().max() / scale < TOLERANCE
-    pieces = step_by_step(model, ids, [5, 21, 22, 58, 70])
+    pieces = stepwise_logits(runner, ids, [5, 21, 22, 58, 70])
     assert (pieces - whole[[4, 20, 21, 57, 69]]).abs().max() / scale < TOLERANCE
+    if is_invariant:
+        assert torch.equal(prefilled[0], decoded[-1])
+        assert torch.equal(pieces, decoded[[4, 20, 21, 57, 69]])
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_a_long_prompt_in_chunks_gives_the_same(
-    family: str, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_prompt_in_chunks_gives_the_same(family: str, tiny_model_dir: Callable[..., Path]) -> None:
     model = load(tiny_model_dir(family, initializer_range=SPREAD))
-    whole = generate(Engine(NativeRunner(model, 512)), [prompt(100)], 20)
-    monkeypatch.setattr(runner_module, "PREFILL_TOKENS", 32)
-    assert generate(Engine(NativeRunner(model, 512)), [prompt(100)], 20) == whole
+    whole = generate(make_engine(model), [prompt(100)], 20)
+    assert generate(make_engine(model, max_num_batched_tokens=33), [prompt(100)], 20) == whole
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "mixtral"])
 def test_requests_that_share_steps_say_what_they_say_alone(family: str, tiny_model_dir: Callable[..., Path]) -> None:
-    """Requests of different lengths grow side by side, come and go."""
+    """Requests of different lengths grow side by side, come and go; prompts share steps with decoding."""
     model = load(tiny_model_dir(family, initializer_range=SPREAD))
     prompts = [prompt(n, seed=n) for n in (3, 20, 41, 17, 64)]
-    alone = generate(Engine(NativeRunner(model, 512)), prompts, 40)
-    together = generate(Engine(NativeRunner(model, 512, 3), max_running=3), prompts, 40)
+    alone = generate(make_engine(model, max_num_seqs=1), prompts, 40)
+    together = generate(make_engine(model, max_num_seqs=3, max_num_batched_tokens=24), prompts, 40)
     assert together == alone
 
 
-def test_scattered_pages_give_the_logits_of_contiguous_ones(
-    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without homes, two requests that grow in turn take each other's next page."""
-    monkeypatch.setattr(PagedCache, "_find_home", lambda self, num_pages: None)
-    model = load(tiny_model_dir("qwen2", initializer_range=SPREAD))
-    runner, ids = NativeRunner(model, 512), prompt(60)
-    first, second = runner.open(200), runner.open(200)
-    assert first is not None and second is not None
-    for start in range(0, 60, PAGE_SLOTS - 1):
-        chunk = ids[start : start + PAGE_SLOTS - 1]
-        scattered = runner.step([(first, chunk)])
-        runner.step([(second, chunk)])
-    assert not first.contiguous
-    whole = training_logits(model, [ids])[0][-1]
-    assert (scattered[0] - whole).abs().max() / whole.abs().max() < TOLERANCE
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_what_preempts_and_what_is_cached_changes_no_token(family: str, tiny_model_dir: Callable[..., Path]) -> None:
+    """Eleven pages for four requests of up to seven: some are thrown out and computed anew."""
+    model = load(tiny_model_dir(family, initializer_range=SPREAD))
+    shared = prompt(35)
+    prompts = [shared + prompt(n, seed=n) for n in (3, 20, 9)] + [prompt(50, seed=5)]
+    alone = generate(make_engine(model, enable_prefix_cache=False), prompts, 40)
+    tight = make_engine(model, num_pages=11, max_model_len=128, max_num_batched_tokens=40)
+    assert generate(tight, prompts, 40) == alone
+    assert tight.stats().num_preempted > 0
+    roomy = make_engine(model)
+    assert generate(roomy, prompts, 40) == alone
+    assert generate(roomy, prompts, 40) == alone
+    assert roomy.stats().prefix_hits_tokens > 4 * 32
 
 
-def test_reference_attention_of_one_query(tiny_model_dir: Callable[..., Path]) -> None:
-    from tunesmith.engine.attend import attend_last
-    from tunesmith.model.attention import attend_one
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_batch_invariant_answers_are_the_same_bits(family: str, tiny_model_dir: Callable[..., Path]) -> None:
+    """The log-probabilities of greedy answers: alone, among others, from the cache, in pieces, after a preemption."""
+    model = load(tiny_model_dir(family, initializer_range=SPREAD))
+    prompts = [prompt(n, seed=n) for n in (37, 5, 64, 18)]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=3)
 
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(shape, generator=generator) for shape in ((1, 8, 16), (33, 2, 16), (33, 2, 16)))
-    torch.testing.assert_close(attend_last(query, key, value), attend_one(query, key, value, None))
+    def ask(engine: Engine, asked: list[list[int]]) -> list[Any]:
+        ids = [engine.submit(p, params) for p in asked]
+        done: dict[int, Any] = {}
+        while engine.has_work:
+            done |= {o.request_id: o.completion for o in engine.step() if o.completion}
+        return [(done[i].token_ids, done[i].logprobs) for i in ids]
+
+    first = make_engine(model, batch_invariant=True)
+    alone = [ask(first, [p])[0] for p in prompts]
+    assert ask(first, prompts) == alone, "among others, with prefixes from the cache"
+    assert first.stats().prefix_hits_tokens > 0
+    pieces = make_engine(model, batch_invariant=True, max_num_batched_tokens=13, max_num_seqs=4)
+    assert ask(pieces, prompts) == alone
+    tight = make_engine(model, num_pages=8, max_model_len=128, batch_invariant=True)
+    assert ask(tight, prompts) == alone and tight.stats().num_preempted > 0
 
 
 def test_stories260k_tells_its_published_story(data_dir: Path) -> None:

@@ -12,8 +12,9 @@ which is on the device. `NativeRunner` puts it in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 from tunesmith.engine.request import SamplingParams, TokenLogprobs
@@ -36,9 +37,12 @@ class StepBatch:
         with the row's seed it decides the noise of the draw.
     sequence_slots: each sequence's slot, R of them, on the host.
     is_decode: every sequence has one new token, and that is sampled (what CUDA graphs are recorded for).
-    adapter_T: i32, each token's adapter (-1: the base model); None where no sequence has one.
+    adapter_T: i32, each token's place among the adapters (-1: the base model); None where no sequence has one.
+    token_adapters: the same on the host.
     score_rows, score_targets: i64, rows of prompts whose next token's log-probability is asked for, and those tokens.
     num_scored_top: how many most likely tokens are given beside each of those.
+    passes: the same tokens as batches of a fixed number of rows, padded, to be run one after the other (batch-invariant
+        mode); empty where the batch is run as it is.
     """
 
     tokens_T: Tensor
@@ -55,9 +59,15 @@ class StepBatch:
     sequence_slots: Sequence[int]
     is_decode: bool
     adapter_T: Tensor | None = None
+    token_adapters: np.ndarray | None = None
     score_rows: Tensor | None = None
     score_targets: Tensor | None = None
     num_scored_top: int = 0
+    passes: tuple[StepBatch, ...] = ()
+
+    def with_passes(self, passes: tuple[StepBatch, ...]) -> StepBatch:
+        """The same step, to be run in these passes."""
+        return replace(self, passes=passes)
 
     @property
     def num_tokens(self) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+if TYPE_CHECKING:  # whoever only reads grammars imports no torch
+    import numpy as np
+    import torch
 
-from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
-from tunesmith.engine.pages import PageAllocator
-from tunesmith.engine.request import StructuredSpec
+    from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
+    from tunesmith.engine.pages import PageAllocator
+    from tunesmith.engine.request import StructuredSpec
 
 
 class Pending(Protocol):
@@ -34,6 +36,11 @@ class Runner(Protocol):
     vocab_size: int
     pages: PageAllocator
     shares_prefixes: bool
+    device: torch.device
+    fixed_rows: int | None
+
+    def refresh(self) -> bool:
+        """Called while nothing runs: make ready for a model that may have changed. True where the cache is lost."""
 
     def forward(self, batch: StepBatch) -> None:
         """Launch the pass over the model. The tokens' keys and values are in the cache afterwards."""
@@ -78,7 +85,10 @@ class Grammars(Protocol):
 
 
 class Adapters(Protocol):
-    """Named adapters on the base model, held in numbered places on the device."""
+    """Named adapters on the base model, held in numbered places on the device (`adapters.AdapterPool`).
+
+    `choose` goes into the runner's `before_pass`, with the batch's `token_adapters`.
+    """
 
     def check(self, name: str) -> None:
         """Raises RequestError for a name that is not known."""
@@ -86,8 +96,14 @@ class Adapters(Protocol):
     def acquire(self, name: str) -> int | None:
         """The place of an adapter, held until `release`; None while it is being loaded: the request waits."""
 
-    def release(self, name: str) -> None:
-        """One user fewer."""
+    def release(self, slot: int) -> None:
+        """One user of a place fewer."""
+
+    def cache_key(self, slot: int) -> str:
+        """What cached prefixes are kept under: another one for other weights."""
+
+    def poll(self) -> None:
+        """Called between two steps: what was loaded meanwhile takes its place."""
 
 
 class Drafter(Protocol):

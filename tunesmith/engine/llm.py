@@ -10,16 +10,19 @@ from typing import Any, cast
 
 import torch
 
-from tunesmith.checkpoint.load import load_model
-from tunesmith.checkpoint.source import resolve_model
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.loading import (
+    load_source,
+    load_source_tokenizer,
+    make_config,
+    make_grammars,
+    make_runner,
+    stop_ids_of,
+)
 from tunesmith.engine.progress import GenerationProgress
-from tunesmith.engine.request import Completion, SamplingParams
-from tunesmith.engine.runner import NativeRunner, Runner, TransformersRunner
+from tunesmith.engine.request import Completion, Request, SamplingParams
 from tunesmith.engine.source import ModelSource, find_source
-from tunesmith.errors import RequestError, TokenizerError
-from tunesmith.hardware import pick_device
-from tunesmith.model.decoder import Decoder
+from tunesmith.errors import RequestError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.text.chat import encode_prompt
 from tunesmith.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -32,18 +35,27 @@ TEXT_CONTEXT_TOKENS = 16
 
 
 class LLM:
-    """A model with its tokenizer, ready to answer.
+    """A model with its tokenizer, ready to answer. Arguments are named as vLLM's where both have them.
 
     Args:
         model: a model directory, a Hub id, `builtin:tiny`, a run directory of `tunesmith train`, or a loaded model
             (also one that is training: it is sampled as it stands, in evaluation mode, and left as it was).
         adapter: an adapter directory (or the run it came from), put on top of `model`.
         dtype: "auto" is the checkpoint's on a GPU, and float32 on a CPU, as training computes there.
-        quantize: "nf4", "nf4-double", "fp8" or "fp8-inner"; None: as stored, or as the run was trained.
+        quantize: a form of the weights (named in checkpoint/inference.py); None: as stored, or as the run was trained.
         max_model_len: tokens of context, prompt and answer together; None: what the model was made for.
-        max_running: requests that share a forward pass.
+        max_num_seqs: requests that run together; None: 256 on a GPU, else 16 (`max_running` is its older name).
+        max_num_batched_tokens: tokens of one step; None: 8192 on a GPU, else 2048. Longer prompts take several steps.
+        gpu_memory_utilization: the share of the GPU's memory that weights, activations and cache take together. The
+            cache of a model that was loaded elsewhere takes at most half of what is free.
+        enable_prefix_caching: whether equal beginnings are computed once; None: yes, but not for a model that was
+            loaded elsewhere, whose weights may change.
+        kv_cache_dtype: "auto" or "fp8".
+        enforce_eager: no CUDA graphs.
+        batch_invariant: greedy answers are bit for bit the same whatever else is in the batch and in the cache.
+        debug_pages: count all pages after every request.
         tokenizer: for a loaded model: its tokenizer, or the directory of one. Without it only token ids go in and out.
-    Raises: ModelError, AdapterError, DeviceError, RunDirError.
+    Raises: ModelError, AdapterError, DeviceError, RunDirError, RequestError.
     """
 
     def __init__(
@@ -57,30 +69,54 @@ class LLM:
         backend: str = "auto",
         revision: str | None = None,
         max_model_len: int | None = None,
-        max_running: int = 1,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enable_prefix_caching: bool | None = None,
+        kv_cache_dtype: str = "auto",
+        enforce_eager: bool = False,
+        batch_invariant: bool = False,
+        debug_pages: bool = False,
+        max_running: int | None = None,
         tokenizer: Tokenizer | str | Path | None = None,
     ) -> None:
         self.source: ModelSource | None = None
         if isinstance(model, str | Path):
             self.source = find_source(str(model), adapter, quantize, revision)
-            self.model = _load(self.source, dtype, device, backend)
-            tokenizer = tokenizer or _load_tokenizer(self.source)
+            self.model = load_source(self.source, dtype, device, backend)
+            tokenizer = tokenizer or load_source_tokenizer(self.source)
         else:
             if adapter is not None or quantize is not None:
                 raise RequestError("adapter and quantize go with a model's path; a loaded model is taken as it stands")
             self.model = model
         self.tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
-        self.runner = make_runner(self.model, max_model_len, max_running)
+        is_live = self.source is None
+        config = make_config(
+            self.model,
+            is_live=is_live,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs or max_running,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_cache=not is_live if enable_prefix_caching is None else enable_prefix_caching,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_dtype=kv_cache_dtype,
+            enforce_eager=enforce_eager,
+            batch_invariant=batch_invariant,
+            debug_pages=debug_pages,
+        )
+        self.runner = make_runner(self.model, config, is_live=is_live)
+        stop_ids = stop_ids_of(self.model, self.tokenizer)
         self.engine = Engine(
             self.runner,
-            stop_ids=_stop_ids(self.model, self.tokenizer),
+            config=config,
+            stop_ids=stop_ids,
             make_decoder=None if self.tokenizer is None else self._make_decoder,
-            max_running=max_running,
+            grammars=None if self.tokenizer is None else make_grammars(self.tokenizer, self.runner, stop_ids),
         )
 
-    def _make_decoder(self, context: Sequence[int]) -> StreamDecoder:
-        decoder = StreamDecoder(self._tokenizer())
-        for token in context:
+    def _make_decoder(self, request: Request) -> StreamDecoder:
+        decoder = StreamDecoder(self._tokenizer(), skip_special=request.params.skip_special_tokens)
+        for token in request.text_context:
             decoder.put(token)
         return decoder
 
@@ -113,7 +149,7 @@ class LLM:
         """The token ids of a prompt: a text is tokenised, ids are checked against the vocabulary."""
         if isinstance(prompt, str):
             return _encode_text(self._tokenizer(), prompt)
-        vocab_size = _vocab_size(self.model)
+        vocab_size = self.runner.vocab_size
         wrong = next((t for t in prompt if not isinstance(t, int) or not 0 <= t < vocab_size), None)
         if wrong is not None:
             raise RequestError(f"token ids must be integers from 0 to {vocab_size - 1}, got {wrong!r}")
@@ -131,6 +167,7 @@ class LLM:
         params: Params = None,
         *,
         progress: bool | None = None,
+        raise_errors: bool = True,
         **options: Any,
     ) -> list[Completion]:
         """One completion per prompt, in order.
@@ -140,10 +177,13 @@ class LLM:
             params: for all prompts, or one for each.
             options: fields of SamplingParams (max_tokens=64, temperature=0.7, ...).
             progress: a bar on stderr; None: for several prompts when stderr is a terminal.
-        Raises: RequestError, before anything runs, for a prompt or option that can't be served.
+            raise_errors: False: an answer that could not go on comes back with the others, its `error` saying why.
+        Raises: RequestError, before anything runs, for a prompt or option that can't be served; afterwards where an
+        answer could not go on.
         """
         ids = [self.encode(prompt) for prompt in _as_list(prompts)]
-        return self._generate(ids, _each(params, options, len(ids)), progress, continues=True)
+        done = self._generate(ids, _each(params, options, len(ids)), progress, continues=True)
+        return _checked(done) if raise_errors else done
 
     def _generate(
         self, ids: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool | None, continues: bool
@@ -171,7 +211,7 @@ class LLM:
             outputs = self.engine.collect(wanted)
             finished = {o.request_id: o.completion for o in outputs if o.completion is not None}
             done.update(finished)
-            bar.advance(len(finished), len(outputs))
+            bar.advance(len(finished), sum(len(output.token_ids) for output in outputs))
         return done
 
     def chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> Completion:
@@ -188,7 +228,7 @@ class LLM:
     ) -> list[Completion]:
         """The assistant's answers to several conversations, in order. Options as for `generate`."""
         ids = [self.encode_messages(messages) for messages in conversations]
-        return self._generate(ids, _each(params, options, len(ids)), progress, continues=False)
+        return _checked(self._generate(ids, _each(params, options, len(ids)), progress, continues=False))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> TextStream:
         """The answer's text, piece by piece; joined, the pieces are exactly the completion's text."""
@@ -218,6 +258,7 @@ class TextStream(Iterator[str]):
                 raise
             if outputs and outputs[-1].completion is not None:
                 self.completion, self._closed = outputs[-1].completion, True
+                _checked([self.completion])
             if piece := "".join(output.piece for output in outputs):
                 return piece
         raise StopIteration
@@ -238,67 +279,11 @@ class TextStream(Iterator[str]):
         self.close()
 
 
-def make_runner(model: LanguageModel, max_model_len: int | None, max_running: int) -> Runner:
-    """The runner for this model. Raises RequestError when `max_model_len` is more than the model has positions."""
-    if isinstance(model, Decoder):
-        limit = model.config.max_position_embeddings
-        return NativeRunner(model, _context(max_model_len, limit), max_running)
-    library_model = cast(Any, model).model
-    limit = getattr(library_model.config.get_text_config(), "max_position_embeddings", None) or 2**20
-    return TransformersRunner(model, library_model, _context(max_model_len, limit))
-
-
-def _context(asked: int | None, limit: int) -> int:
-    if asked is not None and not 2 <= asked <= limit:
-        raise RequestError(f"max_model_len must be between 2 and the model's {limit} positions, got {asked}")
-    return limit if asked is None else asked
-
-
-def _load(source: ModelSource, dtype: str | torch.dtype, device: str | torch.device, backend: str) -> LanguageModel:
-    chosen = pick_device(str(device))
-    if dtype == "auto" and chosen.type == "cpu":
-        dtype = torch.float32
-    return load_model(
-        source.path,
-        adapter=source.adapter,
-        quantize=source.quantize,
-        dtype=dtype,
-        device=chosen,
-        backend=cast(Any, backend),
-        revision=source.revision,
-    )
-
-
-def _load_tokenizer(source: ModelSource) -> Tokenizer:
-    tokenizer = load_tokenizer(source.tokenizer or resolve_model(source.path, source.revision))
-    if source.chat_template is None:
-        return tokenizer
-    try:
-        return tokenizer.with_chat_template(source.chat_template.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TokenizerError(f"the chat template {source.chat_template} of the run can't be read: {error}") from None
-
-
 def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """A raw prompt: special tokens may be written out, and the beginning-of-text token is added once."""
     ids = tokenizer.encode(text, parse_special=True, add_special=True)
     twice = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
     return ids[1:] if twice else ids
-
-
-def _vocab_size(model: LanguageModel) -> int:
-    if isinstance(model, Decoder):
-        return model.config.vocab_size
-    return int(cast(Any, model).model.config.get_text_config().vocab_size)
-
-
-def _stop_ids(model: LanguageModel, tokenizer: Tokenizer | None) -> set[int]:
-    """What ends an answer: the tokenizer's stop tokens and the model's own end tokens."""
-    stop = set() if tokenizer is None else set(tokenizer.stop_ids)
-    if isinstance(model, Decoder):
-        return stop | set(model.config.eos_token_ids)
-    eos = cast(Any, model).model.generation_config.eos_token_id
-    return stop | set(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
 def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
@@ -307,6 +292,14 @@ def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> Sampli
         if name not in known:
             raise RequestError(f"{name!r} is not a sampling option; there are: {', '.join(known)}")
     return replace(params or SamplingParams(), **options)
+
+
+def _checked(completions: list[Completion]) -> list[Completion]:
+    """Raises RequestError for the first answer that could not go on."""
+    for completion in completions:
+        if completion.error is not None:
+            raise RequestError(completion.error)
+    return completions
 
 
 def _each(params: Params, options: Mapping[str, Any], num_prompts: int) -> list[SamplingParams]:

@@ -25,17 +25,21 @@ class AnswerText:
         self.shown: list[str] = []
         self.held = ""
         self.stopped = False
+        self.stopped_by: str | None = None
 
     @property
     def text(self) -> str:
         """Everything given out so far."""
         return "".join(self.shown)
 
-    def push(self, token_id: int) -> str:
-        """The text that can be shown after this token; sets `stopped` when a stop text is complete."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """The text that can be shown after this token; sets `stopped` when a stop text is complete.
+
+        may_stop: False for an answer that is too short yet: then a stop text that is complete is text like any other.
+        """
         if self.decoder is None or self.stopped:
             return ""
-        return self._show(self.decoder.put(token_id), at_end=False)
+        return self._show(self.decoder.put(token_id), at_end=False, may_stop=may_stop)
 
     def finish(self) -> str:
         """The rest of the text at the end of the answer."""
@@ -43,12 +47,15 @@ class AnswerText:
             return ""
         return self._show(self.decoder.finish(), at_end=True)
 
-    def _show(self, piece: str, at_end: bool) -> str:
+    def _show(self, piece: str, at_end: bool, may_stop: bool = True) -> str:
         self.held += piece
-        cut = min((at for at in map(self.held.find, self.stop) if at >= 0), default=-1)
-        if cut >= 0:
+        found = [(at, text) for text in self.stop if may_stop and (at := self.held.find(text)) >= 0]
+        if found:
             self.stopped = True
+            cut, self.stopped_by = min(found)
             shown, self.held = self.held[:cut], ""
+        elif not may_stop:
+            shown, self.held = self.held, ""
         else:
             kept = 0 if at_end else _open_length(self.held, self.stop)
             shown, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]

@@ -12,7 +12,8 @@ import tunesmith
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
-from tunesmith.engine.runner import NativeRunner, TransformersRunner
+from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError
 
 MESSAGES = [{"role": "user", "content": "你好, what is red?"}]
@@ -32,8 +33,8 @@ def llm(model_dir: Path) -> LLM:
 
 def pages_in_use(llm: LLM) -> int:
     assert isinstance(llm.runner, NativeRunner)
-    llm.runner.cache.check()
-    return llm.runner.cache.allocator.num_used
+    llm.engine.scheduler.check()
+    return llm.runner.pages.num_used
 
 
 def test_llm_is_public() -> None:
@@ -196,7 +197,7 @@ def test_other_architectures_run_through_transformers(model_dir: Path, llm: LLM)
     texts = ["one", "and another one"]
     ours = [c.token_ids for c in llm.generate(texts, max_tokens=20)]
     assert [c.token_ids for c in theirs.generate(texts, max_tokens=20)] == ours
-    assert theirs.runner.leases == set()
+    assert theirs.runner.states == {} and theirs.runner.pages.num_used == 0
 
 
 def test_max_model_len_is_the_context(model_dir: Path) -> None:

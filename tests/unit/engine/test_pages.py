@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tunesmith.arch import ModelConfig
-from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator, PagedCache
+from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator, PagedCache, page_bytes, pages_of
 
 CONFIG = ModelConfig(
     family="llama",
@@ -24,24 +24,18 @@ CONFIG = ModelConfig(
 )
 
 
-def make_cache(max_tokens: int = 20 * PAGE_SLOTS) -> PagedCache:
-    return PagedCache(CONFIG, max_tokens, dtype=torch.float32, device=torch.device("cpu"))
-
-
 def test_pages_are_taken_side_by_side() -> None:
     allocator = PageAllocator(8)
     first = allocator.take()
     assert [first, allocator.take(first), allocator.take(first + 1)] == [0, 1, 2]
 
 
-def test_a_new_run_starts_in_the_longest_free_stretch() -> None:
+def test_a_page_that_was_given_back_goes_first_but_the_next_one_is_preferred() -> None:
     allocator = PageAllocator(8)
-    pages = [allocator.take(p - 1 if p else None) for p in range(8)]
-    assert pages == list(range(8))
-    for page in (1, 4, 5, 6):
-        allocator.release(page)
-    assert allocator.take() == 4
-    assert allocator.take(after=2) == 5, "page 3 is in use, so the longest run is next"
+    pages = [allocator.take() for _ in range(4)]
+    allocator.release(pages[1])
+    assert allocator.take(after=3) == 4, "side by side"
+    assert allocator.take(after=4 - 1) == 1, "page 4 is in use, so the page that is warm"
 
 
 def test_shared_pages_live_until_their_last_user_goes() -> None:
@@ -57,6 +51,35 @@ def test_shared_pages_live_until_their_last_user_goes() -> None:
         allocator.release(page)
     with pytest.raises(ValueError, match="can't be shared"):
         allocator.share(page)
+    with pytest.raises(ValueError, match="can't be remembered"):
+        allocator.remember(page)
+
+
+def test_known_pages_come_back_and_the_longest_unused_goes_first() -> None:
+    allocator, forgotten = PageAllocator(4), []
+    allocator.on_forgotten = forgotten.append
+    pages = [allocator.take() for _ in range(4)]
+    for page in pages[:3]:
+        allocator.remember(page)
+    allocator.release_all(pages)
+    assert (allocator.num_free, allocator.num_known) == (4, 3)
+    allocator.share(0)  # found again
+    allocator.release(0)
+    assert [allocator.take() for _ in range(4)] == [3, 2, 1, 0], "blank first, then from the tail of what was kept"
+    assert forgotten == [2, 1, 0]
+    with pytest.raises(MemoryError):
+        allocator.take()
+    allocator.check([[0, 1, 2, 3]])
+
+
+def test_forgetting_makes_known_pages_blank() -> None:
+    allocator = PageAllocator(2)
+    page = allocator.take()
+    allocator.remember(page)
+    allocator.release(page)
+    allocator.forget([page])
+    assert (allocator.num_free, allocator.num_known) == (2, 0)
+    allocator.check([])
 
 
 def test_check_finds_a_page_nobody_names() -> None:
@@ -66,80 +89,51 @@ def test_check_finds_a_page_nobody_names() -> None:
         allocator.check([])
 
 
-def test_a_request_reserves_its_worst_case() -> None:
-    cache = make_cache(4 * PAGE_SLOTS)
-    table = cache.open(3 * PAGE_SLOTS)
-    assert table is not None
-    assert cache.open(2 * PAGE_SLOTS) is None, "two more pages were promised than there are"
-    other = cache.open(PAGE_SLOTS)
-    assert other is not None
-    table.extend(3 * PAGE_SLOTS)
-    other.extend(1)
-    cache.check()
-    table.close()
-    table.close()
-    assert cache.allocator.num_used == 1
-    assert cache.open(3 * PAGE_SLOTS) is not None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_the_storage_is_what_the_arithmetic_says(dtype: torch.dtype) -> None:
+    cache = PagedCache(CONFIG, 5, dtype=dtype, device=torch.device("cpu"))
+    stored = sum(t.nbytes for t in (*cache.keys, *cache.values, *(cache.key_scales or ()), *(cache.value_scales or ())))
+    assert stored == 5 * page_bytes(CONFIG, dtype)
+    assert cache.capacity_bytes == sum(t.nbytes for t in (*cache.keys, *cache.values))
+    assert cache.token_bytes == 2 * 2 * 1 * 4 * dtype.itemsize  # keys and values, layers, heads, head_dim
+    assert cache.keys[0].shape == (5, PAGE_SLOTS, 1, 4)
 
 
-def test_requests_that_grow_in_turn_stay_contiguous() -> None:
-    cache = make_cache()
-    tables = [cache.open(5 * PAGE_SLOTS) for _ in range(3)]
-    for _ in range(5):
-        for table in tables:
-            assert table is not None
-            table.extend(PAGE_SLOTS)
-    assert [table.pages for table in tables if table] == [list(range(s, s + 5)) for s in (0, 5, 10)]
-    assert all(table.contiguous for table in tables if table)
-
-
-def test_bytes_are_counted_by_token_and_by_page() -> None:
-    cache = make_cache()
-    token_bytes = 2 * 2 * 1 * 4 * 4  # keys and values, layers, heads, head_dim, float32
-    table = cache.open(100)
-    assert table is not None
-    assert cache.used_bytes == cache.reserved_bytes == 0
-    table.extend(PAGE_SLOTS + 1)
-    assert cache.used_bytes == (PAGE_SLOTS + 1) * token_bytes
-    assert cache.reserved_bytes == 2 * PAGE_SLOTS * token_bytes
-    stored = sum(t.nbytes for t in (*cache.keys, *cache.values))
-    assert cache.capacity_bytes == stored
-
-
-def test_growing_keeps_what_is_stored() -> None:
-    cache = make_cache()
-    table = cache.open(PAGE_SLOTS)
-    assert table is not None
-    table.extend(PAGE_SLOTS)
-    cache.flat[1][0][:PAGE_SLOTS] = 7.0
-    before = cache.capacity_bytes
-    assert cache.open(5 * PAGE_SLOTS) is not None
-    assert cache.capacity_bytes > before
-    assert (cache.flat[1][0][:PAGE_SLOTS] == 7.0).all()
-    assert cache.flat[1][0].data_ptr() == cache.keys[1].data_ptr()
+def test_pages_of_tokens() -> None:
+    assert [pages_of(n) for n in (0, 1, PAGE_SLOTS, PAGE_SLOTS + 1)] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_random_traffic_leaves_nothing_behind(seed: int) -> None:
     choice = random.Random(seed)
-    cache = make_cache()
-    open_tables = []
-    for _ in range(300):
-        table = cache.open(choice.randint(1, 100)) if choice.random() < 0.4 else None
-        if table is not None:
-            open_tables.append(table)
-        elif open_tables and choice.random() < 0.4:
-            open_tables.pop(choice.randrange(len(open_tables))).close()
-        for table in open_tables:
-            if table.length < (table.max_pages - 1) * PAGE_SLOTS:
-                table.extend(choice.randint(1, PAGE_SLOTS))
-        cache.check()
-        pages = [page for table in open_tables for page in table.pages]
-        assert len(pages) == len(set(pages))
-        for table in open_tables:
-            runs = all(b == a + 1 for a, b in zip(table.pages, table.pages[1:], strict=False))
-            assert table.contiguous == runs
-    for table in open_tables:
-        table.close()
-    cache.check()
-    assert cache.allocator.num_used == 0
+    allocator = PageAllocator(20)
+    known: set[int] = set()
+    allocator.on_forgotten = known.remove
+    tables: list[list[int]] = []
+    for _ in range(600):
+        kind = choice.random()
+        if kind < 0.5 and allocator.num_free:
+            if not tables or choice.random() < 0.3:
+                tables.append([])
+            table = choice.choice(tables)
+            table.append(allocator.take(table[-1] if table else None))
+        elif kind < 0.6 and tables:
+            shared = [*choice.choice(tables)[:2]]
+            for page in shared:
+                allocator.share(page)
+            tables.append(shared)
+        elif kind < 0.65 and known:
+            page = choice.choice(sorted(known))
+            allocator.share(page)
+            tables.append([page])
+        elif kind < 0.8 and tables:
+            for page in choice.choice(tables)[:1]:
+                allocator.remember(page)
+                known.add(page)
+        elif tables:
+            allocator.release_all(tables.pop(choice.randrange(len(tables))))
+        allocator.check(tables)
+    for table in tables:
+        allocator.release_all(table)
+    allocator.check([])
+    assert allocator.num_used == 0

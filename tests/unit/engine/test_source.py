@@ -127,16 +127,13 @@ def test_prefill_equals_decode_with_methods(tiny_model_dir: Callable[..., Path],
 
     The weights are mild: with wild ones softmaxes are so sharp that rounding alone grows to 2e-5.
     """
-    from tunesmith.engine.runner import NativeRunner
+    from tunesmith.engine.probe import probe_runner, stepwise_logits
     from tunesmith.model.language_model import logits
 
     model = trained(tiny_model_dir("qwen2", hidden_size=64, initializer_range=0.1), method, change=0.05)
     ids = list(range(40))
     whole = logits(model, [ids])[0]
-    runner = NativeRunner(model, 64)
-    table = runner.open(40)
-    assert table is not None
-    decoded = torch.cat([runner.step([(table, [token])]) for token in ids])
+    decoded = stepwise_logits(probe_runner(model, 64), ids, range(1, 41))
     assert (decoded - whole).abs().max() / whole.abs().max() < 1e-5
 
 

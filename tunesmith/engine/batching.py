@@ -1,0 +1,231 @@
+"""From a plan to the tensors of its step: numpy on the host, one buffer, one copy to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.engine.batch import SampledRow, StepBatch
+from tunesmith.engine.pages import PAGE_SLOTS, pages_of
+from tunesmith.engine.scheduler import Scheduled, StepPlan
+from tunesmith.engine.sequence import Sequence as Running
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """The same as StepBatch, in numpy: what `to_device` copies, and what is cut into passes of fixed size."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    starts: np.ndarray
+    contexts: np.ndarray
+    tables: np.ndarray
+    sequence_slots: np.ndarray
+    sample_rows: np.ndarray
+    adapters: np.ndarray | None
+    score_rows: np.ndarray
+    score_targets: np.ndarray
+    num_scored_top: int
+    is_decode: bool
+
+
+class BatchBuilder:
+    """Keeps each slot's page table in one array, so that a step only adds what is new."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
+        self.device = device
+        self.tables = np.zeros((max_num_seqs, pages_of(max_model_len)), dtype=np.int32)
+
+    def build(self, plan: StepPlan, fixed_rows: int | None = None) -> tuple[StepBatch, list[SampledRow]]:
+        """The plan's batch, and one row for each sampled row of it.
+
+        fixed_rows: also cut the batch into passes of exactly this many rows (StepBatch.passes).
+        """
+        host = self.host_batch(plan.scheduled)
+        batch = to_device(host, self.device)
+        if fixed_rows is not None:
+            passes = tuple(to_device(part, self.device) for part in cut(host, fixed_rows))
+            batch = batch.with_passes(passes)
+        rows = [_row(part.sequence) for part in plan.scheduled for _ in range(part.num_rows)]
+        return batch, rows
+
+    def host_batch(self, parts: Sequence[Scheduled]) -> HostBatch:
+        """The arrays of a step."""
+        for part in parts:
+            self._write_table(part.sequence)
+        slots = _ints(part.sequence.slot or 0 for part in parts)
+        computed = _ints(part.start for part in parts)
+        counts = _ints(part.num_tokens for part in parts)
+        starts = np.zeros(len(parts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=starts[1:])
+        owner = np.repeat(np.arange(len(parts)), counts)
+        positions = np.arange(starts[-1]) - (starts[:-1] - computed)[owner]
+        pages = self.tables[slots[owner], positions // PAGE_SLOTS].astype(np.int64)
+        contexts = computed + counts
+        score_rows, score_targets = _scored(parts, starts)
+        return HostBatch(
+            tokens=_tokens(parts),
+            positions=positions,
+            slots=pages * PAGE_SLOTS + positions % PAGE_SLOTS,
+            starts=starts,
+            contexts=contexts,
+            tables=self.tables[slots, : pages_of(int(contexts.max()))],
+            sequence_slots=slots,
+            sample_rows=_sampled(parts, starts),
+            adapters=_adapters(parts, owner),
+            score_rows=score_rows,
+            score_targets=score_targets,
+            num_scored_top=max((p.sequence.request.params.prompt_logprobs or 0 for p in parts), default=0),
+            is_decode=all(part.num_tokens == 1 and part.samples for part in parts),
+        )
+
+    def _write_table(self, sequence: Running) -> None:
+        new = sequence.pages[sequence.num_tabled :]
+        if new:
+            self.tables[sequence.slot, sequence.num_tabled : len(sequence.pages)] = new
+            sequence.num_tabled = len(sequence.pages)
+
+
+def _ints(values: object) -> np.ndarray:
+    return np.fromiter(values, dtype=np.int64)  # type: ignore[call-overload]
+
+
+def _row(sequence: Running) -> SampledRow:
+    assert sequence.row is not None
+    return sequence.row
+
+
+def _tokens(parts: Sequence[Scheduled]) -> np.ndarray:
+    """The new tokens of all parts; one that is on the device only is named by its slot (see batch.py)."""
+    tokens: list[int] = []
+    for part in parts:
+        sequence = part.sequence
+        known = sequence.all_ids[part.start : part.start + part.num_tokens]
+        tokens += known
+        missing = part.num_tokens - len(known)
+        if missing > part.num_drafts:
+            tokens.append(-1 - (sequence.slot or 0))
+        if part.num_drafts:
+            tokens += sequence.drafts[: part.num_drafts]
+    return np.array(tokens, dtype=np.int64)
+
+
+def _sampled(parts: Sequence[Scheduled], starts: np.ndarray) -> np.ndarray:
+    ends = starts[1:].tolist()
+    return _ints(row for part, end in zip(parts, ends, strict=True) for row in range(end - part.num_rows, end))
+
+
+def _adapters(parts: Sequence[Scheduled], owner: np.ndarray) -> np.ndarray | None:
+    if all(part.sequence.adapter_index < 0 for part in parts):
+        return None
+    return np.array([part.sequence.adapter_index for part in parts], dtype=np.int32)[owner]
+
+
+def _scored(parts: Sequence[Scheduled], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose next token is a prompt's token that has no log-probability yet, and those tokens."""
+    rows: list[int] = []
+    targets: list[int] = []
+    for part, start in zip(parts, starts.tolist(), strict=False):
+        sequence = part.sequence
+        if not sequence.wants_prompt_scores:
+            continue
+        first = max(part.start, sequence.num_scored)
+        stop = max(first, min(part.start + part.num_tokens, sequence.num_prompt - 1))
+        part.num_scored, sequence.num_scored = stop - first, stop
+        rows += range(start + first - part.start, start + stop - part.start)
+        targets += sequence.all_ids[first + 1 : stop + 1]
+    return np.array(rows, dtype=np.int64), np.array(targets, dtype=np.int64)
+
+
+def to_device(host: HostBatch, device: torch.device) -> StepBatch:
+    """Copy a batch over, in one buffer; nothing waits for it."""
+    sample_rows = host.sample_rows
+    owner = np.searchsorted(host.starts, sample_rows, side="right") - 1
+    wide = [host.tokens, host.positions, host.slots, sample_rows, host.sequence_slots[owner]]
+    wide += [host.positions[sample_rows] + 1, host.score_rows, host.score_targets]
+    narrow = [host.starts, host.contexts, host.tables] + ([] if host.adapters is None else [host.adapters])
+    arrays = [a.astype(np.int64, copy=False) for a in wide] + [a.astype(np.int32, copy=False) for a in narrow]
+    moved = _move(arrays, device)
+    is_scored = len(host.score_rows) > 0
+    return StepBatch(
+        tokens_T=moved[0],
+        positions_T=moved[1],
+        slots_T=moved[2],
+        sample_rows_B=moved[3],
+        sample_slots_B=moved[4],
+        sample_positions_B=moved[5],
+        score_rows=moved[6] if is_scored else None,
+        score_targets=moved[7] if is_scored else None,
+        query_starts_R1=moved[8],
+        context_R=moved[9],
+        block_tables_RP=moved[10],
+        adapter_T=None if host.adapters is None else moved[11],
+        token_adapters=host.adapters,
+        max_query=int(np.diff(host.starts).max()),
+        max_context=int(host.contexts.max()),
+        sequence_slots=host.sequence_slots.tolist(),
+        is_decode=host.is_decode,
+        num_scored_top=host.num_scored_top,
+    )
+
+
+def _move(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays as tensors of the device: on a CPU as they are, else through one pinned buffer."""
+    if device.type != "cuda":
+        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    # Sorted by width, widest first, so that every part is aligned.
+    total = sum(array.nbytes for array in arrays)
+    host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+    view, at = host.numpy(), 0
+    for array in arrays:
+        view[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        at += array.nbytes
+    moved, at = host.to(device, non_blocking=True), 0
+    tensors = []
+    for array in arrays:
+        dtype = torch.int64 if array.dtype == np.int64 else torch.int32
+        tensors.append(moved[at : at + array.nbytes].view(dtype).view(array.shape))
+        at += array.nbytes
+    return tensors
+
+
+def cut(host: HostBatch, rows: int) -> list[HostBatch]:
+    """The batch as passes of exactly `rows` rows, in order, each row a sequence of its own with one new token.
+
+    So no product and no attention sees how many tokens there are: every shape is the same for every token. What came
+    before in its sequence is in the pages, written by this pass or an earlier one. The last pass is filled with padding
+    that is written nowhere.
+    """
+    owner = np.repeat(np.arange(len(host.contexts)), np.diff(host.starts))
+    return [_pass(host, owner, first, rows) for first in range(0, len(host.tokens), rows)]
+
+
+def _pass(host: HostBatch, owner: np.ndarray, first: int, rows: int) -> HostBatch:
+    here = slice(first, min(first + rows, len(host.tokens)))
+    pad = rows - (here.stop - here.start)
+    positions = _padded(host.positions[here], pad, 0)
+    none = np.zeros(0, dtype=np.int64)
+    return HostBatch(
+        tokens=_padded(host.tokens[here], pad, 0),
+        positions=positions,
+        slots=_padded(host.slots[here], pad, -1),
+        starts=np.arange(rows + 1),
+        contexts=positions + 1,
+        tables=host.tables[_padded(owner[here], pad, 0)],
+        sequence_slots=host.sequence_slots[_padded(owner[here], pad, 0)],
+        sample_rows=none,
+        adapters=None if host.adapters is None else _padded(host.adapters[here], pad, -1),
+        score_rows=none,
+        score_targets=none,
+        num_scored_top=0,
+        is_decode=True,
+    )
+
+
+def _padded(values: np.ndarray, num: int, value: int) -> np.ndarray:
+    return np.pad(values, (0, num), constant_values=value) if num else values

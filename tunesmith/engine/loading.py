@@ -1,0 +1,132 @@
+"""What `LLM` is made of: a model from where it lies, its tokenizer, the engine's configuration, the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from tunesmith.checkpoint.inference import load_for_inference
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.grammar_compile import GrammarCompiler, RequestGrammars
+from tunesmith.engine.interfaces import Runner
+from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.source import ModelSource
+from tunesmith.engine.transformers_runner import TransformersRunner
+from tunesmith.errors import RequestError, TokenizerError
+from tunesmith.hardware import pick_device
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.language_model import LanguageModel
+from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
+
+GPU_SEQS, GPU_TOKENS = 256, 8192
+"""Requests together, and tokens of a step, where nothing else is asked for."""
+CPU_SEQS, CPU_TOKENS = 16, 2048
+# A model that was loaded elsewhere shares the GPU with whoever holds it.
+LIVE_SEQS, LIVE_SHARE = 16, 0.5
+
+
+def load_source(
+    source: ModelSource, dtype: str | torch.dtype, device: str | torch.device, backend: str
+) -> LanguageModel:
+    """The model of a source, in evaluation mode. On a CPU "auto" is float32."""
+    chosen = pick_device(str(device))
+    if dtype == "auto" and chosen.type == "cpu":
+        dtype = torch.float32
+    return load_for_inference(
+        source.path,
+        adapter=source.adapter,
+        quantize=source.quantize,
+        dtype=dtype,
+        device=chosen,
+        backend=cast(Any, backend),
+        revision=source.revision,
+    )
+
+
+def load_source_tokenizer(source: ModelSource) -> Tokenizer:
+    """The tokenizer of a source, with the chat template it was trained with."""
+    tokenizer = load_tokenizer(source.tokenizer or resolve_model(source.path, source.revision))
+    if source.chat_template is None:
+        return tokenizer
+    try:
+        return tokenizer.with_chat_template(source.chat_template.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TokenizerError(f"the chat template {source.chat_template} of the run can't be read: {error}") from None
+
+
+def make_config(
+    model: LanguageModel,
+    *,
+    is_live: bool = False,
+    max_model_len: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    gpu_memory_utilization: float = 0.9,
+    **options: Any,
+) -> EngineConfig:
+    """The engine's configuration for a model: what is None takes the defaults of its device.
+
+    is_live: the model was loaded elsewhere and may be training. options: other fields of EngineConfig.
+    Raises: RequestError, also when `max_model_len` is more than the model has positions.
+    """
+    on_gpu = _device(model).type == "cuda"
+    seqs = max_num_seqs or (LIVE_SEQS if is_live else GPU_SEQS if on_gpu else CPU_SEQS)
+    tokens = max_num_batched_tokens or max(GPU_TOKENS if on_gpu else CPU_TOKENS, seqs)
+    config = EngineConfig(
+        max_model_len=_context(max_model_len, _positions(model)),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        gpu_memory_utilization=gpu_memory_utilization,
+        step_ahead=on_gpu,
+        **options,
+    )
+    if isinstance(model, Decoder):
+        return config
+    # Not every cache of the library takes a prompt in pieces.
+    return replace(config, max_num_batched_tokens=seqs * config.max_model_len, enable_prefix_cache=False)
+
+
+def make_runner(model: LanguageModel, config: EngineConfig, *, is_live: bool = False) -> Runner:
+    """The runner for this model: ours where it is native, else transformers'."""
+    if not isinstance(model, Decoder):
+        return TransformersRunner(model, cast(Any, model).model, config)
+    if is_live and _device(model).type == "cuda":
+        free, total = torch.cuda.mem_get_info(_device(model))
+        share = min(config.gpu_memory_utilization, (total - free + LIVE_SHARE * free) / total)
+        config = replace(config, gpu_memory_utilization=share)
+    return NativeRunner(model, config)
+
+
+def make_grammars(tokenizer: Tokenizer, runner: Runner, stop_ids: Collection[int]) -> RequestGrammars:
+    """Grammars of structured answers; the library is imported with the first of them."""
+    return RequestGrammars(GrammarCompiler(tokenizer, runner.vocab_size, stop_ids))
+
+
+def stop_ids_of(model: LanguageModel, tokenizer: Tokenizer | None) -> set[int]:
+    """What ends an answer: the tokenizer's stop tokens and the model's own end tokens."""
+    stop = set() if tokenizer is None else set(tokenizer.stop_ids)
+    if isinstance(model, Decoder):
+        return stop | set(model.config.eos_token_ids)
+    eos = cast(Any, model).model.generation_config.eos_token_id
+    return stop | set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
+def _device(model: LanguageModel) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+def _positions(model: LanguageModel) -> int:
+    if isinstance(model, Decoder):
+        return model.config.max_position_embeddings
+    text = cast(Any, model).model.config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or 2**20
+
+
+def _context(asked: int | None, limit: int) -> int:
+    if asked is not None and not 2 <= asked <= limit:
+        raise RequestError(f"max_model_len must be between 2 and the model's {limit} positions, got {asked}")
+    return limit if asked is None else asked
