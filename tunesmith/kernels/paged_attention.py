@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.kernels.paged_attention_cpu import paged_attention_cpu
 from tunesmith.units import ceil_div
 
 
@@ -70,6 +71,18 @@ def paged_attention(
             invariant,
         )
         return out
+    if query_TNH.device.type == "cpu" and key_scales_PK is None and not invariant:
+        return paged_attention_cpu(
+            query_TNH,
+            keys_PSKH,
+            values_PSKH,
+            block_tables_RP,
+            query_starts_R1,
+            context_R,
+            window=window,
+            scale=scale,
+            out=out,
+        )
     result = paged_attention_reference(
         query_TNH,
         keys_PSKH,
