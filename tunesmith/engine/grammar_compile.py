@@ -8,47 +8,21 @@ vocabulary: a schema compiles in about a millisecond, and what a hostile one may
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from tunesmith.engine.grammar_library import GrammarLimits, fuel, library, panics_are_errors, refused
+from tunesmith.engine.grammar_text import grammar_text
 from tunesmith.engine.request import StructuredSpec
-from tunesmith.engine.structured import MAX_SPEC_BYTES, check_spec, mask_words
+from tunesmith.engine.structured import check_spec, mask_words
 from tunesmith.errors import RequestError
 from tunesmith.text.tokenizer import Tokenizer
-
-# Between JSON's tokens: nothing, a space, or a line break with its indentation. Without a bound a model may go on
-# writing blanks until its limit.
-JSON_WHITESPACE = r"([ ]|\n[ ]{0,40})"
-
-
-@dataclass(frozen=True)
-class GrammarLimits:
-    """What one grammar may cost.
-
-    max_spec_bytes: of a schema, expression, grammar or all choices together.
-    compile_s: from the request's arrival until its grammar is ready; a request that waits longer fails.
-    cache_entries: compiled grammars that are kept, the least recently used go first.
-    start_fuel, step_fuel: automaton work for the start and for one token. What a nested repetition spends on the start
-        grows with it: (((a{100}){100}){100} took 0.13 s and 50 MB with this limit, 1.7 s and 240 MB with four times it.
-    max_states: automaton states of one grammar (1 to 2 kB each).
-    max_symbols: symbols of a grammar after expansion.
-    """
-
-    max_spec_bytes: int = MAX_SPEC_BYTES
-    compile_s: float = 10.0
-    cache_entries: int = 64
-    start_fuel: int = 250_000
-    step_fuel: int = 200_000
-    max_states: int = 50_000
-    max_symbols: int = 500_000
 
 
 class MatcherState:
@@ -81,7 +55,8 @@ class MatcherState:
         if self._has_stopped:
             bitmask_row.fill(0)
         else:
-            self._matcher.unsafe_compute_mask_ptr(bitmask_row.ctypes.data, bitmask_row.nbytes)
+            with panics_are_errors("grammar"):
+                self._matcher.unsafe_compute_mask_ptr(bitmask_row.ctypes.data, bitmask_row.nbytes)
             if self._matcher.is_error():
                 raise _too_complex(self._matcher)
         self._set_stops(bitmask_row)
@@ -209,13 +184,13 @@ class GrammarCompiler:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, spec: StructuredSpec) -> MatcherGrammar:
-        library = _library()
-        matcher = library.LLMatcher(self._tokens(), grammar_text(spec), log_level=0, limits=_fuel(self.limits))
-        if matcher.is_error():
-            raise _refused(spec, matcher.get_error())
-        if reason := _try_out(matcher.deep_copy(), self.num_mask_words):
-            raise _refused(spec, reason)
-        return MatcherGrammar(matcher, self.stop_ids, tuple(matcher.get_grammar_warnings()))
+        with panics_are_errors(spec.kind):
+            limits = fuel(self.limits)
+            matcher = library().LLMatcher(self._tokens(), grammar_text(spec), log_level=0, limits=limits)
+            reason = matcher.get_error() if matcher.is_error() else _try_out(matcher.deep_copy(), self.num_mask_words)
+            if reason:
+                raise refused(spec.kind, reason)
+            return MatcherGrammar(matcher, self.stop_ids, tuple(matcher.get_grammar_warnings()))
 
     def _tokens(self) -> Any:
         """The vocabulary as llguidance's trie."""
@@ -246,73 +221,6 @@ class RequestGrammars:
         self._pending.pop(request_id, None)
 
 
-def grammar_text(spec: StructuredSpec) -> str:
-    """The specification in llguidance's own form (JSON)."""
-    matcher = _library().LLMatcher
-    value = spec.value if isinstance(spec.value, str) else ""
-    if spec.kind == "choice":
-        return _lark("start: " + " | ".join(json.dumps(choice) for choice in spec.value))
-    if spec.kind == "regex":
-        return matcher.grammar_from_regex(value)
-    if spec.kind == "grammar":
-        return value if value.lstrip().startswith("{") else _lark(_as_lark(value))
-    schema = value if spec.kind == "json_schema" else '{"type": "object"}'
-    return matcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
-
-
-def _lark(grammar: str) -> str:
-    return json.dumps({"grammars": [{"lark_grammar": grammar}]})
-
-
-def _as_lark(grammar: str) -> str:
-    """A grammar in Lark's notation, also from llama.cpp's (`root ::= ...`)."""
-    if "::=" not in grammar:
-        return grammar
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    try:
-        return any_to_lark(grammar)
-    except Exception as error:  # the converter has an error of its own
-        raise RequestError(
-            f"the structured output's grammar can't be used, read as GBNF: {str(error).splitlines()[0][:200]}"
-        ) from None
-
-
-def validate_spec(spec: StructuredSpec, limits: GrammarLimits | None = None) -> list[str]:
-    """Refuse a specification that can't be compiled, without a tokenizer (about a millisecond); warnings.
-
-    For the HTTP process, in a thread: what is wrong is said before the request reaches the engine.
-    Raises: RequestError.
-    """
-    limits = limits or GrammarLimits()
-    check_spec(spec, max_bytes=limits.max_spec_bytes)
-    wrong, messages = _library().LLMatcher.validate_grammar_with_warnings(grammar_text(spec), limits=_fuel(limits))
-    if wrong:
-        raise _refused(spec, messages[0])
-    return list(messages)
-
-
-def after_thoughts(spec: StructuredSpec, begin: str, end: str, *, is_open: bool) -> StructuredSpec:
-    """The specification for what follows a thought.
-
-    Args:
-        begin, end: what stands around a thought, as a Lark terminal: `"<think>"`, or `<[151667]>` for a control token.
-        is_open: the prompt has opened the thought, so it must be closed; else the answer may also come without one.
-    """
-    answer = json.loads(grammar_text(spec))["grammars"]
-    answer[0]["name"] = "answer"
-    start = "thought BLANK? @answer" if is_open else f"({begin} thought BLANK?)? @answer"
-    lark = f"start: {start}\n{lark_until('thought', end)}BLANK: /\\n{{1,2}}/\n"
-    return StructuredSpec("grammar", json.dumps({"grammars": [{"lark_grammar": lark}, *answer]}))
-
-
-def lark_until(name: str, end: str) -> str:
-    """A Lark rule: any text up to a terminal, which belongs to it."""
-    if end.startswith("<"):
-        return f"{name}: ANY_{name.upper()} {end}\nANY_{name.upper()}: /(?s:.)*/\n"
-    return f"{name}[lazy]: ANY_{name.upper()} {end}\nANY_{name.upper()}: /(?s:.)*/\n"
-
-
 def _read_vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int, ...]) -> Any:
     width = max(vocab_size, tokenizer.vocab_size)
     if mask_words(width) != mask_words(vocab_size):
@@ -322,7 +230,7 @@ def _read_vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: tuple[int,
         )
     eos = stop_ids[0] if stop_ids else None
     try:
-        return _library().LLTokenizer(tokenizer.to_json(), n_vocab=width, eos_token=eos)
+        return library().LLTokenizer(tokenizer.to_json(), n_vocab=width, eos_token=eos)
     except (ValueError, RuntimeError) as error:
         raise RequestError(f"structured output isn't possible with this model's tokenizer: {error}") from None
 
@@ -334,37 +242,14 @@ def _try_out(matcher: Any, num_words: int) -> str:
         matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if matcher.is_error():
             return str(matcher.get_error())
-        word = int(np.flatnonzero(row)[0]) if row.any() else None
-        if word is None or matcher.is_stopped():
+        if matcher.is_stopped():
             return ""
+        if not row.any():
+            return "no text fits it"
+        word = int(np.flatnonzero(row)[0])
         bits = int(row[word]) & 0xFFFFFFFF
         matcher.try_consume_tokens([word * 32 + (bits & -bits).bit_length() - 1])
     return ""
-
-
-def _fuel(limits: GrammarLimits) -> Any:
-    return _library().LLParserLimits(
-        initial_lexer_fuel=limits.start_fuel,
-        step_lexer_fuel=limits.step_fuel,
-        max_lexer_states=limits.max_states,
-        max_grammar_size=limits.max_symbols,
-        verbose_errors=False,
-    )
-
-
-def _library() -> Any:
-    try:
-        from llguidance import _lib
-    except ImportError:
-        raise RequestError(
-            "structured output needs llguidance, which is not installed: pip install llguidance"
-        ) from None
-    return _lib
-
-
-def _refused(spec: StructuredSpec, reason: str) -> RequestError:
-    what = spec.kind.replace("_", " ").replace("json", "JSON")
-    return RequestError(f"the structured output's {what} can't be used: {reason.strip().splitlines()[0][:300]}")
 
 
 def _too_complex(matcher: Any) -> RequestError:

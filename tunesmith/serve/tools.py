@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tunesmith.engine.grammar_compile import after_thoughts, grammar_text, lark_until
+from tunesmith.engine.grammar_text import after_thoughts, answer_grammars, lark_until
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.errors import RequestError, nearest
 from tunesmith.serve.tool_parsers import REASONINGS, AnswerParser, ReasoningSyntax
@@ -257,16 +257,10 @@ def constrain(
         start = "start: calls\n"
     elif otherwise is not None:
         start = "start: calls | @answer\n"
-        grammars += _answer(otherwise)
+        grammars += answer_grammars(otherwise)
     else:
         start = _free(syntax, tokenizer)
     return StructuredSpec("grammar", json.dumps({"grammars": [{"lark_grammar": start + rules}, *grammars]}))
-
-
-def _answer(spec: StructuredSpec) -> list[Any]:
-    grammars = json.loads(grammar_text(spec))["grammars"]
-    grammars[0]["name"] = "answer"
-    return grammars
 
 
 def _free(syntax: ToolSyntax, tokenizer: Tokenizer) -> str:

@@ -17,14 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tunesmith
-from tunesmith.engine.grammar_compile import (
-    GrammarCompiler,
-    GrammarLimits,
-    MatcherState,
-    RequestGrammars,
-    after_thoughts,
-    validate_spec,
-)
+from tunesmith.engine.grammar_compile import GrammarCompiler, MatcherState, RequestGrammars
+from tunesmith.engine.grammar_library import GrammarLimits
+from tunesmith.engine.grammar_text import after_thoughts, validate_spec
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.engine.structured import MAX_DEPTH, draft_masks
 from tunesmith.errors import RequestError
@@ -253,7 +248,10 @@ def test_an_answer_follows_a_thought(compiler: GrammarCompiler) -> None:
         (StructuredSpec("choice", ()), "one or more texts"),
         (StructuredSpec("choice", ("a", "")), "not empty"),
         (StructuredSpec("choice", tuple(map(str, range(5000)))), "at most 4096"),
+        (StructuredSpec("json_schema", '{"minimum": NaN}'), "JSON schema can't be used: ValueError"),
+        (StructuredSpec("json_schema", " false"), "Unsatisfiable"),
         (StructuredSpec("grammar", "start: other"), "grammar can't be used"),
+        (StructuredSpec("grammar", '{"grammars": 3}'), "grammar can't be used"),
         (StructuredSpec("grammar", 'root ::= ("a"'), "grammar"),
     ],
 )  # fmt: skip
@@ -264,6 +262,15 @@ def test_what_can_t_be_compiled_is_refused_with_the_reason(
         compiler.compile(spec)
     with pytest.raises(RequestError, match=message):
         validate_spec(spec)
+
+
+def test_a_grammar_that_no_text_fits_is_refused(compiler: GrammarCompiler) -> None:
+    with pytest.raises(RequestError, match="no text fits"):
+        compiler.compile(StructuredSpec("grammar", "start: a\na: a"))
+    assert compiler.compile(StructuredSpec("json_schema", "true")).state()
+    for spec in (StructuredSpec("json_schema", '{"a": NaN}'), StructuredSpec("grammar", '{"a": 1}')):
+        with pytest.raises(RequestError, match="can't be used"):
+            after_thoughts(spec, '"<think>"', '"</think>"', is_open=True)
 
 
 def test_an_expression_that_blows_up_fails_alone_and_soon(compiler: GrammarCompiler) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import tunesmith
-from tunesmith.engine.grammar_compile import GrammarCompiler, validate_spec
+from tunesmith.engine.grammar_compile import GrammarCompiler
+from tunesmith.engine.grammar_text import validate_spec
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.errors import RequestError
 from tunesmith.serve.tool_parsers import ParsedAnswer, join_deltas
