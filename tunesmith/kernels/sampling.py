@@ -20,6 +20,9 @@ from torch import Tensor
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.sampling_noise import BROKEN, gumbel
 
+SORTED_ON_CPU = 1024
+"""Logits of a row that are sorted first on a CPU; the others only where these are not enough."""
+
 
 def choose(
     logits_BV: Tensor,
@@ -88,6 +91,14 @@ def find_thresholds(
     Args: temperatures_B: float32; rows of 0 get minus infinity. top_k_B: int64, 0 is all. top_p_B: float32 above 0;
     1 is all. min_p_B: float32; 0 is all. Probabilities are of logits / temperature.
     """
+    if use_kernel(logits_BV.device):
+        from tunesmith.kernels.sampling_thresholds_triton import thresholds_operator
+
+        return thresholds_operator(logits_BV, temperatures_B, top_k_B, top_p_B, min_p_B)
+    if logits_BV.device.type == "cpu" and logits_BV.shape[-1] > SORTED_ON_CPU:
+        found_B = _thresholds_on_cpu(logits_BV, temperatures_B, top_k_B, top_p_B, min_p_B)
+        if found_B is not None:
+            return found_B
     return thresholds_reference(logits_BV, temperatures_B, top_k_B, top_p_B, min_p_B)
 
 
@@ -96,14 +107,45 @@ def thresholds_reference(
 ) -> Tensor:
     """`find_thresholds` by one sort: the truth that the kernel must equal."""
     values = logits_BV.float().sort(-1, descending=True).values
+    return _thresholds_of(values, temperatures_B, top_k_B, top_p_B, min_p_B, None)
+
+
+def _thresholds_on_cpu(
+    logits_BV: Tensor, temperatures_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
+) -> Tensor | None:
+    """From the largest logits alone; None where those of some row are not enough."""
+    values = logits_BV.topk(SORTED_ON_CPU).values.float()
+    temperatures = torch.where(temperatures_B > 0, temperatures_B, 1.0)[:, None]
+    mass_B = ((logits_BV.float() - values[:, :1]) / temperatures).exp().sum(-1)
+    relative = (values - values[:, :1]) / temperatures
+    by_count = (top_k_B > 0) & (top_k_B <= SORTED_ON_CPU)
+    by_share = relative[:, -1] < min_p_B.log()
+    by_mass = (top_k_B == 0) & (min_p_B == 0) & (relative.exp().sum(-1) >= top_p_B * mass_B)
+    if not bool((by_count | by_share | by_mass | (temperatures_B == 0)).all()):
+        return None
+    return _thresholds_of(values, temperatures_B, top_k_B, top_p_B, min_p_B, mass_B)
+
+
+def _thresholds_of(
+    values: Tensor,
+    temperatures_B: Tensor,
+    top_k_B: Tensor,
+    top_p_B: Tensor,
+    min_p_B: Tensor,
+    mass_B: Tensor | None,
+) -> Tensor:
+    """Thresholds from the largest logits [B, number], descending. mass_B: of whole rows, where these are a part."""
     num = values.shape[-1]
     temperatures = torch.where(temperatures_B > 0, temperatures_B, 1.0)[:, None]
     relative = (values - values[:, :1]) / temperatures
-    kept = relative >= min_p_B.log()[:, None]
+    kept = (relative >= min_p_B.log()[:, None]) & (values > -math.inf)
     last_k = torch.where((top_k_B > 0) & (top_k_B < num), top_k_B, num) - 1
     kept &= values >= values.gather(1, last_k[:, None])
     mass = torch.where(kept, relative.exp(), 0.0)
+    whole_B = mass.sum(-1)
+    if mass_B is not None:
+        whole_B = torch.where((top_k_B == 0) & (min_p_B == 0), mass_B, whole_B)
     before = mass.cumsum(-1) - mass
-    kept &= (before < top_p_B[:, None] * mass.sum(-1, keepdim=True)) | (top_p_B >= 1)[:, None]
+    kept &= (before < (top_p_B * whole_B)[:, None]) | (top_p_B >= 1)[:, None]
     last = (kept.sum(-1, keepdim=True) - 1).clamp(min=0)
     return torch.where(temperatures_B > 0, values.gather(1, last)[:, 0], -math.inf)

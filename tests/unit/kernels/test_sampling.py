@@ -1,0 +1,206 @@
+"""Drawing tokens: the noise's distribution, thresholds against plain sums, the kernels against their references."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.kernels.sampling import choose_reference, find_thresholds, thresholds_reference
+from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, exponential, gumbel, quarter
+
+
+def choose(
+    logits: Tensor, temperature: float = 1.0, seed: int = 1, first: int = 0, threshold: float | None = None
+) -> Tensor:
+    """Tokens of rows that are drawn at the positions first, first + 1, ... of one sequence."""
+    num = len(logits)
+    return choose_reference(
+        logits,
+        torch.tensor([temperature]),
+        torch.tensor([seed]),
+        torch.zeros(num, dtype=torch.int64),
+        torch.arange(first, first + num),
+        torch.zeros(1, dtype=torch.int64),
+        None if threshold is None else torch.full((num,), threshold),
+    )
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    """How far counts are from what is expected, in standard deviations of the statistic."""
+    expected = probabilities * counts.sum()
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    freedom = len(counts) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_tokens_are_drawn_from_the_softmax(temperature: float) -> None:
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3)) * 1.5
+    counts = torch.bincount(choose(logits.expand(10_000, 40), temperature), minlength=40)
+    assert chi_square(counts, (logits / temperature).softmax(-1)) < 4
+
+
+def test_tokens_at_and_above_the_threshold_are_drawn_as_often_as_they_should() -> None:
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(3))
+    threshold = float(logits.sort().values[-10])
+    tokens = choose(logits.expand(10_000, 40), threshold=threshold)
+    allowed = logits >= threshold
+    assert bool(allowed[tokens].all())
+    counts = torch.bincount(tokens, minlength=40)[allowed]
+    assert chi_square(counts, logits[allowed].softmax(-1)) < 4
+
+
+def test_seeds_and_positions_draw_independently() -> None:
+    """Pairs of draws at neighbouring positions, and of neighbouring seeds, fill the square of outcomes evenly."""
+    logits = torch.zeros(8_000, 6)
+    tokens = choose(logits, seed=5)
+    for other in (choose(logits, seed=5, first=1), choose(logits, seed=6), choose(logits, seed=5 + 2**33)):
+        counts = torch.bincount(tokens * 6 + other, minlength=36)
+        assert chi_square(counts, torch.full((36,), 1 / 36)) < 4
+
+
+def test_noise_is_gumbel_in_its_rare_values_too() -> None:
+    """P(noise > x) = 1 - exp(-exp(-x)); large values decide which rare tokens are drawn."""
+    noise = gumbel(torch.arange(40), torch.arange(40), 50_000).flatten().double()
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.005)
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.01)
+    for x in (2.0, 6.0, 9.0):
+        expected = noise.numel() * -math.expm1(-math.exp(-x))
+        assert abs(int((noise > x).sum()) - expected) < 5 * math.sqrt(expected)
+
+
+def test_exponential_values_of_small_words_are_exact() -> None:
+    words = torch.tensor([0, 1, 1000, 2**20, round(2**32 * SERIES_BELOW) - 1, round(2**32 * SERIES_BELOW) + 1, 2**31])
+    expected = -torch.log1p(-(words.double() + 0.5) * 2.0**-32)
+    torch.testing.assert_close(exponential(words).double(), expected, rtol=1e-5, atol=0)
+    assert float(exponential(torch.tensor([2**32 - 1]))) == pytest.approx(24 * math.log(2))
+
+
+def test_noise_of_a_token_is_its_word_of_the_generator() -> None:
+    assert (quarter(256), quarter(257), quarter(151_936)) == (64, 128, 38_016)
+    whole = gumbel(torch.tensor([9]), torch.tensor([4]), 300)
+    torch.testing.assert_close(whole[:, :130], gumbel(torch.tensor([9]), torch.tensor([4]), 500)[:, :130][:, :130])
+
+
+def test_a_row_without_a_finite_maximum_is_broken_alone() -> None:
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    expected = choose(logits, seed=2)
+    logits[1, 3], logits[2], logits[3, 0] = math.nan, -math.inf, math.inf
+    found = choose(logits, seed=2)
+    assert found[[1, 2, 3]].tolist() == [BROKEN] * 3
+    assert torch.equal(found[[0, 4]], expected[[0, 4]])
+
+
+def test_zero_temperature_takes_the_first_largest() -> None:
+    assert choose(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), temperature=0).tolist() == [1]
+
+
+def _kept_by_hand(row: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
+    """Tokens that are left, by the definitions, one token after the other."""
+    probabilities = (row.double() / temperature).softmax(-1)
+    order = sorted(range(len(row)), key=lambda i: -float(row[i]))
+    kept = [i for i in order if probabilities[i] >= min_p * probabilities.max()]
+    kept = kept[: top_k or None]
+    total, mass, found = float(probabilities[kept].sum()), 0.0, []
+    for i in kept:
+        if mass >= top_p * total and top_p < 1:
+            break
+        found.append(i)
+        mass += float(probabilities[i])
+    return set(found)
+
+
+CASES = [(1.0, 5, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.3, 0, 1.0, 0.05), (0.6, 20, 0.8, 0.0), (1.0, 30, 0.95, 0.02)]
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), CASES)
+@pytest.mark.parametrize("vocab_size", [60, 3000])
+def test_thresholds_keep_what_the_definitions_keep(
+    vocab_size: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """A vocabulary larger than what is sorted on a CPU, too."""
+    logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(1)) * 2
+    rows = (torch.full((3,), temperature), torch.full((3,), top_k), torch.full((3,), top_p), torch.full((3,), min_p))
+    found = find_thresholds(logits, *rows)
+    assert torch.equal(found, thresholds_reference(logits, *rows))
+    for row, threshold in zip(logits, found, strict=True):
+        kept = set(torch.nonzero(row >= threshold)[:, 0].tolist())
+        assert kept == _kept_by_hand(row, temperature, top_k, top_p, min_p)
+
+
+def test_tokens_that_equal_the_threshold_stay_together() -> None:
+    logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0, -math.inf]])
+    one = torch.ones(1)
+    assert float(find_thresholds(logits, one, torch.tensor([2]), one, one * 0)) == 1
+    assert float(find_thresholds(logits, one, torch.tensor([6]), one, one * 0)) == 0
+    assert float(find_thresholds(logits, one, torch.tensor([0]), one * 1e-9, one * 0)) == 3
+
+
+def test_flat_rows_keep_a_large_set() -> None:
+    """Far more tokens than what is sorted first on a CPU."""
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)) * 0.01
+    one = torch.ones(1)
+    threshold = find_thresholds(logits, one, torch.zeros(1, dtype=torch.int64), one * 0.9, one * 0)
+    share = logits.softmax(-1)[logits >= threshold].sum()
+    assert float(share) == pytest.approx(0.9, abs=3e-4)
+
+
+INTERPRETED = """
+import torch
+from tunesmith.kernels.nf4 import kernels_on
+from tunesmith.kernels import sampling
+from tunesmith.kernels.sampling import choose, choose_greedily, choose_reference, find_thresholds, thresholds_reference
+
+torch.manual_seed(0)
+inf = float("inf")
+for rows, vocab, dtype in ((6, 50, torch.float32), (2, 4500, torch.bfloat16)):
+    logits = (torch.randn(rows, vocab) * 3).to(dtype)
+    if rows == 6:
+        logits[3, 7], logits[4], logits[5, 1] = float("nan"), -inf, inf
+    temperatures, seeds = torch.tensor([0.0, 0.7, 1.0, 2.0, 0.3, 1.0, 0.0]), torch.arange(7) * (2**40 + 7)
+    slots, positions = torch.tensor([4, 1, 0, 3, 2, 5])[:rows], torch.arange(rows) * 3 + 5
+    for thresholds in (None, torch.tensor([-1.0, 1.0, 0.0, 1.0, 1.0, 1.0])[:rows]):
+        lasts = [torch.zeros(7, dtype=torch.int64) for _ in range(4)]
+        given = (logits, temperatures, seeds, slots, positions)
+        with kernels_on("cpu"):
+            found = choose(*given, lasts[0], thresholds)
+            greedy = choose_greedily(logits, slots, lasts[1])
+        assert torch.equal(found, choose_reference(*given, lasts[2], thresholds)), (found, dtype)
+        assert torch.equal(greedy, choose_greedily(logits, slots, lasts[3]))
+        assert torch.equal(lasts[0], lasts[2]) and torch.equal(lasts[1], lasts[3])
+
+wanted = ((0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.5, 0, 1.0, 0.05), (0.6, 20, 0.8, 0.0),
+          (1.0, 7, 0.9, 0.1), (0.3, 0, 0.6, 0.02), (2.0, 50000, 0.5, 0.0), (0.0, 3, 0.5, 0.0))
+# The last case has more candidates than are gathered.
+for vocab, dtype, scale, rows in ((50, torch.float32, 3, range(9)), (5000, torch.bfloat16, 2, (4, 5)),
+                                  (4700, torch.float32, 0.01, (2,))):
+    temperatures, top_k, top_p, min_p = (torch.tensor(column) for column in zip(*(wanted[row] for row in rows)))
+    logits = (torch.randn(len(rows), vocab) * scale).to(dtype)
+    logits[0, 3] = -inf
+    given = (logits, temperatures, top_k, top_p, min_p)
+    with kernels_on("cpu"):
+        found = find_thresholds(*given)
+    assert torch.equal(found, thresholds_reference(*given)), (found, thresholds_reference(*given))
+"""
+
+
+def test_kernels_equal_their_references_interpreted(tmp_path: Path) -> None:
+    """In its own process: the interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    script = tmp_path / "check.py"
+    script.write_text(INTERPRETED, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
