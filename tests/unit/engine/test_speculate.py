@@ -1,0 +1,204 @@
+"""Speculation gives the answers of an engine without it, in fewer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.draft import DraftModel
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.interfaces import Drafter
+from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.speculate import NgramDrafter, Pace, Speculation
+from tunesmith.errors import RequestError
+from tunesmith.model.decoder import Decoder
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe")
+SPREAD = 0.2
+CONFIG = EngineConfig(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64, debug_pages=True)
+
+
+@dataclass
+class Asked:
+    """What a drafter sees of a sequence."""
+
+    request_id: int
+    all_ids: list[int]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def load(directory: Path) -> Decoder:
+    return load_decoder(directory, device="cpu", dtype=torch.float32).eval()
+
+
+def runner_of(model: Decoder, num_pages: int = 40) -> NativeRunner:
+    return NativeRunner(model, CONFIG, num_pages)
+
+
+def generate(
+    model: Decoder,
+    drafter: Drafter | None,
+    params: Sequence[SamplingParams],
+    prompts: Sequence[list[int]],
+    num_pages: int = 40,
+) -> tuple[list[list[int]], Engine]:
+    engine = Engine(runner_of(model, num_pages), config=CONFIG, drafter=drafter)
+    ids = [engine.submit(p, own) for p, own in zip(prompts, params, strict=True)]
+    done: dict[int, list[int]] = {}
+    told: dict[int, list[int]] = {i: [] for i in ids}
+    while engine.has_work:
+        for output in engine.step():
+            told[output.request_id] += output.token_ids
+            if output.completion is not None:
+                done[output.request_id] = output.completion.token_ids
+    assert told == done
+    assert engine.runner.pages.num_used == 0
+    return [done[i] for i in ids], engine
+
+
+def draft_of(model: Decoder, **options: Any) -> DraftModel:
+    return DraftModel(runner_of(model, options.pop("num_pages", 40)), 4, model.config.vocab_size, **options)
+
+
+PROMPTS = [prompt(37), [7, 8, 9] * 9, prompt(3, 1), prompt(20, 2)]
+GREEDY = [SamplingParams(max_tokens=20)] * 4
+SAMPLED = [
+    SamplingParams(max_tokens=20, temperature=0.8, seed=5),
+    SamplingParams(max_tokens=20, temperature=1.5, top_k=9, top_p=0.9, seed=6, min_tokens=4),
+    SamplingParams(max_tokens=20),
+    SamplingParams(max_tokens=20, temperature=0.5, seed=7, presence_penalty=1.0),
+]
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_those_without_it(family: str, method: str, tiny_model_dir: Callable[..., Path]) -> None:
+    """Greedy and sampled, several requests at once, drafts that are right and drafts that are wrong."""
+    model = load(tiny_model_dir(family, initializer_range=SPREAD))
+    small = load(tiny_model_dir("llama", initializer_range=SPREAD))
+    for params in (GREEDY, SAMPLED) if family == "qwen2" else (SAMPLED,):
+        expected, plain = generate(model, None, params, PROMPTS)
+        drafter = NgramDrafter(4, min_ngram=1) if method == "ngram" else draft_of(small)
+        mine, engine = generate(model, drafter, params, PROMPTS)
+        assert mine == expected
+        stats = engine.stats()
+        assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
+        assert stats.drafted_tokens > 0
+        assert stats.generation_tokens == plain.stats().generation_tokens
+
+
+@pytest.mark.parametrize("computes_last", [False, True])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_draft_model_that_is_the_model_is_always_right(
+    params: list[SamplingParams], computes_last: bool, tiny_model_dir: Callable[..., Path]
+) -> None:
+    """Four guesses of four are right, five tokens a step: the draft's cache is what it ought to be, also where the
+    noise of sampling decides."""
+    model = load(tiny_model_dir("qwen2", initializer_range=SPREAD))
+    expected, _ = generate(model, None, params[:3], PROMPTS[:3])
+    drafter = draft_of(load(tiny_model_dir("qwen2", initializer_range=SPREAD)), computes_last=computes_last)
+    mine, engine = generate(model, drafter, params[:3], PROMPTS[:3])
+    assert mine == expected
+    stats = engine.stats()
+    assert stats.accepted_tokens == stats.drafted_tokens
+    assert stats.steps <= 3 + 20 // 5 + 1
+    assert drafter.runner.pages.num_used == 0
+
+
+def test_repetitive_text_takes_fewer_steps(tiny_model_dir: Callable[..., Path]) -> None:
+    """A model that repeats itself: what it says is guessed by lookup."""
+    model = load(tiny_model_dir("qwen2", initializer_range=SPREAD))
+    params = [SamplingParams(max_tokens=80, logit_bias={5: 50.0, 6: 50.0, 7: 50.0})]
+    expected, plain = generate(model, None, params, [prompt(6, 3)])
+    mine, engine = generate(model, NgramDrafter(4), params, [prompt(6, 3)])
+    assert mine == expected
+    assert plain.stats().steps == 80
+    assert engine.stats().steps < 40
+
+
+@pytest.mark.parametrize("num_pages", [9, 12])
+def test_pages_run_out_while_drafting(num_pages: int, tiny_model_dir: Callable[..., Path]) -> None:
+    """Preempted requests come back with their tokens, and their drafts are guessed anew."""
+    model = load(tiny_model_dir("qwen2", initializer_range=SPREAD))
+    small = load(tiny_model_dir("llama", initializer_range=SPREAD))
+    expected, _ = generate(model, None, SAMPLED, PROMPTS)
+    for drafter in (NgramDrafter(4, 1), draft_of(small), draft_of(small, num_pages=5), draft_of(small, max_tokens=16)):
+        mine, engine = generate(model, drafter, SAMPLED, PROMPTS, num_pages)
+        assert mine == expected
+        assert engine.stats().num_preempted > 0 or num_pages == 12
+
+
+def test_an_answer_may_end_inside_its_guesses(tiny_model_dir: Callable[..., Path]) -> None:
+    model = load(tiny_model_dir("qwen2", initializer_range=SPREAD))
+    (whole,), _ = generate(model, None, GREEDY[:1], PROMPTS[:1])
+    for place in range(2, 9):
+        params = [SamplingParams(max_tokens=20, stop_token_ids=(whole[place],))]
+        same = load(tiny_model_dir("qwen2", initializer_range=SPREAD))
+        (mine,), _ = generate(model, draft_of(same), params, PROMPTS[:1])
+        assert mine == whole[: whole.index(whole[place]) + 1]
+
+
+def test_lookup_guesses_what_followed_last() -> None:
+    drafter = NgramDrafter(4)
+    asked = Asked(1, [1, 2, 3, 4, 5, 9, 1, 2, 3, 6, 7, 8, 1, 2, 3])
+    assert drafter.propose([asked]) == [[6, 7, 8, 1]]
+    asked.all_ids += [6, 7, 8, 2]  # three of four were right, and what came instead has not been there after 8
+    assert drafter.propose([asked]) == [[]]
+    asked.all_ids += [3, 4]
+    assert drafter.propose([asked]) == [[5, 9, 1, 2]]
+    # A run goes on into itself.
+    assert NgramDrafter(5, min_ngram=1).propose([Asked(2, [4, 5, 6, 5, 6])]) == [[5, 6, 5, 6, 5]]
+    assert NgramDrafter(4).propose([Asked(3, [1, 2, 3, 4]), Asked(4, [1])]) == [[], []]
+    drafter.forget(1)
+    drafter.forget(17)
+    assert drafter.propose([Asked(1, [5, 6])]) == [[]]
+
+
+def test_wrong_guesses_make_them_fewer_and_right_ones_more() -> None:
+    pace, ids = Pace(4), [1, 2]
+    assert pace.look(ids) == 4
+    for expected in (2, 1, 1):
+        pace.note(ids, [9] * pace.now)
+        ids = [*ids, 5]
+        assert pace.look(ids) == expected
+    for expected in (2, 4, 4):
+        guessed = [7] * pace.now
+        pace.note(ids, guessed)
+        ids = [*ids, *guessed, 5]
+        assert pace.look(ids) == expected
+    pace.note(ids, [7, 7, 7, 7])
+    assert pace.look([*ids, 7, 5]) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "needs a method"),
+        ({"method": "magic"}, "method must be one of ngram, draft, got 'magic'"),
+        ({"method": "ngram", "num_token": 3}, "has no 'num_token', did you mean 'num_tokens'"),
+        ({"method": "ngram", "num_tokens": 0}, "num_tokens must be between 1 and 16"),
+        ({"method": "draft"}, "model must be given with method 'draft'"),
+        ({"method": "ngram", "model": "x"}, "model must be given with method 'draft'"),
+        ({"method": "ngram", "min_ngram": 9}, "min_ngram must be between 1 and max_ngram"),
+    ],
+)
+def test_what_is_asked_for_is_checked(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        Speculation.of(given)
+
+
+def test_settings_are_read() -> None:
+    assert Speculation.of(None) is None
+    assert Speculation.of({"method": "ngram", "num_tokens": 3}) == Speculation("ngram", 3)
+    assert Speculation.of(Speculation("draft", model="x")) == Speculation("draft", model="x")
