@@ -1,5 +1,5 @@
 """`bench train`: a matrix of methods in equal conditions; `peers`: beside other libraries; `scale`: on 1, 2, 4 GPUs;
-`serve`: a server under load."""
+`serve`: a server under load; `infer`: engines without one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli import bench_serve, console
+from tunesmith.cli import bench_infer, bench_serve, console
 
 if TYPE_CHECKING:
     from tunesmith.bench.matrix import BenchResult
@@ -180,6 +180,7 @@ def scale(
 
 
 app.command("serve")(bench_serve.serve)
+app.command("infer")(bench_infer.infer)
 
 
 def _counts(text: str) -> list[int]:

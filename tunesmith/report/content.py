@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.report.answers import Evaluation, evaluations_of
+from tunesmith.report.infer import infer_sections
 from tunesmith.report.load import Node, Run
 from tunesmith.report.rows import Row, rows_of
 from tunesmith.report.scale import Scale, scale_of
@@ -49,7 +50,7 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
     benches = tuple(Bench(run.name, tuple(rows_of(run))) for run in runs if run.kind == "bench")
     evaluations = tuple(evaluations_of(runs, words))
     scales = tuple(scale_of(run, words) for run in runs if run.kind == "scale")
-    sections = tuple(serve_sections(runs, words))
+    sections = (*serve_sections(runs, words), *infer_sections(runs, words))
     trains = tuple(run for run in runs if run.metrics)
     headline, sentences = _verdict(benches, scales, sections, trains, evaluations, words)
     return Content(

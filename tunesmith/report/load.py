@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from tunesmith.bench.infer.table import VERSION as INFER_VERSION
 from tunesmith.bench.schema import CELL_MIGRATIONS, CELL_VERSION, SCALING_VERSION, scaling_file
 from tunesmith.errors import RunDirError
 from tunesmith.rundir.io import read_json, read_jsonl
@@ -69,6 +70,7 @@ class Run:
     evaluations: tuple[tuple[str, Node], ...] = ()
     recipe: Node = field(default_factory=lambda: Node({}))
     scaling: Node = field(default_factory=lambda: Node({}))
+    table: Node = field(default_factory=lambda: Node({}))
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
@@ -108,6 +110,7 @@ def read_run(path: Path) -> Run:
         evaluations=tuple((file.stem, Node(read_json(file))) for file in evaluation_files(path)),
         recipe=_read_recipe(run.recipe),
         scaling=_read_scaling(run),
+        table=_read_table(run),
     )
 
 
@@ -131,6 +134,12 @@ def _read_scaling(run: RunDir) -> Node:
     """The curves of a scaling run; empty of any other, and of one that did not finish."""
     file = scaling_file(run.path)
     return Node(migrate(read_json(file), SCALING_VERSION, {}, file)) if file.is_file() else Node({})
+
+
+def _read_table(run: RunDir) -> Node:
+    """The rows of an inference run; empty of any other."""
+    file = run.path / "infer.json"
+    return Node(migrate(read_json(file), INFER_VERSION, {}, file)) if file.is_file() else Node({})
 
 
 def _read_recipe(file: Path) -> Node:

@@ -41,13 +41,14 @@ EN = {
     "serve_errors": "{server}, {load}: {count} requests failed, {most} of them so: {text}",
     "infer_table": "Engines and weight formats",
     "infer_table_note": (
-        "Every engine in processes of its own, in turn; medians over the rounds. A row that was not measured says why."
+        "Every engine in processes of its own, in turn; medians over the rounds. In brackets: how many times as fast "
+        "tunesmith is with the same weights. A row that was not measured says why."
     ),
     "infer_output": "Throughput",
     "infer_output_note": "Output tokens a second, many requests at once.",
     "infer_token": "Time per token, one request",
     "infer_token_note": "After the first token; lower is better.",
-    "infer_best": "{what}: tunesmith {value}, {ratio}× {other} ({other_value}).",
+    "infer_best": "{what}: tunesmith {value}, {other} {other_value}: {ratio}× as fast.",
     "infer_alone": "{what}: tunesmith {value}.",
     "infer_failed": "{engine} {format}: {status}: {reason}",
     "infer_busy": "The machine was busy: load {load} on {cores} cores before the run. The numbers are only indicative.",
@@ -103,12 +104,15 @@ ZH = {
     "serve_saturated": "{server}，{load}：此处测的是客户端而非服务器：{why}。",
     "serve_errors": "{server}，{load}：{count} 个请求失败，其中 {most} 个：{text}",
     "infer_table": "各引擎与权重格式",
-    "infer_table_note": "每个引擎在自己的进程中轮流运行；取各轮中位数。未测量的行说明原因。",
+    "infer_table_note": (
+        "每个引擎在自己的进程中轮流运行；取各轮中位数。括号内为相同权重格式下 tunesmith 的速度倍数。"
+        "未测量的行说明原因。"
+    ),
     "infer_output": "吞吐量",
     "infer_output_note": "许多请求同时进行时每秒输出词元。",
     "infer_token": "单请求每词元时间",
     "infer_token_note": "首词元之后；越低越好。",
-    "infer_best": "{what}：tunesmith {value}，为 {other}（{other_value}）的 {ratio} 倍。",
+    "infer_best": "{what}：tunesmith {value}，{other} {other_value}：速度为其 {ratio} 倍。",
     "infer_alone": "{what}：tunesmith {value}。",
     "infer_failed": "{engine} {format}：{status}：{reason}",
     "infer_busy": "机器正忙：运行前 {cores} 核负载 {load}。数字仅供参考。",

@@ -1,0 +1,99 @@
+"""A comparison of engines, from its settings to its page; the engines are made up, the processes are real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tunesmith.bench.infer.compare import InferBench, bench_infer
+from tunesmith.bench.infer.table import OURS, make_table
+from tunesmith.bench.infer.workload import InferWorkload
+from tunesmith.errors import RecipeError
+from tunesmith.report.write import write_report
+
+RUNNER = """
+import sys, time
+from tunesmith.bench.infer.protocol import MissingError, serve
+class Engine:
+    def __init__(self, job):
+        if job["format"] == "int8" and {token_s} > 0.005:
+            raise MissingError("nothing reads int8 here")
+        assert job["options"] == {options}, job["options"]
+    def generate(self, prompts, outputs):
+        time.sleep({token_s} * max(outputs))
+        return list(outputs)
+    def facts(self):
+        return {{"weights_bytes": 1000, "device_peak_bytes": None, "how": "sleeps"}}
+if __name__ == "__main__":
+    serve(Engine)
+"""
+WORKLOAD = InferWorkload(
+    kinds=("latency", "batches"), latency_tokens=(3, 11), batches=(2,), batch_tokens=(2, 5), samples=2
+)
+
+
+@pytest.fixture
+def runners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Ours takes 2 ms for a token, the other 10 ms."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "quick_runner.py").write_text(RUNNER.format(token_s=0.002, options={"max_num_seqs": 4}))
+    (folder / "slow_runner.py").write_text(RUNNER.format(token_s=0.01, options={}))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return {OURS: "quick_runner", "slow": "slow_runner"}
+
+
+def test_a_comparison_and_its_page(runners: dict[str, str], tmp_path: Path) -> None:
+    seen = []
+    bench = InferBench(
+        model="builtin:tiny",
+        formats=("bf16", "int8"),
+        peers=("slow",),
+        workload=WORKLOAD,
+        rounds=2,
+        options={"max_num_seqs": 4},
+    )
+    result = bench_infer(bench, run_dir=tmp_path / "run", progress=seen.append, modules=runners)
+    assert [cell["name"] for cell in seen[:2]] == ["tunesmith-bf16-0", "slow-bf16-0"]
+    assert [cell["engine"] for cell in seen[4:6]] == ["slow", OURS]  # the second round runs backwards
+    assert result.ours_measured and len(seen) == 8
+    table = json.loads((tmp_path / "run" / "infer.json").read_text())
+    assert {"chip", "driver", "torch", "commit", "model", "weights"} == table["key"].keys()
+    ours, slow = table["rows"][:2]
+    assert ours["measures"]["latency"]["tpot_s"]["median"] == pytest.approx(0.002, rel=0.6)
+    assert slow["measures"]["latency"]["tpot_s"]["median"] == pytest.approx(0.01, rel=0.3)
+    assert slow["ours_is"]["latency.tpot_s"] > 2
+    assert ours["first_token_s"]["median"] > 0.03 and ours["weights_bytes"] == 1000
+    missing = table["rows"][3]
+    assert (missing["engine"], missing["status"], missing["reason"]) == ("slow", "missing", "nothing reads int8 here")
+    text = write_report([tmp_path / "run"]).markdown.read_text(encoding="utf-8")
+    assert "slow (missing: nothing reads int8 here)" in text and "× as fast" in text
+
+
+def test_what_is_not_known_is_refused(tmp_path: Path) -> None:
+    for changes, match in (
+        ({"peers": ("vlm",)}, "did you mean 'vllm'|vllm"),
+        ({"formats": ("int5",)}, "there is no format 'int5'"),
+        ({"workload": InferWorkload(kinds=("speed",))}, "there is no measure"),
+        ({"weights": "none"}, "--weights"),
+        ({"formats": ()}, "at least one format"),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            bench_infer(InferBench(model="builtin:tiny", **changes), run_dir=tmp_path / "run")  # type: ignore[arg-type]
+
+
+def test_a_table_says_what_failed() -> None:
+    cell = {
+        "engine": OURS,
+        "format": "bf16",
+        "status": "out_of_memory",
+        "reason": "no room",
+        "facts": {},
+        "versions": {},
+        "samples": [],
+    }
+    (row,) = make_table([cell])
+    assert (row["status"], row["reason"], row["rounds"], row["failed_rounds"]) == ("out_of_memory", "no room", 0, 1)
+    assert row["measures"] == {} and row["ours_is"] == {}
