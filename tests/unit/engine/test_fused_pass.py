@@ -1,0 +1,76 @@
+"""The pass with joined kernels has the decoder's own hidden states, for every family that it takes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine.attend import PagedAttention
+from tunesmith.engine.batch import StepBatch
+from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
+from tunesmith.engine.pages import PagedCache
+from tunesmith.model.decoder import Decoder
+
+
+def steps() -> list[StepBatch]:
+    """Two requests' prompts of 5 and 3 tokens, then a token each."""
+
+    def step(tokens: list[int], positions: list[int], starts: list[int], context: list[int]) -> StepBatch:
+        pages = torch.tensor([[1], [3]], dtype=torch.int32)
+        owner = [r for r in range(2) for _ in range(starts[r + 1] - starts[r])]
+        slots = [int(pages[r, 0]) * 16 + p for r, p in zip(owner, positions, strict=True)]
+        return StepBatch(
+            tokens_T=torch.tensor(tokens),
+            positions_T=torch.tensor(positions),
+            slots_T=torch.tensor(slots),
+            query_starts_R1=torch.tensor(starts, dtype=torch.int32),
+            context_R=torch.tensor(context, dtype=torch.int32),
+            block_tables_RP=pages,
+            max_query=max(b - a for a, b in pairwise(starts)),
+            max_context=max(context),
+            sample_rows_B=torch.tensor([starts[1] - 1, starts[2] - 1]),
+            sample_slots_B=torch.tensor([0, 1]),
+            sample_positions_B=torch.tensor(context),
+            sequence_slots=[0, 1],
+            is_decode=len(tokens) == 2,
+        )
+
+    return [
+        step([3, 9, 4, 7, 5, 8, 2, 6], [0, 1, 2, 3, 4, 0, 1, 2], [0, 5, 8], [5, 3]),
+        step([11, 12], [5, 3], [0, 1, 2], [6, 4]),
+    ]
+
+
+def cache_of(decoder: Decoder, dtype: torch.dtype) -> PagedCache:
+    return PagedCache(decoder.config, 4, dtype=dtype, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
+def test_equals_the_decoder(family: str, tiny_model_dir) -> None:
+    decoder = load_decoder(tiny_model_dir(family), device="cpu", dtype=torch.float32).eval()
+    assert has_fused_pass(decoder)
+    fused = FusedPass(decoder)
+    one, other = cache_of(decoder, torch.float32), cache_of(decoder, torch.float32)
+    with torch.inference_mode():
+        for batch in steps():
+            wanted = decoder(batch.tokens_T, batch.positions_T, PagedAttention(one, batch))
+            found = fused(batch.tokens_T, batch.positions_T, PagedAttention(other, batch))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other.keys[0][1, :6], one.keys[0][1, :6])
+
+
+def test_pages_of_fp8_have_their_own_way_in(tiny_model_dir) -> None:
+    decoder = load_decoder(tiny_model_dir("qwen3"), device="cpu", dtype=torch.float32).eval()
+    one, other = (cache_of(decoder, torch.float8_e4m3fn) for _ in range(2))
+    with torch.inference_mode():
+        for batch in steps():
+            wanted = decoder(batch.tokens_T, batch.positions_T, PagedAttention(one, batch))
+            found = FusedPass(decoder)(batch.tokens_T, batch.positions_T, PagedAttention(other, batch))
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_other_norms_run_as_the_decoder_has_them(tiny_model_dir) -> None:
+    assert not has_fused_pass(load_decoder(tiny_model_dir("gpt2"), device="cpu", dtype=torch.float32))

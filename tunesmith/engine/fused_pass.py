@@ -1,0 +1,92 @@
+"""The decoder's pass for answers only, with as few launches a block as the products leave: what a GPU runs.
+
+    product qkv | heads_to_pages | attention | product out | add_rms_norm
+    product gate, up | swiglu | product down | add_rms_norm
+
+It calls the decoder's own linears, whatever stands in their place (quantised, with adapters), and holds no weights.
+`Decoder.forward` is the reference. Mixtures of experts, and MLPs other than SwiGLU, run as the block has them.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from tunesmith.engine.attend import PagedAttention
+from tunesmith.kernels.add_rms_norm import add_rms_norm_
+from tunesmith.kernels.heads_to_pages import HeadsLayout, heads_to_pages
+from tunesmith.kernels.rms_norm import rms_norm
+from tunesmith.kernels.rope import rope_tables_half
+from tunesmith.kernels.swiglu import swiglu
+from tunesmith.model.block import Block, Mlp
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.heads import HalfRope, Heads
+from tunesmith.model.layers import RMSNorm
+
+
+def has_fused_pass(decoder: Decoder) -> bool:
+    """Whether every norm is RMSNorm and no process holds a part of the decoder only."""
+    blocks = list(decoder.blocks)
+    return all(isinstance(block, Block) and _has_rms(block) for block in blocks) and type(decoder.norm) is RMSNorm
+
+
+class FusedPass:
+    """hidden_TD after the final norm of a step's new tokens. Called under inference mode, the decoder evaluating."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        config = decoder.config
+        self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+
+    def __call__(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
+        decoder = self.decoder
+        stream = decoder.embed(tokens_T, positions_T)
+        rope = None
+        if decoder.config.rope is not None:
+            rope = rope_tables_half(decoder._inverse(positions_T.device), positions_T)
+        blocks = [cast(Block, block) for block in decoder.blocks]
+        norms = [*(cast(RMSNorm, block.attention_norm) for block in blocks[1:]), cast(RMSNorm, decoder.norm)]
+        first = cast(RMSNorm, blocks[0].attention_norm)
+        y, _ = rms_norm(stream, first.weight, first.eps)
+        for layer, (block, following) in enumerate(zip(blocks, norms, strict=True)):
+            mlp_norm = cast(RMSNorm, block.mlp_norm)
+            mixed = self._attend(block, layer, block.attention.qkv(y), rope, attend)
+            y = add_rms_norm_(stream, block.attention.output(mixed), mlp_norm.weight, mlp_norm.eps)
+            y = add_rms_norm_(stream, _mlp(block.mlp, y), following.weight, following.eps)
+        return y
+
+    def _attend(
+        self, block: Block, layer: int, qkv_TF: Tensor, rope: HalfRope | None, attend: PagedAttention
+    ) -> Tensor:
+        attention = block.attention
+        norms = (attention.q_norm, attention.k_norm)
+        query_norm, key_norm = (norm if isinstance(norm, RMSNorm) else None for norm in norms)
+        weights = (None if query_norm is None else query_norm.weight, None if key_norm is None else key_norm.weight)
+        eps = 0.0 if query_norm is None else query_norm.eps
+        if attend.has_scales:
+            self.heads.eps = eps
+            query, key, value, _ = self.heads.prepare(qkv_TF, weights, rope)
+            return attend[layer](query, key, value).flatten(1)
+        cos, sin = (None, None) if rope is None else rope
+        layout = HeadsLayout(self.heads.num_heads, self.heads.num_kv_heads, *weights, eps, cos, sin)
+        keys, values = attend.pages(layer)
+        query = heads_to_pages(qkv_TF, layout, keys, values, attend.batch.slots_T)
+        return attend.over_pages(layer, query).flatten(1)
+
+
+def _mlp(mlp: nn.Module, y_TD: Tensor) -> Tensor:
+    if isinstance(mlp, Mlp) and mlp.is_swiglu:
+        return mlp.down(swiglu(mlp.up(y_TD)))
+    return cast(Tensor, mlp(y_TD))
+
+
+def _has_rms(block: Block) -> bool:
+    attention = block.attention
+    norms = [
+        block.attention_norm,
+        block.mlp_norm,
+        attention.q_norm or block.mlp_norm,
+        attention.k_norm or block.mlp_norm,
+    ]
+    return all(type(norm) is RMSNorm for norm in norms)
