@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
-from tunesmith.checkpoint.load import Backend, load_model
+from tunesmith.checkpoint.adapter import load_adapter
+from tunesmith.checkpoint.load import DTYPES, Backend, Quantize, load_model
+from tunesmith.checkpoint.quantized_load import load_quantized
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.errors import ModelError, UnsupportedModelError, nearest
+from tunesmith.hardware import pick_device
+from tunesmith.model.decode_linears import hold_head_in_int8, use_decode_linears
+from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.weight_formats import FORMAT_NAMES, WeightFormat, parse_format
+
+Head = Literal["auto", "stored", "int8"]
+TRAINED = get_args(Quantize)
+"""Formats that training knows too."""
 
 
 def load_for_inference(
@@ -22,16 +34,64 @@ def load_for_inference(
     backend: Backend = "auto",
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
+    head: Head = "auto",
 ) -> LanguageModel:
-    """A language model in evaluation mode, its linears in the form that is fastest to decode with."""
-    return load_model(
-        path,
-        adapter=adapter,
-        quantize=cast(Any, quantize),
-        dtype=dtype,
-        device=device,
-        backend=backend,
-        weights=weights,
-        seed=seed,
-        revision=revision,
+    """A language model in evaluation mode, its linears in the form that is fastest to decode with.
+
+    Args:
+        quantize: None as stored (also what AWQ, GPTQ, bitsandbytes or `tunesmith compress` quantised); int8, w8a8,
+            int4, int4-g64, int4-g32 (and -sym), nf4, nf4-double, fp8, fp8-inner: quantised as the weights arrive.
+        adapter: an adapter directory in PEFT's format, put on top of the base in any of these formats.
+        head: what the output head is held in: "stored", "int8", or "auto": int8 on a CPU where the blocks are in int8
+            or int4, since there its bytes would be half of what a token costs; "stored" elsewhere.
+        Others as `load_model`.
+    Raises: ModelError, AdapterError or DeviceError.
+    """
+    if quantize is not None and quantize not in (*FORMAT_NAMES, *TRAINED):
+        known = [*FORMAT_NAMES, *TRAINED]
+        raise ModelError(
+            f"there is no weight format {quantize!r}{nearest(quantize, known)}; there are: {', '.join(known)}"
+        )
+    directory = resolve_model(str(path), revision)
+    where = torch.device(pick_device(str(device)))
+    held = None if quantize is None else parse_format(quantize)
+    if held is None:
+        model = load_model(
+            directory,
+            adapter=adapter,
+            quantize=cast(Any, quantize),
+            dtype=dtype,
+            device=where,
+            backend=backend,
+            weights=weights,
+            seed=seed,
+        )
+    elif backend == "transformers":
+        raise UnsupportedModelError(_only_native(held))
+    else:
+        model = load_quantized(directory, held, device=where, dtype=_dtype(dtype), weights=weights, seed=seed)
+        if adapter is not None:
+            random_seed = seed if weights == "random" else None
+            load_adapter(model, Path(adapter), base_directory=directory, random_seed=random_seed)
+    if isinstance(model, Decoder):
+        if head == "int8" or (head == "auto" and held is not None and where.type == "cpu"):
+            hold_head_in_int8(model)
+        use_decode_linears(model)
+    elif head == "int8":
+        raise UnsupportedModelError("a head in int8 is for the native decoder: leave head at 'stored'")
+    return cast(Any, model).eval()
+
+
+def _only_native(held: WeightFormat) -> str:
+    return (
+        f"{held.name} is for the native decoder: take quantize='nf4' or 'fp8', which the transformers backend has too, "
+        f"or backend='auto'"
     )
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES.get(dtype)

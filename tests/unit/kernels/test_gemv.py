@@ -1,0 +1,130 @@
+"""Products of few tokens: the kernels equal plain torch under Triton's interpreter, and compile for every chip."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.hardware import GENERATIONS
+
+triton = pytest.importorskip("triton")
+CHIPS = {10 * major + minor: generation for (major, minor), generation in GENERATIONS.items() if major >= 8}
+KERNEL = """
+import itertools
+import torch
+from tunesmith.kernels import gemv_operators as ops
+from tunesmith.kernels.fp8 import dequantize_fp8_weight, quantize_fp8_weight
+from tunesmith.kernels.int4 import dequantize_int4, quantize_int4
+from tunesmith.kernels.int8 import dequantize_int8, quantize_int8
+from tunesmith.kernels.nf4 import dequantize_reference, quantize_nf4
+
+torch.manual_seed(0)
+float32, float16 = torch.float32, torch.float16
+
+def check(mine, x, weight, bias, what):
+    truth = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    scale = (x.double().abs() @ weight.double().abs().t()).clamp(min=1e-9)
+    error = ((mine.double() - truth).abs() / scale).max()
+    assert mine.dtype == x.dtype and error < (2e-6 if x.dtype == float32 else 2e-3), (what, float(error))
+
+for rows, width, tokens in ((21, 192, 1), (70, 320, 3), (5, 4288, 1)):
+    weight, bias = torch.randn(rows, width) * 0.1, torch.randn(rows)
+    dtype = float32 if tokens == 1 else float16
+    x = torch.randn(tokens, width).to(dtype)
+    int8, fp8 = quantize_int8(weight), quantize_fp8_weight(weight)
+    for b in (None, bias) if width < 1000 else (None,):
+        check(ops.float_operator(x, weight.to(float16), b), x, weight.to(float16), b, "float")
+        check(ops.int8_operator(x, int8.codes, int8.scale, b), x, dequantize_int8(int8.codes, int8.scale, float32), b,
+              "int8")
+        check(ops.fp8_operator(x, fp8.codes, fp8.scale, b), x, dequantize_fp8_weight(fp8, float32), b, "fp8")
+    for group, symmetric in ((128, False), (64, True), (32, False)):
+        int4 = quantize_int4(weight, group, symmetric)
+        check(ops.int4_operator(x, int4.words, int4.scales, int4.zeros, bias), x, dequantize_int4(int4), bias,
+              ("int4", group, symmetric))
+    if tokens == 1:
+        for double in (False, True):
+            parts = [quantize_nf4(weight[:3], double), quantize_nf4(weight[3:], double)]
+            empty = torch.empty(0)
+            mine = ops.nf4_operator(
+                x, [p.codes for p in parts], [p.scales for p in parts],
+                [p.scale_scales if double else empty for p in parts], [p.offset if double else empty for p in parts],
+                bias)
+            check(mine, x, torch.cat([dequantize_reference(p) for p in parts]), bias, ("nf4", double))
+words = quantize_int4(torch.randn(4, 128), 128, True)
+torch.library.opcheck(ops.int4_operator, (torch.randn(1, 128), words.words, words.scales, None, None),
+                      test_utils=("test_schema", "test_faketensor"))
+"""
+
+
+def test_kernels_equal_the_dequantised_product_under_tritons_interpreter() -> None:
+    """In its own process: the interpreter is chosen when Triton is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]:
+    """Every kernel with its arguments' types, its constants, warps and stages, at Qwen2.5-7B's widths."""
+    from tunesmith.kernels import gemv_dot_triton as few
+    from tunesmith.kernels import gemv_triton as one
+
+    weights = {
+        0: ("*bf16", "*fp32"),
+        1: ("*i8", "*fp32"),
+        2: ("*i8", "*fp32"),
+        3: ("*i32", "*bf16"),
+        4: ("*i32", "*u8"),
+    }
+    common = {"x": "*bf16", "zeros": "*u8", "bias": "*bf16", "out": "*bf16", "num_rows": "i32"}
+    common |= dict.fromkeys(("inner", "offset", "table", "dynamic"), "*fp32")
+    found: dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]] = {}
+    for format_id, (weight, scales) in weights.items():
+        types = {**common, "w": weight, "scales": scales}
+        constants: dict[str, Any] = {"FORMAT": format_id, "PER_BLOCK": 1, "ZEROS": int(format_id >= 3), "BIAS": 1}
+        rows, warps = one.SHAPES[format_id]
+        lanes = {**constants, "WIDTH": 3584, "ROWS": rows, "LANES": 32 * warps}
+        found[f"one token, {format_id}"] = (one.gemv_kernel, types, lanes, warps, 1)
+        if format_id in few.SHAPES:
+            rows, step, warps, stages = few.SHAPES[format_id]
+            tile = {**constants, "WIDTH": 18944, "ROWS": rows, "STEP": step, "TOKENS": 16}
+            found[f"few tokens, {format_id}"] = (few.dot_kernel, {**types, "num_tokens": "i32"}, tile, warps, stages)
+    return found
+
+
+NAMES = [*[f"one token, {i}" for i in range(5)], *[f"few tokens, {i}" for i in range(4)]]
+QUICK = [("one token, 3", 90), ("one token, 2", 80), ("few tokens, 1", 90)]
+OTHERS = [pytest.param(n, c, marks=pytest.mark.long) for n in NAMES for c in CHIPS if (n, c) not in QUICK]
+
+
+@pytest.mark.parametrize(("name", "chip"), [*QUICK, *OTHERS])
+def test_compiles_for_every_chip(name: str, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, types, constants, warps, stages = kernels()[name]
+    if not hasattr(kernel, "cache_key"):
+        pytest.skip("Triton interprets here (TRITON_INTERPRET): nothing is compiled")
+    names = list(kernel.arg_names)
+    types = {argument: kind for argument, kind in types.items() if argument in names}
+    signature = {argument: types.get(argument, "constexpr") for argument in names}
+    fixed = {(names.index(argument),): value for argument, value in constants.items()}
+    aligned = {(names.index(a),): [["tt.divisibility", 16]] for a in types if a != "num_tokens"}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    source, target = ASTSource(kernel, signature, fixed, aligned), GPUTarget("cuda", chip, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    ptx = compiled.asm["ptx"]
+    assert f".target sm_{chip}" in ptx
+    assert compiled.metadata.shared <= CHIPS[chip].shared_bytes, (chip, compiled.metadata.shared)
+    # Weights come sixteen bytes at a time: into registers, or straight into shared memory.
+    assert "v4.b32" in ptx or "cp.async.cg.shared.global" in ptx or "bulk" in ptx

@@ -1,0 +1,107 @@
+"""Products of few tokens with a weight in any format: which kernel runs, by device, format and number of tokens.
+
+At decode a product reads its weight once and does little else, so the floor is bytes over bandwidth. What a kernel
+reads for an output row of D columns:
+
+    bfloat16 2 D      int8, fp8 D + 4      int4 D / 2 + 2 D / G (+ D / G with zero points)      NF4 D / 2 + 4 D / 64
+
+On a GPU up to `MOST_TOKENS` go through our kernels (weights widened in registers); more go through the dequantised
+weight and cuBLAS, where the product's own time hides the extra pass. On a CPU torch's weight-only kernels take up to
+`CPU_TOKENS`, in bfloat16; more go through the dequantised weight, in bfloat16 too.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tunesmith.kernels.fp8 import dequantize_rows
+from tunesmith.kernels.int4 import Int4Weight, dequantize_int4
+from tunesmith.kernels.int4_cpu import CpuInt4, cpu_product
+from tunesmith.kernels.int8 import dequantize_int8
+from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, use_kernel
+
+Format = Literal["float", "int8", "fp8", "int4", "nf4"]
+MOST_TOKENS: dict[Format, int] = {"float": 1, "int8": 64, "fp8": 64, "int4": 64, "nf4": 1}
+CPU_TOKENS: dict[Format, int] = {"int8": 32, "int4": 64}
+# torch's int8 kernel for CPUs gives wrong sums at other widths (seen with 40 columns and 3 tokens, torch 2.13).
+CPU_INT8_COLUMNS = 64
+# Columns that one lane reads at once, by format: a row is a multiple of them.
+_COLUMNS: dict[Format, int] = {"float": 8, "int8": 16, "fp8": 16, "int4": 1, "nf4": 64}
+
+
+def takes(name: Format, x_TD: Tensor) -> bool:
+    """Whether our kernel takes this product: on a GPU, few tokens, several only in 16 bits, a width it can read."""
+    if not use_kernel(x_TD.device) or x_TD.shape[1] % _COLUMNS[name]:
+        return False
+    return x_TD.shape[0] == 1 or (x_TD.shape[0] <= MOST_TOKENS[name] and x_TD.dtype.itemsize == 2)
+
+
+def float_product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """y_TF = x @ weight.T + bias in the dtype of x, which is the weight's."""
+    same = weight_FD.dtype == x_TD.dtype and weight_FD.dtype.itemsize == 2 and weight_FD.is_contiguous()
+    if same and takes("float", x_TD):
+        from tunesmith.kernels.gemv_operators import float_operator
+
+        return float_operator(x_TD, weight_FD, bias_F)
+    return F.linear(x_TD, weight_FD.to(x_TD.dtype), None if bias_F is None else bias_F.to(x_TD.dtype))
+
+
+def int8_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
+    """y_TF = x @ (codes * scale).T + bias in the dtype of x; weight-only."""
+    if takes("int8", x_TD):
+        from tunesmith.kernels.gemv_operators import int8_operator
+
+        return int8_operator(x_TD, codes_FD, scale_F, bias_F)
+    few = x_TD.shape[0] <= CPU_TOKENS["int8"] and x_TD.shape[1] % CPU_INT8_COLUMNS == 0
+    if x_TD.device.type == "cpu" and few:
+        y_TF = torch._weight_int8pack_mm(x_TD.to(torch.bfloat16), codes_FD, scale_F.to(torch.bfloat16)).to(x_TD.dtype)
+        return y_TF if bias_F is None else y_TF + bias_F.to(x_TD.dtype)
+    return dense_product(x_TD, dequantize_int8(codes_FD, scale_F, dense_dtype(x_TD)), bias_F)
+
+
+def int4_product(x_TD: Tensor, weight: Int4Weight, bias_F: Tensor | None, cpu: CpuInt4 | None = None) -> Tensor:
+    """y_TF = x @ weight.T + bias in the dtype of x. cpu: the weight in the form of torch's CPU kernel."""
+    if takes("int4", x_TD):
+        from tunesmith.kernels.gemv_operators import int4_operator
+
+        return int4_operator(x_TD, weight.words, weight.scales, weight.zeros, bias_F)
+    if cpu is not None and x_TD.shape[0] <= CPU_TOKENS["int4"]:
+        y_TF = cpu_product(x_TD, cpu)
+        return y_TF if bias_F is None else y_TF + bias_F.to(x_TD.dtype)
+    return dense_product(x_TD, dequantize_int4(weight, dense_dtype(x_TD)), bias_F)
+
+
+def fp8_weight_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
+    """y_TF = x @ (codes * scale).T + bias in the dtype of x: weight-only, also on chips without fp8 products."""
+    if takes("fp8", x_TD):
+        from tunesmith.kernels.gemv_operators import fp8_operator
+
+        return fp8_operator(x_TD, codes_FD, scale_F, bias_F)
+    return dense_product(x_TD, dequantize_rows(codes_FD, scale_F, dense_dtype(x_TD)), bias_F)
+
+
+def nf4_product(x_TD: Tensor, parts: list[NF4Weight], bias_F: Tensor | None) -> Tensor:
+    """y_TF = x @ weight.T + bias in the dtype of x, of the parts of a fused weight below each other."""
+    if takes("nf4", x_TD):
+        from tunesmith.kernels.gemv_operators import nf4_operator
+
+        empty = x_TD.new_empty(0, dtype=torch.float32)
+        inner = [empty if part.scale_scales is None else part.scale_scales for part in parts]
+        offsets = [empty if part.offset is None else part.offset for part in parts]
+        return nf4_operator(x_TD, [p.codes for p in parts], [p.scales for p in parts], inner, offsets, bias_F)
+    return dense_product(x_TD, dequantize_nf4(parts, x_TD.dtype), bias_F)
+
+
+def dense_dtype(x_TD: Tensor) -> torch.dtype:
+    """What a product with a dequantised weight is in: the dtype of x; on a CPU bfloat16, as few tokens' products."""
+    return torch.bfloat16 if x_TD.device.type == "cpu" else x_TD.dtype
+
+
+def dense_product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """y_TF in the dtype of x, the product in the weight's."""
+    y_TF = F.linear(x_TD.to(weight_FD.dtype), weight_FD).to(x_TD.dtype)
+    return y_TF if bias_F is None else y_TF + bias_F.to(x_TD.dtype)

@@ -1,0 +1,111 @@
+"""A model's linears in the forms that answer fastest: the same weights, other kernels where there are few tokens.
+
+What is held does not change, so this is done after loading, and for any model whose linears are ours.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.kernels.gemv import float_product, fp8_weight_product, nf4_product, takes
+from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.fp8 import Fp8Linear
+from tunesmith.model.held import HeldLinear
+from tunesmith.model.int8 import Int8Linear
+from tunesmith.model.layers import Linear
+from tunesmith.model.quant import NF4Linear
+
+# Up to so many tokens fp8 weights are widened, which is exact and saves quantising the input; more are products in fp8.
+FP8_WEIGHT_TOKENS = 16
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class DecodeLinear(Linear):
+    """A `Linear` whose product with one token goes through our kernel."""
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """y_TF = x @ weight.T + bias in the dtype of x."""
+        if x_TD.dim() != 2 or x_TD.shape[0] != 1:
+            return super().product(x_TD)
+        return float_product(x_TD, self.weight, self.bias)
+
+
+class DecodeNF4Linear(NF4Linear):
+    """An `NF4Linear` whose product with one token reads the codes, not a dequantised weight."""
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """y_TF = x @ weight.T + bias in the dtype of x, without gradients."""
+        flat = x_TD.flatten(0, -2)
+        if not takes("nf4", flat):
+            return super().product(x_TD)
+        y_TF = nf4_product(flat, self._all_parts(), self.bias)
+        return y_TF.view(*x_TD.shape[:-1], self.out_features)
+
+
+class DecodeFp8Linear(Fp8Linear):
+    """An `Fp8Linear` that widens its weight in registers where there are few tokens, and never quantises those."""
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """y_TF = x @ weight.T + bias in the dtype of x, without gradients."""
+        flat = x_TD.flatten(0, -2)
+        if not takes("fp8", flat) or (self.compute == "fp8" and flat.shape[0] > FP8_WEIGHT_TOKENS):
+            return super().product(x_TD)
+        y_TF = fp8_weight_product(flat, self.codes, self.scale, self.bias)
+        return y_TF.view(*x_TD.shape[:-1], self.out_features)
+
+
+def use_decode_linears(model: nn.Module) -> None:
+    """Put the forms above in place of a model's linears, sharing their tensors; where kernels do not run, none."""
+    first = next(model.parameters(), None)
+    if first is None or not use_kernel(first.device):
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            form = _form(child)
+            if form is not None and name != "router":
+                setattr(parent, name, adopted(form, child))
+    if isinstance(model, Decoder) and model.head is None and model.embedding.weight.dtype.itemsize == 2:
+        model.head = _tied_head(model.embedding.weight)
+
+
+def _tied_head(embedding_VD: Tensor) -> DecodeLinear:
+    """A head that shares the embedding's weight."""
+    vocab_size, width = embedding_VD.shape
+    with torch.device("meta"):
+        head = DecodeLinear(width, {"lm_head": vocab_size}, False)
+    head.weight = nn.Parameter(embedding_VD.detach(), requires_grad=False)
+    return head
+
+
+def hold_head_in_int8(decoder: Decoder) -> None:
+    """Hold the head in int8, a scale for each token; a head tied to the embedding gets codes of its own beside it."""
+    weight = decoder.embedding.weight if decoder.head is None else decoder.head.weight
+    vocab_size, width = weight.shape
+    head = Int8Linear(width, {"lm_head": vocab_size}, False, dtype=weight.dtype, device=weight.device)
+    head.load_part("lm_head", weight.detach())
+    decoder.head = cast(Linear, head.requires_grad_(False))
+
+
+def adopted(form: type[Module], linear: nn.Module) -> Module:
+    """A module of class `form`, a subclass of that of `linear`, with everything that `linear` holds."""
+    out = form.__new__(form)
+    out.__dict__.update(linear.__dict__)
+    return out
+
+
+def _form(linear: nn.Module) -> type[nn.Module] | None:
+    if isinstance(linear, HeldLinear):
+        return None
+    forms: dict[type[nn.Module], type[nn.Module]] = {
+        Linear: DecodeLinear,
+        NF4Linear: DecodeNF4Linear,
+        Fp8Linear: DecodeFp8Linear,
+    }
+    found = forms.get(type(linear))
+    if found is DecodeLinear and cast(Linear, linear).weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return found
