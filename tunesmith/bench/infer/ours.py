@@ -1,4 +1,4 @@
-"""tunesmith itself, in a process like any peer's: `tunesmith.LLM` on token ids."""
+"""tunesmith itself, in a process like any peer's: the engine of `tunesmith.LLM` on token ids."""
 
 from __future__ import annotations
 
@@ -10,40 +10,52 @@ import torch
 
 from tunesmith.bench.infer.protocol import serve
 from tunesmith.checkpoint.inference import load_for_inference
-from tunesmith.engine.llm import LLM
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.loading import make_config, make_runner
 from tunesmith.engine.request import SamplingParams
 from tunesmith.errors import TunesmithError
 
 DTYPES = {"float32": torch.float32, "fp16": torch.float16}
+ENGINE_NAMES = {"enable_prefix_caching": "enable_prefix_cache", "kv_cache_dtype": "kv_dtype"}
 QUANTIZED = ("fp8", "int8", "w8a8", "int4", "nf4")
 
 
 class Ours:
-    """`tunesmith.LLM` with the job's weights, format and options."""
+    """The engine of `tunesmith.LLM`, with the job's weights, format and options (by LLM's names of them)."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         if job["device"] == "cpu":
             torch.set_num_threads(job["threads"])
         name = job["format"]
         self._dtype = DTYPES.get(name, torch.bfloat16)
-        model = load_for_inference(
+        self._model = load_for_inference(
             Path(job["model"]),
             quantize=name if name in QUANTIZED else None,
             dtype=self._dtype,
             device=job["device"],
             weights="random" if job["weights"] == "random" else "checkpoint",
         )
-        self._llm = LLM(model, max_model_len=job["max_model_len"], **job["options"])
+        self._weights_bytes = _bytes_of(self._model)
+        options = {ENGINE_NAMES.get(key, key): value for key, value in job["options"].items()}
+        config = make_config(self._model, max_model_len=job["max_model_len"], **options)
+        self._engine = Engine(make_runner(self._model, config), config=config)
         self._temperature = job["temperature"]
-        self._weights_bytes = _bytes_of(self._llm.model)
 
     def generate(self, prompts: Sequence[Sequence[int]], outputs: Sequence[int]) -> list[int]:
-        """See Engine."""
-        params = [SamplingParams(max_tokens=n, temperature=self._temperature, ignore_eos=True) for n in outputs]
-        done = self._llm.generate([list(prompt) for prompt in prompts], params, progress=False)
-        if failed := next((one for one in done if one.finish_reason == "error"), None):
-            raise TunesmithError(f"a request failed: {getattr(failed, 'error', None)}")
-        return [len(one.token_ids) for one in done]
+        """See Engine in the protocol."""
+        engine = self._engine
+        names = [
+            engine.submit(list(prompt), SamplingParams(max_tokens=n, temperature=self._temperature, ignore_eos=True))
+            for prompt, n in zip(prompts, outputs, strict=True)
+        ]
+        given: dict[int, int] = {}
+        while len(given) < len(names):
+            for output in engine.step():
+                if (done := output.completion) is not None:
+                    if done.finish_reason != "length":
+                        raise TunesmithError(f"a request ended with {done.finish_reason}: {done.error}")
+                    given[output.request_id] = len(done.token_ids)
+        return [given[name] for name in names]
 
     def facts(self) -> dict[str, Any]:
         """See Engine."""
@@ -51,7 +63,7 @@ class Ours:
         return {
             "weights_bytes": self._weights_bytes,
             "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "how": f"tunesmith.LLM, {str(self._dtype).removeprefix('torch.')} activations",
+            "how": f"tunesmith.engine, {str(self._dtype).removeprefix('torch.')} activations",
         }
 
 
