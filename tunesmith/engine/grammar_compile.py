@@ -8,21 +8,28 @@ vocabulary: a schema compiles in about a millisecond, and what a hostile one may
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from tunesmith.engine.grammar_library import GrammarLimits, fuel, library, panics_are_errors, refused
 from tunesmith.engine.grammar_text import grammar_text
+from tunesmith.engine.interfaces import GrammarState
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.engine.structured import check_spec, mask_words
 from tunesmith.errors import RequestError
 from tunesmith.text.tokenizer import Tokenizer
+
+# From here on the library's threads are worth their waking.
+PARALLEL_STATES = 4
 
 
 class MatcherState:
@@ -32,19 +39,19 @@ class MatcherState:
     """
 
     def __init__(self, matcher: Any, stop_ids: tuple[int, ...]) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._stop_ids = stop_ids
-        self._has_stopped = False
+        self.has_stopped = False
 
     @property
     def is_finished(self) -> bool:
         """Whether a stop token was taken, or nothing else may follow."""
-        return self._has_stopped or (self._matcher.is_stopped() and not self._matcher.is_error())
+        return self.has_stopped or (self.matcher.is_stopped() and not self.matcher.is_error())
 
     @property
     def may_end(self) -> bool:
         """Whether what was accepted so far is a whole answer."""
-        return self._has_stopped or self._matcher.is_accepting()
+        return self.has_stopped or self.matcher.is_accepting()
 
     def mask_into(self, bitmask_row: np.ndarray) -> None:
         """Write which tokens may come next.
@@ -52,13 +59,17 @@ class MatcherState:
         Args: `bitmask_row`: int32, contiguous, ceil(V / 32) long.
         Raises: RequestError when the grammar became too complex to follow: the request can't go on.
         """
-        if self._has_stopped:
+        if self.has_stopped:
             bitmask_row.fill(0)
         else:
             with panics_are_errors("grammar"):
-                self._matcher.unsafe_compute_mask_ptr(bitmask_row.ctypes.data, bitmask_row.nbytes)
-            if self._matcher.is_error():
-                raise _too_complex(self._matcher)
+                self.matcher.unsafe_compute_mask_ptr(bitmask_row.ctypes.data, bitmask_row.nbytes)
+        self.finish_mask(bitmask_row)
+
+    def finish_mask(self, bitmask_row: np.ndarray) -> None:
+        """The part of `mask_into` that is left when the library has written the row already."""
+        if self.matcher.is_error():
+            raise _too_complex(self.matcher)
         self._set_stops(bitmask_row)
 
     def _set_stops(self, bitmask_row: np.ndarray) -> None:
@@ -70,37 +81,68 @@ class MatcherState:
 
     def accept(self, token: int) -> bool:
         """Go on by one token; False, and no change, when the grammar doesn't allow it."""
-        if self._has_stopped:
+        if self.has_stopped:
             return False
         if token in self._stop_ids:
-            self._has_stopped = self._matcher.is_accepting()
-            return self._has_stopped
-        return self._matcher.try_consume_tokens([token]) == 1
+            self.has_stopped = self.matcher.is_accepting()
+            return self.has_stopped
+        return self.matcher.try_consume_tokens([token]) == 1
 
     def rollback(self, num_tokens: int) -> None:
         """Take the last accepted tokens back."""
-        if num_tokens and self._has_stopped:
-            self._has_stopped = False
+        if num_tokens and self.has_stopped:
+            self.has_stopped = False
             num_tokens -= 1
         if num_tokens:
-            self._matcher.rollback(num_tokens)
+            self.matcher.rollback(num_tokens)
 
     def forced(self) -> list[int]:
         """Tokens that must come next, if any: drafts that a speculative step need not guess."""
-        return [] if self._has_stopped else list(self._matcher.compute_ff_tokens())
+        return [] if self.has_stopped else list(self.matcher.compute_ff_tokens())
+
+
+def fill_masks(states: Sequence[tuple[int, GrammarState]], masks: np.ndarray) -> list[tuple[int, Exception]]:
+    """Write the rows of all states, several at a time; what went wrong, by row. A row that failed allows everything.
+
+    Args: `masks`: int32 [rows, ceil(V / 32)], contiguous.
+    """
+    together = [(row, s) for row, s in states if isinstance(s, MatcherState) and not s.has_stopped]
+    done: set[int] = set()
+    if len(together) >= PARALLEL_STATES:
+        pairs = [(state.matcher, row) for row, state in together]
+        with suppress(RequestError), panics_are_errors("grammar"):
+            _executor().unsafe_compute_mask_ptr(pairs, masks.ctypes.data, masks.strides[0], len(masks))
+            done = {row for row, _ in together}
+    failed: list[tuple[int, Exception]] = []
+    for row, state in states:
+        try:
+            if row in done and isinstance(state, MatcherState):
+                state.finish_mask(masks[row])
+            else:
+                state.mask_into(masks[row])
+        except Exception as error:
+            masks[row] = -1
+            failed.append((row, error))
+    return failed
+
+
+@cache
+def _executor() -> Any:
+    """The library's threads, half of the cores and 8 at most: tokens are also drawn, sent and tokenised meanwhile."""
+    return library().LLExecutor(max(1, min(8, (os.cpu_count() or 1) // 2)))
 
 
 class MatcherGrammar:
     """A compiled grammar: a matcher at its start, copied for each request (about a microsecond)."""
 
     def __init__(self, matcher: Any, stop_ids: tuple[int, ...], warnings: tuple[str, ...] = ()) -> None:
-        self._matcher = matcher
+        self.matcher = matcher
         self._stop_ids = stop_ids
         self.warnings = warnings
 
     def state(self) -> MatcherState:
         """A fresh start."""
-        return MatcherState(self._matcher.deep_copy(), self._stop_ids)
+        return MatcherState(self.matcher.deep_copy(), self._stop_ids)
 
 
 class PendingGrammar:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tunesmith.engine.grammar_compile import fill_masks
 from tunesmith.engine.scheduler import Scheduled
 from tunesmith.engine.sequence import Sequence as Running
 from tunesmith.units import ceil_div
@@ -23,14 +24,9 @@ def grammar_masks(
     if not masked:
         return None, []
     masks = np.full((sum(part.num_rows for part in masked), ceil_div(vocab_size, 32)), -1, dtype=np.int32)
-    failed: list[tuple[Running, Exception]] = []
-    for row, part in enumerate(masked):
-        sequence = part.sequence
-        if sequence.grammar is None or sequence.is_finished:
-            continue
-        try:
-            sequence.grammar.mask_into(masks[row])
-        except Exception as error:
-            masks[row] = -1
-            failed.append((sequence, error))
-    return masks, failed
+    states = [
+        (row, part.sequence.grammar)
+        for row, part in enumerate(masked)
+        if part.sequence.grammar is not None and not part.sequence.is_finished
+    ]
+    return masks, [(masked[row].sequence, error) for row, error in fill_masks(states, masks)]

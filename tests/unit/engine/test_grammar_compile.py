@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tunesmith
-from tunesmith.engine.grammar_compile import GrammarCompiler, MatcherState, RequestGrammars
+from tunesmith.engine.grammar_compile import GrammarCompiler, MatcherState, RequestGrammars, fill_masks
 from tunesmith.engine.grammar_library import GrammarLimits
 from tunesmith.engine.grammar_text import after_thoughts, validate_spec
 from tunesmith.engine.request import StructuredSpec
@@ -206,6 +206,32 @@ def test_rows_of_a_draft_say_what_may_follow_each_of_its_tokens(compiler: Gramma
         assert state.accept(token)
     assert state.is_finished
     assert compiler.compile(StructuredSpec("choice", ("abc",))).state().forced() == compiler.tokenizer.encode("abc")
+
+
+def test_many_rows_are_filled_as_one_by_one_and_fail_alone(compiler: GrammarCompiler) -> None:
+    class Broken:
+        is_finished = False
+
+        def mask_into(self, bitmask_row: np.ndarray) -> None:
+            raise RequestError("broken")
+
+        def accept(self, token: int) -> bool:
+            return False
+
+    specs = [StructuredSpec("regex", f"[a-{c}]+") for c in "bcdefg"] + [StructuredSpec("json_object")]
+    states = [compiler.compile(spec).state() for spec in specs]
+    states[1].accept(compiler.tokenizer.encode("a")[0])
+    states[2].accept(compiler.tokenizer.encode("a")[0])
+    assert states[2].accept(compiler.stop_ids[0])
+    masks = np.zeros((len(states) + 2, compiler.num_mask_words), dtype=np.int32)
+    rows = [(number + 1, state) for number, state in enumerate(states)]
+    failed = fill_masks([*rows, (0, Broken())], masks)
+    assert [(row, str(error)) for row, error in failed] == [(0, "broken")] and (masks[0] == -1).all()
+    for row, state in rows:
+        alone = np.zeros(compiler.num_mask_words, dtype=np.int32)
+        state.mask_into(alone)
+        assert (masks[row] == alone).all()
+    assert not masks[-1].any()
 
 
 def test_an_answer_follows_a_thought(compiler: GrammarCompiler) -> None:
