@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.engine.batch import SampledRow, StepBatch
+from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.pages import PAGE_SLOTS, pages_of
 from tunesmith.engine.scheduler import Scheduled, StepPlan
 from tunesmith.engine.sequence import Sequence as Running
@@ -224,6 +225,37 @@ def _pass(host: HostBatch, owner: np.ndarray, first: int, rows: int) -> HostBatc
         score_targets=none,
         num_scored_top=0,
         is_decode=True,
+    )
+
+
+def worst_batches(config: EngineConfig) -> list[HostBatch]:
+    """The largest step of prompts there can be, and the largest of decoding at full context. All pages are page 0, and
+    nothing is written: for measuring."""
+    full, rest = divmod(config.max_num_batched_tokens, config.max_model_len)
+    counts = ([config.max_model_len] * full + ([rest] if rest else []))[: config.max_num_seqs]
+    decoding = [1] * config.max_num_seqs
+    return [_worst(np.array(counts), np.array(counts)), _worst(np.array(decoding), config.max_model_len)]
+
+
+def _worst(counts: np.ndarray, contexts: np.ndarray | int) -> HostBatch:
+    starts = np.append(0, np.cumsum(counts))
+    owner = np.repeat(np.arange(len(counts)), counts)
+    contexts = np.broadcast_to(contexts, counts.shape)
+    none = np.zeros(0, dtype=np.int64)
+    return HostBatch(
+        tokens=np.zeros(starts[-1], dtype=np.int64),
+        positions=np.arange(starts[-1]) - (starts[1:] - contexts)[owner],
+        slots=np.full(starts[-1], -1),
+        starts=starts,
+        contexts=contexts,
+        tables=np.zeros((len(counts), pages_of(int(contexts.max()))), dtype=np.int32),
+        sequence_slots=np.arange(len(counts)),
+        sample_rows=starts[1:] - 1,
+        adapters=None,
+        score_rows=none,
+        score_targets=none,
+        num_scored_top=0,
+        is_decode=False,
     )
 
 

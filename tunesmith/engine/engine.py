@@ -346,6 +346,10 @@ class Engine:
         if self.prefix is not None:
             self.prefix.clear()
 
+    def idle(self) -> bool:
+        """Something that makes later steps faster, for a moment without work; False where nothing is left to do."""
+        return not self.has_work and self.runner.idle()
+
     def collect(self, wanted: Collection[int]) -> list[StepOutput]:
         """New outputs of the wanted requests, after a step if none wait; other requests' outputs are kept for them."""
         waiting = [request_id for request_id in self.mail if request_id in wanted]

@@ -56,6 +56,12 @@ class Runner(Protocol):
     def release(self, slot: int) -> None:
         """A sequence has left this slot: what is kept for it may go."""
 
+    def warm_up(self, limit_s: float | None = None) -> None:
+        """Get ready before the first request, for about `limit_s` seconds at most (CUDA graphs)."""
+
+    def idle(self) -> bool:
+        """Something that makes later steps faster, in a moment without work; False where nothing is left to do."""
+
 
 class GrammarState(Protocol):
     """How far one answer is in its grammar."""

@@ -27,6 +27,8 @@ GPU_SEQS, GPU_TOKENS = 256, 8192
 CPU_SEQS, CPU_TOKENS = 16, 2048
 # A model that was loaded elsewhere shares the GPU with whoever holds it.
 LIVE_SEQS, LIVE_SHARE = 16, 0.5
+GRAPHS_S = 5.0
+"""Seconds at start-up for recording graphs beyond the coarse sizes; the rest are recorded in idle moments."""
 
 
 def load_source(
@@ -98,7 +100,9 @@ def make_runner(model: LanguageModel, config: EngineConfig, *, is_live: bool = F
         free, total = torch.cuda.mem_get_info(_device(model))
         share = min(config.gpu_memory_utilization, (total - free + LIVE_SHARE * free) / total)
         config = replace(config, gpu_memory_utilization=share)
-    return NativeRunner(model, config)
+    runner = NativeRunner(model, config, has_graphs=not is_live)
+    runner.warm_up(GRAPHS_S)
+    return runner
 
 
 def make_grammars(tokenizer: Tokenizer, runner: Runner, stop_ids: Collection[int]) -> RequestGrammars:

@@ -21,15 +21,19 @@ from torch import Tensor
 
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
+from tunesmith.engine.batching import to_device, worst_batches
 from tunesmith.engine.cache_size import kv_torch_dtype, num_pages
 from tunesmith.engine.config import EngineConfig
-from tunesmith.engine.interfaces import Runner
+from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
+from tunesmith.engine.graphs import Decoded, DecodeGraphs
+from tunesmith.engine.interfaces import Pending, Runner
 from tunesmith.engine.logprobs import LogprobTensors, score_prompt
-from tunesmith.engine.pages import PageAllocator, PagedCache
+from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator, PagedCache
 from tunesmith.engine.sampling import Sampled, Sampling
 from tunesmith.errors import RequestError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
+from tunesmith.model.stream import WHOLE
 
 __all__ = ["NativeRunner", "Runner", "evaluating"]
 
@@ -73,28 +77,38 @@ class DevicePending:
 class NativeRunner:
     """Our decoder over paged keys and values.
 
-    before_pass: called with the batch before every pass over the model (adapters set their indices there).
+    before_pass: called with the batch before every pass that is not a graph's replay, and while one is recorded: then
+        only `adapter_T` says which token has which adapter, and its values change at every replay.
     num_pages: pages of the cache; None: as many as fit (cache_size.py).
+    has_graphs: False: nothing is recorded, since the weights may be put elsewhere.
     """
 
     shares_prefixes = True
 
-    def __init__(self, model: Decoder, config: EngineConfig, num_pages: int | None = None) -> None:
+    def __init__(
+        self, model: Decoder, config: EngineConfig, num_pages: int | None = None, *, has_graphs: bool = True
+    ) -> None:
         self.model = model
         self.config = config
         self.max_model_len = config.max_model_len
         self.vocab_size = model.config.vocab_size
         self.before_pass: list[Callable[[StepBatch], None]] = []
         self.device = model.embedding.weight.device
+        on_gpu = self.device.type == "cuda"
         self.fixed_rows = FIXED_ROWS.get(self.device.type, 16) if config.batch_invariant else None
         if config.batch_invariant and model.config.moe is not None:
             raise RequestError(
                 "batch_invariant is not there for mixtures of experts: the rows an expert gets depend on the batch"
             )
+        is_whole = model.stream is WHOLE
+        self._fused = FusedPass(model) if on_gpu and is_whole and has_fused_pass(model) else None
         self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device)
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
+        records = on_gpu and is_whole and has_graphs and not config.enforce_eager and not config.batch_invariant
+        self.graphs = self._make_graphs() if records else None
         self._hidden: Tensor | None = None
+        self._decoded: Decoded | None = None
         self._scored: LogprobTensors | None = None
 
     @property
@@ -102,17 +116,42 @@ class NativeRunner:
         """What the model computes in now; a live model's may change."""
         return self.model.compute_dtype or self.model.embedding.weight.dtype
 
+    @property
+    def page_dtype(self) -> torch.dtype:
+        """What keys and values are held in."""
+        return kv_torch_dtype(self.config, self.stream_dtype)
+
     def _make_cache(self, pages: int | None) -> PagedCache:
-        dtype = kv_torch_dtype(self.config, self.stream_dtype)
         if pages is None:
-            pages = num_pages(self.config, self.model.config, dtype, self.device, self._worst_pass)
-        return PagedCache(self.model.config, pages, dtype=dtype, device=self.device)
+            pages = num_pages(self.config, self.model.config, self.page_dtype, self.device, self._worst_pass)
+        return PagedCache(self.model.config, pages, dtype=self.page_dtype, device=self.device)
+
+    def _make_graphs(self) -> DecodeGraphs:
+        return DecodeGraphs(
+            self._decode,
+            self.sampling,
+            max_num_seqs=self.config.max_num_seqs,
+            max_context=self.max_model_len,
+            slots_of_page=PAGE_SLOTS,
+            device=self.device,
+        )
+
+    def warm_up(self, limit_s: float | None = None) -> None:
+        """Record the graphs of decoding, for at most about `limit_s` seconds; `idle` records the rest."""
+        if self.graphs is not None:
+            self.graphs.record(limit_s)
+
+    def idle(self) -> bool:
+        """Something that makes later steps faster, in a moment without work; False where nothing is left to do."""
+        return self.graphs is not None and self.graphs.record_next()
 
     def refresh(self) -> bool:
         """Before anything runs: a cache of the dtype that a live model computes in now. Whether it was made anew."""
-        if self.cache.dtype == kv_torch_dtype(self.config, self.stream_dtype):
+        if self.cache.dtype == self.page_dtype:
             return False
         self.cache = self._make_cache(self.cache.num_pages)
+        if self.graphs is not None:
+            self.graphs.drop()
         return True
 
     @contextmanager
@@ -127,8 +166,12 @@ class NativeRunner:
             self.model.is_fused = was_fused
 
     def forward(self, batch: StepBatch) -> None:
-        """Launch the pass over the model."""
+        """Launch the pass over the model: as a graph where one covers it."""
         with self._passing():
+            self._hidden = self._scored = None
+            self._decoded = None if self.graphs is None or batch.score_rows is not None else self.graphs(batch)
+            if self._decoded is not None:
+                return
             hidden_TD = self._all_hidden(batch)
             self._scored = self._score(hidden_TD, batch)
             self._hidden = hidden_TD if batch.is_decode else hidden_TD.index_select(0, batch.sample_rows_B)
@@ -139,14 +182,23 @@ class NativeRunner:
         return torch.cat([self.hidden(part) for part in batch.passes])[: batch.num_tokens]
 
     def hidden(self, batch: StepBatch) -> Tensor:
-        """hidden_TD of one pass; keys and values are written. What a CUDA graph records."""
-        for call in self.before_pass:
-            call(batch)
+        """hidden_TD of one pass; keys and values are written."""
         # What is not known to the host yet was drawn for that slot by the step before.
         last_T = self.sampling.state.last_tokens_N[(-1 - batch.tokens_T).clamp(min=0)]
-        tokens_T = torch.where(batch.tokens_T < 0, last_T, batch.tokens_T)
-        attend = PagedAttention(self.cache, batch, invariant=self.fixed_rows is not None)
-        return self.model(tokens_T, batch.positions_T, attend)
+        return self._pass(torch.where(batch.tokens_T < 0, last_T, batch.tokens_T), batch, self.cache)
+
+    def _decode(self, batch: StepBatch) -> Tensor:
+        """logits_BV of a batch of single tokens, all of them known: what a graph records."""
+        with self._passing():
+            return self.model.logits(self._pass(batch.tokens_T, batch, self.cache))
+
+    def _pass(self, tokens_T: Tensor, batch: StepBatch, cache: PagedCache) -> Tensor:
+        for call in self.before_pass:
+            call(batch)
+        attend = PagedAttention(cache, batch, invariant=self.fixed_rows is not None)
+        run = self.model if self._fused is None else self._fused
+        hidden: Tensor = run(tokens_T, batch.positions_T, attend)
+        return hidden
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """logits_BV of hidden states."""
@@ -165,20 +217,24 @@ class NativeRunner:
     def step_logits(self, batch: StepBatch) -> Tensor:
         """logits_BV of the batch's sampled rows, without choosing tokens (for checks)."""
         self.forward(batch)
-        assert self._hidden is not None
         with self._passing():
-            return self.logits(self._hidden)
+            return self._logits().clone()
 
-    def sample(self, batch: StepBatch, rows: Sequence[SampledRow], masks: np.ndarray | None) -> DevicePending:
-        """Launch the choice of tokens for the pass that `forward` launched last."""
+    def _logits(self) -> Tensor:
+        if self._decoded is not None:
+            return self._decoded.logits_BV
         assert self._hidden is not None, "sample follows forward"
+        return self.logits(self._hidden)
+
+    def sample(self, batch: StepBatch, rows: Sequence[SampledRow], masks: np.ndarray | None) -> Pending:
+        """Launch the choice of tokens for the pass that `forward` launched last."""
         with self._passing():
-            logits_BV = self.logits(self._hidden)
             masks_MW = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
+            chosen_B = None if self._decoded is None else self._decoded.tokens_B
             slots_B, positions_B = batch.sample_slots_B, batch.sample_positions_B
-            sampled = self.sampling(logits_BV, rows, slots_B, positions_B, masks_MW).to_host()
+            sampled = self.sampling(self._logits(), rows, slots_B, positions_B, masks_MW, chosen_B).to_host()
             scored = None if self._scored is None else self._scored.to_host()
-        self._hidden = self._scored = None
+        self._hidden = self._decoded = self._scored = None
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()
@@ -190,21 +246,13 @@ class NativeRunner:
         self.sampling.release(slot)
 
     def _worst_pass(self) -> None:
-        """The largest pass there can be, without a cache: its activations are what pages must leave room for."""
-        num_tokens = min(self.config.max_num_batched_tokens, self.config.max_num_seqs * self.max_model_len)
-        num_rows = min(self.config.max_num_seqs, num_tokens)
-        zeros_T = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        """The largest pass there can be, over one page that is never written: what pages must leave room for."""
+        cache = PagedCache(self.model.config, 1, dtype=self.page_dtype, device=self.device)
         with self._passing():
-            hidden_TD = self.model(zeros_T, zeros_T % self.max_model_len, _Nothing())
-            logits_BV = self.logits(hidden_TD[:num_rows])
-            # Sampling's float32 copies: penalties, thresholds and probabilities.
-            del hidden_TD
+            for host in worst_batches(self.config):
+                batch = to_device(host, self.device)
+                hidden_TD = self._pass(batch.tokens_T, batch, cache)
+            logits_BV = self.logits(hidden_TD[: self.config.max_num_seqs])
+            # Float32 copies of sampling: penalties, thresholds and probabilities.
             copies = [logits_BV.float() for _ in range(3)]
-        del logits_BV, copies
-
-
-class _Nothing:
-    """Attention that gives every query its own value: the right shapes, and no cache."""
-
-    def __getitem__(self, layer: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        return lambda query, key, value: torch.zeros_like(query, memory_format=torch.contiguous_format)
+        del hidden_TD, logits_BV, copies

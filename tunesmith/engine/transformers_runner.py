@@ -55,6 +55,13 @@ class TransformersRunner:
         """Nothing is kept that a changed model could spoil."""
         return False
 
+    def warm_up(self, limit_s: float | None = None) -> None:
+        """Nothing is recorded here."""
+
+    def idle(self) -> bool:
+        """Nothing is left to do."""
+        return False
+
     def forward(self, batch: StepBatch) -> None:
         """Run the sequences of the batch, one after the other."""
         starts, contexts = batch.query_starts_R1.tolist(), batch.context_R.tolist()
