@@ -48,7 +48,7 @@ class LogprobTensors:
 def to_host(tensor: Tensor) -> Tensor:
     """A copy on the host that nothing waits for: complete once the device has come so far."""
     if tensor.device.type != "cuda":
-        return tensor
+        return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
 
