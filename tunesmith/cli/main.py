@@ -29,6 +29,7 @@ VERBS = {
     "launch": ("tunesmith.cli.launch", "train on several GPUs or machines: here, under mpirun, or as a SLURM job"),
     "eval": ("tunesmith.cli.eval", "how good is a model: right answers to questions, surprise at a text"),
     "chat": ("tunesmith.cli.chat", "talk to a model, or to what came out of a training run"),
+    "serve": ("tunesmith.cli.serve", "serve a model to programs, with OpenAI's interface"),
     "verify": ("tunesmith.cli.verify", "check that training by a recipe is correct on this machine"),
     "merge": ("tunesmith.cli.merge", "make one model of a base model and the adapter (add-on) trained for it"),
     "consolidate": (

@@ -1,0 +1,207 @@
+"""`tunesmith serve`: an OpenAI-compatible server for a model, or for what came out of a training run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tunesmith.cli.console import emit, err, is_debug
+from tunesmith.cli.unfinished import use_checkpoint
+from tunesmith.errors import RequestError, nearest
+from tunesmith.serve.auth import check_address, read_keys
+from tunesmith.serve.options import EngineOptions, ServerOptions
+from tunesmith.units import format_seconds
+
+app = typer.Typer(add_completion=False)
+_SHOWN_KEY = "$TUNESMITH_API_KEY"
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="a model directory, builtin:tiny, a Hub id, or a run directory")],
+    adapter: Annotated[Path | None, typer.Option(help="an adapter directory, put on top of the model")] = None,
+    host: Annotated[
+        str, typer.Option(help="the address to listen on; others than loopback want API keys")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="the port; 0: any that is free", min=0, max=65535)] = 8000,
+    uds: Annotated[Path | None, typer.Option(help="listen on this Unix socket instead")] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="what the model is called in requests (repeat for several names)")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="hold the weights in int8, int4, fp8, nf4, ...")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, fp8")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="context in tokens, prompt and answer together")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="answers that are made at the same time")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="tokens of one step of the engine")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="share of the GPU's memory, 0 to 1")] = 0.9,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share the model", min=1)] = 1,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="no CUDA graphs")] = False,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="compute equal beginnings of prompts once")] = True,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="greedy answers don't depend on what else is served")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, native, transformers")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="of a Hub model")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="a key that clients must send (seen by all users of this machine in `ps`)")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="a file of such keys, one a line (or set TUNESMITH_API_KEYS)")
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option("--allow-unauthenticated", help="no keys, though other machines may reach the server")
+    ] = False,
+    max_waiting: Annotated[
+        int, typer.Option(help="answers that may wait for a place before others get 429", min=0)
+    ] = 1024,
+    key_share: Annotated[float, typer.Option(help="of all places, the share that one of several keys may take")] = 0.5,
+    request_timeout: Annotated[float, typer.Option(help="seconds that a request may take")] = 600.0,
+    shutdown_timeout: Annotated[float, typer.Option(help="seconds that running requests have after SIGTERM")] = 30.0,
+    engine_timeout: Annotated[
+        float, typer.Option(help="seconds without progress after which the engine is started anew")
+    ] = 300.0,
+    max_body_mb: Annotated[int, typer.Option(help="longest request in MiB", min=1, max=1024)] = 16,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="a web page's origin that may call the server (repeat for several)")
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="a Jinja file instead of the model's own template")] = None,
+    tool_call_parser: Annotated[
+        str, typer.Option(help="how the model writes tool calls: auto, none, hermes, llama3, mistral, ...")
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str, typer.Option(help="give thoughts as reasoning_content: none, auto, think")
+    ] = "none",
+    generation_config: Annotated[
+        str, typer.Option(help="defaults of sampling: auto (the model's generation_config.json), none (OpenAI's)")
+    ] = "auto",
+    pooling: Annotated[str, typer.Option(help="embeddings: mean of all tokens, or the last one's")] = "mean",
+    metrics_prefix: Annotated[
+        str, typer.Option(help="of Prometheus names: tunesmith, or vllm for its dashboards")
+    ] = "tunesmith",
+    allow_adapter_loading: Annotated[
+        bool, typer.Option("--allow-adapter-loading", help="clients may load and unload LoRA adapters")
+    ] = False,
+    access_log: Annotated[bool, typer.Option("--access-log", help="log every request")] = False,
+) -> None:
+    """Serve a model with OpenAI's interface: chat, completions, responses, embeddings, tokens, metrics.
+
+    Ctrl-C or SIGTERM ends it when the requests under way are answered; a second one ends it at once.
+    """
+    keys = read_keys(api_key or [], api_key_file)
+    check_address(host, None if uds is None else str(uds), keys, allow_unauthenticated)
+    _check_choices(kv_cache_dtype, pooling, metrics_prefix, generation_config)
+    _check_shares(key_share, request_timeout, shutdown_timeout, engine_timeout)
+    use_checkpoint(model, adapter)
+    engine = EngineOptions(
+        model=model,
+        adapter=None if adapter is None else str(adapter),
+        revision=revision,
+        dtype={"half": "float16", "float": "float32"}.get(dtype, dtype),
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        device=device,
+        backend=backend,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=enforce_eager,
+        enable_prefix_caching=enable_prefix_caching,
+        tensor_parallel_size=tensor_parallel_size,
+        batch_invariant=batch_invariant,
+        debug=is_debug(),
+    )
+    options = ServerOptions(
+        names=tuple(served_model_name or [model]),
+        host=host,
+        port=port,
+        uds=None if uds is None else str(uds),
+        api_keys=keys,
+        max_waiting=max_waiting,
+        key_share_ratio=key_share,
+        max_timeout_s=request_timeout,
+        grace_s=shutdown_timeout,
+        hang_s=engine_timeout,
+        max_body_bytes=max_body_mb * 2**20,
+        cors_origins=tuple(cors_origin or ()),
+        pooling=pooling,
+        metrics_prefix=metrics_prefix,
+        allow_adapter_loading=allow_adapter_loading,
+        chat_template=None if chat_template is None else str(chat_template),
+        generation_config=generation_config,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
+        debug=is_debug(),
+        access_log=access_log,
+    )
+    run(options, engine)
+
+
+def run(options: ServerOptions, engine: EngineOptions) -> None:
+    """Serve, and say so."""
+    from tunesmith.serve.run import run_server
+
+    err.print(f"loading {engine.model} ...", markup=False)
+    number = run_server(options, engine, lambda news: _announce(options, news))
+    err.print("the server has stopped" if number is None else "stopped: the requests under way were answered")
+    emit({"stopped_by": number})
+
+
+def _announce(options: ServerOptions, news: dict[str, Any]) -> None:
+    """What is served where, and a line to try it with."""
+    facts = news["facts"]
+    url, curl = _address(options, news["address"])
+    err.print(
+        f"ready after {format_seconds(news['start_s'])}: {url}  (model {options.names[0]}, {facts['weights']} of "
+        f"{facts['dtype']}{'' if facts['quantization'] is None else ' as ' + facts['quantization']} on "
+        f"{facts['device']}, context {facts['max_model_len']}, {facts['max_num_seqs']} answers at a time, "
+        f"{'API keys are asked for' if options.api_keys else 'no API keys'})",
+        markup=False,
+    )
+    if not facts["is_native"]:
+        err.print("This model runs by transformers' own code: slower, and one request after the other.", style="yellow")
+    body = f'{{"model": "{options.names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    route = "v1/chat/completions"
+    if not facts["has_chat_template"]:
+        body, route = f'{{"model": "{options.names[0]}", "prompt": "Once upon a time"}}', "v1/completions"
+    key = f' -H "Authorization: Bearer {_SHOWN_KEY}"' if options.api_keys else ""
+    err.print(f"try it: {curl}/{route} -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}", markup=False)
+    emit({"url": url, "model": options.names[0], "start_s": news["start_s"], **facts})
+
+
+def _address(options: ServerOptions, address: Any) -> tuple[str, str]:
+    """The URL for people, and the beginning of a curl command."""
+    if options.uds is not None:
+        return f"unix:{options.uds}", f"curl --unix-socket {shlex.quote(options.uds)} http://localhost"
+    host, port = address[0], address[1]
+    host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{url}/v1", f"curl {url}"
+
+
+def _check_choices(kv_cache_dtype: str, pooling: str, metrics_prefix: str, generation_config: str) -> None:
+    choices = {
+        "--kv-cache-dtype": (kv_cache_dtype, ("auto", "fp8")),
+        "--pooling": (pooling, ("mean", "last")),
+        "--metrics-prefix": (metrics_prefix, ("tunesmith", "vllm")),
+        "--generation-config": (generation_config, ("auto", "none")),
+    }
+    for option, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise RequestError(f"{option} must be {' or '.join(allowed)}, got {value!r}{nearest(value, allowed)}")
+
+
+def _check_shares(key_share: float, request_timeout: float, shutdown_timeout: float, engine_timeout: float) -> None:
+    if not 0 < key_share <= 1:
+        raise RequestError(f"--key-share must be above 0 and at most 1, got {key_share}")
+    if not request_timeout > 0:
+        raise RequestError(f"--request-timeout must be seconds above 0, got {request_timeout}")
+    if shutdown_timeout < 0:
+        raise RequestError(f"--shutdown-timeout must be 0 seconds or more, got {shutdown_timeout}")
+    if engine_timeout < 5:
+        raise RequestError(f"--engine-timeout must be at least 5 seconds, got {engine_timeout}")

@@ -1,0 +1,162 @@
+"""The engine process's model: loaded by `LLM`, described for the HTTP side, and its hidden states as embeddings."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.engine.llm import LLM, TEXT_CONTEXT_TOKENS
+from tunesmith.engine.runner import evaluating
+from tunesmith.engine.source import ModelSource, find_source
+from tunesmith.errors import RequestError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.packed import pack_documents
+from tunesmith.serve import messages
+from tunesmith.serve.messages import Message
+from tunesmith.serve.options import EngineOptions
+from tunesmith.units import format_bytes
+
+# Tokens of one portion of embedding work: other requests' steps go on between portions.
+EMBED_TOKENS = 2048
+
+
+def load_model(options: EngineOptions, send: Callable[[Message], None]) -> LoadedModel:
+    """Load what the options say; the HTTP side hears of the tokenizer's place before the weights are read.
+
+    Raises: TunesmithError, as `LLM` does.
+    """
+    began_s = time.perf_counter()
+    source = find_source(options.model, options.adapter, options.quantization, options.revision)
+    send(messages.Source(_describe_source(source)))
+    llm = LLM(options.model, **_arguments(options))
+    return LoadedModel(llm, options, time.perf_counter() - began_s)
+
+
+def _describe_source(source: ModelSource) -> dict[str, Any]:
+    base = resolve_model(source.path, source.revision)
+    return {
+        "path": source.path,
+        "adapter": None if source.adapter is None else str(source.adapter),
+        "model": str(base),
+        "tokenizer": str(source.tokenizer or base),
+        "chat_template": None if source.chat_template is None else str(source.chat_template),
+        "template_arguments": source.template_arguments or {},
+        "system": source.system,
+    }
+
+
+def _arguments(options: EngineOptions) -> dict[str, Any]:
+    """LLM's arguments. Raises: RequestError for an option that this engine doesn't have."""
+    asked = {
+        "adapter": options.adapter,
+        "quantize": options.quantization,
+        "dtype": options.dtype,
+        "device": options.device,
+        "backend": options.backend,
+        "revision": options.revision,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "enforce_eager": options.enforce_eager,
+        "batch_invariant": options.batch_invariant,
+        "debug_pages": options.debug,
+    }
+    if options.tensor_parallel_size != 1:
+        asked["tensor_parallel_size"] = options.tensor_parallel_size
+    asked |= options.more
+    known = inspect.signature(LLM).parameters
+    for name in asked:
+        if name not in known:
+            raise RequestError(f"--{name.replace('_', '-')} is not supported by this engine: leave it out")
+    return asked
+
+
+class LoadedModel:
+    """A model with its engine, as the worker's loop uses it."""
+
+    def __init__(self, llm: LLM, options: EngineOptions, load_s: float) -> None:
+        self.llm = llm
+        self.engine = llm.engine
+        self.options = options
+        self.facts = self._describe(load_s)
+
+    def _describe(self, load_s: float) -> dict[str, Any]:
+        llm, config = self.llm, self.llm.engine.config
+        model = llm.model
+        modules = cast(torch.nn.Module, model)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in modules.state_dict(keep_vars=True).values())
+        device = llm.runner.device
+        return {
+            "max_model_len": llm.max_model_len,
+            "vocab_size": llm.runner.vocab_size,
+            "embedding_size": model.config.hidden_size if isinstance(model, Decoder) else None,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
+            "num_pages": llm.runner.pages.num_pages,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch."),
+            "weights": format_bytes(weights),
+            "quantization": llm.source.quantize if llm.source is not None else None,
+            "is_native": isinstance(model, Decoder),
+            "has_chat_template": llm.has_chat_template,
+            "load_s": load_s,
+        }
+
+    def text_context(self, prompt_ids: list[int]) -> list[int]:
+        """The prompt's last tokens: enough to know how the answer's first characters join on."""
+        return prompt_ids[-TEXT_CONTEXT_TOKENS:]
+
+    def embed(self, inputs: list[list[int]], pooling: str) -> Iterator[list[bytes]]:
+        """Pooled hidden states after the final norm, scaled to length 1, float32; a portion of the inputs at a time.
+
+        Args: `pooling`: "mean" of all tokens, or the "last" one.
+        """
+        for portion in _portions(inputs, EMBED_TOKENS):
+            with torch.inference_mode(), evaluating(self.llm.model):
+                yield [bytes(row.numpy().tobytes()) for row in self._vectors(portion, pooling)]
+
+    def _vectors(self, documents: Sequence[Sequence[int]], pooling: str) -> Tensor:
+        """vectors_BD on the CPU."""
+        model = self.llm.model
+        if not isinstance(model, Decoder):
+            raise RequestError("this model runs by transformers' own code, which gives no embeddings here")
+        hidden_TD = model.hidden(pack_documents(documents, self.llm.runner.device)).float()
+        parts = hidden_TD.split([len(document) for document in documents])
+        vectors_BD = torch.stack([part.mean(dim=0) if pooling == "mean" else part[-1] for part in parts])
+        return torch.nn.functional.normalize(vectors_BD, dim=1).cpu()
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter. Raises: RequestError where the engine has no places for adapters."""
+        self._adapters().load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop a LoRA adapter."""
+        self._adapters().unload(name)
+
+    def _adapters(self) -> Any:
+        if self.engine.adapters is None:
+            raise RequestError("this engine was started without places for adapters")
+        return self.engine.adapters
+
+
+def _portions(inputs: Sequence[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:
+    """The inputs in order, grouped so that a group has at most so many tokens, or one input."""
+    group: list[list[int]] = []
+    size = 0
+    for ids in inputs:
+        if group and size + len(ids) > max_tokens:
+            yield group
+            group, size = [], 0
+        group.append(ids)
+        size += len(ids)
+    if group:
+        yield group

@@ -1,0 +1,46 @@
+"""The engine's process: started with one end of a socket pair, ended by closing the other."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from typing import Protocol
+
+
+class EngineLink(Protocol):
+    """A running engine process, or what stands for one."""
+
+    socket: socket.socket
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def exit_code(self, timeout_s: float) -> int | None:
+        """Its exit code, or None while it runs after so many seconds. Blocks."""
+
+
+class EngineProcess:
+    """`python -m tunesmith.serve.worker FD`. It ends itself when the socket closes, so it never outlives its server."""
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            command = [sys.executable, "-m", "tunesmith.serve.worker", str(theirs.fileno())]
+            self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.process.pid
+
+    def kill(self) -> None:
+        """SIGKILL; a hung device call listens to nothing less."""
+        self.process.kill()
+
+    def exit_code(self, timeout_s: float) -> int | None:
+        """Waits for its end."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None

@@ -1,0 +1,134 @@
+"""Runs the server: the engine process first, the socket, then HTTP until a signal; running requests are finished."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RequestError
+from tunesmith.serve.client import AsyncEngine
+from tunesmith.serve.errors import engine_down
+from tunesmith.serve.options import EngineOptions, ServerOptions
+from tunesmith.serve.process import EngineProcess
+
+Tell = Callable[[dict[str, Any]], None]
+BACKLOG = 2048
+_KEEP_ALIVE_S = 65
+# What uvicorn waits beyond our own grace, in which requests that were ended say so.
+_LAST_WORDS_S = 5
+
+
+def run_server(options: ServerOptions, engine: EngineOptions, tell: Tell) -> int | None:
+    """Serve until SIGTERM or SIGINT. Returns the signal that ended it.
+
+    Args: `tell`: is told, once, of a server that is ready: its address, what is loaded, how long that took.
+    Raises: RequestError when the address can't be had; EngineStartError when the model can't be loaded.
+    """
+    listening = listen(options)
+    try:
+        return asyncio.run(_serve(options, engine, listening, tell))
+    finally:
+        listening.close()
+        if options.uds is not None:
+            Path(options.uds).unlink(missing_ok=True)
+
+
+def listen(options: ServerOptions) -> socket.socket:
+    """The socket. Raises: RequestError when it can't be had."""
+    try:
+        if options.uds is not None:
+            return _listen_uds(Path(options.uds))
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((options.host, options.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        place = options.uds or f"{options.host}:{options.port}"
+        reason = os.strerror(error.errno) if error.errno else error.strerror
+        raise RequestError(
+            f"the server can't listen on {place}: {reason}; is another one running there? Choose "
+            f"another place with --port, --host or --uds"
+        ) from None
+
+
+def _listen_uds(path: Path) -> socket.socket:
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
+            probe.connect(str(path))
+            raise OSError(None, "another server answers there")
+        path.unlink()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen(BACKLOG)
+    return listening
+
+
+async def _serve(
+    options: ServerOptions,
+    engine_options: EngineOptions,
+    listening: socket.socket,
+    tell: Callable[[dict[str, Any]], None],
+) -> int | None:
+    began_s = time.perf_counter()
+    engine = AsyncEngine(EngineProcess, engine_options, stall_s=options.stall_s, hang_s=options.hang_s)
+    engine.start()
+    await asyncio.sleep(0)  # the engine's process begins to load before anything else is imported here
+    from tunesmith.serve.app import build_app
+    from tunesmith.serve.http import HttpServer
+    from tunesmith.serve.state import load_text, make_server
+
+    server = make_server(options, engine)
+    http = HttpServer(build_app(server), grace_s=options.grace_s + _LAST_WORDS_S, keep_alive_s=_KEEP_ALIVE_S)
+    stop = _Stop(server, http)
+    serving = asyncio.create_task(http.serve(sockets=[listening]))
+    loading = asyncio.create_task(_load(engine, load_text(server)))
+    try:
+        await asyncio.wait([serving, loading], return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            tell({"address": listening.getsockname(), "facts": engine.facts, "start_s": time.perf_counter() - began_s})
+        await serving
+    finally:
+        loading.cancel()
+        http.should_exit = True
+        await engine.stop()
+        await asyncio.gather(serving, loading, return_exceptions=True)
+        stop.remove()
+    return stop.number
+
+
+async def _load(engine: AsyncEngine, text: Any) -> None:
+    await asyncio.gather(engine.loaded(), text)
+
+
+class _Stop:
+    """What signals do: the first ends the server when its requests are answered, the second at once."""
+
+    def __init__(self, server: Any, http: Any) -> None:
+        self.server, self.http = server, http
+        self.number: int | None = None
+        self.loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self._begin, int(number))
+
+    def remove(self) -> None:
+        """Give the signals back."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.remove_signal_handler(number)
+
+    def _begin(self, number: int) -> None:
+        if self.number is not None:
+            self.http.force_exit = True
+            return
+        self.number = number
+        self.server.is_draining = True
+        self.http.should_exit = True
+        self.loop.call_later(self.server.options.grace_s, self._end_requests)
+
+    def _end_requests(self) -> None:
+        self.server.engine.fail_all(engine_down("the server is shutting down"))

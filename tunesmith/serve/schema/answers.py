@@ -1,0 +1,115 @@
+"""What answers look like in the OpenAPI document. They are built by hand, so these models only describe."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class ErrorFields(BaseModel):
+    """What went wrong. `param` names the field, `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """OpenAI's error object."""
+
+    error: ErrorFields
+
+
+class ChatAnswer(BaseModel):
+    """A chat completion."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+
+
+class CompletionAnswer(BaseModel):
+    """A text completion."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[dict[str, Any]]
+    usage: dict[str, Any]
+
+
+class ResponsesAnswer(BaseModel):
+    """A response."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+
+
+class EmbeddingAnswer(BaseModel):
+    """Vectors."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    model: str
+    usage: dict[str, Any]
+
+
+class ModelAnswer(BaseModel):
+    """A model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelsAnswer(BaseModel):
+    """All models."""
+
+    object: Literal["list"]
+    data: list[ModelAnswer]
+
+
+class TokenizeAnswer(BaseModel):
+    """Token ids."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeAnswer(BaseModel):
+    """A text."""
+
+    prompt: str
+
+
+class AdapterAnswer(BaseModel):
+    """An adapter that was loaded or unloaded."""
+
+    status: str
+    lora_name: str
+
+
+class HealthAnswer(BaseModel):
+    """All is well."""
+
+    status: Literal["ok"]
+
+
+class VersionAnswer(BaseModel):
+    """The version."""
+
+    version: str
