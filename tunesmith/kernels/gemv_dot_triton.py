@@ -22,11 +22,42 @@ from tunesmith.units import ceil_div
 SHAPES = {0: (64, 128, 4, 5), 1: (64, 128, 4, 5), 2: (64, 128, 4, 5), 3: (64, 32, 4, 4)}
 
 
+def _assembly(plane: int, magic: str) -> str:
+    """PTX for two words at a time: their halves side by side, the nibbles shifted to the end, an exponent before them.
+
+    lop3 0xea is (a & b) | c.
+    """
+    halves = "0x5410" if plane < 4 else "0x7632"
+    return (
+        f"{{ .reg .b32 t; prmt.b32 t, $1, $2, {halves}; shr.u32 t, t, {plane % 4 * 4}; "
+        f"lop3.b32 $0, t, 0x000f000f, {magic}, 0xea; }}"
+    )
+
+
+ASSEMBLY = tl.constexpr([_assembly(plane, magic) for magic in ("0x43004300", "0x64006400") for plane in range(8)])
+
+
 @triton.jit
-def _tokens(x, token, column, num_tokens, WIDTH: tl.constexpr):
+def _tokens(x, token, column, num_tokens, width):
     # [columns, tokens] of the input; 0 outside
-    inside = (column[:, None] < WIDTH) & (token[None, :] < num_tokens)
-    return tl.load(x + token[None, :] * WIDTH + column[:, None], mask=inside, other=0.0)
+    inside = (column[:, None] < width) & (token[None, :] < num_tokens)
+    return tl.load(x + token[None, :] * width + column[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
+def _plane(words, PLANE: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.constexpr):
+    """Codes of one plane added to 128 (bfloat16) or 1024 (HALF: float16), whose last mantissa bits they are."""
+    if BY_HAND:
+        return tl.inline_asm_elementwise(
+            ASSEMBLY[PLANE + 8 * HALF],
+            "=r,r,r",
+            [words],
+            dtype=tl.float16 if HALF else tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    bits = (((words >> (4 * PLANE)) & 15) | (0x6400 if HALF else 0x4300)).to(tl.int16)
+    return bits.to(tl.float16 if HALF else tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -39,7 +70,7 @@ def dot_kernel(
     out,
     num_rows,
     num_tokens,
-    WIDTH: tl.constexpr,
+    width,
     FORMAT: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     ZEROS: tl.constexpr,
@@ -47,42 +78,46 @@ def dot_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     TOKENS: tl.constexpr,
+    BY_HAND: tl.constexpr,
 ):
-    """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]). What lies outside is read from inside and multiplied by 0."""
+    """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]). Columns outside count as 0."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     held = tl.minimum(row, num_rows - 1).to(tl.int64)
     token = tl.arange(0, TOKENS)
     lane = tl.arange(0, STEP)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    kind = x.dtype.element_ty
+    HALF: tl.constexpr = kind == tl.float16
     if FORMAT == INT4:
-        NUM_BLOCKS: tl.constexpr = (WIDTH + 127) // 128
-        for start in range(0, NUM_BLOCKS * 16, STEP):
+        num_blocks = (width + 127) // 128
+        num_words = num_blocks * 16
+        for start in range(0, num_words, STEP):
             word = start + lane
-            inside = tl.minimum(word, NUM_BLOCKS * 16 - 1)
-            words = tl.load(w + held[:, None] * (NUM_BLOCKS * 16) + inside[None, :])
-            group = held[:, None] * (NUM_BLOCKS * PER_BLOCK) + (inside // 16 * PER_BLOCK)[None, :]
+            words = tl.load(w + held[:, None] * num_words + word[None, :], mask=(word < num_words)[None, :], other=0)
+            block = tl.minimum(word // 16, num_blocks - 1)
+            group = held[:, None] * (num_blocks * PER_BLOCK) + (block * PER_BLOCK)[None, :]
             for part in tl.static_range(PER_BLOCK):
-                scale = tl.load(scales + group + part).to(tl.float32)
-                zero = tl.full([ROWS, STEP], 8.0, tl.float32)
+                # Differences of small integers are exact in 16 bits; the product with the scale is rounded once.
+                scale = tl.load(scales + group + part).to(kind)
+                zero = tl.full([ROWS, STEP], 8.0, kind)
                 if ZEROS:
-                    zero = tl.load(zeros + group + part).to(tl.float32)
+                    zero = tl.load(zeros + group + part).to(kind)
+                zero += 1024.0 if HALF else 128.0
                 for plane in tl.static_range(part * 8 // PER_BLOCK, (part + 1) * 8 // PER_BLOCK):
                     column = word // 16 * 128 + plane * 16 + word % 16
-                    code = ((words >> (4 * plane)) & 15 | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-                    weight = ((code - zero) * scale).to(x.dtype.element_ty)
-                    acc = tl.dot(weight, _tokens(x, token, column, num_tokens, WIDTH), acc)
+                    weight = (_plane(words, plane, HALF, BY_HAND) - zero) * scale
+                    acc = tl.dot(weight, _tokens(x, token, column, num_tokens, width), acc)
     else:
-        for start in range(0, WIDTH, STEP):
+        for start in range(0, width, STEP):
             column = start + lane
-            inside = tl.minimum(column, WIDTH - 1)
-            codes = tl.load(w + held[:, None] * WIDTH + inside[None, :])
+            codes = tl.load(w + held[:, None] * width + column[None, :], mask=(column < width)[None, :], other=0)
             if FORMAT == FP8:
                 # Sign, exponent and mantissa where bfloat16 has them, the exponent 120 too small.
                 bits = ((codes.to(tl.int16) << 8) >> 4) & -30736  # 0x87F0
-                weight = (bits.to(tl.bfloat16, bitcast=True).to(tl.float32) * 2.0**120).to(x.dtype.element_ty)
+                weight = (bits.to(tl.bfloat16, bitcast=True).to(tl.float32) * 2.0**120).to(kind)
             else:
-                weight = codes.to(x.dtype.element_ty)
-            acc = tl.dot(weight, _tokens(x, token, column, num_tokens, WIDTH), acc)
+                weight = codes.to(kind)
+            acc = tl.dot(weight, _tokens(x, token, column, num_tokens, width), acc)
         if FORMAT != FLOAT:
             acc *= tl.load(scales + held)[:, None]
     if BIAS:
@@ -120,7 +155,7 @@ def dot(
             out_TF,
             num_rows,
             num_tokens,
-            WIDTH=x_TD.shape[1],
+            x_TD.shape[1],
             FORMAT=format_id,
             PER_BLOCK=per_block,
             ZEROS=zeros is not None,
@@ -128,6 +163,7 @@ def dot(
             ROWS=rows,
             STEP=step,
             TOKENS=max(16, triton.next_power_of_2(num_tokens)),
+            BY_HAND=x_TD.is_cuda,  # Triton's interpreter has no assembler
             num_warps=warps,
             num_stages=stages,
             enable_fp_fusion=True,

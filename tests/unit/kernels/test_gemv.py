@@ -96,8 +96,14 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
         found[f"one token, {format_id}"] = (one.gemv_kernel, types, lanes, warps, 1)
         if format_id in few.SHAPES:
             rows, step, warps, stages = few.SHAPES[format_id]
-            tile = {**constants, "WIDTH": 18944, "ROWS": rows, "STEP": step, "TOKENS": 16}
-            found[f"few tokens, {format_id}"] = (few.dot_kernel, {**types, "num_tokens": "i32"}, tile, warps, stages)
+            tile = {**constants, "ROWS": rows, "STEP": step, "TOKENS": 16, "BY_HAND": 1}
+            found[f"few tokens, {format_id}"] = (
+                few.dot_kernel,
+                {**types, "num_tokens": "i32", "width": "i32"},
+                tile,
+                warps,
+                stages,
+            )
     return found
 
 
