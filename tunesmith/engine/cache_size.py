@@ -30,16 +30,18 @@ def num_pages(
     dtype: torch.dtype,
     device: torch.device,
     worst_pass: Callable[[], None],
+    beside_bytes: int = 0,
 ) -> int:
     """Pages for this engine: never more than all its requests can fill.
 
     On a GPU, what is left of `gpu_memory_utilization` x its memory beside weights, what else is held there, and the
     activations of the largest pass: `worst_pass` runs it, and its peak is measured. On a CPU, CPU_FREE_SHARE of the
     memory that is available now, but at least one request's: what is never written is never taken from the machine.
+    beside_bytes: what another cache takes for each of these pages.
     Raises: DeviceError where not even one request of max_model_len tokens fits on the GPU.
     """
     one = pages_of(config.max_model_len)
-    size = page_bytes(model, dtype)
+    size = page_bytes(model, dtype) + beside_bytes
     if device.type == "cuda":
         free = _free_on_gpu(config, device, worst_pass)
         if free < one * size:

@@ -10,11 +10,16 @@ from typing import Any, cast
 
 import torch
 
+from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.loading import (
+    draft_page_bytes,
+    load_draft,
     load_source,
     load_source_tokenizer,
+    make_adapters,
     make_config,
+    make_drafter,
     make_grammars,
     make_runner,
     stop_ids_of,
@@ -22,6 +27,7 @@ from tunesmith.engine.loading import (
 from tunesmith.engine.progress import GenerationProgress
 from tunesmith.engine.request import Completion, Request, SamplingParams
 from tunesmith.engine.source import ModelSource, find_source
+from tunesmith.engine.speculate import Speculation
 from tunesmith.errors import RequestError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.text.chat import encode_prompt
@@ -53,6 +59,8 @@ class LLM:
         kv_cache_dtype: "auto" or "fp8".
         enforce_eager: no CUDA graphs.
         batch_invariant: greedy answers are bit for bit the same whatever else is in the batch and in the cache.
+        enable_lora: make places for adapters on the model (`load_adapter`), `max_loras` of at most `max_lora_rank`.
+        speculative: how tokens are guessed, e.g. {"method": "ngram", "num_tokens": 4} (speculate.Speculation).
         debug_pages: count all pages after every request.
         tokenizer: for a loaded model: its tokenizer, or the directory of one. Without it only token ids go in and out.
     Raises: ModelError, AdapterError, DeviceError, RunDirError, RequestError.
@@ -76,6 +84,10 @@ class LLM:
         kv_cache_dtype: str = "auto",
         enforce_eager: bool = False,
         batch_invariant: bool = False,
+        enable_lora: bool = False,
+        max_loras: int = 8,
+        max_lora_rank: int = 16,
+        speculative: Mapping[str, Any] | Speculation | None = None,
         debug_pages: bool = False,
         max_running: int | None = None,
         tokenizer: Tokenizer | str | Path | None = None,
@@ -104,7 +116,14 @@ class LLM:
             batch_invariant=batch_invariant,
             debug_pages=debug_pages,
         )
-        self.runner = make_runner(self.model, config, is_live=is_live)
+        guessing = Speculation.of(speculative)
+        draft = load_draft(guessing, self.model) if guessing is not None and guessing.model is not None else None
+        self.adapters = (
+            make_adapters(self.model, self.source, config, max_loras, max_lora_rank) if enable_lora else None
+        )
+        self.runner = make_runner(
+            self.model, config, is_live=is_live, adapters=self.adapters, beside_page_bytes=draft_page_bytes(draft)
+        )
         stop_ids = stop_ids_of(self.model, self.tokenizer)
         self.engine = Engine(
             self.runner,
@@ -112,6 +131,8 @@ class LLM:
             stop_ids=stop_ids,
             make_decoder=None if self.tokenizer is None else self._make_decoder,
             grammars=None if self.tokenizer is None else make_grammars(self.tokenizer, self.runner, stop_ids),
+            adapters=self.adapters,
+            drafter=make_drafter(guessing, draft, self.runner, config),
         )
 
     def _make_decoder(self, request: Request) -> StreamDecoder:
@@ -168,6 +189,7 @@ class LLM:
         *,
         progress: bool | None = None,
         raise_errors: bool = True,
+        adapter: str | None = None,
         **options: Any,
     ) -> list[Completion]:
         """One completion per prompt, in order.
@@ -177,22 +199,28 @@ class LLM:
             params: for all prompts, or one for each.
             options: fields of SamplingParams (max_tokens=64, temperature=0.7, ...).
             progress: a bar on stderr; None: for several prompts when stderr is a terminal.
+            adapter: the name of a loaded one (`load_adapter`); None is the model itself.
             raise_errors: False: an answer that could not go on comes back with the others, its `error` saying why.
         Raises: RequestError, before anything runs, for a prompt or option that can't be served; afterwards where an
         answer could not go on.
         """
         ids = [self.encode(prompt) for prompt in _as_list(prompts)]
-        done = self._generate(ids, _each(params, options, len(ids)), progress, continues=True)
+        done = self._generate(ids, _each(params, options, len(ids)), progress, True, adapter)
         return _checked(done) if raise_errors else done
 
     def _generate(
-        self, ids: Sequence[list[int]], params: Sequence[SamplingParams], progress: bool | None, continues: bool
+        self,
+        ids: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        progress: bool | None,
+        continues: bool,
+        adapter: str | None,
     ) -> list[Completion]:
         shown = len(ids) > 1 and sys.stderr.isatty() if progress is None else progress
         submitted: list[int] = []
         try:
             for prompt_ids, own in zip(ids, params, strict=True):
-                submitted.append(self._submit(prompt_ids, own, continues))
+                submitted.append(self._submit(prompt_ids, own, continues, adapter))
             with GenerationProgress(len(ids), shown) as bar:
                 done = self._run(submitted, bar)
         finally:
@@ -200,9 +228,9 @@ class LLM:
                 self.engine.abort(request_id)
         return [done[request_id] for request_id in submitted]
 
-    def _submit(self, prompt_ids: list[int], params: SamplingParams, continues: bool) -> int:
+    def _submit(self, prompt_ids: list[int], params: SamplingParams, continues: bool, adapter: str | None) -> int:
         context = prompt_ids[-TEXT_CONTEXT_TOKENS:] if continues else []
-        return self.engine.submit(prompt_ids, params, text_context=context)
+        return self.engine.submit(prompt_ids, params, text_context=context, adapter=adapter)
 
     def _run(self, submitted: Sequence[int], bar: GenerationProgress) -> dict[int, Completion]:
         done: dict[int, Completion] = {}
@@ -224,20 +252,39 @@ class LLM:
         params: Params = None,
         *,
         progress: bool | None = None,
+        adapter: str | None = None,
         **options: Any,
     ) -> list[Completion]:
         """The assistant's answers to several conversations, in order. Options as for `generate`."""
         ids = [self.encode_messages(messages) for messages in conversations]
-        return _checked(self._generate(ids, _each(params, options, len(ids)), progress, continues=False))
+        return _checked(self._generate(ids, _each(params, options, len(ids)), progress, False, adapter))
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> TextStream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None, **options: Any
+    ) -> TextStream:
         """The answer's text, piece by piece; joined, the pieces are exactly the completion's text."""
-        return TextStream(self.engine, self._submit(self.encode(prompt), _params(params, options), continues=True))
+        ids = self.encode(prompt)
+        return TextStream(self.engine, self._submit(ids, _params(params, options), True, adapter))
 
-    def stream_chat(self, messages: Messages, params: SamplingParams | None = None, **options: Any) -> TextStream:
+    def stream_chat(
+        self, messages: Messages, params: SamplingParams | None = None, *, adapter: str | None = None, **options: Any
+    ) -> TextStream:
         """The assistant's answer, piece by piece."""
         ids = self.encode_messages(messages)
-        return TextStream(self.engine, self._submit(ids, _params(params, options), continues=False))
+        return TextStream(self.engine, self._submit(ids, _params(params, options), False, adapter))
+
+    def load_adapter(self, name: str, directory: str | Path, *, follow: bool = False) -> None:
+        """Make an adapter known under a name (`adapters.AdapterPool.load`). Raises: AdapterError, RequestError."""
+        self._places().load(name, directory, follow=follow)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that have begun with it end with it."""
+        self._places().unload(name)
+
+    def _places(self) -> AdapterPool:
+        if self.adapters is None:
+            raise RequestError("there are no places for adapters: LLM(..., enable_lora=True)")
+        return self.adapters
 
 
 class TextStream(Iterator[str]):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 
 from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.source import resolve_model
+from tunesmith.engine.adapter_reader import Base
+from tunesmith.engine.adapters import AdapterPool
+from tunesmith.engine.batch import StepBatch
 from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.draft import DraftModel
 from tunesmith.engine.grammar_compile import GrammarCompiler, RequestGrammars
-from tunesmith.engine.interfaces import Runner
+from tunesmith.engine.interfaces import Drafter, Runner
+from tunesmith.engine.pages import page_bytes
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.source import ModelSource
+from tunesmith.engine.speculate import NgramDrafter, Speculation
 from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError, TokenizerError
 from tunesmith.hardware import pick_device
@@ -92,17 +99,79 @@ def make_config(
     return replace(config, max_num_batched_tokens=seqs * config.max_model_len, enable_prefix_cache=False)
 
 
-def make_runner(model: LanguageModel, config: EngineConfig, *, is_live: bool = False) -> Runner:
-    """The runner for this model: ours where it is native, else transformers'."""
+def make_runner(
+    model: LanguageModel,
+    config: EngineConfig,
+    *,
+    is_live: bool = False,
+    adapters: AdapterPool | None = None,
+    beside_page_bytes: int = 0,
+) -> Runner:
+    """The runner for this model: ours where it is native, else transformers'.
+
+    adapters: told of every pass. beside_page_bytes: what another cache takes for each page (a draft model's).
+    """
     if not isinstance(model, Decoder):
         return TransformersRunner(model, cast(Any, model).model, config)
     if is_live and _device(model).type == "cuda":
         free, total = torch.cuda.mem_get_info(_device(model))
         share = min(config.gpu_memory_utilization, (total - free + LIVE_SHARE * free) / total)
         config = replace(config, gpu_memory_utilization=share)
-    runner = NativeRunner(model, config, has_graphs=not is_live)
+    runner = NativeRunner(model, config, has_graphs=not is_live, beside_page_bytes=beside_page_bytes)
+    if adapters is not None:
+        runner.before_pass.append(partial(_choose_adapters, adapters))
     runner.warm_up(GRAPHS_S)
     return runner
+
+
+def _choose_adapters(adapters: AdapterPool, batch: StepBatch) -> None:
+    """Say which token of a pass has which adapter; where a graph is being recorded, that is read at every replay."""
+    if batch.adapter_T is not None and batch.token_adapters is None:
+        adapters.stacks.choose_on_device(batch.adapter_T)
+    else:
+        adapters.choose(batch.token_adapters)
+
+
+def make_adapters(
+    model: LanguageModel, source: ModelSource | None, config: EngineConfig, max_loras: int, max_lora_rank: int
+) -> AdapterPool:
+    """Places for adapters on this model. Raises: RequestError, UnsupportedModelError."""
+    base = Base()
+    if source is not None and source.adapter is None:
+        base = Base(resolve_model(source.path, source.revision))
+    return AdapterPool(model, max_loras, max_lora_rank, base=base, invariant=config.batch_invariant)
+
+
+def load_draft(speculation: Speculation, model: LanguageModel) -> Decoder:
+    """The smaller model that guesses, on the large one's device. Raises: ModelError, RequestError."""
+    source = ModelSource(str(speculation.model), quantize=cast(Any, speculation.quantize))
+    draft = load_source(source, speculation.dtype or "auto", _device(model), "native")
+    assert isinstance(draft, Decoder)
+    return draft
+
+
+def draft_page_bytes(draft: Decoder | None) -> int:
+    """What the smaller model's cache takes for each page of the large one's."""
+    if draft is None:
+        return 0
+    return page_bytes(draft.config, draft.compute_dtype or draft.embedding.weight.dtype)
+
+
+def make_drafter(
+    speculation: Speculation | None, draft: Decoder | None, runner: Runner, config: EngineConfig
+) -> Drafter | None:
+    """What guesses tokens for this runner."""
+    if speculation is None:
+        return None
+    if draft is None:
+        return NgramDrafter(speculation.num_tokens, speculation.min_ngram, speculation.max_ngram)
+    limit = draft.config.max_position_embeddings
+    own = replace(config, max_model_len=min(limit, config.max_model_len), kv_dtype="auto", batch_invariant=False)
+    small = NativeRunner(draft, own, runner.pages.num_pages)
+    small.warm_up(GRAPHS_S)
+    return DraftModel(
+        small, speculation.num_tokens, runner.vocab_size, max_tokens=own.max_num_batched_tokens, computes_last=True
+    )
 
 
 def make_grammars(tokenizer: Tokenizer, runner: Runner, stop_ids: Collection[int]) -> RequestGrammars:

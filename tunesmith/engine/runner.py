@@ -78,21 +78,31 @@ class NativeRunner:
     """Our decoder over paged keys and values.
 
     before_pass: called with the batch before every pass that is not a graph's replay, and while one is recorded: then
-        only `adapter_T` says which token has which adapter, and its values change at every replay.
+        only `adapter_T` says which token has which adapter, and its values change at every replay. after_pass: called
+        when such a pass was launched.
     num_pages: pages of the cache; None: as many as fit (cache_size.py).
+    beside_page_bytes: bytes that another cache takes for each of these pages (a draft model's).
     has_graphs: False: nothing is recorded, since the weights may be put elsewhere.
     """
 
     shares_prefixes = True
 
     def __init__(
-        self, model: Decoder, config: EngineConfig, num_pages: int | None = None, *, has_graphs: bool = True
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        num_pages: int | None = None,
+        *,
+        has_graphs: bool = True,
+        beside_page_bytes: int = 0,
     ) -> None:
         self.model = model
         self.config = config
         self.max_model_len = config.max_model_len
         self.vocab_size = model.config.vocab_size
         self.before_pass: list[Callable[[StepBatch], None]] = []
+        self.beside_page_bytes = beside_page_bytes
+        self.after_pass: list[Callable[[], None]] = []
         self.device = model.embedding.weight.device
         on_gpu = self.device.type == "cuda"
         self.fixed_rows = FIXED_ROWS.get(self.device.type, 16) if config.batch_invariant else None
@@ -123,7 +133,8 @@ class NativeRunner:
 
     def _make_cache(self, pages: int | None) -> PagedCache:
         if pages is None:
-            pages = num_pages(self.config, self.model.config, self.page_dtype, self.device, self._worst_pass)
+            model, beside = self.model.config, self.beside_page_bytes
+            pages = num_pages(self.config, model, self.page_dtype, self.device, self._worst_pass, beside)
         return PagedCache(self.model.config, pages, dtype=self.page_dtype, device=self.device)
 
     def _make_graphs(self) -> DecodeGraphs:
@@ -198,6 +209,8 @@ class NativeRunner:
         attend = PagedAttention(cache, batch, invariant=self.fixed_rows is not None)
         run = self.model if self._fused is None else self._fused
         hidden: Tensor = run(tokens_T, batch.positions_T, attend)
+        for done in self.after_pass:
+            done()
         return hidden
 
     def logits(self, hidden_BD: Tensor) -> Tensor:

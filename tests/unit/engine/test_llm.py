@@ -11,7 +11,7 @@ import torch
 import tunesmith
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.llm import LLM
-from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError
@@ -222,6 +222,112 @@ def test_options_override_params(llm: LLM) -> None:
 def test_adapters_go_with_paths(model_dir: Path) -> None:
     with pytest.raises(RequestError, match="taken as it stands"):
         LLM(load_decoder(model_dir), adapter="somewhere")
+
+
+def test_logprobs_are_the_models_own(model_dir: Path, llm: LLM) -> None:
+    """Of the answer and of the prompt, against the training forward; penalties and temperature don't change them."""
+    from tunesmith.model.language_model import logits
+
+    ids = llm.encode("some prompt, longer than a page of the cache")
+    small = LLM(model_dir, device="cpu", max_num_seqs=2, max_num_batched_tokens=13)
+    for one in (llm, small):
+        options = {"temperature": 0.8, "seed": 3, "presence_penalty": 1.0}
+        one.generate([ids], max_tokens=2)  # what is cached is computed again where the prompt's are asked for
+        (said,) = one.generate([ids], max_tokens=6, ignore_eos=True, logprobs=2, prompt_logprobs=1, **options)
+        whole = logits(one.model, [[*ids, *said.token_ids]])[0].log_softmax(-1)
+        assert said.prompt_logprobs is not None and said.logprobs is not None
+        assert len(said.prompt_logprobs) == len(ids) and said.prompt_logprobs[0] is None
+        assert said.cached_tokens == 0
+        rows = [*said.prompt_logprobs[1:], *said.logprobs]
+        for place, own in enumerate(rows):
+            assert own is not None and own.token_id == [*ids, *said.token_ids][place + 1]
+            assert own.logprob == pytest.approx(float(whole[place, own.token_id]), abs=1e-4)
+            assert own.top[0][0] == int(whole[place].argmax())
+        assert [len(own.top) for own in said.logprobs] == [2] * 6
+    (plain,) = llm.generate([ids], max_tokens=2)
+    assert plain.logprobs is None and plain.prompt_logprobs is None
+
+
+def test_stop_tokens_and_texts_wait_for_min_tokens(llm: LLM) -> None:
+    options = {"max_tokens": 40, "temperature": 1.5, "seed": 1, "ignore_eos": True}
+    (whole,) = llm.generate("abc", **options)
+    (cut,) = llm.generate("abc", stop_token_ids=(whole.token_ids[5],), min_tokens=2, **options)
+    assert len(cut.token_ids) <= 6 and cut.stop_reason == whole.token_ids[5]
+    stop = next(char for char in whole.text if char.isascii() and char.isprintable())
+    (early,) = llm.generate("abc", stop=stop, **options)
+    assert early.stop_reason == stop and stop not in early.text
+    (late,) = llm.generate("abc", stop=stop, min_tokens=30, **options)
+    assert len(late.token_ids) >= 30 and late.token_ids[:30] == whole.token_ids[:30]
+
+
+@pytest.mark.parametrize("speculative", [{"method": "ngram"}, {"method": "draft", "num_tokens": 2}])
+def test_speculation_says_the_same(model_dir: Path, llm: LLM, speculative: dict) -> None:
+    if speculative["method"] == "draft":
+        speculative = {**speculative, "model": model_dir}
+    guessing = LLM(model_dir, device="cpu", max_num_seqs=3, speculative=speculative)
+    texts = ["ab ab ab ab", "once more: once more: once", "流"]
+    expected = [c.token_ids for c in llm.generate(texts, max_tokens=20)]
+    assert [c.token_ids for c in guessing.generate(texts, max_tokens=20)] == expected
+    assert guessing.engine.stats().drafted_tokens > 0
+    with pytest.raises(RequestError, match="speculative has no 'methd'"):
+        LLM(model_dir, device="cpu", speculative={"methd": "ngram"})
+
+
+def test_an_answer_that_could_not_go_on_is_raised_or_returned(model_dir: Path) -> None:
+    model = load_decoder(model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    broken = LLM(model, tokenizer=model_dir)
+    with pytest.raises(RequestError, match="not numbers"):
+        broken.generate("x", max_tokens=2)
+    with pytest.raises(RequestError, match="not numbers"):
+        list(broken.stream("x", max_tokens=2))
+    (completion,) = broken.generate("x", max_tokens=2, raise_errors=False)
+    assert completion.finish_reason == "error" and "not numbers" in (completion.error or "")
+    assert pages_in_use(broken) == 0
+
+
+def test_structured_answers_match(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    free, *bound = llm.generate(
+        ["pick: "] * 3,
+        [
+            SamplingParams(max_tokens=12, temperature=1.0, seed=2, structured=spec)
+            for spec in (None, StructuredSpec("choice", ("red", "green")), StructuredSpec("regex", "[0-9]{4}"))
+        ],
+    )
+    assert bound[0].text in ("red", "green") and bound[1].text.isdigit() and len(bound[1].text) == 4
+    assert free.finish_reason in ("length", "stop") and {c.finish_reason for c in bound} == {"stop"}
+    with pytest.raises(RequestError):
+        llm.generate("x", structured=StructuredSpec("regex", "[0-9"))
+    assert not llm.engine.has_work
+
+
+def test_adapters_answer_beside_the_base(model_dir: Path, llm: LLM, tmp_path: Path) -> None:
+    from tunesmith.checkpoint.adapter import save_adapter
+    from tunesmith.model.methods import apply_method
+    from tunesmith.recipe.schema import MethodSection
+
+    model = load_decoder(model_dir, dtype=torch.float32)
+    apply_method(model, MethodSection(kind="lora", rank=4), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.3)
+    save_adapter(model, tmp_path / "mine", str(model_dir))
+    many = LLM(model_dir, device="cpu", enable_lora=True, max_loras=2)
+    many.load_adapter("mine", tmp_path / "mine")
+    text = "a prompt that is longer than one page"
+    adapted = LLM(model_dir, adapter=tmp_path / "mine", device="cpu").generate(text, max_tokens=9)[0].token_ids
+    base = llm.generate(text, max_tokens=9)[0].token_ids
+    assert adapted != base
+    for _ in range(2):  # prefixes of one are not taken for the other
+        assert many.generate(text, max_tokens=9, adapter="mine")[0].token_ids == adapted
+        assert many.generate(text, max_tokens=9)[0].token_ids == base
+    with pytest.raises(RequestError, match="there is no adapter 'mein'"):
+        many.generate(text, adapter="mein")
+    with pytest.raises(RequestError, match="enable_lora"):
+        llm.load_adapter("mine", tmp_path / "mine")
 
 
 def test_a_progress_bar_is_shown_when_asked(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
