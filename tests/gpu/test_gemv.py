@@ -1,0 +1,72 @@
+"""Products of few tokens on a GPU equal the product with the dequantised weight, in every format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tunesmith.kernels import gemv
+from tunesmith.kernels.fp8 import dequantize_fp8_weight, quantize_fp8_weight
+from tunesmith.kernels.int4 import dequantize_int4, quantize_int4
+from tunesmith.kernels.int8 import dequantize_int8, int8_integer_product, quantize_int8
+from tunesmith.kernels.nf4 import dequantize_nf4, quantize_nf4
+
+pytestmark = pytest.mark.gpu
+
+
+def check(mine: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, unit: float) -> None:
+    truth = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    size = x.double().abs() @ weight.double().abs().t() + (0 if bias is None else bias.double().abs())
+    assert mine.dtype == x.dtype
+    assert float(((mine.double() - truth).abs() / size).max()) < unit
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16, 17, 33, 64, 100])
+@pytest.mark.parametrize(("rows", "width"), [(1000, 896), (257, 4864), (96, 192)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_format_equals_its_dequantised_product(tokens: int, rows: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(rows, width, device="cuda", generator=generator) * 0.05
+    x = torch.randn(tokens, width, device="cuda", generator=generator).to(dtype)
+    bias = torch.randn(rows, device="cuda", generator=generator).to(dtype)
+    # Weights are rounded to the input's dtype where they are multiplied in it.
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
+    int8, fp8 = quantize_int8(weight), quantize_fp8_weight(weight)
+    for b in (None, bias):
+        check(gemv.float_product(x, weight.to(dtype), b), x, weight.to(dtype), b, unit)
+        check(
+            gemv.int8_product(x, int8.codes, int8.scale, b),
+            x,
+            dequantize_int8(int8.codes, int8.scale, x.dtype),
+            b,
+            unit,
+        )
+        check(gemv.fp8_weight_product(x, fp8.codes, fp8.scale, b), x, dequantize_fp8_weight(fp8, x.dtype), b, unit)
+        for group, symmetric in ((128, False), (128, True), (64, False), (32, True)):
+            int4 = quantize_int4(weight, group, symmetric)
+            check(gemv.int4_product(x, int4, b), x, dequantize_int4(int4, torch.float32), b, 2 * unit)
+        if width % 64 == 0:
+            for double in (False, True):
+                nf4 = [quantize_nf4(part.to(dtype), double) for part in weight.split((rows // 2, rows - rows // 2))]
+                check(gemv.nf4_product(x, nf4, b), x, dequantize_nf4(nf4, torch.float32), b, 2 * unit)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
+def test_int8_times_int8_is_exact_in_its_sums(tokens: int) -> None:
+    int8 = quantize_int8(torch.randn(512, 896, device="cuda"))
+    x = torch.randn(tokens, 896, device="cuda", dtype=torch.bfloat16)
+    on_cpu = int8_integer_product(x.cpu(), int8.codes.cpu(), int8.scale.cpu(), None)
+    mine = int8_integer_product(x, int8.codes, int8.scale, None)
+    assert torch.allclose(mine.cpu().float(), on_cpu.float(), rtol=2**-7, atol=1e-3)
+
+
+def test_products_can_be_recorded() -> None:
+    int4 = quantize_int4(torch.randn(512, 896, device="cuda"))
+    x = torch.randn(1, 896, device="cuda", dtype=torch.bfloat16)
+    truth = gemv.int4_product(x, int4, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = gemv.int4_product(x, int4, None)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, truth)
