@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -146,16 +147,9 @@ def sweep(arguments: argparse.Namespace, bandwidth: float, deadline: float) -> I
                     for kernel, shape in shapes(tokens, name):
                         if time.monotonic() > deadline:
                             return
-
-                        def call(w: Tensor, kernel: str = kernel, shape: tuple[int, ...] = shape) -> None:
-                            if kernel == "one":
-                                flags = {"has_zeros": zeros is not None}
-                                one_token(format_id, x[0], w, scales, zeros, None, out[0], shape=shape, **flags)
-                            else:
-                                dot(format_id, x, w, scales, zeros, None, out, shape=shape)
-
+                        run = partial(launch, kernel, shape, format_id, x, out, scales, zeros)
                         try:
-                            taken = time_of([lambda _, w=w: call(w) for w in copies], x)
+                            taken = seconds_of(lambda run=run, copies=copies: [run(w) for w in copies], 1) / len(copies)
                         except Exception as error:  # a shape that does not fit this chip
                             print(f"{name} {shape}: {error}", file=sys.stderr)
                             continue
@@ -172,6 +166,24 @@ def sweep(arguments: argparse.Namespace, bandwidth: float, deadline: float) -> I
                             "time_us": round(taken * 1e6, 2),
                             "floor_share_percent": share,
                         }
+
+
+def launch(
+    kernel: str,
+    shape: tuple[int, ...],
+    format_id: int,
+    x_TD: Tensor,
+    out_TF: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    weight: Tensor,
+) -> None:
+    """One product by a kernel with programs of this shape."""
+    if kernel == "one":
+        has_zeros = zeros is not None
+        one_token(format_id, x_TD[0], weight, scales, zeros, None, out_TF[0], shape=shape, has_zeros=has_zeros)
+    else:
+        dot(format_id, x_TD, weight, scales, zeros, None, out_TF, shape=shape)
 
 
 def held(name: str, rows: int, width: int) -> tuple[Tensor, Tensor | None, Tensor | None]:

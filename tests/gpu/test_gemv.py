@@ -32,6 +32,7 @@ def test_every_format_equals_its_dequantised_product(tokens: int, rows: int, wid
     # Weights are rounded to the input's dtype where they are multiplied in it.
     unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
     int8, fp8 = quantize_int8(weight), quantize_fp8_weight(weight)
+    dense8 = dequantize_int8(int8.codes, int8.scale, torch.float32)
     for b in (None, bias):
         check(gemv.float_product(x, weight.to(dtype), b), x, weight.to(dtype), b, unit)
         check(
