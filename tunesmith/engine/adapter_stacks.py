@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.engine.batch import StepBatch
+from tunesmith.engine.runner import NativeRunner
 from tunesmith.errors import UnsupportedModelError
 from tunesmith.kernels.multi_lora import token_adapters, token_adapters_on_device
 from tunesmith.kernels.multi_lora_tiles import NO_ADAPTER
@@ -70,3 +72,16 @@ class AdapterStacks:
         """Take the stacks away."""
         self._choice.tokens = None
         remove_stacks(self.model.blocks)
+
+
+def attach(stacks: AdapterStacks, runner: NativeRunner) -> None:
+    """Let the runner's passes take the adapters that their batches name. Other passes over the model take none."""
+
+    def choose(batch: StepBatch) -> None:
+        if batch.token_adapters is None and batch.adapter_T is not None:
+            stacks.choose_on_device(batch.adapter_T)  # a pass that is recorded
+        else:
+            stacks.choose(batch.token_adapters)
+
+    runner.before_pass.append(choose)
+    runner.after_pass.append(lambda: stacks.choose(None))

@@ -71,7 +71,7 @@ class AdapterPool:
     Args:
         max_adapters: names at the same time; max_rank: of any of their projections.
         base: what adapters must have been trained on; where it names no directory, nothing is compared.
-        on_put: told of everything that goes into a place (other processes that share the model do the same).
+    on_put: told of everything that goes into a place (other processes that share the model do the same).
     Raises: UnsupportedModelError, see `AdapterStacks`.
     """
 
@@ -84,7 +84,6 @@ class AdapterPool:
         base: Base | None = None,
         invariant: bool = False,
         follow_s: float = FOLLOW_S,
-        on_put: Callable[[int, AdapterFiles], None] | None = None,
     ) -> None:
         if max_adapters < 1 or max_rank < 1:
             raise RequestError(f"max_loras and max_lora_rank must be at least 1, got {max_adapters} and {max_rank}")
@@ -96,7 +95,7 @@ class AdapterPool:
         self._places: dict[int, _Version] = {}
         self._free = list(range(max_adapters, -1, -1))
         self._num_versions = 0
-        self._on_put = on_put
+        self.on_put: Callable[[int, AdapterFiles], None] | None = None
         self._thread = _ReaderThread(self.reader, follow_s)
 
     def load(self, name: str, directory: str | Path, *, follow: bool = False, wait: bool = True) -> None:
@@ -234,8 +233,8 @@ class AdapterPool:
         files, entry.waiting, entry.error = entry.waiting, None, None
         slot = self._free.pop()
         self.stacks.put(slot, files.linears)
-        if self._on_put is not None:
-            self._on_put(slot, files)
+        if self.on_put is not None:
+            self.on_put(slot, files)
         self._num_versions += 1
         before = entry.current
         entry.current = _Version(name, self._num_versions, slot, files.source, files.step)

@@ -1,0 +1,281 @@
+"""Processes that share a model say what one says: greedy and sampled, adapters and cached prefixes included."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+
+from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine.adapter_stacks import attach
+from tunesmith.engine.adapters import AdapterPool
+from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.speculate import NgramDrafter
+from tunesmith.engine.tensor_messages import Message, Reader, send
+from tunesmith.engine.tensor_parallel import TensorParallelRunner, share_to_serve
+from tunesmith.engine.tensor_serving import SharedSource, follow_passes, load_shared, tell_of_adapters
+from tunesmith.engine.tensor_team import TensorTeam
+from tunesmith.errors import ParallelError, RequestError
+from tunesmith.model.quant import set_compute
+from tunesmith.parallel.mesh import Mesh, joined
+from tunesmith.recipe.parallel import ParallelSection
+
+Ranks = Callable[..., list[Any]]
+SPREAD = 0.2
+CONFIG = EngineConfig(max_model_len=128, max_num_seqs=4, max_num_batched_tokens=48, debug_pages=True)
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+PARAMS = [
+    SamplingParams(max_tokens=12),
+    SamplingParams(max_tokens=12, temperature=0.9, seed=3, top_k=20),
+    SamplingParams(max_tokens=12, prompt_logprobs=1, logprobs=1),
+]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 256, (60,), generator=generator).tolist()
+    return [first, [5, 6, 7] * 6, [*first[:40], 9]]
+
+
+def answers(engine: Engine, adapters: tuple[str | None, ...]) -> list[list[int]]:
+    """Two rounds of the same requests: the second finds their prefixes in the cache."""
+    said: list[list[int]] = []
+    for _ in range(2):
+        ids = [
+            engine.submit(ids, params, adapter=adapter)
+            for ids, params, adapter in zip(prompts(), PARAMS, adapters, strict=True)
+        ]
+        done: dict[int, list[int]] = {}
+        while engine.has_work:
+            done.update({o.request_id: o.completion.token_ids for o in engine.step() if o.completion is not None})
+        said += [done[i] for i in ids]
+    assert engine.stats().prefix_hits_tokens > 0
+    return said
+
+
+def engine_of(runner: NativeRunner, pool: AdapterPool | None, drafts: bool) -> Engine:
+    if pool is not None:
+        attach(pool.stacks, runner)
+    return Engine(runner, config=runner.config, adapters=pool, drafter=NgramDrafter(3, 1) if drafts else None)
+
+
+def broadcast(message: Message | None) -> Message:
+    """A message from the first rank to all; the others give None."""
+    packed = b"" if message is None else msgpack.packb(message)
+    length = torch.tensor([len(packed)])
+    torch.distributed.broadcast(length, 0)
+    body = torch.zeros(int(length), dtype=torch.uint8) if message is None else torch.tensor(list(packed)).byte()
+    torch.distributed.broadcast(body, 0)
+    return dict(msgpack.unpackb(body.numpy().tobytes()))
+
+
+def serve(directory: str, adapter: str | None, config: EngineConfig, quantize: Any) -> list[list[int]] | None:
+    """What each rank does: the first serves, the others follow."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with joined(ParallelSection(tensor=size), "cpu") as mesh:
+        decoder = shared_decoder(Path(directory), mesh, quantize)
+        if rank:
+            follow_passes(decoder, lambda: broadcast(None), lambda kind: None)
+            return None
+        pool = None
+        if adapter is not None:
+            pool = AdapterPool(decoder, 2, 4)
+            tell_of_adapters(pool, broadcast)
+            pool.load("a", adapter)
+        broadcast({"kind": "runner", "config": vars(config), "num_pages": 30})
+        engine = engine_of(TensorParallelRunner(decoder, config, broadcast, num_pages=30), pool, adapter is None)
+        said = answers(engine, ("a", None, "a") if adapter is not None else (None,) * 3)
+        broadcast({"kind": "stop"})
+        if pool is not None:
+            pool.close()
+        return said
+
+
+def shared_decoder(directory: Path, mesh: Mesh, quantize: Any = None) -> Any:
+    decoder = load_decoder(directory, device="cpu", dtype=torch.float32, quantize=quantize, mesh=mesh)
+    set_compute(decoder, "weights")  # products in fp8 would round each process's columns of x by their own maximum
+    return share_to_serve(decoder, mesh).eval()
+
+
+def one_process(
+    directory: Path, adapter: Path | None = None, config: EngineConfig = CONFIG, quantize: Any = None
+) -> list[list[int]]:
+    decoder = load_decoder(directory, device="cpu", dtype=torch.float32, quantize=quantize).eval()
+    set_compute(decoder, "weights")
+    pool = None
+    if adapter is not None:
+        pool = AdapterPool(decoder, 2, 4)
+        pool.load("a", adapter)
+    engine = engine_of(NativeRunner(decoder, config, 30), pool, False)
+    return answers(engine, ("a", None, "a") if adapter is not None else (None,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("llama", 2), pytest.param("qwen3", 4, marks=pytest.mark.long), ("mistral", 2), ("mixtral", 2), ("gpt2", 2)],
+)
+def test_several_processes_say_what_one_says(
+    ranks: Ranks, family: str, count: int, tiny_model_dir: Callable[..., Path]
+) -> None:
+    """Guesses and cached prefixes too; gpt2 has biases on what is summed."""
+    changes: dict[str, Any] = WIDE if family != "gpt2" else {}
+    if family == "mixtral":
+        changes = {**WIDE, "intermediate_size": 64}
+    directory = tiny_model_dir(family, initializer_range=SPREAD, **changes)
+    said = ranks(serve, count, str(directory), None, CONFIG, None)
+    assert said == [one_process(directory), *[None] * (count - 1)]
+
+
+def test_with_adapters(ranks: Ranks, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Each process holds its part of them; and on quantised weights."""
+    directory = tiny_model_dir("qwen2", initializer_range=SPREAD, **WIDE)
+    adapter = random_adapter(directory, tmp_path / "a")
+    for quantize in (None, "fp8"):
+        said = ranks(serve, 2, str(directory), str(adapter), CONFIG, quantize)
+        expected = one_process(directory, adapter, quantize=quantize)
+        assert said[0] == expected
+        assert expected != one_process(directory, quantize=quantize)
+
+
+def random_adapter(base: Path, out: Path) -> Path:
+    from tunesmith.checkpoint.adapter import save_adapter
+    from tunesmith.model.lora import AdapterOptions
+    from tunesmith.model.methods import adapted_linears, add_adapters, block_linears
+
+    model = load_decoder(base, device="cpu", dtype=torch.float32)
+    chosen = {target.path: list(target.parts) for target in block_linears(model)}
+    add_adapters(model, chosen, lambda name: AdapterOptions(1 + len(name) % 4, 8.0), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for linear in adapted_linears(model).values():
+            for parameter in linear.adapters.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, out, base)
+    return out
+
+
+def test_in_passes_of_a_fixed_size(ranks: Ranks, tiny_model_dir: Callable[..., Path]) -> None:
+    directory = tiny_model_dir("llama", initializer_range=SPREAD, **WIDE)
+    config = EngineConfig(**{**vars(CONFIG), "batch_invariant": True})
+    said = ranks(serve, 2, str(directory), None, config, None)
+    assert said[0] == one_process(directory, config=config)
+
+
+def refused(directory: str) -> str:
+    with joined(ParallelSection(tensor=2), "cpu") as mesh, pytest.raises(ParallelError) as error:
+        share_to_serve(load_decoder(Path(directory), device="cpu"), mesh)
+    return str(error.value)
+
+
+def test_heads_that_can_not_be_divided(ranks: Ranks, tiny_model_dir: Callable[..., Path]) -> None:
+    said = ranks(refused, 2, str(tiny_model_dir("qwen2", num_key_value_heads=1)))
+    assert "tensor_parallel_size 2 does not divide the model's 1 key-value heads" in said[0]
+
+
+def test_what_can_not_be_shared_is_refused_before_anything_starts(tiny_model_dir: Callable[..., Path]) -> None:
+    with pytest.raises(RequestError, match=r"int4 can't be shared.*fp8"):
+        load_shared(SharedSource(str(tiny_model_dir()), quantize="int4"), 2)
+    with pytest.raises(ParallelError, match="asks for 2 GPUs"):
+        load_shared(SharedSource(str(tiny_model_dir()), device_type="cuda"), 2)
+
+
+WORKER = """
+import os, socket, struct, sys, time
+import msgpack
+link = socket.socket(fileno=int(sys.argv[1]))
+def say(**message):
+    packed = msgpack.packb(message)
+    link.sendall(struct.pack("<Q", len(packed)) + packed)
+"""
+
+
+def team_of(tmp_path: Path, script: str) -> TensorTeam:
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER + script, encoding="utf-8")
+    return TensorTeam(3, command=[sys.executable, str(path)])
+
+
+def test_messages_arrive_whole() -> None:
+    here, there = socket.socketpair()
+    reader = Reader(there)
+    for message in ({"kind": "a", "bytes": b"x" * 100_000, "list": [1, None]}, {"kind": "b"}):
+        send(here, message)
+        assert reader.next() == message
+    here.close()
+    assert reader.next() is None
+    there.close()
+
+
+def test_a_process_that_ends_is_named_with_what_it_said_last(tmp_path: Path) -> None:
+    team = team_of(tmp_path, "say(kind='hello')\nif sys.argv[2] == '2': sys.exit('no memory left')\ntime.sleep(60)")
+    told: list[bool] = []
+    team.on_failure = lambda: told.append(True)
+    with pytest.raises(ParallelError, match=r"process 2 of the 3 .* ended \(exit code 1\). It said last: no memory"):
+        for _ in range(2):
+            team.hear("hello", 20)
+    assert told == [True]
+    assert all(worker.process.poll() is not None for worker in team.workers), "the others are ended too"
+    with pytest.raises(ParallelError, match="start the engine again"):
+        team.tell({"kind": "pass"})
+    team.close()
+
+
+def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
+    team = team_of(tmp_path, "say(kind='hello')\ntime.sleep(60)")
+    team.hear("hello", 20)
+    os.kill(team.workers[0].process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while team.failure is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(ParallelError, match=r"process 1 .* ended \(exit code -9\)"):
+        team.check()
+    team.close()
+
+
+def test_a_process_that_says_nothing_and_one_that_says_why(tmp_path: Path) -> None:
+    team = team_of(tmp_path, "time.sleep(60)")
+    with pytest.raises(ParallelError, match="has not said 'hello' within 0 s"):
+        team.hear("hello", 0.1)
+    team.close()
+    team = team_of(tmp_path, "say(kind='failed', reason='ModelError: no such folder')\ntime.sleep(60)")
+    with pytest.raises(ParallelError, match="failed: ModelError: no such folder"):
+        team.hear("hello", 20)
+    team.close()
+    team.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_of_its_own(count: int, tiny_model_dir: Callable[..., Path]) -> None:
+    """As LLM starts them; one that dies while requests run is an error, and nothing hangs."""
+    directory = tiny_model_dir("llama", initializer_range=SPREAD, **WIDE)
+    model = load_shared(SharedSource(str(directory)), count)
+    try:
+        engine = engine_of(model.runner(CONFIG), None, False)
+        assert answers(engine, (None,) * 3) == one_process(directory)
+        engine.submit(prompts()[0], SamplingParams(max_tokens=40))
+        engine.step()
+        os.kill(model.team.workers[-1].process.pid, signal.SIGKILL)
+        with pytest.raises(ParallelError, match=rf"process {count - 1} of the {count} .*exit code -9"):
+            while engine.has_work:
+                engine.step()
+    finally:
+        model.close()
+
+
+@pytest.mark.long
+def test_a_model_that_can_not_be_shared_says_so(tiny_model_dir: Callable[..., Path]) -> None:
+    with pytest.raises(ParallelError, match="tensor_parallel_size 2 does not divide"):
+        load_shared(SharedSource(str(tiny_model_dir("qwen2", num_key_value_heads=1))), 2)

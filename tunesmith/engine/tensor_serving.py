@@ -1,0 +1,237 @@
+"""A model in several processes: how the first one begins, and what the others do from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.checkpoint.adapter import load_adapter
+from tunesmith.checkpoint.load import DTYPES, load_language_model
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.engine.adapter_stacks import AdapterStacks, attach
+from tunesmith.engine.adapters import AdapterPool
+from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.tensor_messages import Message
+from tunesmith.engine.tensor_parallel import (
+    ShareRunner,
+    TensorParallelRunner,
+    for_serving,
+    share_to_serve,
+)
+from tunesmith.engine.tensor_team import TensorTeam
+from tunesmith.errors import ParallelError, RequestError, UnsupportedModelError
+from tunesmith.kernels.fp8 import has_fp8
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.methods import adapted_linears
+from tunesmith.model.quant import set_compute
+from tunesmith.parallel.mesh import DIMENSIONS, Mesh, Place
+from tunesmith.parallel.tensor import shard_tensors
+from tunesmith.recipe.schema import ModelSection
+
+SHARED_FORMATS = ("nf4", "nf4-double", "fp8", "fp8-inner")
+TIMEOUT = timedelta(minutes=5)
+"""How long a collective waits: processes that end are noticed much sooner, by their socket."""
+
+
+@dataclass(frozen=True)
+class SharedSource:
+    """What every process loads its part of."""
+
+    path: str
+    quantize: str | None = None
+    dtype: str = "auto"
+    device_type: str = "cpu"
+    revision: str | None = None
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class SharedModel:
+    """The first process's part of a model, and the others."""
+
+    decoder: Decoder
+    team: TensorTeam
+
+    def runner(self, config: EngineConfig) -> TensorParallelRunner:
+        """The runner of all processes together. Raises: ParallelError, DeviceError."""
+        self.team.tell({"kind": "runner", "config": dict(vars(config)), "num_pages": None})
+        runner = TensorParallelRunner(self.decoder, config, self.team.tell, self.team.check)
+        self.team.hear("ready")
+        return runner
+
+    def close(self) -> None:
+        """End the other processes, and leave their group."""
+        self.team.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def load_shared(source: SharedSource, size: int) -> SharedModel:
+    """A model that `size` processes share, this one and others that are started.
+
+    Raises: ParallelError naming what can't be divided or which process failed; RequestError for what is not there.
+    """
+    _check(source, size)
+    threads = max(1, torch.get_num_threads() // size) if source.device_type == "cpu" else None
+    team = TensorTeam(size, threads=threads)
+    try:
+        team.hear("hello")
+        resolve_model(source.path, source.revision)  # once, where it has to be fetched
+        team.tell({"kind": "start", "size": size, "meeting": team.meeting, "source": vars(source)})
+        decoder = _load_share(source, _join(size, 0, team.meeting, source.device_type))
+        team.on_failure = _abort_group
+        team.hear("loaded")
+    except BaseException:
+        team.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        raise
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return SharedModel(decoder, team)
+
+
+def _check(source: SharedSource, size: int) -> None:
+    if source.quantize is not None and source.quantize not in SHARED_FORMATS:
+        raise RequestError(
+            f"weights in {source.quantize} can't be shared by processes: choose one of {', '.join(SHARED_FORMATS)}, or "
+            f"tensor_parallel_size=1"
+        )
+    if source.device_type == "cuda" and torch.cuda.device_count() < size:
+        raise ParallelError(
+            f"tensor_parallel_size {size} asks for {size} GPUs, and this machine shows {torch.cuda.device_count()}"
+        )
+    if torch.distributed.is_initialized():
+        raise ParallelError(
+            "this process belongs to a group of torch.distributed already: serve a shared model from a process of its "
+            "own"
+        )
+
+
+def _join(size: int, rank: int, meeting: str, device_type: str) -> Mesh:
+    """Meet the other processes; the mesh of the group, all of it tensor-parallel."""
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
+        device = torch.device("cuda", rank)
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+        init_method=meeting,
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+        device_id=device if device_type == "cuda" else None,
+    )
+    shape = (1, 1, size)
+    devices = torch.distributed.device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
+    return Mesh(Place(rank, size, rank), device, devices)
+
+
+def _load_share(source: SharedSource, mesh: Mesh) -> Decoder:
+    """This process's part."""
+    dtype = DTYPES.get(source.dtype, torch.float32 if source.device_type == "cpu" else None)
+    section = ModelSection(path=source.path, backend="native", revision=source.revision)
+    quantize: Any = source.quantize
+    try:
+        model = load_language_model(section, quantize=quantize, dtype=dtype, device=mesh.device, mesh=mesh)
+    except ParallelError as error:
+        raise for_serving(error) from None
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"tensor_parallel_size is for models of the native decoder: {error}") from None
+    assert isinstance(model, Decoder)
+    if quantize in ("fp8", "fp8-inner"):
+        set_compute(model, "fp8" if has_fp8(mesh.device) else "weights")
+    if source.adapter is not None:
+        _put_adapter(model, source, mesh)
+    return share_to_serve(model, mesh).eval()
+
+
+def _put_adapter(model: Decoder, source: SharedSource, mesh: Mesh) -> None:
+    """The adapter that all requests take: made whole, then cut as its base is."""
+    load_adapter(model, Path(str(source.adapter)), base_directory=resolve_model(source.path, source.revision))
+    for linear in adapted_linears(model).values():
+        linear.dropout = 0.0  # of training
+    shard_tensors(model, mesh)
+
+
+def _abort_group() -> None:
+    """Let nothing wait for a process that is gone. Between CPUs a collective notices by itself."""
+    abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
+    if abort is not None and torch.cuda.is_available():
+        abort()
+
+
+def follow(rank: int, receive: Callable[[], Message], say: Callable[[str], None]) -> None:
+    """What every process but the first does: load its part, then take part in every pass, until told to stop."""
+    start = receive()
+    if start["kind"] == "stop":
+        return
+    source = SharedSource(**start["source"])
+    decoder = _load_share(source, _join(start["size"], rank, start["meeting"], source.device_type))
+    say("loaded")
+    follow_passes(decoder, receive, say)
+    torch.distributed.destroy_process_group()
+
+
+def follow_passes(decoder: Decoder, receive: Callable[[], Message], say: Callable[[str], None]) -> None:
+    """Take part in every pass of a part that is loaded, until told to stop."""
+    runner: ShareRunner | None = None
+    stacks: AdapterStacks | None = None
+    while (message := receive())["kind"] != "stop":
+        match message["kind"]:
+            case "stacks":
+                stacks = AdapterStacks(
+                    decoder, message["num_slots"], message["max_rank"], invariant=message["invariant"]
+                )
+            case "adapter":
+                assert stacks is not None
+                stacks.put(message["slot"], unpack_adapter(message["linears"]))
+            case "runner":
+                runner = ShareRunner(decoder, EngineConfig(**message["config"]), message["num_pages"])
+                if stacks is not None:
+                    attach(stacks, runner)
+                say("ready")
+            case "pass":
+                assert runner is not None
+                runner.follow(message)
+
+
+def tell_of_adapters(pool: AdapterPool, tell: Callable[[Message], None]) -> None:
+    """Let the other processes have the places of this pool, and what is put into them from now on."""
+    stacks = pool.stacks
+    sizes = {"num_slots": stacks.num_slots, "max_rank": stacks.max_rank, "invariant": stacks.invariant}
+    tell({"kind": "stacks", **sizes})
+    pool.on_put = lambda slot, files: tell({"kind": "adapter", "slot": slot, "linears": pack_adapter(files.linears)})
+
+
+Packed = dict[str, dict[str, list[Any]]]
+
+
+def pack_adapter(linears: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> Packed:
+    """An adapter as plain values: path -> projection -> [rank, bytes of A, bytes of B], float32."""
+    return {
+        path: {part: [down.shape[0], _bytes(down), _bytes(up)] for part, (down, up) in parts.items()}
+        for path, parts in linears.items()
+    }
+
+
+def unpack_adapter(packed: Packed) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """The other way."""
+    return {
+        path: {part: (_matrix(down, rank, -1), _matrix(up, -1, rank)) for part, (rank, down, up) in parts.items()}
+        for path, parts in packed.items()
+    }
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+
+
+def _matrix(values: bytes, rows: int, columns: int) -> Tensor:
+    return torch.frombuffer(bytearray(values), dtype=torch.float32).view(rows, columns)

@@ -1,0 +1,58 @@
+"""A process that holds a part of a model and follows the first: `python -m tunesmith.engine.tensor_worker FD RANK`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+
+from tunesmith.engine.tensor_messages import Message, Reader, send
+
+
+class Inbox:
+    """The first process's messages, read by a thread. When it is gone this process ends, whatever it waits for."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(Reader(connection),), daemon=True).start()
+
+    def next(self) -> Message:
+        """The next message; waits for it."""
+        return self._messages.get()
+
+    def _read(self, reader: Reader) -> None:
+        with contextlib.suppress(OSError):
+            while (message := reader.next()) is not None:
+                self._messages.put(message)
+                if message["kind"] == "stop":
+                    return
+        os._exit(1)
+
+
+def main(descriptor: int, rank: int) -> int:
+    """Follow until told to stop. Returns: the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=descriptor)
+    inbox = Inbox(connection)
+    try:
+        from tunesmith.engine.tensor_serving import follow
+
+        send(connection, {"kind": "hello"})
+        follow(rank, inbox.next, lambda kind: send(connection, {"kind": kind}))
+    except BaseException as error:
+        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            send(connection, {"kind": "failed", "reason": f"{type(error).__name__}: {error}"})
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a collective that is under way would keep it
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
