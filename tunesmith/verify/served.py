@@ -1,0 +1,158 @@
+"""Served = trained: what a run's model says behind the server, beside what it said when its training ended.
+
+the trained form (base as it was trained on + adapter, products in float32)
+  |-- merged          the adapter folded in, in the checkpoint's dtype
+  '-- as served       the weights in the form they are loaded in  --  engine: the same through the engine's pass
+
+reference = trained_reference(model, adapter)    before the engine takes the memory; kept in the run directory
+report = check_served(llm, reference)            raises where a hop is broken; report.line() is one line
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.engine.llm import LLM
+from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.transformers_runner import TransformersRunner
+from tunesmith.errors import VerificationError
+from tunesmith.model.language_model import logits
+from tunesmith.rundir.io import write_json_atomic
+from tunesmith.rundir.layout import RunDir
+from tunesmith.verify.served_hops import KL_LIMIT, Hop, compare, summarise
+from tunesmith.verify.served_reference import Reference, trained_reference
+from tunesmith.verify.served_rows import PromptCheck, check_prompts
+
+__all__ = ["ServedReport", "check_served", "trained_reference"]
+
+log = logging.getLogger(__name__)
+SCHEMA_VERSION = 1
+ENGINE_LIMIT = 0.1
+"""Nats, on average: the engine's log-probabilities against those of the same weights in a plain pass."""
+REPORT_NAME = "served.json"
+
+
+@dataclass(frozen=True)
+class ServedReport:
+    """What `check_served` found. `prompts` is None where the run was trained on no conversations."""
+
+    run: str
+    rows: str
+    form: str
+    prompts: PromptCheck | None
+    hops: tuple[Hop, ...]
+
+    def line(self) -> str:
+        """All of it in one line, for people."""
+        parts = []
+        if self.prompts is not None:
+            dated = ", dates apart" if self.prompts.dated else ""
+            parts.append(f"{self.prompts.num_equal} of {self.prompts.num_prompts} prompts the same ids{dated}")
+        for hop in self.hops:
+            kl = "" if hop.kl_mean is None else f"KL {hop.kl_mean:.1e}, "
+            parts.append(
+                f"{hop.name}: {kl}|dlogprob| <= {hop.max_dlogprob:.2g}, best token the same {hop.agreement_ratio:.1%}"
+            )
+        verdict = "served = trained" if not self.problems() else "served != trained"
+        return f"{verdict} on {self.rows} ({self.form}): " + "; ".join(parts)
+
+    def problems(self) -> list[str]:
+        """What is broken, in words."""
+        found = []
+        if self.prompts is not None and not self.prompts.passed:
+            found.append(
+                f"{self.prompts.num_prompts - self.prompts.num_equal} of {self.prompts.num_prompts} prompts have other "
+                f"token ids than the training data ({self.prompts.first_difference})"
+            )
+        for hop in self.hops:
+            if not hop.passed:
+                what = "KL" if hop.kl_mean is not None else "mean |dlogprob|"
+                found.append(f"{hop.name}: {what} {hop.value:.3g} nats, at most {hop.limit:g} is allowed")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        hops = [{**asdict(hop), "passed": hop.passed} for hop in self.hops]
+        prompts = None if self.prompts is None else {**asdict(self.prompts), "passed": self.prompts.passed}
+        return {
+            "schema": "tunesmith.served", "schema_version": SCHEMA_VERSION, "run": self.run, "rows": self.rows,
+            "form": self.form, "prompts": prompts, "hops": hops, "passed": not self.problems(),
+        }  # fmt: skip
+
+
+def check_served(llm: LLM, reference: Reference, *, refuse: bool = True) -> ServedReport:
+    """Compare a loaded model with what was trained, and write served.json into the run directory.
+
+    Call it before requests are served: it runs a few short ones.
+    Args: `refuse`: False: only report.
+    Raises: VerificationError, in one line, for prompts that differ and for a hop above its limit.
+    """
+    served = _served_rows(llm, reference)
+    hops = [] if reference.merged is None else [reference.merged]
+    if served is not None:
+        name = f"weights as served ({_form(llm)})"
+        hops.append(compare(name, reference.summary, served, reference.documents))
+    hops.append(_engine_hop(llm, reference, served))
+    prompts = None
+    if reference.rows.rows:
+        prompts = check_prompts(
+            reference.rows.rows, reference.source.system, llm._tokenizer(),
+            lambda messages, switches: llm.encode_messages(messages, **switches),
+        )  # fmt: skip
+    report = ServedReport(str(reference.run.path), reference.rows.origin, _form(llm), prompts, tuple(hops))
+    _write(reference.run, report)
+    if refuse and (problems := report.problems()):
+        raise VerificationError(
+            f"what would be served is not what the run {reference.run.path} trained: {'; '.join(problems)}. "
+            f"Serve it in another form (see --quantization, --chat-template), or all the same: --served-check report"
+        )
+    return report
+
+
+def _served_rows(llm: LLM, reference: Reference) -> list[Tensor] | None:
+    """Logits of the served weights in a plain pass, in the dtype they are served in; None where others hold a part."""
+    if not isinstance(llm.runner, NativeRunner | TransformersRunner):
+        return None
+    return [logits(llm.model, [list(document)])[0].float().cpu() for document in reference.documents]
+
+
+def _engine_hop(llm: LLM, reference: Reference, served: Sequence[Tensor] | None) -> Hop:
+    """The engine's own log-probabilities of the rows, against the same weights in a plain pass."""
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    summary = reference.summary if served is None else summarise(served, reference.documents)
+    fits = [len(document) < llm.max_model_len for document in reference.documents]
+    documents = [list(document) for document, ok in zip(reference.documents, fits, strict=True) if ok]
+    positions = [ok for document, ok in zip(reference.documents, fits, strict=True) for _ in document[1:]]
+    best_P, expected_P = summary[0][:, 0].long()[positions], summary[2][positions].double()
+    scored = [one for done in llm.generate(documents, params, progress=False) for one in (done.prompt_logprobs or [])]
+    known = [one for one in scored if one is not None]
+    if len(known) != len(expected_P):
+        raise VerificationError(f"the engine gave {len(known)} log-probabilities of {len(expected_P)} tokens")
+    difference_P = (torch.tensor([one.logprob for one in known], dtype=torch.float64) - expected_P).abs()
+    best = torch.tensor([one.top[0][0] for one in known])
+    return Hop(
+        name="engine", num_tokens=len(known), max_dlogprob=float(difference_P.max()),
+        mean_dlogprob=float(difference_P.mean()), kl_mean=None,
+        agreement_ratio=float((best == best_P).float().mean()),
+        limit=ENGINE_LIMIT if served is not None else KL_LIMIT,
+    )  # fmt: skip
+
+
+def _form(llm: LLM) -> str:
+    quantize = llm.source.quantize if llm.source is not None else None
+    dtype = str(next(iter(llm.model.parameters())).dtype).removeprefix("torch.")
+    return quantize or dtype
+
+
+def _write(run: RunDir, report: ServedReport) -> None:
+    try:
+        write_json_atomic(run.path / REPORT_NAME, report.to_dict())
+    except OSError as error:
+        log.warning("%s can't be written to %s: %s", REPORT_NAME, run.path, error)
