@@ -1,4 +1,4 @@
-"""Decoding as CUDA graphs: the tokens of the engine without them, the ladder, its memory, and no waiting in the loop."""
+"""Decoding as CUDA graphs: the tokens of the engine without them, the ladder, its memory, no waiting in the loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling on a CUDA device: kernels against their references at real vocabularies, no waiting, and how long it takes."""
+"""Sampling on a CUDA device: kernels against references at real vocabularies, no waiting, and how long it takes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num", [1, 7, 200])
 def test_tokens_equal_the_references(num: int, dtype: torch.dtype) -> None:
-    """But for a logarithm's last bit, which decides between two tokens now and then; on a CPU it is rounded otherwise."""
+    """But for a logarithm's last bit, which now and then decides between two tokens."""
     logits = make_logits(num, dtype)
     if num > 1:
         logits[1, 77] = float("nan")
