@@ -35,13 +35,7 @@ def test_every_format_equals_its_dequantised_product(tokens: int, rows: int, wid
     dense8 = dequantize_int8(int8.codes, int8.scale, torch.float32)
     for b in (None, bias):
         check(gemv.float_product(x, weight.to(dtype), b), x, weight.to(dtype), b, unit)
-        check(
-            gemv.int8_product(x, int8.codes, int8.scale, b),
-            x,
-            dequantize_int8(int8.codes, int8.scale, x.dtype),
-            b,
-            unit,
-        )
+        check(gemv.int8_product(x, int8.codes, int8.scale, b), x, dense8, b, 2 * unit)
         check(gemv.fp8_weight_product(x, fp8.codes, fp8.scale, b), x, dequantize_fp8_weight(fp8, x.dtype), b, unit)
         for group, symmetric in ((128, False), (128, True), (64, False), (32, True)):
             int4 = quantize_int4(weight, group, symmetric)
