@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tunesmith.engine.batch import StepResult
-from tunesmith.engine.request import Completion, FinishReason, StepOutput, Timings, TokenLogprobs
+from tunesmith.engine.request import Completion, FinishReason, StepOutput, Timings
 from tunesmith.engine.scheduler import Scheduled
 from tunesmith.engine.sequence import Sequence
 from tunesmith.errors import RequestError
@@ -18,58 +18,69 @@ def advance(part: Scheduled, result: StepResult, drawn: range, scored: range) ->
     Raises: RequestError where the logits were not numbers, or the grammar was broken; the request can't go on then.
     """
     sequence = part.sequence
-    sequence.prompt_logprobs += [result.scored[row] for row in scored]
+    if scored:
+        sequence.prompt_logprobs += [result.scored[row] for row in scored]
     if not part.samples:
         return None
-    drafts, sequence.drafts = sequence.drafts, []
     sequence.in_flight -= 1
+    if part.num_drafts:
+        new, piece, reason = _verify(part, result, drawn)
+    else:
+        token = result.tokens[drawn.start]
+        piece, reason = _say(sequence, token)
+        new = [token]
+    given = None
+    if sequence.request.params.logprobs is not None:
+        given = [own for own in result.logprobs[drawn.start : drawn.start + len(new)] if own is not None]
+        sequence.logprobs += given
+    if not sequence.first_token_s:
+        sequence.first_token_s = time.perf_counter()
+    if reason is None:
+        return StepOutput(sequence.request_id, new, piece, None, given)
+    piece += sequence.text.finish()
+    return StepOutput(sequence.request_id, new, piece, complete(sequence, reason), given)
+
+
+def _verify(part: Scheduled, result: StepResult, drawn: range) -> tuple[list[int], str, FinishReason | None]:
+    """The drawn tokens up to the first that was not guessed, their text, and why the answer ends, if it does."""
+    sequence = part.sequence
+    drafts, sequence.drafts = sequence.drafts, []
     new: list[int] = []
-    logprobs: list[TokenLogprobs] = []
-    piece, reason = "", None
-    for index, row in enumerate(drawn):
+    text = ""
+    for row, guess in zip(drawn, [*drafts, None], strict=True):
         token = result.tokens[row]
-        if token < 0:
-            raise RequestError(
-                "the model's logits are not numbers (or nothing may be drawn): its weights are broken, or its dtype "
-                "overflows; try dtype='float32', or check the checkpoint with: tunesmith verify"
-            )
+        piece, reason = _say(sequence, token)
         new.append(token)
-        own = result.logprobs[row] if result.logprobs else None
-        if own is not None:
-            logprobs.append(own)
-        more, reason = _say(sequence, token)
-        piece += more
-        if reason is not None or index >= len(drafts) or drafts[index] != token:
+        text += piece
+        if reason is not None or guess != token:
             break
     # Guesses that were wrong, and the row behind them, are computed again when their place is known.
-    sequence.num_computed -= max(0, part.num_drafts - (len(new) - 1))
-    sequence.logprobs += logprobs
-    if sequence.num_generated == len(new):
-        sequence.first_token_s = time.perf_counter()
-    given = logprobs if sequence.request.params.logprobs is not None else None
-    if reason is None:
-        return StepOutput(sequence.request.id, new, piece, None, given)
-    piece += sequence.text.finish()
-    return StepOutput(sequence.request.id, new, piece, complete(sequence, reason), given)
+    sequence.num_computed -= part.num_drafts - (len(new) - 1)
+    return new, text, reason
 
 
 def _say(sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
     """The text that a new token adds, and why the answer ends with it, if it does."""
-    params = sequence.request.params
+    if token < 0:
+        raise RequestError(
+            "the model's logits are not numbers (or nothing may be drawn): its weights are broken, or its dtype "
+            "overflows; try dtype='float32', or check the checkpoint with: tunesmith verify"
+        )
+    params, num_known = sequence.request.params, len(sequence.all_ids) + 1
     sequence.all_ids.append(token)
-    may_stop = sequence.num_generated >= params.min_tokens
+    may_stop = num_known - sequence.num_prompt >= params.min_tokens
     if sequence.grammar is not None and not sequence.grammar.accept(token):
         raise RequestError(f"token {token} was drawn and the answer's grammar does not allow it")
     if token in sequence.stop_ids and may_stop:
         sequence.stop_reason = token if token in params.stop_token_ids else None
         return "", "stop"
-    piece = sequence.text.push(token, may_stop=may_stop)
+    piece = sequence.text.push(token, may_stop)
     if sequence.text.stopped:
         sequence.stop_reason = sequence.text.stopped_by
         return piece, "stop"
     if sequence.grammar is not None and sequence.grammar.is_finished:
         return piece, "stop"
-    return piece, "length" if sequence.num_generated >= sequence.request.max_tokens else None
+    return piece, "length" if num_known >= sequence.limit else None
 
 
 def complete(sequence: Sequence, reason: FinishReason, error: str | None = None) -> Completion:

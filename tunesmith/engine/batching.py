@@ -52,22 +52,24 @@ class BatchBuilder:
         if fixed_rows is not None:
             passes = tuple(to_device(part, self.device) for part in cut(host, fixed_rows))
             batch = batch.with_passes(passes)
-        rows = [_row(part.sequence) for part in plan.scheduled for _ in range(part.num_rows)]
-        return batch, rows
+        return batch, [row for part in plan.scheduled for row in _rows(part)]
 
     def host_batch(self, parts: Sequence[Scheduled]) -> HostBatch:
         """The arrays of a step."""
         for part in parts:
-            self._write_table(part.sequence)
-        slots = _ints(part.sequence.slot or 0 for part in parts)
-        computed = _ints(part.start for part in parts)
-        counts = _ints(part.num_tokens for part in parts)
+            sequence = part.sequence
+            if sequence.num_tabled != len(sequence.pages):
+                self._write_table(sequence)
+        slots = np.array([part.sequence.slot for part in parts], dtype=np.int64)
+        computed = np.array([part.start for part in parts], dtype=np.int64)
+        counts = np.array([part.num_tokens for part in parts], dtype=np.int64)
         starts = np.zeros(len(parts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
         owner = np.repeat(np.arange(len(parts)), counts)
         positions = np.arange(starts[-1]) - (starts[:-1] - computed)[owner]
         pages = self.tables[slots[owner], positions // PAGE_SLOTS].astype(np.int64)
         contexts = computed + counts
+        sample_rows = _sampled(parts, starts)
         score_rows, score_targets = _scored(parts, starts)
         return HostBatch(
             tokens=_tokens(parts),
@@ -77,48 +79,51 @@ class BatchBuilder:
             contexts=contexts,
             tables=self.tables[slots, : pages_of(int(contexts.max()))],
             sequence_slots=slots,
-            sample_rows=_sampled(parts, starts),
+            sample_rows=sample_rows,
             adapters=_adapters(parts, owner),
             score_rows=score_rows,
             score_targets=score_targets,
             num_scored_top=max((p.sequence.request.params.prompt_logprobs or 0 for p in parts), default=0),
-            is_decode=all(part.num_tokens == 1 and part.samples for part in parts),
+            is_decode=len(sample_rows) == starts[-1] == len(parts),
         )
 
     def _write_table(self, sequence: Running) -> None:
         new = sequence.pages[sequence.num_tabled :]
-        if new:
-            self.tables[sequence.slot, sequence.num_tabled : len(sequence.pages)] = new
-            sequence.num_tabled = len(sequence.pages)
+        self.tables[sequence.slot, sequence.num_tabled : len(sequence.pages)] = new
+        sequence.num_tabled = len(sequence.pages)
 
 
-def _ints(values: object) -> np.ndarray:
-    return np.fromiter(values, dtype=np.int64)  # type: ignore[call-overload]
-
-
-def _row(sequence: Running) -> SampledRow:
-    assert sequence.row is not None
-    return sequence.row
+def _rows(part: Scheduled) -> list[SampledRow]:
+    row = part.sequence.row
+    assert row is not None
+    return [row] * part.num_rows
 
 
 def _tokens(parts: Sequence[Scheduled]) -> np.ndarray:
     """The new tokens of all parts; one that is on the device only is named by its slot (see batch.py)."""
     tokens: list[int] = []
     for part in parts:
-        sequence = part.sequence
-        known = sequence.all_ids[part.start : part.start + part.num_tokens]
+        sequence, start = part.sequence, part.start
+        ids = sequence.all_ids
+        if part.num_tokens == 1:
+            tokens.append(ids[start] if start < len(ids) else -1 - (sequence.slot or 0))
+            continue
+        known = ids[start : start + part.num_tokens]
         tokens += known
-        missing = part.num_tokens - len(known)
-        if missing > part.num_drafts:
+        if part.num_tokens - len(known) > part.num_drafts:
             tokens.append(-1 - (sequence.slot or 0))
-        if part.num_drafts:
-            tokens += sequence.drafts[: part.num_drafts]
+        tokens += sequence.drafts[: part.num_drafts]
     return np.array(tokens, dtype=np.int64)
 
 
 def _sampled(parts: Sequence[Scheduled], starts: np.ndarray) -> np.ndarray:
+    """The rows that are drawn: of each part that samples its last one, and with drafts as many before it."""
+    last = starts[1:] - 1
+    if all(part.samples and not part.num_drafts for part in parts):
+        return last
     ends = starts[1:].tolist()
-    return _ints(row for part, end in zip(parts, ends, strict=True) for row in range(end - part.num_rows, end))
+    rows = [row for part, end in zip(parts, ends, strict=True) for row in range(end - part.num_rows, end)]
+    return np.array(rows, dtype=np.int64)
 
 
 def _adapters(parts: Sequence[Scheduled], owner: np.ndarray) -> np.ndarray | None:

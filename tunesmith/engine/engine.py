@@ -295,7 +295,7 @@ class Engine:
             return []
         result = launched.pending.wait()
         outputs: list[StepOutput] = []
-        row = scored = 0
+        row = scored = num_sampled = 0
         for part in launched.parts:
             drawn = range(row, row + part.num_rows)
             row = drawn.stop
@@ -307,21 +307,24 @@ class Engine:
             except Exception as error:
                 outputs.append(self._fail(part.sequence, error))
                 continue
-            if output is not None:
-                outputs.append(self._settle(part, output))
+            if output is None:
+                continue
+            outputs.append(output)
+            num_sampled += 1
+            if output.completion is not None:
+                self._settle(part.sequence)
+        num_tokens = sum(len(output.token_ids) for output in outputs)
+        self.counts["generation_tokens"] += num_tokens
+        if self.drafter is not None:
+            self.counts["accepted_tokens"] += num_tokens - num_sampled
         return outputs
 
-    def _settle(self, part: Scheduled, output: StepOutput) -> StepOutput:
-        """Count what a step gave a sequence; end it, or let its new full pages be found."""
-        sequence = part.sequence
-        self.counts["generation_tokens"] += len(output.token_ids)
-        self.counts["accepted_tokens"] += max(0, len(output.token_ids) - 1)
-        if output.completion is not None:
-            self.counts["num_finished"] += 1
-            if sequence.slot is not None:
-                self.scheduler.remember(sequence)
-            self._finish(sequence)
-        return output
+    def _settle(self, sequence: Running) -> None:
+        """An answer is complete: what it has computed can be found by others."""
+        self.counts["num_finished"] += 1
+        if sequence.slot is not None:
+            self.scheduler.remember(sequence)
+        self._finish(sequence)
 
     def _fail(self, sequence: Running, error: Exception) -> StepOutput:
         """End one request because of an error that is its own."""

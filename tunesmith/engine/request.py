@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from tunesmith.errors import RequestError
@@ -184,7 +184,7 @@ class Completion:
     error: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepOutput:
     """What one step gave one request: its new tokens (several with speculation), their text (may be empty) and, at
     the end, the whole completion. logprobs: one for each new token, where they were asked for."""
@@ -193,7 +193,7 @@ class StepOutput:
     token_ids: list[int]
     piece: str
     completion: Completion | None = None
-    logprobs: list[TokenLogprobs] | None = field(default=None)
+    logprobs: list[TokenLogprobs] | None = None
 
     @property
     def token_id(self) -> int | None:

@@ -22,7 +22,7 @@ from tunesmith.engine.sequence import Sequence
 ADMISSION_RESERVE = 0.01
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Scheduled:
     """One sequence's part of a step: `num_tokens` tokens from position `start` on.
 
@@ -103,22 +103,42 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step: decoding sequences first, then prompts that have begun, then new ones, within the budget."""
         step = _Step(self.config.max_num_batched_tokens)
-        for is_decode in (True, False):
-            for sequence in list(self.running):
-                # One that ran may have been preempted for another; one whose last token is in flight has ended.
-                if sequence.slot is None or sequence.is_at_limit or (sequence.num_missing == 1) != is_decode:
-                    continue
-                if step.budget <= 0:
-                    break
-                if sequence.request.id not in step.parts:
-                    self._grow(step, sequence)
-        grown = list(step.parts)
+        prompts = self._decode(step)
+        for sequence in prompts:
+            # One that ran may have been preempted for another.
+            if step.budget > 0 and sequence.slot is not None:
+                self._grow(step, sequence)
+        grown = list(step.parts.values())
         self._admit(step)
         # Only now is it sure that they are computed: one that is admitted may have displaced them.
-        for request_id in grown:
-            if request_id in step.parts:
-                self.remember(step.parts[request_id].sequence)
+        for part in grown:
+            sequence = part.sequence
+            if sequence.num_computed - sequence.num_remembered * PAGE_SLOTS >= PAGE_SLOTS and sequence.slot is not None:
+                self.remember(sequence)
         return StepPlan(list(step.parts.values()))
+
+    def _decode(self, step: _Step) -> list[Sequence]:
+        """Add all that decode to the step; those that run and have more than one token to compute are given back.
+
+        Written for a loop over hundreds: the usual case, one token and a page that has room, is all in here.
+        """
+        prompts, parts = [], step.parts
+        for sequence in list(self.running):
+            start, in_flight = sequence.num_computed, sequence.in_flight
+            known = len(sequence.all_ids)
+            if known + in_flight >= sequence.limit:
+                continue  # its last token is in flight
+            if known + in_flight - start != 1:
+                prompts.append(sequence)
+            elif step.budget <= 0 or sequence.slot is None:
+                continue
+            elif sequence.drafts or start == len(sequence.pages) * PAGE_SLOTS:
+                self._grow(step, sequence)
+            else:
+                parts[sequence.request_id] = Scheduled(sequence, start, 1, True)
+                step.budget -= 1
+                sequence.num_computed, sequence.in_flight = start + 1, in_flight + 1
+        return prompts
 
     def _grow(self, step: _Step, sequence: Sequence) -> None:
         """Add a running sequence to the step, at the cost of those that would be served last."""

@@ -31,6 +31,7 @@ class Sequence:
     num_scored: rows of the prompt whose log-probabilities were launched, where they are asked for.
     drafts: tokens to be verified in the step that is being planned (see interfaces.Drafter).
     grammar: its state after all of `all_ids`; None where nothing is asked of the answer.
+    num_prompt: tokens of the prompt. limit: tokens of prompt and answer at which it ends.
     is_ready: adapter and grammar are there, so it can be admitted.
     """
 
@@ -56,20 +57,18 @@ class Sequence:
     is_finished: bool = False
     num_scored: int = 0
     stop_reason: str | int | None = None
+    request_id: int = field(init=False)
+    num_prompt: int = field(init=False)
+    limit: int = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     started_s: float = 0.0
     first_token_s: float = 0.0
 
-    @property
-    def request_id(self) -> int:
-        """The request's id."""
-        return self.request.id
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
+    def __post_init__(self) -> None:
+        self.request_id = self.request.id
+        self.num_prompt = len(self.request.prompt_ids)
+        self.limit = self.num_prompt + self.request.max_tokens
 
     @property
     def token_ids(self) -> list[int]:
@@ -79,7 +78,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Tokens of the answer so far."""
-        return len(self.all_ids) - len(self.request.prompt_ids)
+        return len(self.all_ids) - self.num_prompt
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +93,7 @@ class Sequence:
     @property
     def is_at_limit(self) -> bool:
         """Whether the token in flight is the last one that is wanted."""
-        return self.num_generated + self.in_flight >= self.request.max_tokens
+        return len(self.all_ids) + self.in_flight >= self.limit
 
     @property
     def wants_prompt_scores(self) -> bool:

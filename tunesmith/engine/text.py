@@ -32,7 +32,7 @@ class AnswerText:
         """Everything given out so far."""
         return "".join(self.shown)
 
-    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+    def push(self, token_id: int, may_stop: bool = True) -> str:
         """The text that can be shown after this token; sets `stopped` when a stop text is complete.
 
         may_stop: False for an answer that is too short yet: then a stop text that is complete is text like any other.
@@ -48,6 +48,10 @@ class AnswerText:
         return self._show(self.decoder.finish(), at_end=True)
 
     def _show(self, piece: str, at_end: bool, may_stop: bool = True) -> str:
+        if not self.stop:
+            if piece:
+                self.shown.append(piece)
+            return piece
         self.held += piece
         found = [(at, text) for text in self.stop if may_stop and (at := self.held.find(text)) >= 0]
         if found:
