@@ -56,4 +56,6 @@ def template_switches(body: ChatRequest, text: ServedText) -> dict[str, Any]:
 def check_switch(text: ServedText, name: str, param: str) -> None:
     """Raises: ApiError (400) where the chat template has no such word."""
     if not text.template_reads(name):
-        raise unsupported(param, f"this model's chat template knows no {name[:64]!r}, so it would change nothing")
+        raise unsupported(
+            param, f"{param}: this model's chat template knows no {name[:64]!r}, so it would change nothing"
+        )

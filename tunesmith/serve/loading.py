@@ -21,6 +21,7 @@ from tunesmith.serve import messages
 from tunesmith.serve.messages import Message
 from tunesmith.serve.options import EngineOptions
 from tunesmith.units import format_bytes
+from tunesmith.verify.served import Reference, check_served, trained_reference
 
 # Tokens of one portion of embedding work: other requests' steps go on between portions.
 EMBED_TOKENS = 2048
@@ -34,8 +35,22 @@ def load_model(options: EngineOptions, send: Callable[[Message], None]) -> Loade
     began_s = time.perf_counter()
     source = find_source(options.model, options.adapter, options.quantization, options.revision)
     send(messages.Source(_describe_source(source)))
+    reference = _reference(options)
     llm = LLM(options.model, **_arguments(options))
-    return LoadedModel(llm, options, time.perf_counter() - began_s)
+    model = LoadedModel(llm, options, time.perf_counter() - began_s)
+    if reference is not None:
+        report = check_served(
+            llm, reference, refuse=options.served_check == "refuse", chat_template=options.chat_template
+        )
+        model.facts["served"] = report.line()
+    return model
+
+
+def _reference(options: EngineOptions) -> Reference | None:
+    """What the run predicted that the model comes from: computed before the engine takes the memory."""
+    if options.served_check == "off" or options.tensor_parallel_size != 1:
+        return None
+    return trained_reference(options.model, options.adapter, device=options.device)
 
 
 def _describe_source(source: ModelSource) -> dict[str, Any]:

@@ -8,7 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine process loads, and how. The names are vLLM's."""
+    """What the engine process loads, and how. The names are vLLM's.
+
+    served_check: of a run's outcome: "refuse" what is not what was trained, "report" it, or "off".
+    chat_template: the server's own (it renders; here it is only compared with the run's).
+    """
 
     model: str
     adapter: str | None = None
@@ -27,6 +31,8 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     batch_invariant: bool = False
     debug: bool = False
+    served_check: str = "refuse"
+    chat_template: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
 

@@ -46,7 +46,7 @@ def _path(location: Sequence[Any]) -> str:
     for part in location[1:] if location and location[0] in ("body", "query", "path") else location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part in _VARIANTS or "[" in part or "(" in part:
+        elif part in _VARIANTS or not part.isidentifier():
             continue
         else:
             path += f".{part}" if path else part

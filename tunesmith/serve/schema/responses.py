@@ -13,9 +13,10 @@ from tunesmith.serve.schema.common import OFF, Body, JsonObjectFormat, Name, Tex
 class InputText(Body):
     """A part of a message."""
 
-    only: ClassVar = {"annotations": (None, []), "logprobs": (None, [])}
+    only: ClassVar = {"annotations": (None, [])}
     type: Literal["input_text", "output_text", "text"]
     text: Text
+    logprobs: list[Any] | None = Field(None, description="of an earlier answer; a message's text says it all")
 
 
 class InputMessage(Body):
