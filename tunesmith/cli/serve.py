@@ -76,6 +76,9 @@ def serve(
     reasoning_parser: Annotated[
         str, typer.Option(help="give thoughts as reasoning_content: none, auto, think")
     ] = "none",
+    served_check: Annotated[
+        str, typer.Option(help="of a run: refuse what is not what was trained, report it, or off")
+    ] = "refuse",
     generation_config: Annotated[
         str, typer.Option(help="defaults of sampling: auto (the model's generation_config.json), none (OpenAI's)")
     ] = "auto",
@@ -94,7 +97,7 @@ def serve(
     """
     keys = read_keys(api_key or [], api_key_file)
     check_address(host, None if uds is None else str(uds), keys, allow_unauthenticated)
-    _check_choices(kv_cache_dtype, pooling, metrics_prefix, generation_config)
+    _check_choices(kv_cache_dtype, pooling, metrics_prefix, generation_config, served_check)
     _check_shares(key_share, request_timeout, shutdown_timeout, engine_timeout)
     use_checkpoint(model, adapter)
     engine = EngineOptions(
@@ -115,6 +118,8 @@ def serve(
         tensor_parallel_size=tensor_parallel_size,
         batch_invariant=batch_invariant,
         debug=is_debug(),
+        served_check=served_check,
+        chat_template=None if chat_template is None else str(chat_template),
     )
     options = ServerOptions(
         names=tuple(served_model_name or [model]),
@@ -163,6 +168,8 @@ def _announce(options: ServerOptions, news: dict[str, Any]) -> None:
         f"{'API keys are asked for' if options.api_keys else 'no API keys'})",
         markup=False,
     )
+    if "served" in facts:
+        err.print(facts["served"], markup=False)
     if not facts["is_native"]:
         err.print("This model runs by transformers' own code: slower, and one request after the other.", style="yellow")
     body = f'{{"model": "{options.names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
@@ -184,12 +191,15 @@ def _address(options: ServerOptions, address: Any) -> tuple[str, str]:
     return f"{url}/v1", f"curl {url}"
 
 
-def _check_choices(kv_cache_dtype: str, pooling: str, metrics_prefix: str, generation_config: str) -> None:
+def _check_choices(
+    kv_cache_dtype: str, pooling: str, metrics_prefix: str, generation_config: str, served_check: str
+) -> None:
     choices = {
         "--kv-cache-dtype": (kv_cache_dtype, ("auto", "fp8")),
         "--pooling": (pooling, ("mean", "last")),
         "--metrics-prefix": (metrics_prefix, ("tunesmith", "vllm")),
         "--generation-config": (generation_config, ("auto", "none")),
+        "--served-check": (served_check, ("refuse", "report", "off")),
     }
     for option, (value, allowed) in choices.items():
         if value not in allowed:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +23,16 @@ from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.transformers_runner import TransformersRunner
-from tunesmith.errors import VerificationError
+from tunesmith.errors import RequestError, VerificationError
 from tunesmith.model.language_model import logits
 from tunesmith.rundir.io import write_json_atomic
 from tunesmith.rundir.layout import RunDir
+from tunesmith.text.chat import encode_prompt
 from tunesmith.verify.served_hops import KL_LIMIT, Hop, compare, summarise
 from tunesmith.verify.served_reference import Reference, trained_reference
 from tunesmith.verify.served_rows import PromptCheck, check_prompts
 
-__all__ = ["ServedReport", "check_served", "trained_reference"]
+__all__ = ["Reference", "ServedReport", "check_served", "trained_reference"]
 
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
@@ -87,11 +89,13 @@ class ServedReport:
         }  # fmt: skip
 
 
-def check_served(llm: LLM, reference: Reference, *, refuse: bool = True) -> ServedReport:
+def check_served(
+    llm: LLM, reference: Reference, *, refuse: bool = True, chat_template: str | Path | None = None
+) -> ServedReport:
     """Compare a loaded model with what was trained, and write served.json into the run directory.
 
     Call it before requests are served: it runs a few short ones.
-    Args: `refuse`: False: only report.
+    Args: `refuse`: False: only report; `chat_template`: a file that is served in place of the model's own.
     Raises: VerificationError, in one line, for prompts that differ and for a hop above its limit.
     """
     served = _served_rows(llm, reference)
@@ -100,20 +104,30 @@ def check_served(llm: LLM, reference: Reference, *, refuse: bool = True) -> Serv
         name = f"weights as served ({_form(llm)})"
         hops.append(compare(name, reference.summary, served, reference.documents))
     hops.append(_engine_hop(llm, reference, served))
-    prompts = None
-    if reference.rows.rows:
-        prompts = check_prompts(
-            reference.rows.rows, reference.source.system, llm._tokenizer(),
-            lambda messages, switches: llm.encode_messages(messages, **switches),
-        )  # fmt: skip
+    prompts = _prompts(llm, reference, chat_template) if reference.rows.rows else None
     report = ServedReport(str(reference.run.path), reference.rows.origin, _form(llm), prompts, tuple(hops))
     _write(reference.run, report)
+    _forget(llm)
     if refuse and (problems := report.problems()):
         raise VerificationError(
             f"what would be served is not what the run {reference.run.path} trained: {'; '.join(problems)}. "
             f"Serve it in another form (see --quantization, --chat-template), or all the same: --served-check report"
         )
     return report
+
+
+def _prompts(llm: LLM, reference: Reference, chat_template: str | Path | None) -> PromptCheck:
+    """The prompts of the rows' answers by the template that is served, with the switches of the run."""
+    tokenizer = llm.tokenizer
+    if tokenizer is None:
+        raise RequestError("served = trained: the model was loaded without a tokenizer")
+    if chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(Path(chat_template).expanduser().read_text(encoding="utf-8"))
+    own = reference.source.template_arguments or {}
+    return check_prompts(
+        reference.rows.rows, reference.source.system, tokenizer,
+        lambda messages, switches: encode_prompt(tokenizer, messages, **{**own, **switches}),
+    )  # fmt: skip
 
 
 def _served_rows(llm: LLM, reference: Reference) -> list[Tensor] | None:
@@ -143,6 +157,12 @@ def _engine_hop(llm: LLM, reference: Reference, served: Sequence[Tensor] | None)
         agreement_ratio=float((best == best_P).float().mean()),
         limit=ENGINE_LIMIT if served is not None else KL_LIMIT,
     )  # fmt: skip
+
+
+def _forget(llm: LLM) -> None:
+    """The check's own requests leave nothing behind: no cached prefix, no counts."""
+    llm.engine.forget_prefixes()
+    llm.engine.counts = dict.fromkeys(llm.engine.counts, 0)
 
 
 def _form(llm: LLM) -> str:
