@@ -89,6 +89,7 @@ class Engine:
         priority: int = 0,
         adapter: str | None = None,
         cache_salt: str = "",
+        streams: bool = True,
     ) -> int:
         """Queue a request; returns its id. Raises RequestError when it can never be served."""
         self._check(prompt_ids, params, adapter)
@@ -104,6 +105,7 @@ class Engine:
             priority=priority,
             adapter=adapter,
             cache_salt=cache_salt,
+            streams=streams,
         )
         sequence = self._sequence(request)
         if not sequence.is_ready:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from tunesmith.engine.progress import GenerationProgress
 from tunesmith.engine.request import Completion, Request, SamplingParams
 from tunesmith.engine.source import ModelSource, find_source
 from tunesmith.engine.speculate import Speculation
+from tunesmith.engine.text import TextDecoder, WholeDecoder
 from tunesmith.errors import RequestError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.text.chat import encode_prompt
@@ -135,8 +137,11 @@ class LLM:
             drafter=make_drafter(guessing, draft, self.runner, config),
         )
 
-    def _make_decoder(self, request: Request) -> StreamDecoder:
-        decoder = StreamDecoder(self._tokenizer(), skip_special=request.params.skip_special_tokens)
+    def _make_decoder(self, request: Request) -> TextDecoder:
+        skip_special = request.params.skip_special_tokens
+        if not request.streams and not request.params.stop:
+            return WholeDecoder(partial(self._tokenizer().decode, skip_special=skip_special), request.text_context)
+        decoder = StreamDecoder(self._tokenizer(), skip_special=skip_special)
         for token in request.text_context:
             decoder.put(token)
         return decoder
@@ -220,7 +225,7 @@ class LLM:
         submitted: list[int] = []
         try:
             for prompt_ids, own in zip(ids, params, strict=True):
-                submitted.append(self._submit(prompt_ids, own, continues, adapter))
+                submitted.append(self._submit(prompt_ids, own, continues, adapter, streams=False))
             with GenerationProgress(len(ids), shown) as bar:
                 done = self._run(submitted, bar)
         finally:
@@ -228,9 +233,11 @@ class LLM:
                 self.engine.abort(request_id)
         return [done[request_id] for request_id in submitted]
 
-    def _submit(self, prompt_ids: list[int], params: SamplingParams, continues: bool, adapter: str | None) -> int:
+    def _submit(
+        self, prompt_ids: list[int], params: SamplingParams, continues: bool, adapter: str | None, streams: bool = True
+    ) -> int:
         context = prompt_ids[-TEXT_CONTEXT_TOKENS:] if continues else []
-        return self.engine.submit(prompt_ids, params, text_context=context, adapter=adapter)
+        return self.engine.submit(prompt_ids, params, text_context=context, adapter=adapter, streams=streams)
 
     def _run(self, submitted: Sequence[int], bar: GenerationProgress) -> dict[int, Completion]:
         done: dict[int, Completion] = {}

@@ -119,6 +119,7 @@ class Request:
     priority: lower goes first; equal ones go by arrival.
     adapter: the name of a loaded adapter; None is the base model.
     cache_salt: requests share cached prefixes only with those of the same salt.
+    streams: whether its text is read as it grows; else it may come all at once with the completion, which is cheaper.
     """
 
     id: int
@@ -130,6 +131,7 @@ class Request:
     priority: int = 0
     adapter: str | None = None
     cache_salt: str = ""
+    streams: bool = True
 
     @property
     def total_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 
@@ -14,6 +14,32 @@ class TextDecoder(Protocol):
 
     def finish(self) -> str:
         """What is left at the end."""
+
+
+class WholeDecoder:
+    """A decoder for answers that nobody reads before their end: one call for all tokens, where one for each is slow.
+
+    decode: token ids to text. context: tokens that the answer goes on from.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int]) -> None:
+        self.decode = decode
+        self.context = list(context)
+        self.ids: list[int] = []
+
+    def put(self, token: int) -> str:
+        """Nothing yet."""
+        self.ids.append(token)
+        return ""
+
+    def finish(self) -> str:
+        """All of the text: what streaming's pieces are when joined."""
+        before = self.decode(self.context)
+        # A character that the context begins and the answer ends is the answer's.
+        start = len(before) - before.endswith("\N{REPLACEMENT CHARACTER}")
+        text = self.decode(self.context + self.ids)[start:]
+        self.context, self.ids = [], []
+        return text
 
 
 class AnswerText:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.text import WholeDecoder
 from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError
+from tunesmith.text.tokenizer import StreamDecoder, load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "你好, what is red?"}]
 # A wide spread makes a random model say varied things instead of one token for ever.
@@ -77,6 +81,29 @@ def test_streamed_pieces_join_to_the_whole_text(llm: LLM, seed: int) -> None:
     assert stream.completion is not None
     assert stream.completion.token_ids == whole.token_ids
     assert stream.completion.finish_reason == whole.finish_reason
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_text_at_the_end_is_what_streaming_joins_to(kind: str, llm: LLM, request: pytest.FixtureRequest) -> None:
+    """Random bytes, and characters and emoji cut anywhere between what the answer goes on from and the answer."""
+    tokenizer = llm.tokenizer
+    if kind == "sentencepiece":
+        tokenizer = load_tokenizer(request.getfixturevalue("data_dir") / "weights_stories260K" / "hf")
+    assert tokenizer is not None
+    choice = random.Random(0)
+    for _ in range(150):
+        text = "".join(choice.choice(["a", " b", "é", "你好", "🙂", "👩‍👩‍👧", "\n", " "]) for _ in range(8))
+        ids = tokenizer.encode(text)
+        if choice.random() < 0.3:
+            choice.shuffle(ids)
+        cut = choice.randrange(len(ids))
+        stream = StreamDecoder(tokenizer)
+        for token in ids[:cut]:
+            stream.put(token)
+        pieces = [stream.put(token) for token in ids[cut:]] + [stream.finish()]
+        late = WholeDecoder(partial(tokenizer.decode, skip_special=True), ids[:cut])
+        assert [late.put(token) for token in ids[cut:]] == [""] * len(ids[cut:])
+        assert late.finish() == "".join(pieces)
 
 
 def test_chat_renders_the_template(llm: LLM) -> None:
