@@ -76,9 +76,10 @@ def _version(url: str, api_key: str | None) -> str | None:
     return None
 
 
-def _get(url: str, api_key: str | None) -> dict[str, Any]:
-    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+def _get(url: str, api_key: str | None, body: bytes | None = None) -> dict[str, Any]:
+    """The JSON that a GET answers, or a POST where there is a body."""
+    headers = {"Content-Type": "application/json"} | ({} if api_key is None else {"Authorization": f"Bearer {api_key}"})
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
         return dict(json.load(answer))
 
 
@@ -97,8 +98,9 @@ def started(
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         _wait_until_up(process, url, api_key, log, timeout_s)
-        start_s = time.monotonic() - began
         found = find_target(url, model, api_key)
+        _wait_until_it_answers(process, found, api_key, log, began + timeout_s)
+        start_s = time.monotonic() - began
         yield Target(url, found.model, found.max_model_len, found.version, start_s, shlex.join(command))
     finally:
         stop(process)
@@ -128,6 +130,21 @@ def _wait_until_up(
             pass
         time.sleep(0.05)
     raise TunesmithError(f"the server was not up after {timeout_s:g} s; its last lines:\n{_tail(log)}")
+
+
+def _wait_until_it_answers(
+    process: subprocess.Popen[bytes], target: Target, api_key: str | None, log: Path, until: float
+) -> None:
+    """Ask for one token until there is one: a server may list its models while it still loads them."""
+    body = json.dumps({"model": target.model, "prompt": "a", "max_tokens": 1}).encode()
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise TunesmithError(f"the server ended with code {process.returncode}; its last lines:\n{_tail(log)}")
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            _get(f"{target.url}/v1/completions", api_key, body)
+            return
+        time.sleep(0.1)
+    raise TunesmithError(f"the server did not answer in time; its last lines:\n{_tail(log)}")
 
 
 def _tail(log: Path) -> str:

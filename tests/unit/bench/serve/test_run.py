@@ -23,15 +23,20 @@ SCRIPT = """
 import http.server, json, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    asked = 0  # the first real request is refused: the model is still being loaded
     def do_GET(self):
         body = json.dumps({"data": [{"id": "stub"}]}).encode()
         self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
         self.wfile.write(body)
     def do_POST(self):
-        self.rfile.read(int(self.headers["content-length"]))
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
         event = {"choices": [{"text": "x", "finish_reason": "length"}]}
         body = f"data: {json.dumps(event)}\\n\\ndata: [DONE]\\n\\n".encode()
-        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+        if not asked.get("stream"):
+            body = json.dumps(event).encode()
+            Handler.asked += 1
+        self.send_response(503 if Handler.asked == 1 and not asked.get("stream") else 200)
+        self.send_header("content-length", str(len(body))); self.end_headers()
         self.wfile.write(body)
     def log_message(self, *args): pass
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
