@@ -242,7 +242,7 @@ class NativeRunner:
     def sample(self, batch: StepBatch, rows: Sequence[SampledRow], masks: np.ndarray | None) -> Pending:
         """Launch the choice of tokens for the pass that `forward` launched last."""
         with self._passing():
-            masks_MW = None if masks is None else torch.from_numpy(masks).to(self.device, non_blocking=True)
+            masks_MW = None if masks is None else self.sampling.state.moved(torch.from_numpy(masks))
             chosen_B = None if self._decoded is None else self._decoded.tokens_B
             slots_B, positions_B = batch.sample_slots_B, batch.sample_positions_B
             sampled = self.sampling(self._logits(), rows, slots_B, positions_B, masks_MW, chosen_B).to_host()

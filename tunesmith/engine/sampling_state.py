@@ -182,8 +182,13 @@ class SamplingState:
 
     def tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
         """Numbers of the host on the device; nothing waits for the copy."""
-        host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return host.to(self.device, non_blocking=True)
+        return self.moved(torch.tensor(values, dtype=dtype))
+
+    def moved(self, host: Tensor) -> Tensor:
+        """A tensor of the host on the device; nothing waits for the copy."""
+        if self.device.type != "cuda":
+            return host
+        return host.pin_memory().to(self.device, non_blocking=True)
 
 
 class Counts:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.kernels.sampling_cpu import choose_on_cpu, largest
 from tunesmith.kernels.sampling_noise import BROKEN, gumbel
 
-SORTED_ON_CPU = 1024
-"""Logits of a row that are sorted first on a CPU; the others only where these are not enough."""
+WIDE = 2048
+"""Larger vocabularies are not looked at as a whole on a CPU."""
 
 
 def choose(
@@ -40,11 +41,16 @@ def choose(
     drawn, below 2^31. last_tokens_N: int64 by slot, is given the tokens (0 for `BROKEN`). thresholds_B: float32;
     logits below it are not drawn.
     """
-    if not use_kernel(logits_BV.device):
-        return choose_reference(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
-    from tunesmith.kernels.sampling_triton import choose_operator
+    if use_kernel(logits_BV.device):
+        from tunesmith.kernels.sampling_triton import choose_operator
 
-    return choose_operator(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
+        return choose_operator(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
+    if logits_BV.device.type == "cpu" and logits_BV.shape[-1] > WIDE:
+        temperatures_B, seeds_B = temperatures_N.index_select(0, slots_B), seeds_N.index_select(0, slots_B)
+        found = choose_on_cpu(logits_BV, temperatures_B, seeds_B, positions_B, thresholds_B)
+        last_tokens_N.index_copy_(0, slots_B, found.clamp(min=0))
+        return found
+    return choose_reference(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
 
 
 def choose_reference(
@@ -95,10 +101,10 @@ def find_thresholds(
         from tunesmith.kernels.sampling_thresholds_triton import thresholds_operator
 
         return thresholds_operator(logits_BV, temperatures_B, top_k_B, top_p_B, min_p_B)
-    if logits_BV.device.type == "cpu" and logits_BV.shape[-1] > SORTED_ON_CPU:
-        found_B = _thresholds_on_cpu(logits_BV, temperatures_B, top_k_B, top_p_B, min_p_B)
-        if found_B is not None:
-            return found_B
+    if logits_BV.device.type == "cpu" and logits_BV.shape[-1] > WIDE:
+        part = largest(logits_BV, temperatures_B, top_k_B, top_p_B, min_p_B)
+        if part is not None:
+            return thresholds_of(part[0], temperatures_B, top_k_B, top_p_B, min_p_B, part[1])
     return thresholds_reference(logits_BV, temperatures_B, top_k_B, top_p_B, min_p_B)
 
 
@@ -107,26 +113,10 @@ def thresholds_reference(
 ) -> Tensor:
     """`find_thresholds` by one sort: the truth that the kernel must equal."""
     values = logits_BV.float().sort(-1, descending=True).values
-    return _thresholds_of(values, temperatures_B, top_k_B, top_p_B, min_p_B, None)
+    return thresholds_of(values, temperatures_B, top_k_B, top_p_B, min_p_B, None)
 
 
-def _thresholds_on_cpu(
-    logits_BV: Tensor, temperatures_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, min_p_B: Tensor
-) -> Tensor | None:
-    """From the largest logits alone; None where those of some row are not enough."""
-    values = logits_BV.topk(SORTED_ON_CPU).values.float()
-    temperatures = torch.where(temperatures_B > 0, temperatures_B, 1.0)[:, None]
-    mass_B = ((logits_BV.float() - values[:, :1]) / temperatures).exp().sum(-1)
-    relative = (values - values[:, :1]) / temperatures
-    by_count = (top_k_B > 0) & (top_k_B <= SORTED_ON_CPU)
-    by_share = relative[:, -1] < min_p_B.log()
-    by_mass = (top_k_B == 0) & (min_p_B == 0) & (relative.exp().sum(-1) >= top_p_B * mass_B)
-    if not bool((by_count | by_share | by_mass | (temperatures_B == 0)).all()):
-        return None
-    return _thresholds_of(values, temperatures_B, top_k_B, top_p_B, min_p_B, mass_B)
-
-
-def _thresholds_of(
+def thresholds_of(
     values: Tensor,
     temperatures_B: Tensor,
     top_k_B: Tensor,

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import sampling
 from tunesmith.kernels.sampling import choose_reference, find_thresholds, thresholds_reference
+from tunesmith.kernels.sampling_cpu import MOST_NOISE
 from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, exponential, gumbel, quarter
 
 
@@ -133,6 +135,27 @@ def test_thresholds_keep_what_the_definitions_keep(
     for row, threshold in zip(logits, found, strict=True):
         kept = set(torch.nonzero(row >= threshold)[:, 0].tolist())
         assert kept == _kept_by_hand(row, temperature, top_k, top_p, min_p)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
+def test_wide_vocabularies_on_a_cpu_draw_what_the_reference_draws(scale: float) -> None:
+    """Where only some tokens can win, and where nearly all can."""
+    num, generator = 40, torch.Generator().manual_seed(0)
+    logits = torch.randn(num, 5000, generator=generator) * scale
+    logits[3, 7], logits[4, 9], logits[5] = math.nan, -math.inf, -math.inf
+    slots, temperatures = torch.arange(num), torch.linspace(0, 2, num)
+    for thresholds in (None, torch.where(slots % 2 == 0, scale, -math.inf)):
+        lasts = torch.zeros(2, num, dtype=torch.int64)
+        found = sampling.choose(logits, temperatures, slots * 3, slots, slots + 7, lasts[0], thresholds)
+        expected = choose_reference(logits, temperatures, slots * 3, slots, slots + 7, lasts[1], thresholds)
+        assert torch.equal(found, expected)
+        assert torch.equal(*lasts)
+        assert found[[3, 5]].tolist() == [BROKEN] * 2
+
+
+def test_noise_is_never_above_its_bound() -> None:
+    least = exponential(torch.tensor([0]))
+    assert MOST_NOISE - 0.1 < -float(least.log()) < MOST_NOISE
 
 
 def test_tokens_that_equal_the_threshold_stay_together() -> None:
