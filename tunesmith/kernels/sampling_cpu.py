@@ -12,12 +12,12 @@ from torch import Tensor
 from tunesmith.kernels.philox import philox
 from tunesmith.kernels.sampling_noise import BROKEN, SITE, exponential, quarter
 
-FIRST = 256
-"""Likeliest tokens that get noise first."""
+NEAR = 3.0
+"""Tokens at most so far below the likeliest, in temperatures, get noise first."""
 SORTED = 1024
 """Logits of a row that are sorted; the others only where these are not enough."""
-MOST_NOISE = 22.9
-"""No noise is larger: -log of the least exponential value, 2^-33."""
+MOST_NOISE = 23.0
+"""No noise is larger: -log of the least exponential value, 2^-33, and a little."""
 MOST_SHARE = 0.25
 """Of a vocabulary: where more tokens can win, noise for all costs less than for each of them alone."""
 
@@ -39,9 +39,9 @@ def _choose(row_V: Tensor, temperature: float, seed: Tensor, position: Tensor, t
         return int(token)
     vocab_size = len(row_V)
     if threshold is None or threshold == -torch.inf:
-        values, ids = row_V.topk(min(FIRST, vocab_size))
-        best = (values / temperature + gumbel_of(ids, seed, position, vocab_size)).max()
-        ids = torch.nonzero(row_V / temperature >= best - MOST_NOISE)[:, 0]
+        ids = torch.nonzero(row_V >= highest - NEAR * temperature)[:, 0]
+        best = (row_V[ids] / temperature + gumbel_of(ids, seed, position, vocab_size)).max()
+        ids = torch.nonzero(row_V >= (best - MOST_NOISE) * temperature)[:, 0]
     else:
         ids = torch.nonzero(row_V >= threshold)[:, 0]
     scores = row_V[ids] / temperature + gumbel_of(ids, seed, position, vocab_size)

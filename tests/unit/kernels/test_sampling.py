@@ -155,7 +155,7 @@ def test_wide_vocabularies_on_a_cpu_draw_what_the_reference_draws(scale: float) 
 
 def test_noise_is_never_above_its_bound() -> None:
     least = exponential(torch.tensor([0]))
-    assert MOST_NOISE - 0.1 < -float(least.log()) < MOST_NOISE
+    assert MOST_NOISE - 0.2 < -float(least.log()) < MOST_NOISE - 0.1
 
 
 def test_tokens_that_equal_the_threshold_stay_together() -> None:
