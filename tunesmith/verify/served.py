@@ -56,6 +56,8 @@ class ServedReport:
         parts = []
         if self.prompts is not None:
             dated = ", dates apart" if self.prompts.dated else ""
+            if self.prompts.num_straddling:
+                dated += f", {self.prompts.num_straddling} rows with a token across the answer's start left out"
             parts.append(f"{self.prompts.num_equal} of {self.prompts.num_prompts} prompts the same ids{dated}")
         for hop in self.hops:
             kl = "" if hop.kl_mean is None else f"KL {hop.kl_mean:.1e}, "

@@ -47,12 +47,15 @@ class TrainedRows:
 class PromptCheck:
     """Prompts of answers that were compared, and how many were the same ids; in words the first that was not.
 
+    num_straddling: rows left out because one token holds the prompt's end and the answer's beginning (training counts
+        them too); no prompt can be the same then.
     dated: the template shows today's date, where training showed a fixed one; compared with the same date in both.
     """
 
     num_prompts: int
     num_equal: int
     first_difference: str | None = None
+    num_straddling: int = 0
     dated: bool = False
 
     @property
@@ -120,13 +123,16 @@ def check_prompts(rows: Sequence[TrainedRow], system: str | None, tokenizer: Tok
     num = equal = 0
     first: str | None = None
     for number, row in enumerate(rows, 1):
+        if row.encoded.straddling:
+            continue
         for served, trained in _prompts(row, system, encode):
             num += 1
             if served == trained:
                 equal += 1
             elif first is None:
                 first = f"row {number}: {_difference(served, trained, tokenizer)}"
-    return PromptCheck(num, equal, first, "strftime_now" in (tokenizer.chat_template or ""))
+    straddling = sum(row.encoded.straddling for row in rows)
+    return PromptCheck(num, equal, first, straddling, "strftime_now" in (tokenizer.chat_template or ""))
 
 
 def _prompts(row: TrainedRow, system: str | None, encode: Encode) -> Iterator[tuple[list[int], list[int]]]:
