@@ -1,6 +1,7 @@
 """A model's linears in the forms that answer fastest: the same weights, other kernels where there are few tokens.
 
-What is held does not change, so this is done after loading, and for any model whose linears are ours.
+What is held does not change, so this is done after loading, and for any model whose linears are ours. Weights of 16 bits
+stay as they are: cuBLAS reads them at 4.0 TB/s for one token on an H200, our kernel at 2.9 (benchmarks/decode_linears.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.gemv import float_product, fp8_weight_product, nf4_product, takes
+from tunesmith.kernels.gemv import fp8_weight_product, nf4_product, takes
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.fp8 import Fp8Linear
@@ -22,16 +23,6 @@ from tunesmith.model.quant import NF4Linear
 # Up to so many tokens fp8 weights are widened, which is exact and saves quantising the input; more are products in fp8.
 FP8_WEIGHT_TOKENS = 16
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class DecodeLinear(Linear):
-    """A `Linear` whose product with one token goes through our kernel."""
-
-    def product(self, x_TD: Tensor) -> Tensor:
-        """y_TF = x @ weight.T + bias in the dtype of x."""
-        if x_TD.dim() != 2 or x_TD.shape[0] != 1:
-            return super().product(x_TD)
-        return float_product(x_TD, self.weight, self.bias)
 
 
 class DecodeNF4Linear(NF4Linear):
@@ -68,17 +59,6 @@ def use_decode_linears(model: nn.Module) -> None:
             form = _form(child)
             if form is not None and name != "router":
                 setattr(parent, name, adopted(form, child))
-    if isinstance(model, Decoder) and model.head is None and model.embedding.weight.dtype.itemsize == 2:
-        model.head = _tied_head(model.embedding.weight)
-
-
-def _tied_head(embedding_VD: Tensor) -> DecodeLinear:
-    """A head that shares the embedding's weight."""
-    vocab_size, width = embedding_VD.shape
-    with torch.device("meta"):
-        head = DecodeLinear(width, {"lm_head": vocab_size}, False)
-    head.weight = nn.Parameter(embedding_VD.detach(), requires_grad=False)
-    return head
 
 
 def hold_head_in_int8(decoder: Decoder) -> None:
@@ -100,12 +80,5 @@ def adopted(form: type[Module], linear: nn.Module) -> Module:
 def _form(linear: nn.Module) -> type[nn.Module] | None:
     if isinstance(linear, HeldLinear):
         return None
-    forms: dict[type[nn.Module], type[nn.Module]] = {
-        Linear: DecodeLinear,
-        NF4Linear: DecodeNF4Linear,
-        Fp8Linear: DecodeFp8Linear,
-    }
-    found = forms.get(type(linear))
-    if found is DecodeLinear and cast(Linear, linear).weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    return found
+    forms: dict[type[nn.Module], type[nn.Module]] = {NF4Linear: DecodeNF4Linear, Fp8Linear: DecodeFp8Linear}
+    return forms.get(type(linear))
