@@ -1,14 +1,14 @@
 """A model's linears in the forms that answer fastest: the same weights, other kernels where there are few tokens.
 
-What is held does not change, so this is done after loading, and for any model whose linears are ours. Weights of 16 bits
-stay as they are: cuBLAS reads them at 4.0 TB/s for one token on an H200, our kernel at 2.9 (benchmarks/decode_linears.py).
+What is held does not change, so this is done after loading, and for any model whose linears are ours. Weights of 16
+bits stay as they are: cuBLAS reads them at 4.0 TB/s for one token on an H200, where our kernel reached 2.9
+(benchmarks/decode_linears.py).
 """
 
 from __future__ import annotations
 
 from typing import TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels.gemv import fp8_weight_product, nf4_product, takes
