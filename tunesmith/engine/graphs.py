@@ -34,10 +34,10 @@ Run = Callable[[StepBatch], Tensor]
 """A pass over the model that asks the device for nothing: a batch of single tokens -> logits_BV of all of its rows."""
 MOST_ROWS = 512
 """Larger batches keep the device busy longer than the host needs to launch them one by one."""
-SHORT_CONTEXT = 8192
-"""Attention is laid out for the longest context that a graph covers; one more set of graphs covers longer ones."""
+CONTEXTS = (2048, 8192, 32_768, 131_072)
+"""Attention is laid out for the longest context that a graph covers: there is a set of graphs for each of these."""
 RECORD_AFTER = 4
-"""Steps of a kind (longer contexts, adapters) that was not recorded at start-up, before it is."""
+"""Steps of a kind (longer contexts, adapters) and a size that run launch by launch, before a graph is recorded."""
 SPARE_BYTES = 2**28
 """Memory of the device that is left alone: with less than this free nothing more is recorded."""
 
@@ -124,7 +124,7 @@ class DecodeGraphs:
         self.slots_of_page = slots_of_page
         self.recorder: Recorder = CudaRecorder(device) if recorder is None else recorder
         self.sizes = sorted(sizes or ladder(max_num_seqs))
-        self.contexts = sorted({min(SHORT_CONTEXT, max_context), max_context})
+        self.contexts = [*(bound for bound in CONTEXTS if bound < max_context), max_context]
         self.report = report
         self.stats = GraphStats()
         self.refused: dict[Kind, str] = {}
@@ -134,7 +134,7 @@ class DecodeGraphs:
         self._starts = torch.arange(self.sizes[-1] + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(self.sizes[-1], device=device)
         self._graphs: dict[Kind, dict[int, _Graph]] = {}
-        self._wanted: dict[Kind, int] = {}
+        self._wanted: dict[tuple[Kind, int], int] = {}
 
     @property
     def first_kind(self) -> Kind:
@@ -207,22 +207,21 @@ class DecodeGraphs:
         kind = self._kind(batch)
         if kind is None or num > self.sizes[-1]:
             return None
-        if kind not in self._graphs and kind not in self.refused:
-            self._wanted[kind] = self._wanted.get(kind, 0) + 1
-            if self._wanted[kind] > RECORD_AFTER:
-                self._record_coarse(kind)
+        self._want(kind, coarse(self.sizes)[bisect_left(coarse(self.sizes), num)])
         made = self._graphs.get(kind, {})
         sizes = sorted(made)
         place = bisect_left(sizes, num)
         return made[sizes[place]] if place < len(sizes) else None
 
-    def _record_coarse(self, kind: Kind) -> None:
-        with _no_collection():
-            for size in reversed(coarse(self.sizes)):
+    def _want(self, kind: Kind, size: int) -> None:
+        """Record a size of a kind that was not recorded at start-up, once it is clear that it is used."""
+        if kind in self.refused or kind == self.first_kind or size in self._graphs.get(kind, {}):
+            return
+        steps = self._wanted[kind, size] = self._wanted.get((kind, size), 0) + 1
+        if steps > RECORD_AFTER:
+            with _no_collection():
                 if not self._record(kind, size):
-                    break
-        if kind in self.refused:
-            log.warning("steps of %s run launch by launch: %s", kind, self.refused[kind])
+                    log.warning("steps of %s run launch by launch: %s", kind, self.refused[kind])
 
     def _kind(self, batch: StepBatch) -> Kind | None:
         fitting = [bound for bound in self.contexts if batch.max_context <= bound]

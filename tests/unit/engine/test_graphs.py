@@ -177,18 +177,27 @@ def test_prefills_and_larger_batches_are_no_graphs() -> None:
 def test_longer_contexts_and_adapters_are_recorded_once_they_are_used() -> None:
     recorder = Repeating()
     graphs = make(recorder, sizes=[1, 2, 3, 4], max_context=20_000)
+    assert graphs.contexts == [2048, 8192, 20_000]
     graphs.record()
     assert recorder.num_recorded == 4
     for context, adapter in ((9000, None), (50, 2), (9000, 0)):
         for _ in range(RECORD_AFTER):
-            assert graphs(decode(2, context=context, adapter=adapter)) is None
-        decoded = graphs(decode(2, context=context, adapter=adapter))
+            assert graphs(decode(3, context=context, adapter=adapter)) is None
+        decoded = graphs(decode(3, context=context, adapter=adapter))
         assert decoded is not None
-        assert torch.equal(decoded.logits_BV, toy(decode(2, context=context, adapter=adapter)))
-    assert recorder.num_recorded == 4 + 3 * 3, "their coarse sizes"
-    decoded = graphs(decode(2, adapter=None))
-    assert decoded is not None and torch.equal(decoded.logits_BV, toy(decode(2)))
-    assert set(graphs._graphs) == {Kind(8192), Kind(20_000), Kind(8192, True), Kind(20_000, True)}
+        assert torch.equal(decoded.logits_BV, toy(decode(3, context=context, adapter=adapter)))
+    assert recorder.num_recorded == 4 + 3, "of the size that is used"
+    for _ in range(RECORD_AFTER):
+        assert graphs(decode(1, context=9000)) is not None, "in a graph of four rows"
+    assert graphs.stats.num_padding_rows == 3 * (1 + RECORD_AFTER)
+    assert graphs(decode(1, context=9000)) is not None
+    assert recorder.num_recorded == 4 + 3 + 1
+    decoded = graphs(decode(3, adapter=None))
+    assert decoded is not None and torch.equal(decoded.logits_BV, toy(decode(3)))
+    assert set(graphs._graphs) == {Kind(2048), Kind(20_000), Kind(2048, True), Kind(20_000, True)}
+    while graphs.record_next():
+        pass
+    assert recorder.num_recorded == 4 * 4
 
 
 def test_what_cannot_be_recorded_runs_launch_by_launch(caplog: pytest.LogCaptureFixture) -> None:
