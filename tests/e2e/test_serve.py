@@ -226,4 +226,4 @@ def test_mistakes_of_use_are_told_before_anything_loads(tunesmith_cli: Any) -> N
     open_to_all = tunesmith_cli("serve", "builtin:tiny", "--host", "0.0.0.0", env={"TUNESMITH_API_KEYS": ""})
     assert open_to_all.returncode == 2 and "--allow-unauthenticated" in open_to_all.stderr
     nothing = tunesmith_cli("serve", "builtin:tinny", "--port", "0")
-    assert nothing.returncode == 2 and "builtin:tiny" in nothing.stderr
+    assert nothing.returncode == 2 and "did you mean 'tiny'" in nothing.stderr

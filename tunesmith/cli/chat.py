@@ -42,7 +42,8 @@ ALONE = (
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="a model directory, builtin:tiny, a Hub id, or a run directory")],
+    model: Annotated[str, typer.Argument(help="a model directory, builtin:tiny, a Hub id, or a run directory")] = "",
+    server: Annotated[str | None, typer.Option(help="the URL of a server to talk to instead of loading MODEL")] = None,
     adapter: Annotated[Path | None, typer.Option(help="an adapter directory, put on top of the model")] = None,
     prompt: Annotated[str | None, typer.Option(help="ask this and leave; - reads all of stdin as one message")] = None,
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
@@ -70,6 +71,13 @@ def chat(
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens")] = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /exit leaves; from a pipe every line is a turn."""
+    if server is not None:
+        from tunesmith.cli.chat_server import talk_to_server
+
+        talk_to_server(server, model or None, locals())
+        return
+    if not model:
+        raise RequestError("name a model (for instance builtin:tiny, or a run directory), or a server: --server URL")
     from tunesmith.engine.conversation import Conversation
     from tunesmith.engine.llm import LLM
     from tunesmith.engine.request import SamplingParams

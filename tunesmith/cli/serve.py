@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +90,17 @@ def serve(
     allow_adapter_loading: Annotated[
         bool, typer.Option("--allow-adapter-loading", help="clients may load and unload LoRA adapters")
     ] = False,
+    enable_lora: Annotated[
+        bool, typer.Option("--enable-lora", help="make places for LoRA adapters, which requests name as their model")
+    ] = False,
+    max_loras: Annotated[int, typer.Option(help="adapters at the same time", min=1)] = 8,
+    max_lora_rank: Annotated[int, typer.Option(help="the highest rank of any adapter", min=1)] = 16,
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter to load at start (repeat for several)")
+    ] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(help='guess tokens, as JSON: {"method": "ngram", "num_tokens": 4}')
+    ] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="log every request")] = False,
 ) -> None:
     """Serve a model with OpenAI's interface: chat, completions, responses, embeddings, tokens, metrics.
@@ -118,6 +130,10 @@ def serve(
         tensor_parallel_size=tensor_parallel_size,
         batch_invariant=batch_invariant,
         debug=is_debug(),
+        more={
+            **_lora(enable_lora or bool(lora_modules) or allow_adapter_loading, max_loras, max_lora_rank),
+            **_speculation(speculative_config),
+        },
         served_check=served_check,
         chat_template=None if chat_template is None else str(chat_template),
     )
@@ -137,6 +153,7 @@ def serve(
         pooling=pooling,
         metrics_prefix=metrics_prefix,
         allow_adapter_loading=allow_adapter_loading,
+        adapters=_modules(lora_modules or []),
         chat_template=None if chat_template is None else str(chat_template),
         generation_config=generation_config,
         tool_call_parser=tool_call_parser,
@@ -145,6 +162,33 @@ def serve(
         access_log=access_log,
     )
     run(options, engine)
+
+
+def _lora(is_enabled: bool, max_loras: int, max_lora_rank: int) -> dict[str, Any]:
+    if not is_enabled:
+        return {}
+    return {"enable_lora": True, "max_loras": max_loras, "max_lora_rank": max_lora_rank}
+
+
+def _modules(given: list[str]) -> tuple[tuple[str, str], ...]:
+    """Names and directories of `NAME=DIRECTORY`."""
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise RequestError(f"--lora-modules wants NAME=DIRECTORY, got {text!r}")
+    return tuple((text.partition("=")[0], text.partition("=")[2]) for text in given)
+
+
+def _speculation(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        wanted = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"--speculative-config must be JSON: {error}") from None
+    if not isinstance(wanted, dict):
+        raise RequestError(f"--speculative-config must be a JSON object, got {text[:60]}")
+    return {"speculative": wanted}
 
 
 def run(options: ServerOptions, engine: EngineOptions) -> None:

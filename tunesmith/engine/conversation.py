@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from tunesmith.engine.llm import LLM, TextStream
 from tunesmith.engine.request import DEFAULT_MAX_TOKENS, Completion, SamplingParams
 from tunesmith.errors import RequestError
+
+if TYPE_CHECKING:  # a conversation with a server loads no model, and imports nothing of one
+    from tunesmith.engine.llm import LLM, TextStream
 
 Mode = Literal["chat", "complete"]
 Turn = dict[str, str]

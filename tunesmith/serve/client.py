@@ -75,6 +75,7 @@ class AsyncEngine:
         self.on_stats: Callable[[dict[str, Any]], None] = lambda _: None
         self.on_end: Callable[[End], None] = lambda _: None
         self.on_gap: Callable[[float], None] = lambda _: None
+        self.on_restart: Callable[[], None] = lambda: None
         self.link: EngineLink | None = None
         self._ids = itertools.count(1)
         self._boxes: dict[int, tuple[Mailbox, int]] = {}
@@ -210,7 +211,9 @@ class AsyncEngine:
                 self.facts, self.status, self.trouble = facts, "ready", None
                 self.pulse = Pulse()
                 self.pulse.beat({})
-                if not self._first.done():
+                if self._first.done():
+                    self.on_restart()
+                else:
                     self._first.set_result(None)
             case messages.Failed(text, is_user_error):
                 self.trouble = text
@@ -277,9 +280,9 @@ class AsyncEngine:
         """A vector for each input, as float32 bytes."""
         return cast("list[bytes]", await self._order(lambda order: messages.Embed(order, inputs, pooling)))
 
-    async def load_adapter(self, name: str, path: str) -> None:
+    async def load_adapter(self, name: str, path: str, follow: bool = False) -> None:
         """Load a LoRA adapter. Raises: ApiError when the engine refuses it."""
-        await self._order(lambda order: messages.LoadAdapter(order, name, path))
+        await self._order(lambda order: messages.LoadAdapter(order, name, path, follow))
 
     async def unload_adapter(self, name: str) -> None:
         """Drop a LoRA adapter."""

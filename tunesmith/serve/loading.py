@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.source import resolve_model
+from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.llm import LLM, TEXT_CONTEXT_TOKENS
 from tunesmith.engine.runner import evaluating
 from tunesmith.engine.source import ModelSource, find_source
@@ -21,7 +22,9 @@ from tunesmith.serve import messages
 from tunesmith.serve.messages import Message
 from tunesmith.serve.options import EngineOptions
 from tunesmith.units import format_bytes
-from tunesmith.verify.served import Reference, check_served, trained_reference
+
+if TYPE_CHECKING:  # what compares with a run is imported for runs only
+    from tunesmith.verify.served import Reference
 
 # Tokens of one portion of embedding work: other requests' steps go on between portions.
 EMBED_TOKENS = 2048
@@ -35,10 +38,12 @@ def load_model(options: EngineOptions, send: Callable[[Message], None]) -> Loade
     began_s = time.perf_counter()
     source = find_source(options.model, options.adapter, options.quantization, options.revision)
     send(messages.Source(_describe_source(source)))
-    reference = _reference(options)
+    reference = _reference(options) if source.is_tuned else None
     llm = LLM(options.model, **_arguments(options))
     model = LoadedModel(llm, options, time.perf_counter() - began_s)
     if reference is not None:
+        from tunesmith.verify.served import check_served
+
         report = check_served(
             llm, reference, refuse=options.served_check == "refuse", chat_template=options.chat_template
         )
@@ -50,6 +55,8 @@ def _reference(options: EngineOptions) -> Reference | None:
     """What the run predicted that the model comes from: computed before the engine takes the memory."""
     if options.served_check == "off" or options.tensor_parallel_size != 1:
         return None
+    from tunesmith.verify.served import trained_reference
+
     return trained_reference(options.model, options.adapter, device=options.device)
 
 
@@ -113,7 +120,7 @@ class LoadedModel:
         return {
             "max_model_len": llm.max_model_len,
             "vocab_size": llm.runner.vocab_size,
-            "embedding_size": model.config.hidden_size if isinstance(model, Decoder) else None,
+            "embedding_size": self._embedding_size(),
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_num_batched_tokens,
             "num_pages": llm.runner.pages.num_pages,
@@ -125,6 +132,12 @@ class LoadedModel:
             "has_chat_template": llm.has_chat_template,
             "load_s": load_s,
         }
+
+    def _embedding_size(self) -> int | None:
+        """None unless one process has the whole model, in our own code."""
+        model = self.llm.model
+        is_whole = isinstance(model, Decoder) and self.options.tensor_parallel_size == 1
+        return cast(Decoder, model).config.hidden_size if is_whole else None
 
     def text_context(self, prompt_ids: list[int]) -> list[int]:
         """The prompt's last tokens: enough to know how the answer's first characters join on."""
@@ -149,18 +162,37 @@ class LoadedModel:
         vectors_BD = torch.stack([part.mean(dim=0) if pooling == "mean" else part[-1] for part in parts])
         return torch.nn.functional.normalize(vectors_BD, dim=1).cpu()
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """Load a LoRA adapter. Raises: RequestError where the engine has no places for adapters."""
-        self._adapters().load(name, path)
+    def load_adapter(self, name: str, path: str, follow: bool) -> Callable[[], bool]:
+        """Begin to read a LoRA adapter, in the pool's thread; an older one of that name serves until it is there.
+
+        Raises: RequestError, AdapterError; what is returned raises them too.
+        """
+        pool = self._pool()
+        before = self._version(name)
+        pool.load(name, path, follow=follow, wait=False)
+
+        def is_loaded() -> bool:
+            pool.poll()
+            try:
+                pool.check(name)
+            except RequestError:
+                pool.unload(name)
+                raise
+            return follow or self._version(name) != before
+
+        return is_loaded
+
+    def _version(self, name: str) -> int | None:
+        return next((info.version for info in self._pool().list() if info.name == name), None)
 
     def unload_adapter(self, name: str) -> None:
-        """Drop a LoRA adapter."""
-        self._adapters().unload(name)
+        """Forget a LoRA adapter; requests that have begun with it end with it."""
+        self._pool().unload(name)
 
-    def _adapters(self) -> Any:
-        if self.engine.adapters is None:
-            raise RequestError("this engine was started without places for adapters")
-        return self.engine.adapters
+    def _pool(self) -> AdapterPool:
+        if self.llm.adapters is None:
+            raise RequestError("the server was started without places for adapters: --enable-lora")
+        return self.llm.adapters
 
 
 def _portions(inputs: Sequence[list[int]], max_tokens: int) -> Iterator[list[list[int]]]:

@@ -59,11 +59,12 @@ class Embed:
 
 @dataclass(frozen=True)
 class LoadAdapter:
-    """Load a LoRA adapter's directory under a name."""
+    """Load a LoRA adapter's directory under a name. `follow`: a run's newer checkpoints take its place as they come."""
 
     id: int
     name: str
     path: str
+    follow: bool = False
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,11 @@ async def one_model(server: Server, name: str) -> Response:
 async def load_adapter(server: Server, request: Request, body: LoadAdapterRequest) -> Response:
     """Load an adapter directory of the server under a name."""
     _check_allowed(server)
-    if body.lora_name in server.adapters or body.lora_name in server.options.names:
+    is_taken = body.lora_name in server.adapters and not body.load_inplace
+    if is_taken or body.lora_name in server.options.names:
         raise ApiError(400, f"there is a model called {body.lora_name!r} already", param="lora_name")
-    await server.engine.load_adapter(body.lora_name, body.lora_path)
-    server.adapters[body.lora_name] = Adapter(body.lora_path, int(time.time()))
+    await server.engine.load_adapter(body.lora_name, body.lora_path, bool(body.follow))
+    server.adapters[body.lora_name] = Adapter(body.lora_path, int(time.time()), bool(body.follow))
     return JsonResponse({"status": "loaded", "lora_name": body.lora_name})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.errors import RequestError
 from tunesmith.serve.client import AsyncEngine
-from tunesmith.serve.errors import engine_down
+from tunesmith.serve.errors import ApiError, engine_down
 from tunesmith.serve.options import EngineOptions, ServerOptions
 from tunesmith.serve.process import EngineProcess
 
@@ -80,13 +80,21 @@ async def _serve(
     await asyncio.sleep(0)  # the engine's process begins to load before anything else is imported here
     from tunesmith.serve.app import build_app
     from tunesmith.serve.http import HttpServer
-    from tunesmith.serve.state import load_text, make_server
+    from tunesmith.serve.state import load_adapters, load_text, make_server
 
     server = make_server(options, engine)
     http = HttpServer(build_app(server), grace_s=options.grace_s + _LAST_WORDS_S, keep_alive_s=_KEEP_ALIVE_S)
     stop = _Stop(server, http)
     serving = asyncio.create_task(http.serve(sockets=[listening]))
-    loading = asyncio.create_task(_load(engine, load_text(server)))
+
+    async def load() -> None:
+        await asyncio.gather(engine.loaded(), load_text(server))
+        try:
+            await load_adapters(server)
+        except ApiError as error:
+            raise RequestError(error.message) from None
+
+    loading = asyncio.create_task(load())
     try:
         await asyncio.wait([serving, loading], return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
@@ -100,10 +108,6 @@ async def _serve(
         await asyncio.gather(serving, loading, return_exceptions=True)
         stop.remove()
     return stop.number
-
-
-async def _load(engine: AsyncEngine, text: Any) -> None:
-    await asyncio.gather(engine.loaded(), text)
 
 
 class _Stop:

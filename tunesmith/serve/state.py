@@ -32,6 +32,7 @@ class Adapter:
 
     path: str
     created: int
+    follow: bool = False
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Server:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     is_draining: bool = False
     model_text: ServedText | None = None
+    reloading: asyncio.Task[None] | None = None
 
     @property
     def text(self) -> ServedText:
@@ -100,7 +102,31 @@ def make_server(options: ServerOptions, engine: AsyncEngine) -> Server:
     engine.on_stats = metrics.engine.take
     engine.on_end = metrics.finished
     engine.on_gap = metrics.itl.observe
-    return Server(options, engine, metrics, Admission(places, max(1, int(places * share))))
+    server = Server(options, engine, metrics, Admission(places, max(1, int(places * share))))
+    for name, path in options.adapters:
+        server.adapters[name] = Adapter(path, server.created)
+    engine.on_restart = lambda: _reload(server)
+    return server
+
+
+def _reload(server: Server) -> None:
+    """A new engine process has none of the adapters that the last one had."""
+    server.reloading = asyncio.get_running_loop().create_task(load_adapters(server, is_strict=False))
+
+
+async def load_adapters(server: Server, *, is_strict: bool = True) -> None:
+    """Have the engine load all adapters that are known.
+
+    Args: `is_strict`: raise for one that can't be loaded (ApiError); else it is dropped, and the log says why.
+    """
+    for name, adapter in list(server.adapters.items()):
+        try:
+            await server.engine.load_adapter(name, adapter.path, adapter.follow)
+        except ApiError as error:
+            if is_strict:
+                raise
+            log.error("the adapter %s can't be loaded again: %s", name, error.message)
+            server.adapters.pop(name, None)
 
 
 async def load_text(server: Server) -> None:

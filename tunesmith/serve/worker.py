@@ -27,6 +27,7 @@ from tunesmith.serve.params import params_from_plain
 
 log = logging.getLogger(__name__)
 BEAT_S = 0.25
+LOADING_S = 0.02
 ORPHAN_S = 10.0
 _LEAVE = object()
 
@@ -47,6 +48,7 @@ class ServedEngine(Protocol):
         priority: int = 0,
         adapter: str | None = None,
         cache_salt: str = "",
+        streams: bool = True,
     ) -> int:
         """Queue a request."""
 
@@ -75,8 +77,8 @@ class Loaded(Protocol):
     def embed(self, inputs: list[list[int]], pooling: str) -> Iterator[list[bytes]]:
         """The inputs' vectors, in portions of work."""
 
-    def load_adapter(self, name: str, path: str) -> None:
-        """Load an adapter."""
+    def load_adapter(self, name: str, path: str, follow: bool) -> Callable[[], bool]:
+        """Begin to load an adapter; what is returned tells, between steps, whether it is there, or raises why not."""
 
     def unload_adapter(self, name: str) -> None:
         """Drop an adapter."""
@@ -138,6 +140,7 @@ class Worker:
         self.engine_ids: dict[int, int] = {}  # the server's request -> the engine's
         self.requests: dict[int, messages.Submit] = {}  # the engine's -> the server's
         self.embeddings: dict[int, tuple[Iterator[list[bytes]], list[bytes]]] = {}
+        self.loading: dict[int, Callable[[], bool]] = {}
         self.beat_at_s = 0.0
         self.num_failed_steps = 0
         self.is_leaving = False
@@ -149,13 +152,15 @@ class Worker:
             if self.engine.has_work:
                 self._step()
             self._embed()
+            self._await_adapters()
             self._beat()
 
     def _take_messages(self) -> None:
         """All that wait; where there is nothing else to do, sleep until the next."""
         idle = not (self.engine.has_work or self.embeddings)
+        wait_s = LOADING_S if self.loading else BEAT_S
         with contextlib.suppress(queue.Empty):
-            self._handle(self.link.inbox.get(timeout=BEAT_S) if idle else self.link.inbox.get_nowait())
+            self._handle(self.link.inbox.get(timeout=wait_s) if idle else self.link.inbox.get_nowait())
             while not self.is_leaving:
                 self._handle(self.link.inbox.get_nowait())
 
@@ -167,24 +172,39 @@ class Worker:
                 self._abort(request_id)
             case messages.Embed(request_id, inputs, pooling):
                 self.embeddings[request_id] = (self.model.embed(inputs, pooling), [])
-            case messages.LoadAdapter(request_id, name, path):
-                self._guarded(request_id, lambda: self.model.load_adapter(name, path), answers=True)
+            case messages.LoadAdapter(request_id, name, path, follow):
+                self._guarded(request_id, lambda: self._load_adapter(request_id, name, path, follow))
             case messages.UnloadAdapter(request_id, name):
-                self._guarded(request_id, lambda: self.model.unload_adapter(name), answers=True)
+                self._guarded(request_id, lambda: self._unload_adapter(request_id, name))
             case messages.AskStats():
                 self.beat_at_s = 0.0
             case messages.Shutdown():
                 self.is_leaving = True
 
-    def _guarded(self, request_id: int, work: Callable[[], None], answers: bool = False) -> None:
+    def _guarded(self, request_id: int, work: Callable[[], None]) -> None:
         """What goes wrong with one request is that request's error."""
         try:
             work()
         except Exception as error:
             self._reject(request_id, error)
-        else:
-            if answers:
+
+    def _load_adapter(self, request_id: int, name: str, path: str, follow: bool) -> None:
+        self.loading[request_id] = self.model.load_adapter(name, path, follow)
+
+    def _unload_adapter(self, request_id: int, name: str) -> None:
+        self.model.unload_adapter(name)
+        self.link.send(messages.Done(request_id))
+
+    def _await_adapters(self) -> None:
+        """Tell whoever waits for an adapter that is there now, or can't be loaded."""
+        for request_id, is_loaded in list(self.loading.items()):
+            try:
+                if not is_loaded():
+                    continue
                 self.link.send(messages.Done(request_id))
+            except Exception as error:
+                self._reject(request_id, error)
+            del self.loading[request_id]
 
     def _reject(self, request_id: int, error: Exception) -> None:
         is_user_error = isinstance(error, TunesmithError) and isinstance(error, ValueError)
@@ -201,12 +221,14 @@ class Worker:
             priority=message.priority,
             adapter=message.adapter,
             cache_salt=message.cache_salt,
+            streams=message.stream,
         )
         self.engine_ids[message.id] = engine_id
         self.requests[engine_id] = message
 
     def _abort(self, request_id: int) -> None:
         self.embeddings.pop(request_id, None)
+        self.loading.pop(request_id, None)
         engine_id = self.engine_ids.pop(request_id, None)
         if engine_id is not None:
             del self.requests[engine_id]

@@ -153,10 +153,18 @@ class FakeModel:
         for ids in inputs:
             yield [struct.pack("<4f", float(len(ids)), 0.5, 0.0, float(pooling == "last"))]
 
-    def load_adapter(self, name: str, path: str) -> None:
+    def load_adapter(self, name: str, path: str, follow: bool) -> Any:
         if not path.startswith("/"):
             raise RequestError(f"there is no adapter {path}")
-        self.adapters[name] = path
+
+        def is_loaded() -> bool:
+            if path == "/broken":
+                raise RequestError("the adapter is broken")
+            is_there = name in self.adapters
+            self.adapters[name] = path
+            return is_there
+
+        return is_loaded
 
     def unload_adapter(self, name: str) -> None:
         del self.adapters[name]

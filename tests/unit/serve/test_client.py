@@ -83,6 +83,14 @@ async def test_a_dead_engine_is_started_again_and_those_who_waited_are_told(one:
     assert one.server.admission.num_taken == 0
 
 
+@in_server(adapters=(("mine", "/somewhere"), ("lost", "nowhere")))
+async def test_a_new_engine_gets_the_adapters_again(one: Served) -> None:
+    one.links[0].kill()
+    await one.until(lambda: len(one.fakes) == 2 and one.server.engine.status == "ready")
+    await one.until(lambda: "lost" not in one.server.adapters)
+    assert set(one.server.adapters) == {"mine"}
+
+
 @in_server(stall_s=0.8, hang_s=1.6)
 async def test_an_engine_that_hangs_is_unhealthy_then_started_again(one: Served) -> None:
     one.fake.hangs.set()

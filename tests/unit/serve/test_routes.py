@@ -203,6 +203,10 @@ async def test_models_and_adapters(one: Served) -> None:
     assert error_of(await one.post("/v1/load_lora_adapter", **load), 400)["param"] == "lora_name"
     bad = {"lora_name": "x", "lora_path": "nowhere"}
     assert "no adapter" in error_of(await one.post("/v1/load_lora_adapter", **bad), 400)["message"]
+    broken = {"lora_name": "x", "lora_path": "/broken"}
+    assert "is broken" in error_of(await one.post("/v1/load_lora_adapter", **broken), 400)["message"]
+    again = await one.post("/v1/load_lora_adapter", **load, load_inplace=True, follow=True)
+    assert again.status_code == 200
     assert (await one.client.get("/v1/models/mine")).json()["parent"] == "tiny"
     assert (await one.chat(model="mine")).json()["model"] == "mine"
     assert one.fake.submitted[0]["adapter"] == "mine"
