@@ -117,7 +117,7 @@ def make_runner(
         free, total = torch.cuda.mem_get_info(_device(model))
         share = min(config.gpu_memory_utilization, (total - free + LIVE_SHARE * free) / total)
         config = replace(config, gpu_memory_utilization=share)
-    runner = NativeRunner(model, config, has_graphs=not is_live, beside_page_bytes=beside_page_bytes)
+    runner = NativeRunner(model, config, owns_model=not is_live, beside_page_bytes=beside_page_bytes)
     if adapters is not None:
         runner.before_pass.append(partial(_choose_adapters, adapters))
     runner.warm_up(GRAPHS_S)

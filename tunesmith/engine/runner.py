@@ -3,9 +3,10 @@
 forward:  tokens (some only on the device) -> Decoder.forward with PagedAttention -> hidden states of the sampled rows
 sample:   -> logits -> sampling -> last tokens (stay on the device), and copies for the host
 
-Batch-invariant mode: the decoder runs over exactly FIXED_ROWS rows at a time, padded, every row attends on its own, and
-so does the head. A product's sum then never depends on how many rows there are, so a token's logits are the same bits
-in a long prompt, in a lone step and among any others.
+Batch-invariant mode: a token's logits are the same bits in a long prompt, in a lone step and among any others, since
+no product's shape depends on how many rows there are. On a GPU every linear computes GROUP_ROWS rows at a time
+(fixed_rows.py), and the attention kernel has one tile for all. On a CPU, and for a model that is not ours to change,
+the whole decoder runs over PASS_ROWS rows at a time, each attending on its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.engine.attend import PagedAttention
@@ -24,6 +24,7 @@ from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
 from tunesmith.engine.batching import to_device, worst_batches
 from tunesmith.engine.cache_size import kv_torch_dtype, num_pages
 from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.fixed_rows import fix_rows, in_groups
 from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
 from tunesmith.engine.graphs import Decoded, DecodeGraphs
 from tunesmith.engine.interfaces import Pending, Runner
@@ -37,8 +38,10 @@ from tunesmith.model.stream import WHOLE
 
 __all__ = ["NativeRunner", "Runner", "evaluating"]
 
-# Rows of a pass in batch-invariant mode: on a CPU few, since a lone request pays for all of them.
-FIXED_ROWS = {"cpu": 16, "cuda": 64}
+PASS_ROWS = 16
+"""Few: on a CPU a lone request pays for all of them."""
+GROUP_ROWS = 256
+"""As many as decode together: a GPU reads the weights once for all of them, and up to here rows cost little."""
 
 
 @contextmanager
@@ -82,7 +85,8 @@ class NativeRunner:
         when such a pass was launched.
     num_pages: pages of the cache; None: as many as fit (cache_size.py).
     beside_page_bytes: bytes that another cache takes for each of these pages (a draft model's).
-    has_graphs: False: nothing is recorded, since the weights may be put elsewhere.
+    owns_model: False: the model is someone else's. Nothing is recorded, since its weights may be put elsewhere, and its
+        linears stay what they are.
     """
 
     shares_prefixes = True
@@ -93,7 +97,7 @@ class NativeRunner:
         config: EngineConfig,
         num_pages: int | None = None,
         *,
-        has_graphs: bool = True,
+        owns_model: bool = True,
         beside_page_bytes: int = 0,
     ) -> None:
         self.model = model
@@ -105,17 +109,21 @@ class NativeRunner:
         self.after_pass: list[Callable[[], None]] = []
         self.device = model.embedding.weight.device
         on_gpu = self.device.type == "cuda"
-        self.fixed_rows = FIXED_ROWS.get(self.device.type, 16) if config.batch_invariant else None
+        has_groups = config.batch_invariant and on_gpu and owns_model
+        self.fixed_rows = PASS_ROWS if config.batch_invariant and not has_groups else None
+        self.group_rows = GROUP_ROWS if has_groups else self.fixed_rows
         if config.batch_invariant and model.config.moe is not None:
             raise RequestError(
                 "batch_invariant is not there for mixtures of experts: the rows an expert gets depend on the batch"
             )
+        if has_groups:
+            fix_rows(model.blocks, GROUP_ROWS)
         is_whole = model.stream is WHOLE
         self._fused = FusedPass(model) if on_gpu and is_whole and has_fused_pass(model) else None
         self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device)
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
-        records = on_gpu and is_whole and has_graphs and not config.enforce_eager and not config.batch_invariant
+        records = on_gpu and is_whole and owns_model and not config.enforce_eager and self.fixed_rows is None
         self.graphs = self._make_graphs() if records else None
         self._hidden: Tensor | None = None
         self._decoded: Decoded | None = None
@@ -169,7 +177,7 @@ class NativeRunner:
     def _passing(self) -> Iterator[None]:
         """The model as it answers: in evaluation mode, its blocks written out where that is a GPU's."""
         was_fused = self.model.is_fused
-        self.model.is_fused = was_fused or self.device.type == "cuda"
+        self.model.is_fused = (was_fused or self.device.type == "cuda") and not self.config.batch_invariant
         try:
             with torch.inference_mode(), evaluating(self.model):
                 yield
@@ -201,12 +209,12 @@ class NativeRunner:
     def _decode(self, batch: StepBatch) -> Tensor:
         """logits_BV of a batch of single tokens, all of them known: what a graph records."""
         with self._passing():
-            return self.model.logits(self._pass(batch.tokens_T, batch, self.cache))
+            return self.logits(self._pass(batch.tokens_T, batch, self.cache))
 
     def _pass(self, tokens_T: Tensor, batch: StepBatch, cache: PagedCache) -> Tensor:
         for call in self.before_pass:
             call(batch)
-        attend = PagedAttention(cache, batch, invariant=self.fixed_rows is not None)
+        attend = PagedAttention(cache, batch, invariant=self.config.batch_invariant)
         run = self.model if self._fused is None else self._fused
         hidden: Tensor = run(tokens_T, batch.positions_T, attend)
         for done in self.after_pass:
@@ -215,11 +223,9 @@ class NativeRunner:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """logits_BV of hidden states."""
-        if self.fixed_rows is None:
+        if self.group_rows is None:
             return self.model.logits(hidden_BD)
-        rows, num = self.fixed_rows, hidden_BD.shape[0]
-        padded = F.pad(hidden_BD, (0, 0, 0, -num % rows))
-        return torch.cat([self.model.logits(part) for part in padded.split(rows)])[:num]
+        return in_groups(self.model.logits, hidden_BD, self.group_rows)
 
     def _score(self, hidden_TD: Tensor, batch: StepBatch) -> LogprobTensors | None:
         if batch.score_rows is None or batch.score_targets is None:
