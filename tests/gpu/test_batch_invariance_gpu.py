@@ -1,4 +1,4 @@
-"""Batch-invariant mode on a GPU: greedy answers keep every bit in a batch, from the cache, in pieces, after preemption."""
+"""Batch-invariant mode on a GPU: every bit is kept in a batch, from the cache, in pieces, after preemption."""
 
 from __future__ import annotations
 

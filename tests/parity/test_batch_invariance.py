@@ -124,11 +124,10 @@ def check(folder: Path, form: str, seeds: range) -> int:
     return preempted
 
 
-@pytest.mark.parametrize(("form", "seed"), [("float32", 1), ("bfloat16", 0), ("int8", 0), ("int4", 2)])
+@pytest.mark.parametrize(("form", "seed"), [("float32", 1), ("int4", 2)])
 def test_greedy_answers_keep_every_bit_in_random_company(folder: Path, form: str, seed: int) -> None:
-    """Seed 1 runs out of pages in float32, seed 2 in int4."""
-    preempted = check(folder, form, range(seed, seed + 1))
-    assert preempted > 0 or seed == 0
+    """In these schedules pages run out."""
+    assert check(folder, form, range(seed, seed + 1)) > 0
 
 
 @pytest.mark.long
