@@ -109,7 +109,7 @@ class Sampling:
         return self._draw(logits_BV, slots_B, positions_B, None)
 
     def _choose(self, logits: Tensor, plan: SamplingPlan, slots_B: Tensor, positions_B: Tensor) -> Tensor:
-        if plan.is_greedy:
+        if plan.is_greedy and self.state.device.type == "cpu":
             return choose_greedily(logits, slots_B, self.state.last_tokens_N)
         return self._draw(logits, slots_B, positions_B, self._thresholds(logits, plan, slots_B))
 

@@ -74,12 +74,8 @@ def choose_reference(
 
 
 def choose_greedily(logits_BV: Tensor, slots_B: Tensor, last_tokens_N: Tensor) -> Tensor:
-    """`choose` of rows that all take their largest logit."""
-    if not use_kernel(logits_BV.device):
-        return _best(logits_BV, slots_B, last_tokens_N)
-    from tunesmith.kernels.sampling_triton import greedy_operator
-
-    return greedy_operator(logits_BV, slots_B, last_tokens_N)
+    """`choose` of rows that all take their largest logit, by plain torch (the kernel tells by the temperature)."""
+    return _best(logits_BV, slots_B, last_tokens_N)
 
 
 def _best(scores_BV: Tensor, slots_B: Tensor, last_tokens_N: Tensor) -> Tensor:

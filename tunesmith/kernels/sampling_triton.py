@@ -32,49 +32,6 @@ def choose_operator(
     thresholds: Tensor | None,
 ) -> Tensor:
     """tokens [B] int64 of logits [B, V], whose last stride is 1; the other arguments are contiguous."""
-    return _launch(logits, temperatures, seeds, slots, positions, last_tokens, thresholds, draws=True)
-
-
-@choose_operator.register_fake
-def _choose_fake(
-    logits: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    last_tokens: Tensor,
-    thresholds: Tensor | None,
-) -> Tensor:
-    return slots.new_empty(logits.shape[0])
-
-
-@torch.library.custom_op("tunesmith::choose_greedily", mutates_args=("last_tokens",))
-def greedy_operator(logits: Tensor, slots: Tensor, last_tokens: Tensor) -> Tensor:
-    """tokens [B] int64, the largest logits' of [B, V], whose last stride is 1."""
-    return _launch(logits, slots, slots, slots, slots, last_tokens, None, draws=False)
-
-
-@greedy_operator.register_fake
-def _greedy_fake(logits: Tensor, slots: Tensor, last_tokens: Tensor) -> Tensor:
-    return slots.new_empty(logits.shape[0])
-
-
-def num_splits(num_rows: int, vocab_size: int, device: torch.device) -> int:
-    """Programs that share a row."""
-    wanted = ceil_div(_PROGRAMS_PER_PROCESSOR * num_processors(device), max(num_rows, 1))
-    return max(1, min(wanted, ceil_div(quarter(vocab_size), _COLUMNS)))
-
-
-def _launch(
-    logits: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    last_tokens: Tensor,
-    thresholds: Tensor | None,
-    draws: bool,
-) -> Tensor:
     num_rows, vocab_size = logits.shape
     tokens = slots.new_empty(num_rows)
     if not num_rows:
@@ -97,7 +54,6 @@ def _launch(
             VOCAB=vocab_size,
             QUARTER=quarter(vocab_size),
             COLUMNS=_COLUMNS,
-            DRAWS=draws,
             HAS_THRESHOLDS=thresholds is not None,
             SITE=SITE,
             SERIES_BELOW=SERIES_BELOW,
@@ -112,11 +68,35 @@ def _launch(
             tokens,
             last_tokens,
             splits,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=triton.next_power_of_2(most_splits(vocab_size)),  # one kernel for every batch
             BROKEN=BROKEN,
             num_warps=1,
         )
     return tokens
+
+
+@choose_operator.register_fake
+def _choose_fake(
+    logits: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    last_tokens: Tensor,
+    thresholds: Tensor | None,
+) -> Tensor:
+    return slots.new_empty(logits.shape[0])
+
+
+def num_splits(num_rows: int, vocab_size: int, device: torch.device) -> int:
+    """Programs that share a row."""
+    wanted = ceil_div(_PROGRAMS_PER_PROCESSOR * num_processors(device), max(num_rows, 1))
+    return max(1, min(wanted, most_splits(vocab_size)))
+
+
+def most_splits(vocab_size: int) -> int:
+    """Blocks that a row can be split into."""
+    return ceil_div(quarter(vocab_size), _COLUMNS)
 
 
 @triton.jit
@@ -142,7 +122,6 @@ def _best_kernel(
     VOCAB: tl.constexpr,
     QUARTER: tl.constexpr,
     COLUMNS: tl.constexpr,
-    DRAWS: tl.constexpr,
     HAS_THRESHOLDS: tl.constexpr,
     SITE: tl.constexpr,
     SERIES_BELOW: tl.constexpr,
@@ -151,12 +130,10 @@ def _best_kernel(
     """The best token of one program's share of a row: blocks split, split + splits, ... of the row's quarter."""
     row, split = tl.program_id(0), tl.program_id(1)
     source = logits + row.to(tl.int64) * row_stride
-    temperature, threshold = 0.0, float("-inf")
-    if DRAWS:
-        slot = tl.load(slots + row)
-        temperature = tl.load(temperatures + slot)
-        seed = tl.load(seeds + slot)
-        position = tl.load(positions + row).to(tl.int32)
+    slot = tl.load(slots + row)
+    temperature, seed = tl.load(temperatures + slot), tl.load(seeds + slot)
+    position = tl.load(positions + row).to(tl.int32)
+    threshold = float("-inf")
     if HAS_THRESHOLDS:
         threshold = tl.load(thresholds + row)
     top = tl.full((COLUMNS,), float("-inf"), tl.float32)
@@ -164,17 +141,19 @@ def _best_kernel(
     for block in range(split, (QUARTER + COLUMNS - 1) // COLUMNS, splits):
         column = block * COLUMNS + tl.arange(0, COLUMNS)
         zero = column * 0
-        if DRAWS:
+        none = zero.to(tl.uint32)
+        word_0, word_1, word_2, word_3 = none, none, none, none
+        if temperature > 0:
             # Word w of the counter at `column` belongs to token column + w * QUARTER.
-            words = tl.philox(seed, column, zero + position, zero + SITE, zero, ROUNDS)
+            word_0, word_1, word_2, word_3 = tl.philox(seed, column, zero + position, zero + SITE, zero, ROUNDS)
+        words = (word_0, word_1, word_2, word_3)
         for strip in tl.static_range(4):
             at = column + strip * QUARTER
             mask = (column < QUARTER) & (at < VOCAB)
             value = tl.load(source + at, mask=mask, other=float("-inf")).to(tl.float32)
             score = value
-            if DRAWS:  # noqa: SIM102 (decided when the kernel is compiled; the other, while it runs)
-                if temperature > 0:
-                    score = value / temperature + _gumbel(words[strip], SERIES_BELOW)
+            if temperature > 0:
+                score = value / temperature + _gumbel(words[strip], SERIES_BELOW)
             if HAS_THRESHOLDS:
                 score = tl.where(value < threshold, float("-inf"), score)
             score = tl.where(value != value, float("inf"), score)
