@@ -311,9 +311,7 @@ def _call_rule(name: str, arguments: str, syntax: ToolSyntax, tokenizer: Tokeniz
 
 def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
     """The tool's own schema; without one there are no arguments."""
-    schema = function.get("parameters")
-    if not schema:
-        return {"type": "object", "properties": {}, "additionalProperties": False}
+    schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
     options = {"whitespace_pattern": "[ ]?", "lenient": not function.get("strict")}
     return {**schema, "x-guidance": options}
 
