@@ -7,7 +7,9 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
+from tunesmith.arch import read_config
 from tunesmith.checkpoint.adapter import load_adapter
+from tunesmith.checkpoint.held_files import held_method, load_held
 from tunesmith.checkpoint.load import DTYPES, Backend, Quantize, load_model
 from tunesmith.checkpoint.quantized_load import load_quantized
 from tunesmith.checkpoint.source import resolve_model
@@ -15,6 +17,7 @@ from tunesmith.errors import ModelError, UnsupportedModelError, nearest
 from tunesmith.hardware import pick_device
 from tunesmith.model.decode_linears import hold_head_in_int8, use_decode_linears
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.held import HeldLinear
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.weight_formats import FORMAT_NAMES, WeightFormat, parse_format
 
@@ -55,7 +58,15 @@ def load_for_inference(
     directory = resolve_model(str(path), revision)
     where = torch.device(pick_device(str(device)))
     held = None if quantize is None else parse_format(quantize)
-    if held is None:
+    stored = held_method(read_config(directory)) if weights == "checkpoint" else None
+    if stored is not None:
+        if quantize is not None:
+            raise ModelError(
+                f"{directory} is quantised already ({stored}): leave quantize out, or take the unquantised model"
+            )
+        model: Any = load_held(directory, device=where, dtype=_dtype(dtype))
+        model = _adapted(model, adapter, directory, None)
+    elif held is None:
         model = load_model(
             directory,
             adapter=adapter,
@@ -70,16 +81,25 @@ def load_for_inference(
         raise UnsupportedModelError(_only_native(held))
     else:
         model = load_quantized(directory, held, device=where, dtype=_dtype(dtype), weights=weights, seed=seed)
-        if adapter is not None:
-            random_seed = seed if weights == "random" else None
-            load_adapter(model, Path(adapter), base_directory=directory, random_seed=random_seed)
+        model = _adapted(model, adapter, directory, seed if weights == "random" else None)
     if isinstance(model, Decoder):
-        if head == "int8" or (head == "auto" and held is not None and where.type == "cpu"):
+        quantised = held is not None or stored is not None
+        if (head == "int8" or (head == "auto" and quantised and where.type == "cpu")) and not _has_held_head(model):
             hold_head_in_int8(model)
         use_decode_linears(model)
     elif head == "int8":
         raise UnsupportedModelError("a head in int8 is for the native decoder: leave head at 'stored'")
-    return cast(Any, model).eval()
+    return model.eval()
+
+
+def _adapted(model: Decoder, adapter: str | Path | None, base: Path, random_seed: int | None) -> Decoder:
+    if adapter is not None:
+        load_adapter(model, Path(adapter), base_directory=base, random_seed=random_seed)
+    return model
+
+
+def _has_held_head(model: Decoder) -> bool:
+    return isinstance(model.head, HeldLinear)
 
 
 def _only_native(held: WeightFormat) -> str:

@@ -32,6 +32,7 @@ VERBS = {
     "serve": ("tunesmith.cli.serve", "serve a model to programs, with OpenAI's interface"),
     "verify": ("tunesmith.cli.verify", "check that training by a recipe is correct on this machine"),
     "merge": ("tunesmith.cli.merge", "make one model of a base model and the adapter (add-on) trained for it"),
+    "compress": ("tunesmith.cli.compress", "make a model smaller and faster to answer: int8 or int4 weights"),
     "consolidate": (
         "tunesmith.cli.consolidate",
         "make a model folder, or an adapter, of a checkpoint that any number of processes wrote",

@@ -43,6 +43,8 @@ class Int4Weight:
 
     words: int32 [F, ceil(D / 128) * 16]; scales: [F, ceil(D / 128) * 128 / G], bfloat16 or float16;
     zeros: uint8 like scales, or None (symmetric). dtype: what the weight was.
+    order: the column that each held column is of, int64 [D]; None: as they are. Products and what is dequantised here
+    know nothing of it: the linear that holds the weight does.
     """
 
     words: Tensor
@@ -50,6 +52,7 @@ class Int4Weight:
     zeros: Tensor | None
     shape: tuple[int, int]
     dtype: torch.dtype
+    order: Tensor | None = None
 
     @property
     def group_size(self) -> int:

@@ -63,6 +63,8 @@ class Int4Linear(HeldLinear):
         self.scales[rows].copy_(held.scales)
         if self.zeros is not None and held.zeros is not None:
             self.zeros[rows].copy_(held.zeros)
+        if self.order is not None and held.order is not None:
+            self.order.copy_(held.order)
         self._cpu = None
         self._take_bias(part, bias_F)
 

@@ -1,0 +1,34 @@
+"""`tunesmith compress` as a person types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.cli.main import run
+
+
+def test_a_model_is_compressed_and_answers(tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tunesmith
+
+    text = data_dir / "tinystories_sample" / "tinystories_v2_sample_4KB.txt"
+    output = tmp_path / "small"
+    options = ["--format", "int4-g32", "--calibration", "gptq", "--calibration-text", str(text), "--device", "cpu"]
+    assert run(["compress", "builtin:tiny", "--output", str(output), *options, "--json"]) == 0
+    said = capsys.readouterr()
+    report: dict[str, Any] = json.loads(said.out.splitlines()[-1])
+    assert report["kl"] < 0.5 and report["bytes_after"] < report["bytes_before"]
+    assert "% of" in said.err
+    section = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert (section["quant_method"], section["calibration"]) == ("tunesmith", "gptq")
+    assert run(["compress", "builtin:tiny", "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert tunesmith.__version__
+
+
+def test_a_misspelt_format_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compress", "builtin:tiny", "--output", str(tmp_path / "x"), "--format", "int4-g46"]) == 2
+    assert "did you mean 'int4-g64'" in capsys.readouterr().err

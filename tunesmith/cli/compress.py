@@ -1,0 +1,108 @@
+"""`tunesmith compress MODEL --format int4 --output DIR`: a model with its weights in int8 or int4, ready to serve."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli import console
+from tunesmith.errors import DataError
+
+if TYPE_CHECKING:
+    from tunesmith.compress.quantize import CompressReport
+
+app = typer.Typer(add_completion=False)
+
+
+class CalibrationName(StrEnum):
+    """How int4 codes are chosen."""
+
+    none = "none"
+    gptq = "gptq"
+    awq = "awq"
+
+
+class HeadName(StrEnum):
+    """What the output head is stored in."""
+
+    stored = "stored"
+    int8 = "int8"
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="a model directory, a Hub id, or builtin:tiny")],
+    output: Annotated[Path, typer.Option(help="the folder to write the compressed model to")],
+    format: Annotated[str, typer.Option(help="int8, w8a8, int4, int4-g64, int4-g32; -sym: no zero points")] = "int4",
+    calibration: Annotated[CalibrationName, typer.Option(help="choose int4 codes on a text")] = CalibrationName.none,
+    calibration_text: Annotated[Path | None, typer.Option(help="a text file like what the model will read")] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="how much of it to use", min=1)] = 65536,
+    head: Annotated[HeadName, typer.Option(help="int8 halves the output head too")] = HeadName.stored,
+    dtype: Annotated[str, typer.Option(help="of what is not compressed; auto: the model's")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="of a Hub id")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    replace: Annotated[bool, typer.Option(help="write over an existing folder")] = False,
+) -> None:
+    """Make a model smaller and faster to answer, and report what that changed.
+
+    Exit codes: 0 written, 2 a model or a combination that can't be compressed.
+    """
+    from tunesmith.compress.quantize import compress_to_directory
+
+    documents, held_out = None, None
+    if calibration_text is not None:
+        documents, held_out = _documents(calibration_text, model, revision, calibration_tokens)
+    report = compress_to_directory(
+        model,
+        output,
+        format,
+        calibration=calibration.value,
+        documents=documents,
+        held_out=held_out,
+        head=head.value,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        replace=replace,
+    )
+    _show(report)
+    console.emit(asdict(report))
+
+
+def _documents(path: Path, model: str, revision: str | None, limit: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of a text in pieces of 512: to calibrate on, and up to eight more that come after, to measure on."""
+    from tunesmith.checkpoint.source import resolve_model
+    from tunesmith.text.tokenizer import load_tokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from None
+    ids = load_tokenizer(resolve_model(model, revision)).encode(text)
+    pieces = [ids[start : start + 512] for start in range(0, len(ids), 512)]
+    pieces = [piece for piece in pieces if len(piece) >= 64]
+    if len(pieces) < 2:
+        raise DataError(f"{path} holds {len(ids)} tokens: calibration wants two pieces of 64 at least")
+    num_held_out = min(8, max(1, len(pieces) // 4))
+    used = pieces[: min(len(pieces) - num_held_out, max(1, limit // 512))]
+    return used, pieces[len(used) : len(used) + num_held_out]
+
+
+def _show(report: CompressReport) -> None:
+    from tunesmith.units import format_bytes
+
+    ratio = 100 * report.bytes_after / report.bytes_before
+    console.err.print(
+        f"{report.output}: {report.format}, {format_bytes(report.bytes_after)} "
+        f"({ratio:.0f} % of {format_bytes(report.bytes_before)}), in {report.time_s:.1f} s",
+        markup=False,
+    )
+    console.err.print(
+        f"On {report.kl_text}: KL {report.kl:.2e} nats a token, the same best token for "
+        f"{100 * report.same_best_token_ratio:.2f} %.  Try it: tunesmith chat {report.output}",
+        markup=False,
+    )
