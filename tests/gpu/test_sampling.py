@@ -175,6 +175,12 @@ def test_a_batch_of_every_kind_waits_for_nothing_and_says_what_a_cpu_says() -> N
     assert all(3200 <= tokens[7] < 3232 for tokens in said["cuda"])
 
 
+def test_kernels_are_loaded_ahead_once_for_each_dtype() -> None:
+    sampling = Sampling(4, VOCAB, torch.device("cuda"))
+    assert [sampling.warm_up(torch.bfloat16) for _ in range(3)] == [True, True, False]
+    assert not Sampling(4, VOCAB, torch.device("cpu")).warm_up(torch.float32)
+
+
 def _ms(work: Callable[[], object]) -> float:
     """The device's median time, with the cache flushed before each run."""
     flushed, times = torch.empty(2**28, device="cuda"), []

@@ -24,6 +24,7 @@ from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
 from tunesmith.engine.batching import to_device, worst_batches
 from tunesmith.engine.cache_size import kv_torch_dtype, num_pages
 from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.cpu_pass import CpuPass
 from tunesmith.engine.fixed_rows import fix_rows, in_groups
 from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
 from tunesmith.engine.graphs import Decoded, DecodeGraphs
@@ -119,7 +120,7 @@ class NativeRunner:
         if has_groups:
             fix_rows(model.blocks, GROUP_ROWS)
         is_whole = model.stream is WHOLE
-        self._fused = FusedPass(model) if on_gpu and is_whole and has_fused_pass(model) else None
+        self._fused = self._make_pass(owns_model) if is_whole and has_fused_pass(model) else None
         self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device)
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
@@ -128,6 +129,14 @@ class NativeRunner:
         self._hidden: Tensor | None = None
         self._decoded: Decoded | None = None
         self._scored: LogprobTensors | None = None
+
+    def _make_pass(self, owns_model: bool) -> FusedPass | CpuPass | None:
+        """The written-out pass of this kind of device; on a CPU it can't keep rows from each other."""
+        if self.device.type == "cuda":
+            return FusedPass(self.model)
+        if self.device.type != "cpu" or self.config.batch_invariant:
+            return None
+        return CpuPass(self.model, self.config.max_num_seqs, self.max_model_len, packs=owns_model)
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -162,7 +171,8 @@ class NativeRunner:
 
     def idle(self) -> bool:
         """Something that makes later steps faster, in a moment without work; False where nothing is left to do."""
-        return self.graphs is not None and self.graphs.record_next()
+        has_recorded = self.graphs is not None and self.graphs.record_next()
+        return has_recorded or self.sampling.warm_up(self.stream_dtype)
 
     def refresh(self) -> bool:
         """Before anything runs: a cache of the dtype that a live model computes in now. Whether it was made anew."""
@@ -223,6 +233,8 @@ class NativeRunner:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """logits_BV of hidden states."""
+        if isinstance(self._fused, CpuPass):
+            return self._fused.logits(hidden_BD)
         if self.group_rows is None:
             return self.model.logits(hidden_BD)
         return in_groups(self.model.logits, hidden_BD, self.group_rows)

@@ -70,6 +70,23 @@ class Sampling:
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
         self.state = SamplingState(num_slots, vocab_size, device)
+        self._warm: set[torch.dtype] = set()
+
+    def warm_up(self, dtype: torch.dtype) -> bool:
+        """On a GPU, load the kernels of top-k, top-p and min-p before a request needs them; one dtype of logits a call.
+
+        dtype: of the model's logits; penalties and masks make float32 of them. False where all is loaded.
+        """
+        state = self.state
+        missing = [kind for kind in (dtype, torch.float32) if kind not in self._warm]
+        if state.device.type != "cuda" or not missing:
+            return False
+        self._warm.add(missing[0])
+        logits = torch.zeros(1, state.vocab_size, dtype=missing[0], device=state.device)
+        one, slot = torch.ones(1, device=state.device), state.tensor([state.padding_slot], torch.int64)
+        thresholds = find_thresholds(logits, one, slot, one / 2, one / 2)
+        choose(logits, state.floats_PN[0], state.ints_PN[0], slot, slot, state.last_tokens_N.clone(), thresholds)
+        return True
 
     def plan(self, rows: Sequence[SampledRow]) -> SamplingPlan:
         """What these rows need: made again only when they are others, or in another order."""
