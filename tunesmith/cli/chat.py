@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 BLOCK = '"""'
+MODES = ("auto", "chat", "complete")
 TEMPERATURE = 0.7
 ALONE = (
     "This run learnt from single questions, so each one is asked without what was said before "
@@ -71,46 +72,48 @@ def chat(
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens")] = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /exit leaves; from a pipe every line is a turn."""
+    if mode not in MODES:
+        raise RequestError(f"--mode must be auto, chat or complete, got {mode!r}{nearest(mode, MODES)}")
     if server is not None:
-        from tunesmith.cli.chat_server import talk_to_server
+        from tunesmith.cli.chat_server import converse
 
-        talk_to_server(server, model or None, locals())
-        return
-    if not model:
+        talk = Talk(*converse(server, model or None, locals()))
+    elif model:
+        talk = _load(locals())
+    else:
         raise RequestError("name a model (for instance builtin:tiny, or a run directory), or a server: --server URL")
-    from tunesmith.engine.conversation import Conversation
-    from tunesmith.engine.llm import LLM
-    from tunesmith.engine.request import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=TEMPERATURE if temperature is None else temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    if mode not in ("auto", "chat", "complete"):
-        raise RequestError(
-            f"--mode must be auto, chat or complete, got {mode!r}{nearest(mode, ('auto', 'chat', 'complete'))}"
-        )
-    use_checkpoint(model, adapter)
-    with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
-        llm = LLM(model, adapter=adapter, quantize=quantize, dtype=dtype, device=device, max_model_len=max_model_len)
-    if temperature is None and not samples(llm):
-        params = replace(params, temperature=0.0)
-    chosen = choose_mode(llm, mode)
-    alone = learnt_single_turns(llm) and chosen == "chat" and history is None
-    conversation = Conversation(llm, params, system or llm.system, chosen, history=not alone and history is not False)
-    talk = Talk(conversation, describe_model(model, llm.source), ALONE if alone else None)
     if prompt is not None:
         talk.answer(sys.stdin.read().strip() if prompt == "-" else prompt)
     elif sys.stdin.isatty():
         talk.interactive()
     else:
         talk.follow(read_turns(_lines_of_stdin()))
-    facts = {"mode": conversation.mode, "history": conversation.history, "answers": talk.answers}
-    emit({"messages": conversation.messages(), **facts})
+    said = talk.conversation
+    emit({"messages": said.messages(), "mode": said.mode, "history": said.history, "answers": talk.answers})
+
+
+def _load(asked: dict[str, Any]) -> Talk:
+    """A talk with a model that is loaded here. `asked`: the options of `chat`."""
+    from tunesmith.engine.conversation import Conversation
+    from tunesmith.engine.llm import LLM
+    from tunesmith.engine.request import SamplingParams
+
+    model, temperature, history = asked["model"], asked["temperature"], asked["history"]
+    names = ("max_tokens", "top_p", "top_k", "repetition_penalty", "seed")
+    params = SamplingParams(
+        temperature=TEMPERATURE if temperature is None else temperature, **{name: asked[name] for name in names}
+    )
+    use_checkpoint(model, asked["adapter"])
+    loaded = {name: asked[name] for name in ("adapter", "quantize", "dtype", "device", "max_model_len")}
+    with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
+        llm = LLM(model, **loaded)
+    if temperature is None and not samples(llm):
+        params = replace(params, temperature=0.0)
+    chosen = choose_mode(llm, asked["mode"])
+    alone = learnt_single_turns(llm) and chosen == "chat" and history is None
+    keeps = not alone and history is not False
+    conversation = Conversation(llm, params, asked["system"] or llm.system, chosen, history=keeps)
+    return Talk(conversation, describe_model(model, llm.source), ALONE if alone else None)
 
 
 def samples(llm: LLM) -> bool:
@@ -380,8 +383,6 @@ def _facts(text: str, completion: Completion | None) -> dict[str, Any]:
 
 def describe(conversation: Conversation) -> str:
     """Speed of the last answer and the state of context and cache, for people."""
-    from tunesmith.engine.runner import NativeRunner
-
     llm, last = conversation.llm, conversation.last
     if last is None:
         return f"nothing said yet; the context holds {llm.max_model_len} tokens"
@@ -392,8 +393,7 @@ def describe(conversation: Conversation) -> str:
         f"(first after {format_seconds(timings.ttft_s)}{rate}); finished: {last.finish_reason}",
         f"context: {last.prompt_tokens + num_tokens} of {llm.max_model_len} tokens",
     ]
-    if isinstance(llm.runner, NativeRunner):
-        cache = llm.runner.cache
+    if (cache := getattr(llm.runner, "cache", None)) is not None:
         lines.append(
             f"KV cache: {format_bytes(cache.token_bytes)} a token, {format_bytes(cache.capacity_bytes)} allocated"
         )

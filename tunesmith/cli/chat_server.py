@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import httpx
 
-from tunesmith.cli.chat import Talk, read_turns
-from tunesmith.cli.console import emit, err
 from tunesmith.engine.conversation import Conversation, Mode
 from tunesmith.engine.request import Completion, SamplingParams, Timings
 from tunesmith.errors import RequestError
-from tunesmith.units import format_seconds
 
 KEY_VARIABLE = "TUNESMITH_API_KEY"
 _CONNECT_S = 5.0
-# What a server that doesn't say its context length is taken to have.
-_UNKNOWN_CONTEXT = 2**31
+# What a server that doesn't say its context's length is taken to have.
+_UNKNOWN_CONTEXT = 10**9
 _FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 
 
-def talk_to_server(url: str, model: str | None, asked: Mapping[str, Any]) -> None:
-    """Talk until the person leaves, or the pipe ends.
+def converse(url: str, model: str | None, asked: Mapping[str, Any]) -> tuple[Conversation, str, None]:
+    """A conversation with the server's model, and what to call it.
 
     Args: `asked`: the options of `tunesmith chat`; what is not said there is left to the server.
     Raises: RequestError when the server can't be reached, or refuses; for an option that goes with loading a model.
@@ -37,45 +32,18 @@ def talk_to_server(url: str, model: str | None, asked: Mapping[str, Any]) -> Non
             raise RequestError(f"--{name.replace('_', '-')} goes with a model that is loaded here, not with --server")
     neutral = {"top_k": 0, "repetition_penalty": 1.0}
     given = {name: asked[name] for name in _FIELDS if asked[name] not in (None, neutral.get(name))}
-    prompt, history = asked["prompt"], asked["history"]
     remote = RemoteModel(url, model, given)
-    with contextlib.closing(remote.http):
-        chosen: Mode = "complete" if asked["mode"] == "complete" else "chat"
-        params = SamplingParams(max_tokens=asked["max_tokens"])
-        conversation = Conversation(cast(Any, remote), params, asked["system"], chosen, history is not False)
-        talk = RemoteTalk(conversation, f"{remote.model} at {remote.url}")
-        if prompt is not None:
-            talk.answer(sys.stdin.read().strip() if prompt == "-" else prompt)
-        elif sys.stdin.isatty():
-            talk.interactive()
-        else:
-            talk.follow(read_turns(line.rstrip("\r\n") for line in sys.stdin))
-    facts = {"mode": chosen, "history": conversation.history, "answers": talk.answers}
-    emit({"messages": conversation.messages(), **facts})
-
-
-class RemoteTalk(Talk):
-    """The loop; /stats tells what can be known from here."""
-
-    def _stats(self, rest: str) -> None:
-        last, limit = self.conversation.last, self.conversation.llm.max_model_len
-        context = "unknown" if limit == _UNKNOWN_CONTEXT else f"{limit} tokens"
-        if last is None:
-            err.print(f"nothing said yet; context: {context}", style="dim")
-            return
-        timings, num_tokens = last.timings, len(last.token_ids)
-        rate = "" if not timings.tpot_s else f", then {1 / timings.tpot_s:,.0f} tokens/s"
-        err.print(
-            f"last answer: {num_tokens} tokens in {format_seconds(timings.total_s)} (first after "
-            f"{format_seconds(timings.ttft_s)}{rate}); finished: {last.finish_reason}\n"
-            f"context: {last.prompt_tokens + num_tokens} of {context}",
-            style="dim",
-            markup=False,
-        )
+    mode: Mode = "complete" if asked["mode"] == "complete" else "chat"
+    params = SamplingParams(max_tokens=asked["max_tokens"])
+    history = asked["history"] is not False
+    conversation = Conversation(cast(Any, remote), params, asked["system"], mode, history)
+    return conversation, f"{remote.model} at {remote.url}", None
 
 
 class RemoteModel:
-    """What a conversation asks of `LLM`, asked of a server."""
+    """What a conversation asks of `LLM`, asked of a server. The connection lasts as long as the process."""
+
+    runner = None
 
     def __init__(self, url: str, model: str | None, given: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
