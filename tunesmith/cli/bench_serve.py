@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tunesmith.bench.serve.arrivals import Mode, Point
     from tunesmith.bench.serve.workload import Workload
 
+HIDDEN = "***"
 KEY_VARIABLES = ("TUNESMITH_API_KEY", "OPENAI_API_KEY")
 
 
@@ -177,16 +179,13 @@ def _start(model: str | None, url: str | None, start: str | None, serve_args: st
 
 
 def _typed() -> str:
-    """The command line, without a key."""
-    import sys
-
-    words, shown = iter(sys.argv[1:]), ["tunesmith"]
-    for word in words:
-        if word == "--api-key":
-            next(words, None)
-        elif not word.startswith("--api-key="):
-            shown.append(word)
-    return shlex.join(shown)
+    """The command line; a key in it is hidden there too, since a run directory keeps it."""
+    for index, word in enumerate(sys.argv):
+        if word.startswith("--api-key="):
+            sys.argv[index] = f"--api-key={HIDDEN}"
+        elif index and sys.argv[index - 1] == "--api-key":
+            sys.argv[index] = HIDDEN
+    return shlex.join(["tunesmith", *sys.argv[1:]])
 
 
 def _brief(cell: Mapping[str, Any]) -> dict[str, Any]:

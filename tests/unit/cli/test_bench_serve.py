@@ -1,0 +1,86 @@
+"""`tunesmith bench serve` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tunesmith.cli import bench_serve
+from tunesmith.cli.main import run
+
+SCRIPT = """
+import http.server, json, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, body):
+        self.send_response(200); self.send_header("content-length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": "stub", "max_model_len": 40}]}).encode())
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        event = {"choices": [{"text": "x", "finish_reason": "length"}]}
+        stream = f"data: {json.dumps(event)}\\n\\ndata: [DONE]\\n\\n"
+        self.answer((stream if asked.get("stream") else json.dumps(event)).encode())
+    def log_message(self, *args): pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["builtin:tiny"], "name a load"),
+        (["--rate", "1"], "name one server"),
+        (["builtin:tiny", "--url", "http://x", "--rate", "1"], "name one server"),
+        (["--url", "x:8000", "--rate", "1"], "must begin with http"),
+        (["--start", "serve it", "--rate", "1"], "{port}"),
+        (["builtin:tiny", "--rate", "fast"], "numbers above 0"),
+        (["builtin:tiny", "--rate", "0"], "numbers above 0"),
+        (["builtin:tiny", "--concurrency", "1.5"], "whole ones"),
+        (["builtin:tiny", "--concurrency", "inf"], "numbers above 0"),
+        (["builtin:tiny", "--rate", "1", "--slo", "tfft:1s"], "did you mean 'ttft'"),
+        (["builtin:tiny", "--rate", "1", "--prompt-tokens", "9..3"], "FROM..TO"),
+        (["builtin:tiny", "--rate", "1", "--workload", "sharegtp"], "did you mean 'sharegpt'"),
+        (["builtin:tiny", "--rate", "1", "--workload", "azure"], "--data"),
+        (["builtin:tiny", "--rate", "1", "--language", "fr"], "not one of en, zh"),
+    ],
+)
+def test_mistakes_of_use(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["bench", "serve", *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_server_is_started_loaded_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "server.py"
+    script.write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    typed = ["--start", f"{sys.executable} {script} {{port}}", "--rate", "inf", "--num", "3", "--no-report"]
+    typed += ["--prompt-tokens", "4..8", "--output-tokens", "1", "--warmup", "0", "--slo", "e2e:30s", "--json"]
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "bench", "serve", *typed, "--api-key", "hidden"])
+    assert run(["bench", "serve", *typed, "--api-key", "hidden"]) == 0
+    (point,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["points"]
+    assert point["name"] == "rate-inf" and point["completed"] == 3
+    assert point["goodput"]["good_ratio"] == 1.0
+    assert not any("hidden" in file.read_text() for file in (tmp_path / "runs").rglob("*.json"))
+
+
+def test_loads_and_lengths() -> None:
+    assert [point.name for point in bench_serve.points("1 2,inf", "8", "2")] == [
+        "rate-1", "rate-2", "rate-inf", "concurrency-8", "replay-2",
+    ]  # fmt: skip
+    assert bench_serve.points(None, None, None) == ()
+    assert bench_serve.span("7") == (7, 7) and bench_serve.span("2..9") == (2, 9)
