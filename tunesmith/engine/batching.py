@@ -84,7 +84,7 @@ class BatchBuilder:
             score_rows=score_rows,
             score_targets=score_targets,
             num_scored_top=max((p.sequence.request.params.prompt_logprobs or 0 for p in parts), default=0),
-            is_decode=len(sample_rows) == starts[-1] == len(parts),
+            is_decode=bool(len(sample_rows) == starts[-1] == len(parts)),
         )
 
     def _write_table(self, sequence: Running) -> None:

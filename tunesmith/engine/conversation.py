@@ -10,7 +10,8 @@ from tunesmith.engine.request import DEFAULT_MAX_TOKENS, Completion, SamplingPar
 from tunesmith.errors import RequestError
 
 if TYPE_CHECKING:  # a conversation with a server loads no model, and imports nothing of one
-    from tunesmith.engine.llm import LLM, TextStream
+    from tunesmith.engine.llm import LLM
+    from tunesmith.engine.stream import TextStream
 
 Mode = Literal["chat", "complete"]
 Turn = dict[str, str]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -23,21 +22,23 @@ from tunesmith.engine.loading import (
     make_drafter,
     make_grammars,
     make_runner,
+    share_source,
     stop_ids_of,
 )
 from tunesmith.engine.progress import GenerationProgress
+from tunesmith.engine.prompts import Params, Prompt, as_list, checked, encode_text, params_of, params_of_each
 from tunesmith.engine.request import Completion, Request, SamplingParams
 from tunesmith.engine.source import ModelSource, find_source
 from tunesmith.engine.speculate import Speculation
+from tunesmith.engine.stream import TextStream
+from tunesmith.engine.tensor_serving import SharedModel
 from tunesmith.engine.text import TextDecoder, WholeDecoder
 from tunesmith.errors import RequestError
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.text.chat import encode_prompt
 from tunesmith.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
-Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
-Params = SamplingParams | Sequence[SamplingParams] | None
 # Tokens of the prompt that are enough to know how the answer's first characters join on.
 TEXT_CONTEXT_TOKENS = 16
 
@@ -59,6 +60,7 @@ class LLM:
         enable_prefix_caching: whether equal beginnings are computed once; None: yes, but not for a model that was
             loaded elsewhere, whose weights may change.
         kv_cache_dtype: "auto" or "fp8".
+        tensor_parallel_size: processes, each with a GPU of its own, that hold the model together; `close` ends them.
         enforce_eager: no CUDA graphs.
         batch_invariant: greedy answers are bit for bit the same whatever else is in the batch and in the cache.
         enable_lora: make places for adapters on the model (`load_adapter`), `max_loras` of at most `max_lora_rank`.
@@ -84,6 +86,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         enable_prefix_caching: bool | None = None,
         kv_cache_dtype: str = "auto",
+        tensor_parallel_size: int = 1,
         enforce_eager: bool = False,
         batch_invariant: bool = False,
         enable_lora: bool = False,
@@ -95,13 +98,20 @@ class LLM:
         tokenizer: Tokenizer | str | Path | None = None,
     ) -> None:
         self.source: ModelSource | None = None
+        self.shared: SharedModel | None = None
         if isinstance(model, str | Path):
             self.source = find_source(str(model), adapter, quantize, revision)
-            self.model = load_source(self.source, dtype, device, backend)
+            if tensor_parallel_size > 1:
+                self.shared = share_source(self.source, dtype, device, tensor_parallel_size)
+            self.model = (
+                load_source(self.source, dtype, device, backend) if self.shared is None else self.shared.decoder
+            )
             tokenizer = tokenizer or load_source_tokenizer(self.source)
         else:
             if adapter is not None or quantize is not None:
                 raise RequestError("adapter and quantize go with a model's path; a loaded model is taken as it stands")
+            if tensor_parallel_size > 1:
+                raise RequestError("tensor_parallel_size goes with a model's path: every process loads its own part")
             self.model = model
         self.tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
         is_live = self.source is None
@@ -121,10 +131,17 @@ class LLM:
         guessing = Speculation.of(speculative)
         draft = load_draft(guessing, self.model) if guessing is not None and guessing.model is not None else None
         self.adapters = (
-            make_adapters(self.model, self.source, config, max_loras, max_lora_rank) if enable_lora else None
+            make_adapters(self.model, self.source, config, max_loras, max_lora_rank, self.shared)
+            if enable_lora
+            else None
         )
         self.runner = make_runner(
-            self.model, config, is_live=is_live, adapters=self.adapters, beside_page_bytes=draft_page_bytes(draft)
+            self.model,
+            config,
+            is_live=is_live,
+            adapters=self.adapters,
+            beside_page_bytes=draft_page_bytes(draft),
+            shared=self.shared,
         )
         stop_ids = stop_ids_of(self.model, self.tokenizer)
         self.engine = Engine(
@@ -136,6 +153,11 @@ class LLM:
             adapters=self.adapters,
             drafter=make_drafter(guessing, draft, self.runner, config),
         )
+
+    def close(self) -> None:
+        """End the processes that hold the model with this one; nothing else needs closing."""
+        if self.shared is not None:
+            self.shared.close()
 
     def _make_decoder(self, request: Request) -> TextDecoder:
         skip_special = request.params.skip_special_tokens
@@ -174,7 +196,7 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt: a text is tokenised, ids are checked against the vocabulary."""
         if isinstance(prompt, str):
-            return _encode_text(self._tokenizer(), prompt)
+            return encode_text(self._tokenizer(), prompt)
         vocab_size = self.runner.vocab_size
         wrong = next((t for t in prompt if not isinstance(t, int) or not 0 <= t < vocab_size), None)
         if wrong is not None:
@@ -209,9 +231,9 @@ class LLM:
         Raises: RequestError, before anything runs, for a prompt or option that can't be served; afterwards where an
         answer could not go on.
         """
-        ids = [self.encode(prompt) for prompt in _as_list(prompts)]
-        done = self._generate(ids, _each(params, options, len(ids)), progress, True, adapter)
-        return _checked(done) if raise_errors else done
+        ids = [self.encode(prompt) for prompt in as_list(prompts)]
+        done = self._generate(ids, params_of_each(params, options, len(ids)), progress, True, adapter)
+        return checked(done) if raise_errors else done
 
     def _generate(
         self,
@@ -264,21 +286,21 @@ class LLM:
     ) -> list[Completion]:
         """The assistant's answers to several conversations, in order. Options as for `generate`."""
         ids = [self.encode_messages(messages) for messages in conversations]
-        return _checked(self._generate(ids, _each(params, options, len(ids)), progress, False, adapter))
+        return checked(self._generate(ids, params_of_each(params, options, len(ids)), progress, False, adapter))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, adapter: str | None = None, **options: Any
     ) -> TextStream:
         """The answer's text, piece by piece; joined, the pieces are exactly the completion's text."""
         ids = self.encode(prompt)
-        return TextStream(self.engine, self._submit(ids, _params(params, options), True, adapter))
+        return TextStream(self.engine, self._submit(ids, params_of(params, options), True, adapter))
 
     def stream_chat(
         self, messages: Messages, params: SamplingParams | None = None, *, adapter: str | None = None, **options: Any
     ) -> TextStream:
         """The assistant's answer, piece by piece."""
         ids = self.encode_messages(messages)
-        return TextStream(self.engine, self._submit(ids, _params(params, options), False, adapter))
+        return TextStream(self.engine, self._submit(ids, params_of(params, options), False, adapter))
 
     def load_adapter(self, name: str, directory: str | Path, *, follow: bool = False) -> None:
         """Make an adapter known under a name (`adapters.AdapterPool.load`). Raises: AdapterError, RequestError."""
@@ -292,84 +314,3 @@ class LLM:
         if self.adapters is None:
             raise RequestError("there are no places for adapters: LLM(..., enable_lora=True)")
         return self.adapters
-
-
-class TextStream(Iterator[str]):
-    """Pieces of whole characters. `completion` is there once the answer has ended; `close` ends it early."""
-
-    def __init__(self, engine: Engine, request_id: int) -> None:
-        self.engine = engine
-        self.request_id = request_id
-        self.completion: Completion | None = None
-        self._closed = False
-
-    def __next__(self) -> str:
-        while not self._closed:
-            try:
-                outputs = self.engine.collect([self.request_id])
-            except BaseException:
-                self.close()
-                raise
-            if outputs and outputs[-1].completion is not None:
-                self.completion, self._closed = outputs[-1].completion, True
-                _checked([self.completion])
-            if piece := "".join(output.piece for output in outputs):
-                return piece
-        raise StopIteration
-
-    def close(self) -> None:
-        """End the answer here. `completion` then holds what was said, with finish_reason "abort"."""
-        if not self._closed:
-            self._closed = True
-            self.completion = self.engine.abort(self.request_id)
-
-    def __enter__(self) -> TextStream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A raw prompt: special tokens may be written out, and the beginning-of-text token is added once."""
-    ids = tokenizer.encode(text, parse_special=True, add_special=True)
-    twice = tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2
-    return ids[1:] if twice else ids
-
-
-def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    known = SamplingParams.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise RequestError(f"{name!r} is not a sampling option; there are: {', '.join(known)}")
-    return replace(params or SamplingParams(), **options)
-
-
-def _checked(completions: list[Completion]) -> list[Completion]:
-    """Raises RequestError for the first answer that could not go on."""
-    for completion in completions:
-        if completion.error is not None:
-            raise RequestError(completion.error)
-    return completions
-
-
-def _each(params: Params, options: Mapping[str, Any], num_prompts: int) -> list[SamplingParams]:
-    """Every prompt's own parameters."""
-    if params is None or isinstance(params, SamplingParams):
-        return [_params(params, options)] * num_prompts
-    if len(params) != num_prompts:
-        raise RequestError(
-            f"give one SamplingParams for all prompts or one for each: got {len(params)}, {num_prompts} prompts"
-        )
-    return [_params(own, options) for own in params]
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [cast("Sequence[int]", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))

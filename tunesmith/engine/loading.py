@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,8 +11,8 @@ import torch
 from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.engine.adapter_reader import Base
+from tunesmith.engine.adapter_stacks import attach
 from tunesmith.engine.adapters import AdapterPool
-from tunesmith.engine.batch import StepBatch
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.draft import DraftModel
 from tunesmith.engine.grammar_compile import GrammarCompiler, RequestGrammars
@@ -22,6 +21,7 @@ from tunesmith.engine.pages import page_bytes
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.source import ModelSource
 from tunesmith.engine.speculate import NgramDrafter, Speculation
+from tunesmith.engine.tensor_serving import SharedModel, SharedSource, load_shared, tell_of_adapters
 from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError, TokenizerError
 from tunesmith.hardware import pick_device
@@ -53,6 +53,21 @@ def load_source(
         device=chosen,
         backend=cast(Any, backend),
         revision=source.revision,
+    )
+
+
+def share_source(source: ModelSource, dtype: str | torch.dtype, device: str | torch.device, size: int) -> SharedModel:
+    """The model of a source, held by `size` processes together. Raises: ParallelError, RequestError."""
+    return load_shared(
+        SharedSource(
+            path=source.path,
+            quantize=source.quantize,
+            dtype=str(dtype).removeprefix("torch."),
+            device_type=pick_device(str(device)).type,
+            revision=source.revision,
+            adapter=None if source.adapter is None else str(source.adapter),
+        ),
+        size,
     )
 
 
@@ -106,11 +121,18 @@ def make_runner(
     is_live: bool = False,
     adapters: AdapterPool | None = None,
     beside_page_bytes: int = 0,
+    shared: SharedModel | None = None,
 ) -> Runner:
     """The runner for this model: ours where it is native, else transformers'.
 
     adapters: told of every pass. beside_page_bytes: what another cache takes for each page (a draft model's).
+    shared: the processes that hold the model together.
     """
+    if shared is not None:
+        own = shared.runner(config)
+        if adapters is not None:
+            attach(adapters.stacks, own)
+        return own
     if not isinstance(model, Decoder):
         return TransformersRunner(model, cast(Any, model).model, config)
     if is_live and _device(model).type == "cuda":
@@ -119,27 +141,27 @@ def make_runner(
         config = replace(config, gpu_memory_utilization=share)
     runner = NativeRunner(model, config, owns_model=not is_live, beside_page_bytes=beside_page_bytes)
     if adapters is not None:
-        runner.before_pass.append(partial(_choose_adapters, adapters))
+        attach(adapters.stacks, runner)
     runner.warm_up(GRAPHS_S)
     return runner
 
 
-def _choose_adapters(adapters: AdapterPool, batch: StepBatch) -> None:
-    """Say which token of a pass has which adapter; where a graph is being recorded, that is read at every replay."""
-    if batch.adapter_T is not None and batch.token_adapters is None:
-        adapters.stacks.choose_on_device(batch.adapter_T)
-    else:
-        adapters.choose(batch.token_adapters)
-
-
 def make_adapters(
-    model: LanguageModel, source: ModelSource | None, config: EngineConfig, max_loras: int, max_lora_rank: int
+    model: LanguageModel,
+    source: ModelSource | None,
+    config: EngineConfig,
+    max_loras: int,
+    max_lora_rank: int,
+    shared: SharedModel | None = None,
 ) -> AdapterPool:
-    """Places for adapters on this model. Raises: RequestError, UnsupportedModelError."""
+    """Places for adapters on this model, in all its processes. Raises: RequestError, UnsupportedModelError."""
     base = Base()
     if source is not None and source.adapter is None:
         base = Base(resolve_model(source.path, source.revision))
-    return AdapterPool(model, max_loras, max_lora_rank, base=base, invariant=config.batch_invariant)
+    pool = AdapterPool(model, max_loras, max_lora_rank, base=base, invariant=config.batch_invariant)
+    if shared is not None:
+        tell_of_adapters(pool, shared.team.tell)
+    return pool
 
 
 def load_draft(speculation: Speculation, model: LanguageModel) -> Decoder:
