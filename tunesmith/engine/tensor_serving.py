@@ -85,7 +85,7 @@ def load_shared(source: SharedSource, size: int) -> SharedModel:
         resolve_model(source.path, source.revision)  # once, where it has to be fetched
         team.tell({"kind": "start", "size": size, "meeting": team.meeting, "source": vars(source)})
         decoder = _load_share(source, _join(size, 0, team.meeting, source.device_type))
-        team.on_failure = _abort_group
+        team.when_failed(_abort_group)
         team.hear("loaded")
     except BaseException:
         team.close()

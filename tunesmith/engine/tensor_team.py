@@ -55,13 +55,12 @@ class TensorTeam:
     """The other processes of a model that `size` processes share; this one is the first.
 
     command: what starts one, beside the number of its socket and its rank; threads: of torch, in each.
-    on_failure: called once, in another thread, when one has ended: so that nothing waits for it any longer.
     """
 
     def __init__(self, size: int, *, command: list[str] | None = None, threads: int | None = None) -> None:
         self.size = size
         self.failure: str | None = None
-        self.on_failure: Callable[[], None] = lambda: None
+        self._on_failure: Callable[[], None] | None = None
         self._is_closing = False
         self._lock = threading.Lock()
         self.folder = tempfile.TemporaryDirectory(prefix="tunesmith-team-")
@@ -117,9 +116,19 @@ class TensorTeam:
             how = f"failed: {reason}" if reason else f"ended (exit code {code})"
             said = "" if reason else f". It said last: {worker.tail() or 'nothing'}"
             self.failure = f"process {worker.rank} of the {self.size} that share the model {how}{said}"
+            call = self._on_failure
         _log.error("%s", self.failure)
+        if call is not None:
+            call()
         self._end(wait_s=0)
-        self.on_failure()
+
+    def when_failed(self, call: Callable[[], None]) -> None:
+        """Called once when a process has ended, perhaps in another thread: so that nothing waits for it any longer."""
+        with self._lock:
+            self._on_failure = call
+            has_failed = self.failure is not None
+        if has_failed:
+            call()
 
     def check(self) -> None:
         """Raises ParallelError where a process has failed."""

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -220,13 +221,13 @@ def test_messages_arrive_whole() -> None:
 
 def test_a_process_that_ends_is_named_with_what_it_said_last(tmp_path: Path) -> None:
     team = team_of(tmp_path, "say(kind='hello')\nif sys.argv[2] == '2': sys.exit('no memory left')\ntime.sleep(60)")
-    told: list[bool] = []
-    team.on_failure = lambda: told.append(True)
+    told = threading.Event()
+    team.when_failed(told.set)
     with pytest.raises(ParallelError, match=r"process 2 of the 3 .* ended \(exit code 1\). It said last: no memory"):
         for _ in range(2):
             team.hear("hello", 20)
-    assert told == [True]
-    assert all(worker.process.poll() is not None for worker in team.workers), "the others are ended too"
+    assert told.wait(20)
+    assert team.workers[0].process.wait(20) is not None, "the others are ended too"
     with pytest.raises(ParallelError, match="start the engine again"):
         team.tell({"kind": "pass"})
     team.close()
