@@ -32,7 +32,7 @@ from tunesmith.serve.schema.embeddings import EmbeddingRequest
 from tunesmith.serve.schema.responses import ResponsesRequest
 from tunesmith.serve.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tunesmith.serve.state import Server
-from tunesmith.serve.stream import ClientGoneError
+from tunesmith.serve.stream import DIRECT_SEND, ClientGoneError
 from tunesmith.serve.tokens import detokenize, tokenize
 from tunesmith.serve.validation import validation_error
 
@@ -235,4 +235,6 @@ class Counted:
                     log.info("%s %s %d", scope["method"], scope["path"], message["status"])
             await send(message)
 
+        # Streams send their tens of thousands of pieces a second past the layers, which only look at beginnings.
+        scope.setdefault("state", {})[DIRECT_SEND] = send
         await self.app(scope, receive, counted)

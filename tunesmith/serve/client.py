@@ -21,7 +21,8 @@ from tunesmith.serve.messages import Delta, End, Message
 from tunesmith.serve.options import EngineOptions
 from tunesmith.serve.params import params_to_plain
 from tunesmith.serve.process import EngineLink
-from tunesmith.serve.pulse import Pulse
+from tunesmith.serve.pulse import Pulse, TokenGaps
+from tunesmith.serve.wire import EngineWire
 
 log = logging.getLogger(__name__)
 Status = Literal["starting", "ready", "restarting", "stopped"]
@@ -74,7 +75,7 @@ class AsyncEngine:
         self.pulse = Pulse()
         self.on_stats: Callable[[dict[str, Any]], None] = lambda _: None
         self.on_end: Callable[[End], None] = lambda _: None
-        self.on_gap: Callable[[float], None] = lambda _: None
+        self.gaps = TokenGaps()
         self.on_restart: Callable[[], None] = lambda: None
         self.link: EngineLink | None = None
         self._ids = itertools.count(1)
@@ -138,7 +139,7 @@ class AsyncEngine:
         """One engine process from its start to its end. Returns why it ended."""
         loop = asyncio.get_running_loop()
         link = self.link = self.launch()
-        wire = _Wire(self._take)
+        wire = EngineWire(self._take)
         self._transport, _ = cast(Any, await loop.create_connection(lambda: wire, sock=link.socket))
         watch = asyncio.create_task(self._watch(link))
         try:
@@ -194,8 +195,7 @@ class AsyncEngine:
     def _take(self, message: Message) -> None:
         match message:
             case messages.Outputs(rows):
-                for row in rows:
-                    self._deliver(row)
+                self._deliver(rows)
             case messages.Stats(stats):
                 self._beat(stats)
             case messages.Rejected(request_id, text, is_user_error):
@@ -228,19 +228,29 @@ class AsyncEngine:
             if not future.done():
                 future.set_result(stats)
 
-    def _deliver(self, row: list[Any]) -> None:
-        if (found := self._boxes.get(row[0])) is None:
-            return  # it was aborted while this was on its way
-        box, index = found
-        delta = messages.delta_of(row)
-        if (end := delta.end) is not None:
-            del self._boxes[row[0]]
-            self.on_end(end)
-            if end.finish_reason == "error":
-                box.fail(_failure(end, box.is_structured))
-                return
-        if (gap_s := box.put(index, delta)) is not None:
-            self.on_gap(gap_s)
+    def _deliver(self, rows: list[messages.Row]) -> None:
+        """One step's outputs."""
+        boxes, now, gaps = self._boxes, time.perf_counter(), self.gaps
+        for row in rows:
+            found = boxes.get(row[0])
+            if found is None:
+                continue  # it was aborted while this was on its way
+            box, index = found
+            if row[4] is not None and self._ends(row, box):
+                continue
+            if before := box.last_s[index]:
+                gaps.add((now - before) / (len(row[1]) or 1))
+            box.last_s[index] = now
+            box.put(index, row)
+
+    def _ends(self, row: messages.Row, box: Mailbox) -> bool:
+        """An answer's end. Returns: whether it failed, and the whole request with it."""
+        del self._boxes[row[0]]
+        end = End(*row[4])
+        self.on_end(end)
+        if end.finish_reason == "error":
+            box.fail(_failure(end, box.is_structured))
+        return end.finish_reason == "error"
 
     def _reject(self, request_id: int, error: ApiError) -> None:
         if (found := self._boxes.pop(request_id, None)) is not None:
@@ -340,33 +350,6 @@ class Generation:
             if self.engine._boxes.pop(request_id, None) is not None:
                 self.engine._send(messages.Abort(request_id))
                 self.engine.on_end(End("abort"))
-
-
-class _Wire(asyncio.Protocol):
-    """Frames in."""
-
-    def __init__(self, take: Callable[[Message], None]) -> None:
-        self.take = take
-        self.frames = messages.Frames()
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.error: Exception | None = None
-        self.transport: Any = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for message in self.frames.feed(data):
-                self.take(message)
-        except Exception as error:
-            log.exception("a message of the engine can't be taken")
-            self.error = error
-            self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.closed.done():
-            self.closed.set_result(None)
 
 
 def _submit(request_id: int, job: Job) -> messages.Submit:

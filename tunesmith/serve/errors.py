@@ -8,6 +8,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+# Made once: `json.dumps` with arguments makes a new one for every call.
+_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -72,8 +74,8 @@ class JsonResponse(Response):
 
 
 def dumps(content: Any) -> str:
-    """Compact JSON. Raises ValueError for NaN and infinity."""
-    return json.dumps(content, allow_nan=False, separators=(",", ":"))
+    """Compact JSON in ASCII. Raises ValueError for NaN and infinity."""
+    return _ENCODER.encode(content)
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -3,44 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
-from tunesmith.serve.messages import Delta
+from tunesmith.serve.messages import Delta, Row, delta_of
 
 
 class Mailbox:
-    """New text of one or several answers of a request. A reader that lags finds several steps joined into one."""
+    """New text of one or several answers of a request. A reader that lags finds several steps joined into one.
+
+    is_structured: an answer is held to a grammar. last_s: when each answer was last heard of.
+    """
 
     def __init__(self, num_answers: int, *, is_structured: bool = False) -> None:
         self.num_open = num_answers
         self.is_structured = is_structured
-        self._last_s: dict[int, float] = {}
-        self._waiting: dict[int, Delta] = {}
+        self.last_s = [0.0] * num_answers
+        self._waiting: dict[int, Row] = {}
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
 
-    def put(self, index: int, delta: Delta) -> float | None:
-        """Add to an answer. Returns: seconds a token since what came before; None for the first."""
-        now = time.perf_counter()
-        before = self._last_s.get(index)
-        self._last_s[index] = now
-        if delta.end is not None:
+    def put(self, index: int, row: Row) -> None:
+        """Add a row of `messages.Outputs` to an answer. Called for every token of every request: little is done."""
+        if row[4] is not None:
             self.num_open -= 1
         kept = self._waiting.get(index)
         if kept is None:
-            self._waiting[index] = delta
+            self._waiting[index] = row
         else:
-            kept.add(delta)
-        self._wake()
-        return None if before is None else (now - before) / max(1, len(delta.token_ids))
+            kept[1] += row[1]
+            kept[2] += row[2]
+            if row[3] is not None:
+                kept[3] = (kept[3] or []) + row[3]
+            kept[4] = row[4]
+        reader = self._reader
+        if reader is not None:
+            self._reader = None
+            if not reader.done():
+                reader.set_result(None)
 
     def fail(self, error: Exception) -> None:
         """Have the reader raise; what it has not read is dropped."""
         if self._error is None:
             self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -51,11 +54,8 @@ class Mailbox:
                 raise self._error
             if self._waiting:
                 taken, self._waiting = self._waiting, {}
-                return taken
+                return {index: delta_of(row) for index, row in taken.items()}
             if not self.num_open:
                 return {}
             self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
+            await self._reader

@@ -233,7 +233,11 @@ class Delta:
         self.end = later.end
 
 
-def delta_of(row: list[Any]) -> Delta:
+Row = list[Any]
+"""[id, token ids, text, log-probabilities or None, `End` as a list or None]"""
+
+
+def delta_of(row: Row) -> Delta:
     """A row of `Outputs`."""
     _, token_ids, text, logprobs, end = row
     return Delta(token_ids, text, logprobs, None if end is None else End(*end))

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from tunesmith.serve.messages import End
+from tunesmith.serve.pulse import TOKEN_S, TokenGaps
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SHORT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-_TOKEN_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _LONG_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _GAUGES = {
@@ -38,6 +38,7 @@ class EngineCollector:
         self.prefix = prefix
         self.labels = {"model_name": model, "engine": "0"}
         self.stats: Mapping[str, Any] = {}
+        self.gaps = TokenGaps()
         self._before: dict[str, float] = {}
 
     def take(self, stats: Mapping[str, Any]) -> None:
@@ -68,6 +69,9 @@ class EngineCollector:
             counter = CounterMetricFamily(f"{self.prefix}:{name}", text, labels=names)
             counter.add_metric(values, self._total(key))
             yield counter
+        itl = HistogramMetricFamily(f"{self.prefix}:inter_token_latency_seconds", "time between tokens", labels=names)
+        itl.add_metric(values, self.gaps.buckets(), self.gaps.sum_s)
+        yield itl
 
 
 class Metrics:
@@ -85,8 +89,7 @@ class Metrics:
             return made.labels(**labels)
 
         self.ttft = histogram("time_to_first_token_seconds", "arrival to the first token", _SHORT_S)
-        self.itl = histogram("inter_token_latency_seconds", "time between tokens", _TOKEN_S)
-        self.tpot = histogram("request_time_per_output_token_seconds", "mean time of a later token", _TOKEN_S)
+        self.tpot = histogram("request_time_per_output_token_seconds", "mean time of a later token", TOKEN_S)
         self.e2e = histogram("e2e_request_latency_seconds", "arrival to the end", _LONG_S)
         self.queue = histogram("request_queue_time_seconds", "waiting for a place", _LONG_S)
         self.inference = histogram("request_inference_time_seconds", "from a place to the end", _LONG_S)

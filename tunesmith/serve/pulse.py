@@ -1,10 +1,32 @@
-"""Whether the engine's loop lives: its heartbeats, and whether work gets done between them."""
+"""Whether the engine's loop lives: its heartbeats, whether work gets done between them, and how fast tokens come."""
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
+
+TOKEN_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+
+
+class TokenGaps:
+    """A histogram of the seconds between tokens, counted in a fraction of a microsecond."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(TOKEN_S) + 1)
+        self.sum_s = 0.0
+
+    def add(self, gap_s: float) -> None:
+        """Count a gap."""
+        self.counts[bisect_left(TOKEN_S, gap_s)] += 1
+        self.sum_s += gap_s
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bounds and cumulative counts, as Prometheus wants them."""
+        bounds = [*(str(bound) for bound in TOKEN_S), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
 
 
 @dataclass

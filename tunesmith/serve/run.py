@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.errors import RequestError
 from tunesmith.serve.client import AsyncEngine
@@ -33,11 +33,21 @@ def run_server(options: ServerOptions, engine: EngineOptions, tell: Tell) -> int
     """
     listening = listen(options)
     try:
-        return asyncio.run(_serve(options, engine, listening, tell))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(options, engine, listening, tell))
     finally:
         listening.close()
         if options.uds is not None:
             Path(options.uds).unlink(missing_ok=True)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where it is installed (with httptools, which uvicorn finds itself, streams cost about half)."""
+    try:
+        import uvloop  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None
+    return cast("Callable[[], asyncio.AbstractEventLoop]", uvloop.new_event_loop)
 
 
 def listen(options: ServerOptions) -> socket.socket:

@@ -101,7 +101,7 @@ def make_server(options: ServerOptions, engine: AsyncEngine) -> Server:
     metrics = Metrics(options.metrics_prefix, options.names[0])
     engine.on_stats = metrics.engine.take
     engine.on_end = metrics.finished
-    engine.on_gap = metrics.itl.observe
+    metrics.engine.gaps = engine.gaps
     server = Server(options, engine, metrics, Admission(places, max(1, int(places * share))))
     for name, path in options.adapters:
         server.adapters[name] = Adapter(path, server.created)

@@ -17,6 +17,7 @@ from tunesmith.serve.errors import ApiError, dumps, error_body
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"
+DIRECT_SEND = "direct_send"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -79,6 +80,7 @@ class EventStream(Response):
                 await error.response()(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._extra]})
+            send = scope.get("state", {}).get(DIRECT_SEND, send)
             await _send_text(send, first)
             try:
                 async for text in self.events:

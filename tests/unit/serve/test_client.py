@@ -15,7 +15,7 @@ from tunesmith.serve import messages
 from tunesmith.serve.client import EngineStartError
 from tunesmith.serve.errors import engine_down
 from tunesmith.serve.mailbox import Mailbox
-from tunesmith.serve.messages import Delta, End, Frames, pack
+from tunesmith.serve.messages import End, Frames, pack
 from tunesmith.serve.params import params_from_plain, params_to_plain
 
 
@@ -51,12 +51,12 @@ def test_parameters_survive_the_way() -> None:
 def test_a_reader_that_lags_finds_everything_joined() -> None:
     async def main() -> None:
         box = Mailbox(2)
-        box.put(0, Delta([1], "a", [[1, -1.0, []]]))
-        box.put(0, Delta([2], "b", [[2, -2.0, []]]))
-        box.put(1, Delta([9], "z", None, End("stop")))
+        box.put(0, [5, [1], "a", [[1, -1.0, []]], None])
+        box.put(0, [5, [2], "b", [[2, -2.0, []]], None])
+        box.put(1, [6, [9], "z", None, End("stop").as_list()])
         taken = await box.take()
         assert taken[0].token_ids == [1, 2] and taken[0].text == "ab" and len(taken[0].logprobs or []) == 2
-        box.put(0, Delta([], "", None, End("length")))
+        box.put(0, [5, [], "", None, End("length").as_list()])
         assert (await box.take())[0].end == End("length")
         assert await box.take() == {}
 
