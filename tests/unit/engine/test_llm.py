@@ -12,6 +12,7 @@ import torch
 
 import tunesmith
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine.batching import worst_batches
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
@@ -360,3 +361,17 @@ def test_adapters_answer_beside_the_base(model_dir: Path, llm: LLM, tmp_path: Pa
 def test_a_progress_bar_is_shown_when_asked(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(llm.generate(["a", "b"], max_tokens=2, progress=True)) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_the_largest_pass_can_be_measured(model_dir: Path) -> None:
+    """What a GPU's cache leaves room for: prompts longer than a step, and decoding at full context, over one page."""
+    llm = LLM(model_dir, device="cpu", max_num_seqs=5, max_num_batched_tokens=70, max_model_len=32)
+    assert isinstance(llm.runner, NativeRunner)
+    largest, decoding = worst_batches(llm.engine.config)
+    assert (largest.starts[-1], decoding.starts[-1]) == (70, 5)
+    assert largest.contexts.tolist() == [32, 32, 6] and set(decoding.contexts) == {32}
+    assert decoding.positions.tolist() == [31] * 5
+    llm.runner._worst_pass()
+    before = llm.generate("one", max_tokens=5)[0].token_ids
+    llm.runner._worst_pass()
+    assert llm.generate("one", max_tokens=5)[0].token_ids == before
