@@ -43,18 +43,12 @@ def _items(count: int, seed: int) -> tuple[Item, ...]:
     return make_requests(workload).items
 
 
-def _peak(ask: Ask, seconds: float) -> dict[str, float]:
-    """Requests and output tokens a second with as many in flight as the engine takes, start and end left out."""
-    share = Share(_items(200_000, 1)[: int(400 * seconds)], tuple(range(int(400 * seconds))), None, SEQUENCES)
-    began = time.monotonic()
-    # A closed loop of given length: what is not sent by the end is left.
-    sent = run_load(ask, _within(share, seconds), began)
-    return _rates(sent.records, 0.2 * seconds, seconds)
-
-
-def _within(share: Share, seconds: float) -> Share:
-    """Fewer requests, by a first guess of the rate: the peak needs seconds, not all of them."""
-    return Share(share.items[: int(seconds * 25)], share.indices[: int(seconds * 25)], None, share.concurrency)
+def _peak(ask: Ask, count: int) -> dict[str, float]:
+    """Requests and output tokens a second of `count` requests, as many in flight as the engine takes; the first fifth
+    of the time is left out, and so is the end, where fewer are left to run."""
+    sent = run_load(ask, Share(_items(count, 1), tuple(range(count)), None, SEQUENCES), time.monotonic())
+    ends = sorted(record.ended_s for record in sent.records)
+    return _rates(sent.records, 0.2 * ends[-1], ends[-SEQUENCES] if count > 2 * SEQUENCES else ends[-1])
 
 
 def _rates(records: Sequence[Record], begin_s: float, end_s: float) -> dict[str, float]:
@@ -83,8 +77,8 @@ def run(seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, campaign_server(Path(folder), arguments, theirs) as target:
         pin(own)
         ask = Ask(target.url, MODEL, timeout_s=120.0)
-        _peak(ask, 4.0)  # caches and buffers that any use takes
-        peak = _peak(ask, max(10.0, seconds / 4))
+        rough = _peak(ask, 4 * SEQUENCES)["requests_per_s"]  # also takes what memory any use takes
+        peak = _peak(ask, 3 * SEQUENCES + int(rough * seconds / 3))
         rate = TIMES * peak["requests_per_s"]
         with MemoryWatch(server_process(target)) as memory:
             sent = _overload(ask, rate, seconds)
