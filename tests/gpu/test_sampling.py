@@ -21,6 +21,7 @@ from tunesmith.kernels.sampling import (
     find_thresholds,
     thresholds_reference,
 )
+from tunesmith.kernels.sampling_logits import Allowed, Seen, change_logits, change_logits_reference
 
 pytestmark = pytest.mark.gpu
 VOCAB = 151_936
@@ -107,6 +108,21 @@ def test_a_threshold_does_not_depend_on_the_batch() -> None:
     for i in (0, 4, 37, 63):
         one = find_thresholds(logits[i : i + 1], *(column[i : i + 1] for column in given))
         assert torch.equal(one[0], whole[i])
+
+
+def test_penalised_and_masked_logits_equal_the_references() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = torch.arange(9, device="cuda")
+    prompts = torch.rand(4, VOCAB, device="cuda", generator=generator) < 0.1
+    answers = torch.randint(0, 4, (4, VOCAB), device="cuda", generator=generator, dtype=torch.int16)
+    penalties = torch.rand(3, 9, device="cuda", generator=generator) + 0.5
+    words = torch.randint(-(2**31), 2**31, (3, VOCAB // 32), device="cuda", generator=generator).to(torch.int32)
+    seen = Seen(prompts, answers, rows % 5 - 1, penalties)
+    for allowed in (None, Allowed(words, rows % 4 - 1)):
+        logits = make_logits(9, torch.bfloat16)
+        with no_waiting():
+            found = change_logits(logits, rows.flip(0), seen, allowed)
+        torch.testing.assert_close(found, change_logits_reference(logits, rows.flip(0), seen, allowed))
 
 
 def test_inputs_of_a_step_are_loaded_as_the_reference_loads_them() -> None:
@@ -202,8 +218,16 @@ def test_it_takes_little_of_a_step(num: int, most_ms: float, most_filtered_ms: f
     one, twenty = torch.ones(num, device="cuda"), torch.full((num,), 20, device="cuda")
     drawn = _ms(lambda: choose(logits, temperatures, slots, slots, slots, last))
     ordered = _ms(lambda: find_thresholds(logits, temperatures, twenty, one * 0.8, one * 0))
+    places, penalties = slots % 8, torch.ones(3, num, device="cuda") * 1.05
+    tables = (
+        torch.zeros(8, VOCAB, dtype=torch.bool, device="cuda"),
+        torch.zeros(8, VOCAB, dtype=torch.int16, device="cuda"),
+    )
+    penalised = _ms(lambda: change_logits(logits, slots, Seen(*tables, places, penalties), None))
     nucleus = _ms(lambda: find_thresholds(logits, temperatures, twenty * 0, one * 0.9, one * 0))
     sort = _ms(lambda: thresholds_reference(logits, temperatures, twenty, one * 0.8, one * 0))
     print(f"{num} rows: draw {drawn:.3f} ms, top-k + top-p {ordered:.3f}, top-p {nucleus:.3f}, by sorting {sort:.3f}")
+    print(f"penalties {penalised:.3f} ms")
+    assert penalised < most_ms
     assert drawn < most_ms
     assert max(ordered, nucleus) < most_filtered_ms

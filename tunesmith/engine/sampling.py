@@ -22,8 +22,9 @@ from torch import Tensor
 from tunesmith.engine.batch import SampledRow
 from tunesmith.engine.logprobs import LogprobTensors, chosen_and_top, to_host
 from tunesmith.engine.request import TokenLogprobs
-from tunesmith.engine.sampling_state import Entries, Penalised, SamplingPlan, SamplingState
+from tunesmith.engine.sampling_state import Entries, SamplingPlan, SamplingState
 from tunesmith.kernels.sampling import choose, choose_greedily, find_thresholds
+from tunesmith.kernels.sampling_logits import Allowed, Seen, change_logits
 from tunesmith.kernels.sampling_noise import BROKEN
 
 __all__ = ["BROKEN", "Sampled", "Sampling", "SamplingState", "draw_seed"]
@@ -154,30 +155,18 @@ class Sampling:
         masks_MW: Tensor | None,
     ) -> Tensor:
         """The logits after penalties, biases and masks: a float32 copy where there are any."""
-        if plan.penalised is None and plan.biased is None and plan.not_yet is None and plan.masked is None:
+        if plan.places_B is None or plan.mask_rows_B is None:
             return logits_BV
-        logits = logits_BV.to(torch.float32, copy=True)
-        if plan.penalised is not None:
-            self._penalise(logits, plan.penalised, slots_B)
+        counts = self.state.counts
+        seen = Seen(counts.prompts_NV, counts.answers_NV, plan.places_B, self.state.floats_PN[3:])
+        allowed = None if masks_MW is None or not plan.has_masks else Allowed(masks_MW, plan.mask_rows_B)
+        logits = change_logits(logits_BV, slots_B, seen, allowed)
         if plan.biased is not None:
             biased = plan.biased
             logits.index_put_((biased.rows, biased.tokens), biased.biases, accumulate=True)
         if plan.not_yet is not None:
             self._forbid(logits, plan.not_yet, slots_B, positions_B)
-        if plan.masked is not None and masks_MW is not None:
-            allowed = unpack_masks(masks_MW, logits.shape[1])
-            rows = logits.index_select(0, plan.masked).masked_fill_(~allowed, -math.inf)
-            logits.index_copy_(0, plan.masked, rows)
         return logits
-
-    def _penalise(self, logits: Tensor, penalised: Penalised, slots_B: Tensor) -> None:
-        counts = self.state.counts
-        slots_M = slots_B.index_select(0, penalised.rows)
-        parameters = self.state.floats_PN[3:].index_select(1, slots_M)
-        in_prompt = counts.prompts_NV.index_select(0, penalised.places)
-        in_answer = counts.answers_NV.index_select(0, penalised.places)
-        rows = penalise(logits.index_select(0, penalised.rows), in_prompt, in_answer, *parameters)
-        logits.index_copy_(0, penalised.rows, rows)
 
     def _forbid(self, logits: Tensor, entries: Entries, slots_B: Tensor, positions_B: Tensor) -> None:
         """Stop tokens of answers that have fewer tokens than they must."""
@@ -185,31 +174,6 @@ class Sampling:
         is_early = (positions_B - num_prompt < min_tokens).index_select(0, entries.rows)
         place = (entries.rows, entries.tokens)
         logits.index_put_(place, torch.where(is_early, entries.biases, logits[place]))
-
-
-def penalise(
-    logits_MV: Tensor,
-    in_prompt_MV: Tensor,
-    in_answer_MV: Tensor,
-    presence_M: Tensor,
-    frequency_M: Tensor,
-    repetition_M: Tensor,
-) -> Tensor:
-    """Logits of tokens already seen, lowered.
-
-    Repetition: divided by the penalty, or multiplied where negative (arXiv 1909.05858), if in prompt or answer. Then
-    minus frequency x the times in the answer, minus presence if it is there at all (OpenAI's API reference).
-    """
-    answered = in_answer_MV > 0
-    repetition = torch.where(in_prompt_MV | answered, repetition_M[:, None], 1.0)
-    logits = torch.where(logits_MV > 0, logits_MV / repetition, logits_MV * repetition)
-    return logits - frequency_M[:, None] * in_answer_MV - presence_M[:, None] * answered
-
-
-def unpack_masks(masks_MW: Tensor, vocab_size: int) -> Tensor:
-    """bool [M, V] of int32 words: bit t % 32 of word t // 32."""
-    bits = torch.arange(32, device=masks_MW.device, dtype=torch.int32)
-    return ((masks_MW[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def _report(logits_BV: Tensor, tokens_B: Tensor, plan: SamplingPlan) -> LogprobTensors | None:

@@ -44,7 +44,8 @@ class SamplingPlan:
     """What has to be done for the rows of a step, in their order. The tensors are on the device.
 
     is_greedy: every row takes its largest logit. is_plain: nothing but temperatures matter, so that a recorded graph
-    can choose. filtered, masked, reported: rows with top-k, top-p or min-p; with a grammar; wanting log-probabilities.
+    can choose. filtered, reported: rows with top-k, top-p or min-p; that want log-probabilities. places_B, mask_rows_B:
+    each row's place in the counts, and its row among the masks, -1 for none; None where no logit is changed.
     has_order: a filtered row has top-k or top-p. num_top: tokens beside each reported one, by reported row.
     """
 
@@ -56,7 +57,9 @@ class SamplingPlan:
     penalised: Penalised | None
     biased: Entries | None
     not_yet: Entries | None
-    masked: Tensor | None
+    has_masks: bool
+    places_B: Tensor | None
+    mask_rows_B: Tensor | None
     reported: Tensor | None
     reported_rows: tuple[int, ...]
     num_top: tuple[int, ...]
@@ -149,16 +152,22 @@ class SamplingState:
             for token in sorted(row.stop_ids)
             if 0 <= token < self.vocab_size
         ]
+        is_changed = bool(penalised or biases or stops or masked)
+        places = [self.counts.places[row.slot] if needs_counts(row.params) else -1 for row in rows]
+        mask_of = {i: number for number, i in enumerate(masked)}
+        mask_rows = [mask_of.get(i, -1) for i in range(len(rows))]
         return SamplingPlan(
             rows=rows,
             is_greedy=not drawn,
-            is_plain=not (filtered or penalised or biases or stops or masked or reported),
+            is_plain=not (filtered or is_changed or reported),
             filtered=self._index(filtered),
             has_order=bool(ordered),
             penalised=self._penalised(rows, penalised),
             biased=self._entries(biases),
             not_yet=self._entries(stops),
-            masked=self._index(masked),
+            has_masks=bool(masked),
+            places_B=self.tensor(places, torch.int64) if is_changed else None,
+            mask_rows_B=self.tensor(mask_rows, torch.int64) if is_changed else None,
             reported=self._index(reported),
             reported_rows=tuple(reported),
             num_top=tuple(params[i].logprobs or 0 for i in reported),

@@ -23,9 +23,10 @@ from tunesmith.engine import logprobs as logprobs_module
 from tunesmith.engine.batch import SampledRow
 from tunesmith.engine.logprobs import chosen_and_top, score_prompt
 from tunesmith.engine.request import SamplingParams
-from tunesmith.engine.sampling import BROKEN, Sampled, Sampling, draw_seed, penalise, unpack_masks
+from tunesmith.engine.sampling import BROKEN, Sampled, Sampling, draw_seed
 from tunesmith.errors import RequestError
 from tunesmith.kernels.sampling import find_thresholds
+from tunesmith.kernels.sampling_logits import penalise, unpack_masks
 
 VOCAB = 50
 CPU = torch.device("cpu")

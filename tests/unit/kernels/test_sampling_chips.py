@@ -14,7 +14,7 @@ SHARED_BYTES = 48 * 1024
 
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Every kernel with its arguments' types, its constants and its warps, for a vocabulary of 151936."""
-    from tunesmith.kernels import decode_inputs_triton, sampling_triton
+    from tunesmith.kernels import decode_inputs_triton, sampling_logits_triton, sampling_triton
     from tunesmith.kernels import sampling_thresholds_triton as thresholds
     from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, SITE, quarter
 
@@ -33,6 +33,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     load = {name: ids for stem in inputs for name in (stem, f"to_{stem}")} | {"last_tokens": ids}
     load |= {name: short_ids for stem in ("contexts", "adapters", "tables") for name in (stem, f"to_{stem}")}
     load |= dict.fromkeys(("num_rows", "padding_slot", "table_stride", "to_table_stride"), "i32")
+    change = {"logits": "*bf16", "prompts": "*u8", "answers": "*i16", "penalties": numbers, "masks": short_ids}
+    change |= {"slots": ids, "places": ids, "mask_rows": ids, "changed": numbers, "stride": "i32", "vocab_size": "i32"}
+    change |= {"words": "i32", "penalty_stride": "i32"}
     best = sampling_triton._best_kernel
     return {
         "draw": (best, {"logits": "*bf16", **draw}, {**shape, "HAS_THRESHOLDS": True}, 4),
@@ -62,11 +65,12 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             {**sizes, **most},
             8,
         ),
+        "change": (sampling_logits_triton.change_kernel, change, {"HAS_MASKS": True, "COLUMNS": 2048}, 8),
         "load": (decode_inputs_triton._load_kernel, load, {"PAGE": 16, "COLUMNS": 256}, 2),
     }
 
 
-NAMES = ["draw", "plain draw", "reduce", "maxima", "measure", "gather", "search", "load"]
+NAMES = ["draw", "plain draw", "reduce", "maxima", "measure", "gather", "search", "change", "load"]
 
 
 # One chip always, all of them where there is time.
