@@ -7,7 +7,8 @@ reads for an output row of D columns:
 
 On a GPU up to `MOST_TOKENS` go through our kernels (weights widened in registers); more go through the dequantised
 weight and cuBLAS, where the product's own time hides the extra pass. On a CPU torch's weight-only kernels take up to
-`CPU_TOKENS`, in bfloat16; more go through the dequantised weight, in bfloat16 too.
+`CPU_TOKENS`, in bfloat16; more of int8 up to `CPU_SPLIT_TOKENS` go through the integer units (`int8_split_product`),
+all others through the dequantised weight, in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from torch import Tensor
 from tunesmith.kernels.fp8 import dequantize_rows
 from tunesmith.kernels.int4 import Int4Weight, dequantize_int4
 from tunesmith.kernels.int4_cpu import CpuInt4, cpu_product
-from tunesmith.kernels.int8 import dequantize_int8
+from tunesmith.kernels.int8 import dequantize_int8, int8_split_product
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, use_kernel
 
 Format = Literal["float", "int8", "fp8", "int4", "nf4"]
 MOST_TOKENS: dict[Format, int] = {"float": 1, "int8": 64, "fp8": 64, "int4": 64, "nf4": 1}
-CPU_TOKENS: dict[Format, int] = {"int8": 32, "int4": 64}
+CPU_TOKENS: dict[Format, int] = {"int8": 2, "int4": 64}
+# int8 up to so many goes through the integer units, more through the dequantised weight.
+CPU_SPLIT_TOKENS = 96
 # torch's int8 kernel for CPUs gives wrong sums at other widths (seen with 40 columns and 3 tokens, torch 2.13).
 CPU_INT8_COLUMNS = 64
 # Columns that one lane reads at once, by format: a row is a multiple of them.
@@ -56,11 +59,19 @@ def int8_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor
         from tunesmith.kernels.gemv_operators import int8_operator
 
         return int8_operator(x_TD, codes_FD, scale_F, bias_F)
-    few = x_TD.shape[0] <= CPU_TOKENS["int8"] and x_TD.shape[1] % CPU_INT8_COLUMNS == 0
-    if x_TD.device.type == "cpu" and few:
-        y_TF = torch._weight_int8pack_mm(x_TD.to(torch.bfloat16), codes_FD, scale_F.to(torch.bfloat16)).to(x_TD.dtype)
-        return y_TF if bias_F is None else y_TF + bias_F.to(x_TD.dtype)
+    if x_TD.device.type == "cpu":
+        return _int8_on_cpu(x_TD, codes_FD, scale_F, bias_F)
     return dense_product(x_TD, dequantize_int8(codes_FD, scale_F, dense_dtype(x_TD)), bias_F)
+
+
+def _int8_on_cpu(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
+    num_tokens, width = x_TD.shape
+    if num_tokens > CPU_SPLIT_TOKENS:
+        return dense_product(x_TD, dequantize_int8(codes_FD, scale_F, torch.bfloat16), bias_F)
+    if num_tokens > CPU_TOKENS["int8"] or width % CPU_INT8_COLUMNS:
+        return int8_split_product(x_TD, codes_FD, scale_F, bias_F)
+    y_TF = torch._weight_int8pack_mm(x_TD.to(torch.bfloat16), codes_FD, scale_F.to(torch.bfloat16)).to(x_TD.dtype)
+    return y_TF if bias_F is None else y_TF + bias_F.to(x_TD.dtype)
 
 
 def int4_product(x_TD: Tensor, weight: Int4Weight, bias_F: Tensor | None, cpu: CpuInt4 | None = None) -> Tensor:

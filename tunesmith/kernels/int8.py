@@ -1,7 +1,8 @@
 """int8 weights with a scale for each output row, and products with them: weight-only, and int8 times int8.
 
     w[f, k] = code[f, k] * scale[f]             scale[f] = largest |w[f, :]| / 127, code in -127 .. 127
-    weight-only    y = x @ w.T                  codes widened in registers, sums in float32
+    weight-only    y = x @ w.T                  codes widened in registers, sums in float32; or, on a CPU, x as the sum
+                                                of two int8 matrices and sums in int32
     W8A8           y = (cx @ code.T) * sx * s   x quantised by rows as it comes, sums exact in int32
 
 Symmetric by rows on both sides, so the scales leave the sum over k, and no zero points are needed.
@@ -78,6 +79,23 @@ def int8_integer_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F
     sums_TF = _int_product(codes_TD, codes_FD)
     y_TF = sums_TF * scale_T1 * scale_F
     return (y_TF if bias_F is None else y_TF + bias_F.float()).to(x_TD.dtype)
+
+
+def int8_split_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
+    """Weight-only: y_TF in the dtype of x, the activations as the sum of two int8 matrices, one integer product.
+
+        x = (high + low / 254) * scale          15 bits of the largest of a row, more than bfloat16 has
+
+    For CPUs: their integer units are fast, and nothing has to be widened. Sums are exact in int32.
+    """
+    num_rows = x_TD.shape[0]
+    high, scale_T1 = quantize_rows_int8(x_TD)
+    rest = (x_TD.float() / scale_T1).sub_(high).mul_(2 * LARGEST)
+    low = rest.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
+    sums = _int_product(torch.cat((high, low)), codes_FD)
+    y_TF = sums[:num_rows].float()
+    y_TF.add_(sums[num_rows:], alpha=1 / (2 * LARGEST)).mul_(scale_T1).mul_(scale_F)
+    return (y_TF if bias_F is None else y_TF.add_(bias_F.float())).to(x_TD.dtype)
 
 
 def _int_product(codes_TD: Tensor, codes_FD: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""Perplexity of a model in every weight format, on text it has not seen, beside its own weights.
+
+    python benchmarks/format_quality.py --model builtin:tiny --text TEXT.txt[.xz] > format_quality.jsonl
+    python benchmarks/format_quality.py --calibrate GPTQ_TEXT.txt ...      also int4 by GPTQ and AWQ on another text
+
+A line of JSON for each format: perplexity, its change, KL from the unquantised model and agreement on the best token,
+bytes of the weights, seconds to load. The text is cut into pieces of `--length` tokens; the first token of each is
+given. Only a model that has really learnt says something: with random weights every format is equally bad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.checkpoint.inference import load_for_inference
+from tunesmith.checkpoint.source import resolve_model
+from tunesmith.compress.calibrate import calibrate_awq, calibrate_gptq
+from tunesmith.compress.divergence import divergence
+from tunesmith.hardware import pick_device
+from tunesmith.model.language_model import LanguageModel, logits
+from tunesmith.model.weight_formats import check_format
+from tunesmith.text.tokenizer import load_tokenizer
+
+FORMATS = ("bfloat16", "int8", "w8a8", "fp8", "int4-g32", "int4-g64", "int4", "int4-sym", "nf4", "nf4-double")
+HEADS = ("int8", "int4")
+"""Formats measured with the head in int8 too."""
+
+
+def read_text(path: Path) -> str:
+    """A text file, packed by xz or not."""
+    data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    return data.decode("utf-8")
+
+
+def pieces_of(path: Path, model: str, length: int, tokens: int) -> list[list[int]]:
+    """Token ids in pieces of `length`, at most `tokens` in all."""
+    ids = load_tokenizer(resolve_model(model)).encode(read_text(path)[: tokens * 12])[:tokens]
+    return [ids[start : start + length] for start in range(0, len(ids) - 1, length)]
+
+
+@torch.inference_mode()
+def predictions(model: LanguageModel, pieces: list[list[int]]) -> list[Tensor]:
+    """float32 logits of each piece, on the CPU."""
+    return [logits(model, [piece])[0].float().cpu() for piece in pieces]
+
+
+def perplexity(found: list[Tensor], pieces: list[list[int]]) -> float:
+    """exp of the mean negative log likelihood of every token but the first of a piece."""
+    loss = sum(
+        float(F.cross_entropy(logits_TV[:-1], torch.tensor(piece[1:]), reduction="sum"))
+        for logits_TV, piece in zip(found, pieces, strict=True)
+    )
+    return math.exp(loss / sum(len(piece) - 1 for piece in pieces))
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Bytes of parameters and of what quantised linears hold, the embedding and the head included."""
+    module = cast(nn.Module, model)
+    return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+
+
+def models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, float]]:
+    """Name, model and seconds to load, one after the other."""
+    wanted = [(name, "stored") for name in arguments.formats.split(",")]
+    wanted += [(name, "int8") for name in HEADS if name in arguments.formats.split(",")]
+    for name, head in wanted:
+        begin = time.monotonic()
+        quantize = None if name == "bfloat16" else name
+        dtype = "bfloat16" if name == "bfloat16" else arguments.dtype
+        model = load_for_inference(
+            arguments.model, quantize=quantize, dtype=dtype, device=arguments.device, head=cast(Any, head)
+        )
+        yield name + (", head int8" if head == "int8" else ""), model, time.monotonic() - begin
+    if arguments.calibrate is None:
+        return
+    texts = pieces_of(arguments.calibrate, arguments.model, 512, arguments.calibration_tokens)
+    for name, method in (("gptq", calibrate_gptq), ("awq", calibrate_awq)):
+        for held in ("int4", "int4-g32"):
+            begin = time.monotonic()
+            model = load_for_inference(arguments.model, dtype=arguments.dtype, device=arguments.device)
+            method(cast(Any, model), check_format(held), texts)
+            yield f"{held} by {name}", model, time.monotonic() - begin
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin:tiny")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--calibrate", type=Path, help="a text to calibrate int4 on, other than --text")
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--dtype", default="float32", help="of what is not quantised")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    if arguments.calibrate is not None and arguments.calibrate.resolve() == arguments.text.resolve():
+        sys.exit("--calibrate must be another text than --text: what was calibrated on is not held out")
+    arguments.device = str(pick_device(arguments.device))
+    pieces = pieces_of(arguments.text, arguments.model, arguments.length, arguments.tokens)
+    reference = load_for_inference(arguments.model, dtype=arguments.dtype, device=arguments.device, head="stored")
+    before = predictions(reference, pieces)
+    own = perplexity(before, pieces)
+    tokens = sum(map(len, pieces))
+    first = {"model": arguments.model, "text": arguments.text.name, "tokens": tokens, "format": arguments.dtype}
+    print(json.dumps({**first, "perplexity": round(own, 4), "weight_bytes": weight_bytes(reference)}), flush=True)
+    del reference
+    for name, model, seconds in models(arguments):
+        found = predictions(model, pieces)
+        far = divergence(before, found)
+        value = perplexity(found, pieces)
+        row = {
+            **first,
+            "format": name,
+            "perplexity": round(value, 4),
+            "change_percent": round(100 * (value / own - 1), 3),
+            "kl_nats": round(far.kl_mean, 6),
+            "same_best_token_ratio": round(far.argmax_agreement_ratio, 4),
+            "weight_bytes": weight_bytes(model),
+            "load_s": round(seconds, 2),
+        }
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
