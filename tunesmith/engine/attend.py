@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tunesmith.engine.attend_rows import attend_rows, rows_of
 from tunesmith.engine.batch import StepBatch
 from tunesmith.engine.pages import PagedCache
 from tunesmith.kernels.kv_cache import write_kv
@@ -24,6 +25,8 @@ class PagedAttention:
         self.cache = cache
         self.batch = batch
         self.invariant = invariant
+        goes_by_rows = invariant and batch.is_decode and cache.device.type == "cpu" and cache.key_scales is None
+        self._rows = rows_of(batch) if goes_by_rows else None
 
     @property
     def has_scales(self) -> bool:
@@ -46,6 +49,9 @@ class PagedAttention:
         """out_TNH of queries whose keys and values are in the pages already."""
         batch = self.batch
         keys, values = self.pages(layer)
+        window = self.cache.config.window(layer)
+        if self._rows is not None:
+            return attend_rows(query_TNH, keys, values, self._rows, window)
         key_scales, value_scales = self._scales(layer)
         return paged_attention(
             query_TNH,
@@ -56,7 +62,7 @@ class PagedAttention:
             batch.context_R,
             max_query=batch.max_query,
             max_context=batch.max_context,
-            window=self.cache.config.window(layer),
+            window=window,
             key_scales_PK=key_scales,
             value_scales_PK=value_scales,
             invariant=self.invariant,
