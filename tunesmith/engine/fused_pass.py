@@ -26,7 +26,7 @@ from tunesmith.model.layers import RMSNorm
 
 
 def has_fused_pass(decoder: Decoder) -> bool:
-    """Whether every norm is RMSNorm and no process holds a part of the decoder only."""
+    """Whether every norm is RMSNorm, and all blocks are here."""
     blocks = list(decoder.blocks)
     return all(isinstance(block, Block) and _has_rms(block) for block in blocks) and type(decoder.norm) is RMSNorm
 
@@ -41,7 +41,7 @@ class FusedPass:
 
     def __call__(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
         decoder = self.decoder
-        stream = decoder.embed(tokens_T, positions_T)
+        stream = decoder.stream.own(decoder.embed(tokens_T, positions_T))
         rope = None
         if decoder.config.rope is not None:
             rope = rope_tables_half(decoder._inverse(positions_T.device), positions_T)
@@ -52,8 +52,10 @@ class FusedPass:
         for layer, (block, following) in enumerate(zip(blocks, norms, strict=True)):
             mlp_norm = cast(RMSNorm, block.mlp_norm)
             mixed = self._attend(block, layer, block.attention.qkv(y), rope, attend)
-            y = add_rms_norm_(stream, block.attention.output(mixed), mlp_norm.weight, mlp_norm.eps)
-            y = add_rms_norm_(stream, _mlp(block.mlp, y), following.weight, following.eps)
+            # Where processes share the model, their parts are summed.
+            mixed = block.stream.summed(block.attention.output(mixed))
+            y = add_rms_norm_(stream, mixed, mlp_norm.weight, mlp_norm.eps)
+            y = add_rms_norm_(stream, block.stream.summed(_mlp(block.mlp, y)), following.weight, following.eps)
         return y
 
     def _attend(

@@ -119,22 +119,21 @@ class NativeRunner:
             )
         if has_groups:
             fix_rows(model.blocks, GROUP_ROWS)
-        is_whole = model.stream is WHOLE
-        self._fused = self._make_pass(owns_model) if is_whole and has_fused_pass(model) else None
+        self._fused = self._make_pass(owns_model) if has_fused_pass(model) else None
         self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device)
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
-        records = on_gpu and is_whole and owns_model and not config.enforce_eager and self.fixed_rows is None
+        records = on_gpu and owns_model and not config.enforce_eager and self.fixed_rows is None
         self.graphs = self._make_graphs() if records else None
         self._hidden: Tensor | None = None
         self._decoded: Decoded | None = None
         self._scored: LogprobTensors | None = None
 
     def _make_pass(self, owns_model: bool) -> FusedPass | CpuPass | None:
-        """The written-out pass of this kind of device; on a CPU it can't keep rows from each other."""
+        """The written-out pass of this kind of device; a CPU's can't keep rows from each other, nor share a model."""
         if self.device.type == "cuda":
             return FusedPass(self.model)
-        if self.device.type != "cpu" or self.config.batch_invariant:
+        if self.device.type != "cpu" or self.config.batch_invariant or self.model.stream is not WHOLE:
             return None
         return CpuPass(self.model, self.config.max_num_seqs, self.max_model_len, packs=owns_model)
 

@@ -22,9 +22,12 @@ from torch import Tensor
 from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
 from tunesmith.engine.cache_size import num_pages as fitting_pages
 from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.graphs import DecodeGraphs
 from tunesmith.engine.interfaces import Pending
-from tunesmith.engine.pages import PagedCache
+from tunesmith.engine.pages import PAGE_SLOTS, PagedCache
 from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.tensor_graphs import FollowingGraphs, LeadingGraphs
+from tunesmith.engine.tensor_messages import Message
 from tunesmith.errors import ParallelError
 from tunesmith.model.block import Block
 from tunesmith.model.decoder import Decoder
@@ -32,9 +35,6 @@ from tunesmith.model.packed import PackedTokens
 from tunesmith.parallel.collectives import Team
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.tensor import SharedStream, share_linears
-
-Message = dict[str, Any]
-"""Plain values only: numbers, texts, bytes, lists and mappings of these."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,33 @@ class ShareRunner(NativeRunner):
             pages = int(agreed)
         return super()._make_cache(pages)
 
+    def _make_graphs(self) -> DecodeGraphs:
+        return FollowingGraphs(self._decode, self.sampling, **self.graph_options())
+
+    def graph_options(self) -> dict[str, Any]:
+        """What graphs of this runner are made with."""
+        return {
+            "max_num_seqs": self.config.max_num_seqs,
+            "max_context": self.max_model_len,
+            "slots_of_page": PAGE_SLOTS,
+            "device": self.device,
+        }
+
     def follow(self, message: Message) -> None:
         """Take part in the pass that the first process launches now."""
         batch = receive_batch(message, self.team, self.device)
         with self._passing():
-            self._all_hidden(batch)
+            if not message["rows"]:
+                self._all_hidden(batch)
+            elif isinstance(self.graphs, FollowingGraphs):
+                self.graphs.follow(batch, message["rows"])
+            else:
+                raise ParallelError("the first process replays a recorded step, and this one records none")
+
+    def follow_recording(self, message: Message) -> None:
+        """Take part in what the first process records now."""
+        if isinstance(self.graphs, FollowingGraphs):
+            self.graphs.follow_recording(message)
 
 
 class TensorParallelRunner(ShareRunner):
@@ -151,11 +173,15 @@ class TensorParallelRunner(ShareRunner):
         self.check = check
         super().__init__(model, config, num_pages)
 
+    def _make_graphs(self) -> DecodeGraphs:
+        return LeadingGraphs(self._decode, self.sampling, tell=self.tell, **self.graph_options())
+
     def forward(self, batch: StepBatch) -> None:
         """Launch the pass in all processes."""
         self.check()
         try:
-            self.tell(describe_batch(batch))
+            rows = self.graphs.prepare(batch) if isinstance(self.graphs, LeadingGraphs) else 0
+            self.tell({**describe_batch(batch), "rows": rows})
             send_batch(batch, self.team)
             super().forward(batch)
         except RuntimeError:
@@ -218,8 +244,10 @@ def receive_batch(message: Message, team: Team, device: torch.device) -> StepBat
     flat = torch.empty(sum(sizes), dtype=torch.int64, device=device)
     torch.distributed.broadcast(flat, group=team.group, group_src=0)
     positions, slots, starts, contexts, tables = flat.split(sizes)
-    none = flat.new_empty(0)
-    chosen = message["adapters"]
+    none, chosen = flat.new_empty(0), message["adapters"]
+    adapters = None if chosen is None else np.frombuffer(chosen, dtype=np.int32)
+    # A recorded step draws in every process; only the first one's tokens count.
+    drawn = torch.zeros_like(positions) if message["is_decode"] else none
     return StepBatch(
         tokens_T=torch.zeros_like(positions),
         positions_T=positions,
@@ -230,10 +258,11 @@ def receive_batch(message: Message, team: Team, device: torch.device) -> StepBat
         max_query=message["max_query"],
         max_context=message["max_context"],
         sample_rows_B=none,
-        sample_slots_B=none,
-        sample_positions_B=none,
+        sample_slots_B=drawn,
+        sample_positions_B=drawn,
         sequence_slots=message["slots"],
         is_decode=message["is_decode"],
-        token_adapters=None if chosen is None else np.frombuffer(chosen, dtype=np.int32),
+        adapter_T=None if adapters is None else torch.from_numpy(adapters.copy()).to(device),
+        token_adapters=adapters,
         passes=tuple(receive_batch(part, team, device) for part in message["passes"]),
     )

@@ -35,6 +35,8 @@ from tunesmith.parallel.tensor import shard_tensors
 from tunesmith.recipe.schema import ModelSection
 
 SHARED_FORMATS = ("nf4", "nf4-double", "fp8", "fp8-inner")
+GRAPHS_S = 5.0
+"""Seconds at start-up for recording graphs beyond the coarse sizes."""
 TIMEOUT = timedelta(minutes=5)
 """How long a collective waits: processes that end are noticed much sooner, by their socket."""
 
@@ -63,6 +65,7 @@ class SharedModel:
         self.team.tell({"kind": "runner", "config": dict(vars(config)), "num_pages": None})
         runner = TensorParallelRunner(self.decoder, config, self.team.tell, self.team.check)
         self.team.hear("ready")
+        runner.warm_up(GRAPHS_S)
         return runner
 
     def close(self) -> None:
@@ -200,6 +203,9 @@ def follow_passes(decoder: Decoder, receive: Callable[[], Message], say: Callabl
             case "pass":
                 assert runner is not None
                 runner.follow(message)
+            case "record":
+                assert runner is not None
+                runner.follow_recording(message)
 
 
 def tell_of_adapters(pool: AdapterPool, tell: Callable[[Message], None]) -> None:

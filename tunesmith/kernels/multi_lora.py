@@ -121,10 +121,12 @@ def token_adapters(
 def token_adapters_on_device(adapter_T: Tensor, num_slots: int, *, invariant: bool = False) -> TokenAdapters:
     """The choice of tokens whose slots are on the device only (int32), by operations that a CUDA graph can record.
 
-    The host never sees the slots, so this is for the kernels alone.
+    The host never sees the slots where the kernels run; elsewhere nothing is recorded, and it reads them.
     """
     device, num_tokens = adapter_T.device, adapter_T.shape[0]
     tile = tile_of(num_tokens, invariant=invariant)
+    if not use_kernel(device):
+        return TokenAdapters(adapter_T.cpu().numpy(), num_slots, device, tile, invariant)
     sorted_T, order_T = adapter_T.sort(stable=True)
     slots_S = torch.arange(num_slots, dtype=adapter_T.dtype, device=device)
     first_S = torch.searchsorted(sorted_T, slots_S)

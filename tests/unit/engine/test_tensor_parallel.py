@@ -17,15 +17,17 @@ import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine import graphs as graphs_module
 from tunesmith.engine.adapter_stacks import attach
 from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.graphs import DecodeGraphs
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.speculate import NgramDrafter
 from tunesmith.engine.tensor_messages import Message, Reader, send
-from tunesmith.engine.tensor_parallel import TensorParallelRunner, share_to_serve
+from tunesmith.engine.tensor_parallel import ShareRunner, TensorParallelRunner, share_to_serve
 from tunesmith.engine.tensor_serving import SharedSource, follow_passes, load_shared, tell_of_adapters
 from tunesmith.engine.tensor_team import TensorTeam
 from tunesmith.errors import ParallelError, RequestError
@@ -80,6 +82,49 @@ def broadcast(message: Message | None) -> Message:
     body = torch.zeros(int(length), dtype=torch.uint8) if message is None else torch.tensor(list(packed)).byte()
     torch.distributed.broadcast(body, 0)
     return dict(msgpack.unpackb(body.numpy().tobytes()))
+
+
+class Repeating:
+    """A recorder for a CPU: what is recorded is done again by every replay."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        work()
+
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        made = work()
+
+        def replay() -> None:
+            for into, tensor in zip(made, work(), strict=True):
+                into.copy_(tensor)
+
+        return replay, made
+
+    def borrow(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def free_bytes(self) -> int | None:
+        return None
+
+
+def serve_recorded(directory: str, adapter: str) -> tuple[list[list[int]] | None, int]:
+    """As `serve`, decoding through graphs; and how many steps this process replayed."""
+    graphs: list[DecodeGraphs] = []
+
+    def make(self: ShareRunner, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        self.graphs = self._make_graphs()
+        graphs.append(self.graphs)
+
+    original, ShareRunner.__init__ = ShareRunner.__init__, make  # type: ignore[method-assign]
+    recorder, graphs_module.CudaRecorder = graphs_module.CudaRecorder, Repeating  # type: ignore[assignment,misc]
+    try:
+        return serve(directory, adapter, CONFIG, None), graphs[0].stats.num_replays
+    finally:
+        ShareRunner.__init__ = original  # type: ignore[method-assign]
+        graphs_module.CudaRecorder = recorder  # type: ignore[misc]
 
 
 def serve(directory: str, adapter: str | None, config: EngineConfig, quantize: Any) -> list[list[int]] | None:
@@ -165,6 +210,16 @@ def random_adapter(base: Path, out: Path) -> Path:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     save_adapter(model, out, base)
     return out
+
+
+def test_recorded_steps_are_recorded_and_replayed_by_all(
+    ranks: Ranks, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = tiny_model_dir("qwen2", initializer_range=SPREAD, **WIDE)
+    adapter = random_adapter(directory, tmp_path / "a")
+    (said, replays), (_, others) = ranks(serve_recorded, 2, str(directory), str(adapter))
+    assert said == one_process(directory, adapter)
+    assert replays == others > 0
 
 
 def test_in_passes_of_a_fixed_size(ranks: Ranks, tiny_model_dir: Callable[..., Path]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import multi_lora
 from tunesmith.kernels.multi_lora import (
     AdapterStack,
     add_multi_lora,
@@ -63,7 +64,10 @@ def test_bands_are_of_one_projection_and_cover_all_columns() -> None:
     assert bands == [[0, 0, 128], [0, 128, 256], [0, 256, 300], [1, 300, 301], [2, 301, 429]]
 
 
-def test_tiles_hold_tokens_of_one_adapter_and_their_number_is_a_function_of_the_tokens_alone() -> None:
+def test_tiles_hold_tokens_of_one_adapter_and_their_number_is_a_function_of_the_tokens_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multi_lora, "use_kernel", lambda device: True)
     generator = np.random.default_rng(0)
     for tokens in (1, 5, 16, 33, 200):
         for _ in range(20):
