@@ -142,7 +142,9 @@ def _send(case: Any, found: Found, session: requests.Session, headers: dict[str,
 def _keep(target: list[dict[str, Any]], case: Any, what: str, response: Any) -> None:
     if len(target) < MAX_FINDINGS:
         body = None if response is None else response.text[:300]
-        target.append({"case": case.as_curl_command()[:600], "what": what[:400], "answer": body})
+        # Not the curl command: that filters whatever is called a token.
+        sent = json.dumps(case.body, default=str)[:2000]
+        target.append({"case": f"{case.method} {case.formatted_path} {sent}", "what": what[:400], "answer": body})
 
 
 def summarise(found: list[Found], duration_s: float) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def main() -> int:
     for one in result["routes"]:
         print(f"{one['route']:40s} {one['mode']:9s} {one['cases']:6d} cases  {json.dumps(one['statuses'])}")
         for item in [*one["server_errors"], *one["not_as_documented"]][:4]:
-            print(f"    {item['what']}\n    {item['case']}")
+            print(f"    {item['what'][:300]}\n    {(item['case'] or '')[:600]}")
     errors, undocumented = result["server_errors"], result["not_as_documented"]
     print(f"{result['cases']} cases, {errors} server errors, {undocumented} not as documented")
     return 0 if result["passed"] else 1
