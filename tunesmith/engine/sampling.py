@@ -26,6 +26,7 @@ from tunesmith.engine.sampling_state import Entries, SamplingPlan, SamplingState
 from tunesmith.kernels.sampling import choose, choose_greedily, find_thresholds
 from tunesmith.kernels.sampling_logits import Allowed, Seen, change_logits
 from tunesmith.kernels.sampling_noise import BROKEN
+from tunesmith.units import ceil_div
 
 __all__ = ["BROKEN", "Sampled", "Sampling", "SamplingState", "draw_seed"]
 
@@ -74,7 +75,7 @@ class Sampling:
         self._warm: set[torch.dtype] = set()
 
     def warm_up(self, dtype: torch.dtype) -> bool:
-        """On a GPU, load the kernels of top-k, top-p and min-p before a request needs them; one dtype of logits a call.
+        """On a GPU, load the kernels of filters, penalties and masks before a request needs them, a dtype a call.
 
         dtype: of the model's logits; penalties and masks make float32 of them. False where all is loaded.
         """
@@ -85,6 +86,10 @@ class Sampling:
         self._warm.add(missing[0])
         logits = torch.zeros(1, state.vocab_size, dtype=missing[0], device=state.device)
         one, slot = torch.ones(1, device=state.device), state.tensor([state.padding_slot], torch.int64)
+        nothing = Seen(state.counts.prompts_NV, state.counts.answers_NV, slot * 0 - 1, state.floats_PN[3:])
+        words = torch.zeros(1, ceil_div(state.vocab_size, 32), dtype=torch.int32, device=state.device)
+        for allowed in (None, Allowed(words, slot * 0 - 1)):
+            change_logits(logits, slot, nothing, allowed)
         thresholds = find_thresholds(logits, one, slot, one / 2, one / 2)
         choose(logits, state.floats_PN[0], state.ints_PN[0], slot, slot, state.last_tokens_N.clone(), thresholds)
         return True

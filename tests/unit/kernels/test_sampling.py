@@ -202,7 +202,7 @@ for rows, vocab, dtype in ((6, 50, torch.float32), (1, 4500, torch.bfloat16)):
 wanted = ((0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.5, 0, 1.0, 0.05), (0.6, 20, 0.8, 0.0),
           (1.0, 7, 0.9, 0.1), (0.3, 0, 0.6, 0.02), (2.0, 50000, 0.5, 0.0), (0.0, 3, 0.5, 0.0))
 # The last case has more candidates than are gathered.
-for vocab, dtype, scale, rows in ((50, torch.float32, 3, range(9)), (5000, torch.bfloat16, 2, (4,)),
+for vocab, dtype, scale, rows in ((50, torch.float32, 3, (0, 3, 5, 8)), (5000, torch.bfloat16, 2, (4,)),
                                   (4700, torch.float32, 0.01, (2,))):
     temperatures, top_k, top_p, min_p = (torch.tensor(column) for column in zip(*(wanted[row] for row in rows)))
     logits = (torch.randn(len(rows), vocab) * scale).to(dtype)
