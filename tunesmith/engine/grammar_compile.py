@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.engine.grammar_guard import GrammarGuard
 from tunesmith.engine.grammar_library import GrammarLimits, fuel, library, panics_are_errors, refused
 from tunesmith.engine.grammar_text import grammar_text
 from tunesmith.engine.interfaces import GrammarState
@@ -195,6 +196,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._trie_lock = threading.Lock()
         self._trie: Any = None
+        self._guard = GrammarGuard(self.limits)
 
     @property
     def num_mask_words(self) -> int:
@@ -223,12 +225,15 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """End the threads; what waits is dropped."""
+        self._guard.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, spec: StructuredSpec) -> MatcherGrammar:
         with panics_are_errors(spec.kind):
-            limits = fuel(self.limits)
-            matcher = library().LLMatcher(self._tokens(), grammar_text(spec), log_level=0, limits=limits)
+            text = grammar_text(spec)
+            if reason := self._guard.check(text):
+                raise refused(spec.kind, reason)
+            matcher = library().LLMatcher(self._tokens(), text, log_level=0, limits=fuel(self.limits))
             reason = matcher.get_error() if matcher.is_error() else _try_out(matcher.deep_copy(), self.num_mask_words)
             if reason:
                 raise refused(spec.kind, reason)

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tunesmith.engine.structured import MAX_SPEC_BYTES
 from tunesmith.errors import RequestError
+
+MAX_SPEC_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class GrammarLimits:
 
     max_spec_bytes: of a schema, expression, grammar or all choices together.
     compile_s: from the request's arrival until its grammar is ready; a request that waits longer fails.
+    read_s: for reading a specification, in a process that is ended then.
     cache_entries: compiled grammars that are kept, the least recently used go first.
     start_fuel, step_fuel: automaton work for the start and for one token. What a nested repetition spends on the start
         grows with it: (((a{100}){100}){100} took 0.13 s and 50 MB with this limit, 1.7 s and 240 MB with four times it.
@@ -26,6 +28,7 @@ class GrammarLimits:
 
     max_spec_bytes: int = MAX_SPEC_BYTES
     compile_s: float = 10.0
+    read_s: float = 3.0
     cache_entries: int = 64
     start_fuel: int = 250_000
     step_fuel: int = 200_000

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tunesmith.engine.grammar_library import MAX_SPEC_BYTES
 from tunesmith.engine.interfaces import GrammarState
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.errors import RequestError
 
 WORD_BITS = 32
-MAX_SPEC_BYTES = 256 * 1024
 MAX_CHOICES = 4096
 # llguidance's own readers refuse deeper ones too; here it is refused before any of them sees it.
 MAX_DEPTH = 60

@@ -299,6 +299,20 @@ def test_a_grammar_that_no_text_fits_is_refused(compiler: GrammarCompiler) -> No
             after_thoughts(spec, '"<think>"', '"</think>"', is_open=True)
 
 
+def test_what_takes_for_ever_to_read_is_given_up_and_the_next_one_is_not(compiler: GrammarCompiler) -> None:
+    """The library meets sixty repeated patterns with a search that its own limits don't end."""
+    limits = GrammarLimits(read_s=0.3)
+    small = GrammarCompiler(compiler.tokenizer, compiler.vocab_size, compiler.stop_ids, limits=limits)
+    parts = [{"properties": {"p": {"pattern": f"a{{{n}}}"}}} for n in range(60)]
+    with pytest.raises(RequestError, match=r"can't be read within 0\.3 s"):
+        small.compile(StructuredSpec("json_schema", json.dumps({"type": "object", "allOf": parts})))
+    assert small.compile(StructuredSpec("regex", "a")).state().forced()
+    child = small._guard._child
+    assert child is not None and child.poll() is None
+    small.close()
+    assert child.poll() is not None
+
+
 def test_an_expression_that_blows_up_fails_alone_and_soon(compiler: GrammarCompiler) -> None:
     """((a{100}){100}){100} asks for a million states; the limits end it, and the compiler still works."""
     small = GrammarCompiler(
@@ -333,16 +347,17 @@ def test_the_same_grammar_is_compiled_once_and_the_cache_is_bounded(compiler: Gr
 
 
 def test_a_request_waits_for_its_grammar_without_blocking_and_not_for_ever(compiler: GrammarCompiler) -> None:
-    limits = GrammarLimits(compile_s=0.05)
+    limits = GrammarLimits(compile_s=0.5)
     slow = GrammarCompiler(compiler.tokenizer, compiler.vocab_size, compiler.stop_ids, limits=limits, max_threads=1)
     release = threading.Event()
     slow._tokens()
+    slow._guard.check("")
     slow._tokens()
     slow._pool.submit(release.wait)
     grammars = RequestGrammars(slow)
     grammars.submit(7, StructuredSpec("regex", "ab"))
     assert grammars.ready(7) is None
-    with pytest.raises(RequestError, match=r"not compiled within 0\.05 s"):
+    with pytest.raises(RequestError, match=r"not compiled within 0\.5 s"):
         while grammars.ready(7) is None:
             pass
     grammars.forget(7)
