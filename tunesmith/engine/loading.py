@@ -182,9 +182,13 @@ def draft_page_bytes(draft: Decoder | None) -> int:
 def make_drafter(
     speculation: Speculation | None, draft: Decoder | None, runner: Runner, config: EngineConfig
 ) -> Drafter | None:
-    """What guesses tokens for this runner."""
+    """What guesses tokens for this runner. Raises RequestError where wrong guesses can't be taken back."""
     if speculation is None:
         return None
+    if isinstance(runner, TransformersRunner):
+        raise RequestError(
+            "speculation needs the native decoder, and this model runs through transformers: leave it out"
+        )
     if draft is None:
         return NgramDrafter(speculation.num_tokens, speculation.min_ngram, speculation.max_ngram)
     limit = draft.config.max_position_embeddings

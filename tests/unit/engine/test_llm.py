@@ -226,6 +226,19 @@ def test_other_architectures_run_through_transformers(model_dir: Path, llm: LLM)
     ours = [c.token_ids for c in llm.generate(texts, max_tokens=20)]
     assert [c.token_ids for c in theirs.generate(texts, max_tokens=20)] == ours
     assert theirs.runner.states == {} and theirs.runner.pages.num_used == 0
+    together = LLM(model_dir, device="cpu", backend="transformers", max_num_seqs=2, debug_pages=True)
+    scored = together.generate(texts, max_tokens=4, logprobs=1, prompt_logprobs=0, ignore_eos=True)
+    own = llm.generate(texts, max_tokens=4, logprobs=1, prompt_logprobs=0, ignore_eos=True)
+    for mine, other in zip(scored, own, strict=True):
+        assert mine.token_ids == other.token_ids and mine.prompt_logprobs and other.prompt_logprobs
+        pairs = zip(mine.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True)
+        assert all(a and b and a.logprob == pytest.approx(b.logprob, abs=1e-4) for a, b in pairs)
+    for options, name in (
+        ({"speculative": {"method": "ngram"}}, "speculation"),
+        ({"batch_invariant": True}, "batch_inv"),
+    ):
+        with pytest.raises(RequestError, match=name):
+            LLM(model_dir, device="cpu", backend="transformers", **options)
 
 
 def test_max_model_len_is_the_context(model_dir: Path) -> None:
