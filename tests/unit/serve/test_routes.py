@@ -266,3 +266,15 @@ async def test_the_document_describes_every_route(one: Served) -> None:
         for operation in operations.values():
             assert {"400", "401", "429", "503"} <= set(operation["responses"])
     assert END  # the fake's answers end
+
+
+@in_server()
+async def test_whole_numbers_may_be_written_with_a_point(one: Served) -> None:
+    """1.0 is an integer by JSON Schema, and some languages write all numbers so."""
+    body = {"prompt": [5.0, 6.0], "max_tokens": 2.0, "seed": 1.0, "stop_token_ids": [7.0]}
+    assert (await one.post("/v1/completions", **body)).status_code == 200
+    params = one.fake.submitted[0]["params"]
+    assert (params.max_tokens, params.seed, params.stop_token_ids) == (2, 1, (7,))
+    assert all(type(value) is int for value in (params.max_tokens, params.seed, *params.stop_token_ids))
+    assert error_of(await one.post("/v1/completions", prompt=[5.5]), 400)["param"].startswith("prompt")
+    assert error_of(await one.post("/v1/completions", prompt="x", max_tokens=1.5), 400)["param"] == "max_tokens"

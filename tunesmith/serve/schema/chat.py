@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunesmith.serve.errors import bad_field, unsupported
-from tunesmith.serve.schema.common import OFF, Body, Name, Sampling, Strict, Text
+from tunesmith.serve.schema.common import OFF, WHOLE, Body, Name, Sampling, Strict, Text
 
 
 class TextPart(Body):
@@ -134,10 +134,10 @@ class ChatRequest(Sampling):
         "chat_template": OFF, "mm_processor_kwargs": OFF, "include_reasoning": (None, True),
     }  # fmt: skip
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16384)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None

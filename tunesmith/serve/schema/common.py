@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunesmith.errors import nearest
@@ -12,6 +12,21 @@ from tunesmith.serve.errors import unsupported
 
 INT64 = 2**63
 MAX_TEXT_CHARACTERS = 2**24
+
+
+def _whole(value: Any) -> Any:
+    """1.0 is an integer in JSON Schema's eyes."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _whole_list(values: Any) -> Any:
+    """The same for a list, which may be long: nothing is done for each item of a list of integers."""
+    if isinstance(values, list) and float in set(map(type, values)):
+        return [_whole(value) for value in values]
+    return values
+
+
+WHOLE, WHOLE_LIST = BeforeValidator(_whole), BeforeValidator(_whole_list)
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -133,31 +148,31 @@ class Sampling(Body):
         "guided_json_object": OFF, "guided_decoding_backend": OFF, "guided_whitespace_pattern": OFF,
     }  # fmt: skip
     model: Name | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
     stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
+    stop_token_ids: Annotated[list[TokenId], WHOLE_LIST] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=0, le=1000)] | None = Field(
+    priority: Annotated[int, Field(ge=0, le=1000), WHOLE] | None = Field(
         None, description="lower goes first; 0 is usual, and nobody can ask for more"
     )
     cache_salt: Name | None = None

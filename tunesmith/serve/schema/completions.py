@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from tunesmith.serve.errors import unsupported
-from tunesmith.serve.schema.common import OFF, Sampling, Text, TokenId
+from tunesmith.serve.schema.common import OFF, WHOLE, WHOLE_LIST, Sampling, Text, TokenId
 
-Ids = Annotated[list[TokenId], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1), WHOLE_LIST]
+Prompt = Annotated[Text, Field(min_length=1)]
 Prompts = (
-    Text | Ids | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    Prompt | Ids | Annotated[list[Prompt], Field(min_length=1, max_length=2048)]
     | Annotated[list[Ids], Field(min_length=1, max_length=2048)]
 )  # fmt: skip
 
@@ -21,10 +22,10 @@ class CompletionRequest(Sampling):
 
     only: ClassVar = {**Sampling.only, "suffix": OFF, "prompt_embeds": OFF}
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")

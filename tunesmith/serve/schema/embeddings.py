@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunesmith.serve.schema.common import Body, Name
+from tunesmith.serve.schema.common import WHOLE, Body, Name
 from tunesmith.serve.schema.completions import Prompts
 
 
@@ -16,7 +16,7 @@ class EmbeddingRequest(Body):
     model: Name | None = None
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+    dimensions: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="only the model's own hidden size"
     )
     user: Annotated[str, Field(max_length=512)] | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tunesmith.serve.errors import unsupported
-from tunesmith.serve.schema.common import OFF, Body, JsonObjectFormat, Name, Text, TextFormat
+from tunesmith.serve.schema.common import OFF, WHOLE, Body, JsonObjectFormat, Name, Text, TextFormat
 
 
 class InputText(Body):
@@ -60,16 +60,16 @@ class ResponsesRequest(Body):
     model: Name | None = None
     input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=16384)]
     instructions: Text | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     stream: bool | None = None
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
 

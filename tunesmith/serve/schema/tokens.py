@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tunesmith.serve.errors import bad_field
 from tunesmith.serve.schema.chat import ChatMessage, Tool
-from tunesmith.serve.schema.common import Body, Name, Text, TokenId
+from tunesmith.serve.schema.common import WHOLE_LIST, Body, Name, Text, TokenId
 
 
 class TokenizeRequest(Body):
@@ -41,4 +41,4 @@ class DetokenizeRequest(Body):
     """Token ids."""
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=2**20)]
+    tokens: Annotated[list[TokenId], Field(max_length=2**20), WHOLE_LIST]
