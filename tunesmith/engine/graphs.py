@@ -167,6 +167,9 @@ class DecodeGraphs:
         """Record the coarse sizes, largest first, then the others until `limit_s` seconds have gone in all."""
         started = time.perf_counter()
         kind, first = self.first_kind, coarse(self.sizes)
+        log.info(
+            "recording %d decode graphs, and %d more while there is time", len(first), len(self.sizes) - len(first)
+        )
         with _no_collection():
             for size in self._missing(kind):
                 is_late = limit_s is not None and time.perf_counter() - started > limit_s
