@@ -1,0 +1,64 @@
+"""`tunesmith serve RUN`: what is loaded is compared with what was trained, shown, and refused where it is broken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tunesmith.checkpoint.load import load_decoder
+from tunesmith.checkpoint.save import save_decoder
+from tunesmith.errors import VerificationError
+from tunesmith.recipe.schema import DataSection, MethodSection, ModelSection, Recipe
+from tunesmith.rundir.layout import RunDir, create_run
+from tunesmith.serve.loading import load_model
+from tunesmith.serve.options import EngineOptions
+from tunesmith.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def run(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> RunDir:
+    """A whole model that a run brought out."""
+    base = tiny_model_dir("qwen2", initializer_range=0.3)
+    row = {"messages": [{"role": "user", "content": "你好 😀"}, {"role": "assistant", "content": "Hi"}]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    data = DataSection.model_validate({"train": [str(file)], "system": "Be brief."})
+    recipe = Recipe(
+        output=str(tmp_path), model=ModelSection(path=str(base)), method=MethodSection(kind="full"), data=data
+    )
+    made = create_run(recipe)
+    save_decoder(load_decoder(base, dtype=torch.float32), made.final)
+    load_tokenizer(base).save(made.final)
+    return made
+
+
+def load(run: RunDir, **options: str) -> dict[str, object]:
+    engine = EngineOptions(model=str(run.path), device="cpu", max_model_len=256, **options)  # type: ignore[arg-type]
+    return load_model(engine, lambda _: None).facts
+
+
+def test_a_run_says_in_one_line_that_it_is_served_as_trained(run: RunDir) -> None:
+    facts = load(run)
+    assert str(facts["served"]).startswith("served = trained on the run's first rows (float32): 1 of 1 prompts")
+    assert json.loads((run.path / "served.json").read_text(encoding="utf-8"))["passed"]
+    assert "served" not in load(run, served_check="off")
+
+
+def test_another_template_is_refused_reported_or_not_looked_at(run: RunDir, tmp_path: Path) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", encoding="utf-8")
+    with pytest.raises(VerificationError, match=r"1 of 1 prompts have other token ids .* --served-check report"):
+        load(run, chat_template=str(template))
+    facts = load(run, chat_template=str(template), served_check="report")
+    assert str(facts["served"]).startswith("served != trained")
+    assert "served" not in load(run, chat_template=str(template), served_check="off")
+
+
+def test_the_check_leaves_no_trace_in_the_engine(run: RunDir) -> None:
+    model = load_model(EngineOptions(model=str(run.path), device="cpu", max_model_len=256), lambda _: None)
+    stats = model.engine.stats()
+    assert stats.prompt_tokens == stats.num_finished == stats.pages_used == 0
