@@ -39,6 +39,7 @@ def infer(
     batch_tokens: Annotated[str, typer.Option(help="batches: tokens in x out")] = "128x128",
     samples: Annotated[int, typer.Option(min=1, help="times that latency and batches are taken in a process")] = 3,
     data: Annotated[Path | None, typer.Option(help="GSM8K's file or folder: latency on its questions")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="of the questions, where the model's folder has none")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="rounds of A B C, each run in a fresh process")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every engine; else all cores")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy")] = 0.6,
@@ -80,7 +81,16 @@ def infer(
             weights="random" if from_recipe and weights == "checkpoint" else weights,
             device=kind,
             workload=_workload(
-                kinds, requests, lengths, prefill, latency_tokens, batches, batch_tokens, samples, data, path
+                kinds,
+                requests,
+                lengths,
+                prefill,
+                latency_tokens,
+                batches,
+                batch_tokens,
+                samples,
+                data,
+                tokenizer or path,
             ),
             rounds=rounds,
             threads=threads or usable_cores(),
@@ -137,7 +147,7 @@ def _workload(
     batch_tokens: str,
     samples: int,
     data: Path | None,
-    model: str,
+    tokenizer: str | Path,
 ) -> InferWorkload:
     from tunesmith.bench.infer.workload import InferWorkload
     from tunesmith.errors import RecipeError
@@ -154,18 +164,18 @@ def _workload(
         batches=tuple(int(size) for size in sizes),
         batch_tokens=_numbers(batch_tokens, "--batch-tokens"),
         samples=samples,
-        questions=() if data is None else _questions(data, model),
+        questions=() if data is None else _questions(data, tokenizer),
     )
 
 
-def _questions(data: Path, model: str) -> tuple[tuple[int, ...], ...]:
+def _questions(data: Path, source: str | Path) -> tuple[tuple[int, ...], ...]:
     """Questions as the model's own tokenizer has them, each as a user's message. Raises: TokenizerError, DataError."""
     from tunesmith.bench.serve.workload import Workload, make_requests
     from tunesmith.checkpoint.source import resolve_model
     from tunesmith.text.chat import encode_prompt
     from tunesmith.text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(resolve_model(model))
+    tokenizer = load_tokenizer(resolve_model(str(source)))
     items = make_requests(Workload("gsm8k", data, QUESTIONS)).items
     return tuple(tuple(encode_prompt(tokenizer, [{"role": "user", "content": str(i.prompt)}])) for i in items)
 

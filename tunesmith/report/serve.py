@@ -256,7 +256,7 @@ def _figure(loads: Sequence[Load], mode: str, what: str, names: Sequence[str], w
     ]
     ticks = tuple("∞" if math.isinf(value) else f"{value:g}" for value in values)
     title = words(f"serve_{what}")
-    show = format_seconds if what in ("ttft", "tpot") else (lambda value: format_count(value))
+    show = format_seconds if what in ("ttft", "tpot") else _short if what == "good" else format_count
     axis = words(f"axis_{mode}")
     is_log = what in ("ttft", "tpot")
     legend = tuple((line.label, f"series-{line.series}") for line in lines if not line.is_dashed) if servers[1:] else ()
@@ -266,6 +266,10 @@ def _figure(loads: Sequence[Load], mode: str, what: str, names: Sequence[str], w
         return load_plot(lines, ticks, title=title, axis=axis, show=show, is_log=is_log, key=key)
 
     return Drawn(title, note, draw, legend)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
 
 
 def _commands(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:

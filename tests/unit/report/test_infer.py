@@ -1,0 +1,53 @@
+"""The part of a report that inference runs make, from a table made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.errors import RunDirError
+from tunesmith.report.infer import infer_sections
+from tunesmith.report.load import read_run
+from tunesmith.report.strings import words_for
+from tunesmith.report.write import write_report
+from tunesmith.rundir.io import write_json_atomic
+
+
+def _row(engine: str, rate: float | None, ratio: float | None = None, **changes: Any) -> dict[str, Any]:
+    spread = {"median": rate, "min": rate, "max": rate, "count": 2}
+    throughput = {"output_tokens_per_s": spread, "total_tokens_per_s": spread}
+    row = {"engine": engine, "format": "bf16", "status": "ok", "reason": None, "short": 0, "weights_bytes": 2_000_000}
+    ours = {} if ratio is None else {"throughput.output_tokens_per_s": ratio}
+    return {**row, "measures": {} if rate is None else {"throughput": throughput}, "ours_is": ours, **changes}
+
+
+def _run(path: Path, *rows: dict[str, Any], version: int = 1, busy: bool = False) -> Path:
+    path.mkdir()
+    info = {"schema_version": 1, "kind": "infer", "status": "finished", "name": "engines", "tunesmith_version": "0"}
+    write_json_atomic(path / "run.json", {**info, "created_at": "2026-01-02T03:04:05+00:00", "facts": {}})
+    key = {"chip": "A chip", "driver": None, "torch": "2.11", "commit": "abc"}
+    machine = {"load_average": 3.0, "cores": 2, "is_busy": busy}
+    table = {"schema_version": version, "key": key, "command": "tunesmith bench infer x", "machine": machine}
+    write_json_atomic(path / "infer.json", {**table, "rows": list(rows)})
+    return path
+
+
+def test_engines_side_by_side(tmp_path: Path) -> None:
+    failed = _row("slow", None, status="missing", reason="not <i>here</i>")
+    path = _run(tmp_path / "run", _row("tunesmith", 2600.0), _row("vllm", 2000.0, 1.3), failed, busy=True)
+    (section,) = infer_sections([read_run(path)], words_for("en"))
+    assert section.rows[1][2:4] == ("2,000 (1.30×)", "2,000")
+    assert section.rows[2][0].startswith("slow (missing") and set(section.rows[2][2:4]) == {"–"}
+    texts = [sentence.text for sentence in section.sentences]
+    assert texts[0] == "bf16, output tokens/s: tunesmith 2,600, vllm 2,000: 1.30× as fast."
+    assert any("machine was busy" in text for text in texts) and "chip A chip" in section.note
+    page = write_report([path]).html.read_text(encoding="utf-8")
+    assert "<i>here</i>" not in page and "<svg" in page
+    assert "2 MB" in write_report([path], language="zh").markdown.read_text(encoding="utf-8")
+
+
+def test_a_newer_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="version 99"):
+        read_run(_run(tmp_path / "run", version=99))

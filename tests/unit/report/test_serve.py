@@ -1,0 +1,83 @@
+"""The part of a report that serving runs make, from cells made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.report.load import read_run, read_runs
+from tunesmith.report.serve import loads_of, serve_sections
+from tunesmith.report.strings import words_for
+from tunesmith.report.write import write_report
+from tunesmith.rundir.io import write_json_atomic
+
+EN = words_for("en")
+
+
+def _cell(value: float | None, tokens: float, ttft: float, good: float | None = None, **changes: Any) -> dict[str, Any]:
+    spread = {"count": 3, "mean": ttft, "p50": ttft, "p90": ttft, "p95": ttft, "p99": 2 * ttft, "max": 2 * ttft}
+    measures = {
+        "output_tokens_per_s": tokens,
+        "requests_per_s": tokens / 10,
+        "ttft_s": spread,
+        "tpot_s": {**spread, "p50": 0.01},
+        "errors": changes.pop("errors", {}),
+        "goodput": {
+            "objectives": {"ttft": 0.2} if good is not None else {},
+            "good_ratio": good,
+            "requests_per_s": good,
+        },
+    }
+    cell = {
+        "schema_version": 1,
+        "status": "ok",
+        "point": {"mode": "open", "value": value},
+        "command": "tunesmith bench serve x",
+    }
+    client = {"saturated": changes.pop("saturated", None)}
+    return {**cell, "measures": measures, "client": client, "notes": ["3 requests were left out"], **changes}
+
+
+@pytest.fixture
+def serve_run(tmp_path: Path) -> Any:
+    def make(name: str, *cells: dict[str, Any]) -> Path:
+        path = tmp_path / name
+        (path / "cells").mkdir(parents=True)
+        info = {"schema_version": 1, "kind": "serve", "status": "finished", "name": name, "tunesmith_version": "0"}
+        write_json_atomic(path / "run.json", {**info, "created_at": "2026-01-02T03:04:05+00:00", "facts": {}})
+        for number, cell in enumerate(cells):
+            write_json_atomic(path / "cells" / f"{number}.json", cell)
+        return path
+
+    return make
+
+
+def test_loads_are_medians_of_their_repeats_and_all_at_once_is_last(serve_run: Any) -> None:
+    path = serve_run("a", _cell(None, 90, 1.0), _cell(4, 40, 0.1), _cell(4, 60, 0.3), _cell(2, 20, 0.1))
+    loads = loads_of(read_run(path), EN)
+    assert [load.label for load in loads] == ["2 requests/s", "4 requests/s", "all at once"]
+    assert loads[1].numbers["output_tokens_per_s"] == 50
+    assert loads[1].numbers["ttft_s.p50"] == pytest.approx(0.2)
+
+
+def test_what_a_reader_is_told(serve_run: Any) -> None:
+    mine = serve_run("ours", _cell(2, 30, 0.1, 1.0), _cell(8, 90, 0.4, 0.5, errors={"<b>full</b>": 3}))
+    other = serve_run("other", _cell(2, 20, 0.2, 1.0), _cell(8, 60, 0.8, 0.2, saturated="its core was busy"))
+    (section,) = serve_sections(read_runs([mine, other]), EN)
+    texts = [sentence.text for sentence in section.sentences]
+    assert texts[0].startswith("ours against other (8 requests/s): 1.50× the output tokens/s, 0.50× the TTFT")
+    assert "ours: 100.0 % of answers are good at 2 requests/s, 1.00 good answers a second." in texts
+    assert any("measured the client" in text for text in texts) and any("3 requests failed" in text for text in texts)
+    assert len(section.figures) == 4 and "TTFT ≤ 200 ms" in section.note and "left out" in section.note
+    page = write_report([mine, other]).html.read_text(encoding="utf-8")
+    assert "<b>full</b>" not in page and "&lt;b&gt;full" in page
+
+
+def test_a_load_without_an_answer(serve_run: Any) -> None:
+    path = serve_run("a", _cell(2, 0, 0.1, status="failed", reason="nobody there", errors={"refused": 8}))
+    (section,) = serve_sections([read_run(path)], EN)
+    assert section.rows[0][:4] == ("a", "2 requests/s", "–", "–") and section.rows[0][-1] == "8"
+    assert section.figures == ()
+    assert write_report([path], language="zh").html.exists()
