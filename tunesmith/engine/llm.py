@@ -129,7 +129,7 @@ class LLM:
             debug_pages=debug_pages,
         )
         guessing = Speculation.of(speculative)
-        draft = load_draft(guessing, self.model) if guessing is not None and guessing.model is not None else None
+        draft = None if guessing is None or guessing.model is None else load_draft(guessing, self.model, self.tokenizer)
         self.adapters = (
             make_adapters(self.model, self.source, config, max_loras, max_lora_rank, self.shared)
             if enable_lora

@@ -164,12 +164,25 @@ def make_adapters(
     return pool
 
 
-def load_draft(speculation: Speculation, model: LanguageModel) -> Decoder:
+def load_draft(speculation: Speculation, model: LanguageModel, tokenizer: Tokenizer | None) -> Decoder:
     """The smaller model that guesses, on the large one's device. Raises: ModelError, RequestError."""
+    if tokenizer is not None:
+        _check_vocabulary(speculation, tokenizer)
     source = ModelSource(str(speculation.model), quantize=cast(Any, speculation.quantize))
     draft = load_source(source, speculation.dtype or "auto", _device(model), "native")
     assert isinstance(draft, Decoder)
     return draft
+
+
+def _check_vocabulary(speculation: Speculation, tokenizer: Tokenizer) -> None:
+    """Token ids must mean the same to both models: looked at by a text of several kinds."""
+    theirs = load_tokenizer(resolve_model(str(speculation.model)))
+    text = "Guessed tokens must mean the same: 12 + 30 = 42, 你好。\n"
+    if theirs.encode(text) != tokenizer.encode(text):
+        raise RequestError(
+            f"the draft model {speculation.model} has another vocabulary than the model: take a smaller one of the "
+            f"same family, or speculative={{'method': 'ngram'}}"
+        )
 
 
 def draft_page_bytes(draft: Decoder | None) -> int:
@@ -196,7 +209,11 @@ def make_drafter(
     small = NativeRunner(draft, own, runner.pages.num_pages)
     small.warm_up(GRAPHS_S)
     return DraftModel(
-        small, speculation.num_tokens, runner.vocab_size, max_tokens=own.max_num_batched_tokens, computes_last=True
+        small,
+        speculation.num_tokens,
+        runner.vocab_size,
+        max_tokens=own.max_num_batched_tokens,
+        computes_last=small.graphs is not None,
     )
 
 

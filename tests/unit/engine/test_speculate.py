@@ -15,6 +15,7 @@ from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.draft import DraftModel
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.interfaces import Drafter
+from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.speculate import NgramDrafter, Pace, Speculation
@@ -202,3 +203,8 @@ def test_settings_are_read() -> None:
     assert Speculation.of(None) is None
     assert Speculation.of({"method": "ngram", "num_tokens": 3}) == Speculation("ngram", 3)
     assert Speculation.of(Speculation("draft", model="x")) == Speculation("draft", model="x")
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(tiny_model_dir: Callable[..., Path]) -> None:
+    with pytest.raises(RequestError, match="builtin:tiny has another vocabulary"):
+        LLM(tiny_model_dir("qwen2"), device="cpu", speculative={"method": "draft", "model": "builtin:tiny"})

@@ -22,6 +22,7 @@ from tunesmith.engine.adapter_stacks import attach
 from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.fused_pass import FusedPass
 from tunesmith.engine.graphs import DecodeGraphs
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
@@ -110,11 +111,12 @@ class Repeating:
 
 
 def serve_recorded(directory: str, adapter: str) -> tuple[list[list[int]] | None, int]:
-    """As `serve`, decoding through graphs; and how many steps this process replayed."""
+    """As `serve`, by a GPU's pass, decoding through graphs; and how many steps this process replayed."""
     graphs: list[DecodeGraphs] = []
 
     def make(self: ShareRunner, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options)
+        self._fused = FusedPass(self.model)  # what a GPU runs
         self.graphs = self._make_graphs()
         graphs.append(self.graphs)
 
