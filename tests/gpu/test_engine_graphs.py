@@ -13,6 +13,7 @@ from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.graphs import ladder
+from tunesmith.engine.recorder import CudaRecorder
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 
@@ -93,6 +94,20 @@ def test_logits_that_are_borrowed_are_the_models(tiny_model_dir: Make) -> None:
             made.replay()
         torch.testing.assert_close(made.decoded.logits_BV, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(made.decoded.tokens_B, expected.argmax(-1)), "rows of the padding slot are greedy"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_borrowed_memory_is_a_view_that_holds_nothing(dtype: torch.dtype) -> None:
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    tensor = torch.randn(3, 5, device="cuda").to(dtype)
+    before = torch.cuda.memory_allocated()
+    borrowed = recorder.borrow(tensor)
+    assert (borrowed.shape, borrowed.dtype, borrowed.data_ptr()) == (tensor.shape, dtype, tensor.data_ptr())
+    assert torch.equal(borrowed, tensor)
+    tensor.add_(1)
+    assert torch.equal(borrowed, tensor)
+    del tensor
+    assert torch.cuda.memory_allocated() < before
 
 
 def test_smaller_sizes_fit_into_the_memory_of_the_largest(tiny_model_dir: Make) -> None:

@@ -62,9 +62,10 @@ class CudaRecorder:
         return graph.replay, made
 
     def borrow(self, tensor: Tensor) -> Tensor:
-        """A view by address."""
+        """A view by address; the tensor itself where torch would copy."""
         numbers = tensor.view(torch.int16) if tensor.element_size() == 2 else tensor.view(torch.int32)
-        return torch.as_tensor(_Memory(numbers), device=tensor.device).view(tensor.dtype).view(tensor.shape)
+        found = torch.as_tensor(_Memory(numbers), device=tensor.device)
+        return found.view(tensor.dtype) if found.data_ptr() == tensor.data_ptr() else tensor
 
     def free_bytes(self) -> int | None:
         """What the driver has to give, and what torch has reserved and does not use."""
