@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.nf4 import use_kernel
+
 BLOCK = 128
 WORDS = 16
 GROUPS = (128, 64, 32)
@@ -174,6 +176,17 @@ def to_codes(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 def dequantize_int4(weight: Int4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [F, D] in `dtype` (None: its own): (code - zero) * scale in float32, rounded once."""
+    if use_kernel(weight.words.device):
+        from tunesmith.kernels.int4_triton import int4_dequantize_operator
+
+        return int4_dequantize_operator(
+            weight.words, weight.scales, weight.zeros, weight.shape[1], dtype or weight.dtype
+        )
+    return dequantize_reference(weight, dtype)
+
+
+def dequantize_reference(weight: Int4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """`dequantize_int4` by plain torch: the truth that the kernel must equal."""
     rows, width = weight.shape
     out = torch.empty(rows, width, dtype=dtype or weight.dtype, device=weight.words.device)
     step = max(1, CHUNK // max(1, width))

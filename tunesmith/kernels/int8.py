@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.nf4 import use_kernel
+
 LARGEST = 127
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # torch's int8 product on a GPU wants more rows than this, and sides that are multiples of 8.
@@ -63,6 +65,10 @@ def quantize_rows_int8(x_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(codes_FD: Tensor, scale_F: Tensor, dtype: torch.dtype) -> Tensor:
     """codes * scale [F, D] in `dtype`, multiplied in float32; holds at most a chunk besides the result."""
+    if use_kernel(codes_FD.device):
+        from tunesmith.kernels.int4_triton import int8_dequantize_operator
+
+        return int8_dequantize_operator(codes_FD, scale_F, dtype)
     if codes_FD.device.type == "cpu" and dtype == torch.bfloat16:
         return codes_FD.to(dtype) * scale_F.to(dtype)[:, None]  # a pass less; the scale is rounded first
     out = torch.empty(codes_FD.shape, dtype=dtype, device=codes_FD.device)

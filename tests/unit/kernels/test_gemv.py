@@ -55,6 +55,15 @@ for rows, width, tokens in ((21, 192, 1), (70, 320, 3), (5, 4288, 1)):
                 [p.scale_scales if double else empty for p in parts], [p.offset if double else empty for p in parts],
                 bias)
             check(mine, x, torch.cat([dequantize_reference(p) for p in parts]), bias, ("nf4", double))
+from tunesmith.kernels.int4 import dequantize_reference as int4_truth
+from tunesmith.kernels.int4_triton import int4_dequantize_operator, int8_dequantize_operator
+for group, symmetric in ((128, True), (64, False), (32, False)):
+    held = quantize_int4(torch.randn(5, 300), group, symmetric)
+    mine = int4_dequantize_operator(held.words, held.scales, held.zeros, 300, float16)
+    assert torch.equal(mine, int4_truth(held, float16)), group
+held = quantize_int8(torch.randn(5, 300))
+mine = int8_dequantize_operator(held.codes, held.scale, float16)
+assert torch.equal(mine, dequantize_int8(held.codes, held.scale, float16))
 words = quantize_int4(torch.randn(4, 128), 128, True)
 torch.library.opcheck(ops.int4_operator, (torch.randn(1, 128), words.words, words.scales, None, None),
                       test_utils=("test_schema", "test_faketensor"))
@@ -77,6 +86,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
     """Every kernel with its arguments' types, its constants, warps and stages, at Qwen2.5-7B's widths."""
     from tunesmith.kernels import gemv_dot_triton as few
     from tunesmith.kernels import gemv_triton as one
+    from tunesmith.kernels import int4_triton as dense
 
     weights = {
         0: ("*bf16", "*fp32"),
@@ -104,11 +114,17 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
                 warps,
                 stages,
             )
+    many = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": "*bf16", "num_words": "i32", "width": "i32"}
+    sizes: dict[str, Any] = {"PER_BLOCK": 1, "ZEROS": 1, "WORDS": dense.WORDS_AT_ONCE}
+    found["int4 dequantised"] = (dense.int4_dequantize_kernel, many, sizes, 2, 1)
+    int8 = {"codes": "*i8", "scale": "*fp32", "out": "*bf16", "width": "i32"}
+    found["int8 dequantised"] = (dense.int8_dequantize_kernel, int8, {"COLUMNS": dense.BYTES_AT_ONCE}, 4, 1)
     return found
 
 
-NAMES = [*[f"one token, {i}" for i in range(5)], *[f"few tokens, {i}" for i in range(4)]]
-QUICK = [("one token, 3", 90), ("one token, 2", 80), ("few tokens, 1", 90)]
+DENSE = ["int4 dequantised", "int8 dequantised"]
+NAMES = [*DENSE, *[f"one token, {i}" for i in range(5)], *[f"few tokens, {i}" for i in range(4)]]
+QUICK = [*[(name, 90) for name in DENSE], ("one token, 3", 90), ("one token, 2", 80), ("few tokens, 1", 90)]
 OTHERS = [pytest.param(n, c, marks=pytest.mark.long) for n in NAMES for c in CHIPS if (n, c) not in QUICK]
 
 
