@@ -21,8 +21,6 @@ from torch import Tensor
 
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
-from tunesmith.engine.runner import NativeRunner
-from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError, VerificationError
 from tunesmith.model.language_model import logits
 from tunesmith.rundir.io import write_json_atomic
@@ -134,7 +132,7 @@ def _prompts(llm: LLM, reference: Reference, chat_template: str | Path | None) -
 
 def _served_rows(llm: LLM, reference: Reference) -> list[Tensor] | None:
     """Logits of the served weights in a plain pass, in the dtype they are served in; None where others hold a part."""
-    if not isinstance(llm.runner, NativeRunner | TransformersRunner):
+    if llm.shared is not None:
         return None
     return [logits(llm.model, [list(document)])[0].float().cpu() for document in reference.documents]
 
