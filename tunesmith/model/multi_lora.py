@@ -6,7 +6,7 @@ token takes is a `Choice` that all linears of a model share, and that is set bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,6 @@ class MultiLoraLinear(Linear):
         self.cut: Any = getattr(base, "cut", None)
         device = next(iter([*base.parameters(), *base.buffers()])).device
         self.stack = empty_stack(num_slots, self.in_features, list(self.parts.values()), max_rank, dtype, device)
-        self._product: Callable[[Tensor], Tensor] = getattr(base, "product", base)
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
@@ -60,7 +59,7 @@ class MultiLoraLinear(Linear):
 
     def product(self, x_TD: Tensor) -> Tensor:
         """y_TF = base(x) + each row's adapter, without gradients."""
-        y_TF = self._product(x_TD)
+        y_TF: Tensor = getattr(self.base, "product", self.base)(x_TD)  # whatever stands there now
         if self.choice.tokens is not None:
             add_multi_lora(y_TF.flatten(0, -2), x_TD.flatten(0, -2), self.stack, self.choice.tokens)
         return y_TF
