@@ -24,7 +24,10 @@ async def embeddings(server: Server, request: Request, body: EmbeddingRequest) -
     server.engine.check_up()
     size = server.engine.facts.get("embedding_size")
     if size is None:
-        raise ApiError(400, "this model runs by transformers' own code, which gives no embeddings here", param="model")
+        reason = (
+            "is shared by several processes" if server.engine.facts.get("is_native") else "runs by transformers' code"
+        )
+        raise ApiError(400, f"embeddings want our own decoder in one process, and this model {reason}", param="model")
     if body.dimensions not in (None, size):
         raise unsupported("dimensions", f"dimensions can only be {size}, the model's hidden size")
     inputs = body.inputs()

@@ -16,6 +16,8 @@ from tunesmith.serve.errors import ApiError
 
 TIMEOUT_HEADER = "X-Request-Timeout"
 _BODY_S = 60.0
+# A request that is turned away is still read when it is this short, so that its connection can be used again.
+_SHORT_BODY_BYTES = 64 * 2**10
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', flags=re.DOTALL)
 _NOT_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 
@@ -147,8 +149,14 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
-            self._check_headers(scope)
-            self.precheck(scope)
+            length = self._check_headers(scope)
+            try:
+                self.precheck(scope)
+            except ApiError as error:
+                if 0 < length <= _SHORT_BODY_BYTES:
+                    await self._body(receive)
+                    error.headers["Connection"] = "keep-alive"
+                raise
             body = await self._body(receive) if scope["method"] in ("POST", "PUT", "PATCH", "DELETE") else None
             if body and scope["method"] == "POST":
                 _check_type(scope)
@@ -161,13 +169,16 @@ class Guard:
             return
         await self.app(scope, receive if body is None else _replay(body, receive), send)
 
-    def _check_headers(self, scope: Scope) -> None:
+    def _check_headers(self, scope: Scope) -> int:
+        """The body's length, 0 where it isn't said. Raises: ApiError (413, 431)."""
         size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path") or b"")
         if size > self.max_header_bytes:
             raise ApiError(431, f"the headers have {size} bytes; at most {self.max_header_bytes} are allowed")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if length.isdigit() and int(length) > self.max_body_bytes:
-            raise self._too_long(int(length))
+        num_bytes = int(length) if length.isdigit() and len(length) < 19 else 0
+        if num_bytes > self.max_body_bytes:
+            raise self._too_long(num_bytes)
+        return num_bytes
 
     def _too_long(self, size: int) -> ApiError:
         return ApiError(

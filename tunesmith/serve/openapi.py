@@ -33,7 +33,7 @@ def route(answer: type[BaseModel] | None, *, streams: bool = False, text: bool =
     """
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}} if text else {}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {"description": "with stream: true; each `data` is JSON, or [DONE]"}}
     found: dict[int | str, Any] = {200: {"description": "done", **({"content": content} if content else {})}}
     if answer is not None:
         found[200]["model"] = answer

@@ -59,7 +59,7 @@ class ServerOptions:
     key_share_ratio: float = 0.5
     max_timeout_s: float = 600.0
     grace_s: float = 30.0
-    stall_s: float = 10.0
+    stall_s: float = 30.0
     hang_s: float = 300.0
     max_body_bytes: int = 32 * 2**20
     max_header_bytes: int = 32 * 2**10

@@ -99,6 +99,7 @@ async def _serve(
 
     async def load() -> None:
         await asyncio.gather(engine.loaded(), load_text(server))
+        server.settle()
         try:
             await load_adapters(server)
         except ApiError as error:

@@ -80,6 +80,11 @@ class Server:
             code="model_not_found",
         )
 
+    def settle(self) -> None:
+        """The engine says how many answers it makes at a time, where nobody else has: the queue begins behind these."""
+        running = int(self.engine.facts["max_num_seqs"])
+        self.admission.max_places, self.admission.max_by_key = _places(self.options, running)
+
     def enter(self, request: Request, num_answers: int, user: str | None) -> Ticket:
         """Places for a request's answers. Raises: ApiError: 503 while there is no engine; 429 when all is full."""
         if self.is_draining:
@@ -95,18 +100,22 @@ class Server:
 
 def make_server(options: ServerOptions, engine: AsyncEngine) -> Server:
     """The state of a server around an engine that may not have been started yet."""
-    running = engine.options.max_num_seqs or _USUAL_SEQS
-    places = running + options.max_waiting
-    share = options.key_share_ratio if len(options.api_keys) > 1 else 1.0
     metrics = Metrics(options.metrics_prefix, options.names[0])
     engine.on_stats = metrics.engine.take
     engine.on_end = metrics.finished
     metrics.engine.gaps = engine.gaps
-    server = Server(options, engine, metrics, Admission(places, max(1, int(places * share))))
+    server = Server(options, engine, metrics, Admission(*_places(options, engine.options.max_num_seqs or _USUAL_SEQS)))
     for name, path in options.adapters:
         server.adapters[name] = Adapter(path, server.created)
     engine.on_restart = lambda: _reload(server)
     return server
+
+
+def _places(options: ServerOptions, running: int) -> tuple[int, int]:
+    """Answers that may run and wait in all, and of one key."""
+    places = running + options.max_waiting
+    share = options.key_share_ratio if len(options.api_keys) > 1 else 1.0
+    return places, max(1, int(places * share))
 
 
 def _reload(server: Server) -> None:

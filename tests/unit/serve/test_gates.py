@@ -114,7 +114,11 @@ async def test_a_full_queue_turns_requests_away_at_once(one: Served) -> None:
     response = await one.chat()
     assert error_of(response, 429)["type"] == "rate_limit_error" and int(response.headers["retry-after"]) >= 1
     assert (await one.client.get("/health")).status_code == 200
+    assert response.headers["connection"] == "keep-alive"
     assert [(await task).status_code for task in tasks] == [200] * 4
+    one.server.settle()
+    assert one.server.admission.max_places == 6
+    one.server.admission.max_places = one.server.admission.max_by_key = 4
     assert one.server.admission.num_taken == 0
     assert (await one.chat(n=4)).status_code == 200
     assert error_of(await one.chat(n=5), 400)["param"] == "n"
