@@ -1,6 +1,7 @@
 """Random weights of a shape, drawn once and written, so that engines that can only load have the same numbers.
 
-`python -m tunesmith.bench.infer.checkpoint MODEL TARGET DTYPE` is a process of its own: who measures holds no weights.
+`python -m tunesmith.bench.infer.checkpoint MODEL TARGET DTYPE [TOKENIZER]` is a process of its own: who measures holds
+no weights. With the folder of a tokenizer the outcome can also be served, by any server.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ def write_random(model: Path, target: Path, dtype: str) -> Path:
     return target
 
 
-def main(model: str, target: str, dtype: str) -> None:
+def main(model: str, target: str, dtype: str, tokenizer: str | None = None) -> None:
     """Draw, save, and put whatever there is of a tokenizer beside it: some engines insist."""
     source, folder = resolve_model(model), Path(target)
-    decoder = load_decoder(source, device="cpu", dtype=DTYPES[dtype], weights="random", seed=0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoder = load_decoder(source, device=device, dtype=DTYPES[dtype], weights="random", seed=0)
     save_decoder(decoder, folder)
-    for file in sorted([*source.glob("token*"), *source.glob("generation_config.json")]):
-        shutil.copy(file, folder)
+    words = source if tokenizer is None else Path(tokenizer)
+    for pattern in ("token*", "special_tokens*", "vocab.json", "merges.txt", "*.jinja"):
+        for file in sorted(words.glob(pattern)):
+            shutil.copy(file, folder)
 
 
 if __name__ == "__main__":
