@@ -216,7 +216,7 @@ def _say_point(cell: Mapping[str, Any]) -> None:
         how = f"{cell['status']}: {cell['reason']}"
     console.err.print(f"{cell['name']}: {escape(how)}")
     if saturated:
-        console.err.print(f"  [yellow]measured the client, not the server:[/yellow] {escape(saturated)}")
+        console.err.print(f"  [yellow]may have measured the client, not the server:[/yellow] {escape(saturated)}")
 
 
 def write_page(run_dir: Path, language: str) -> Path:

@@ -37,7 +37,7 @@ EN = {
         "{server} against {other} ({load}): {tokens}× the output tokens/s, {ttft}× the TTFT, {ttft99}× at p99, "
         "{tpot}× the time per token."
     ),
-    "serve_saturated": "{server}, {load}: this measured the client, not the server: {why}.",
+    "serve_saturated": "{server}, {load}: this may have measured the client rather than the server: {why}.",
     "serve_errors": "{server}, {load}: {count} requests failed, {most} of them so: {text}",
     "infer_table": "Engines and weight formats",
     "infer_table_note": (
@@ -101,7 +101,7 @@ ZH = {
         "{server} 对比 {other}（{load}）：输出词元/秒为 {tokens} 倍，TTFT 为 {ttft} 倍，p99 为 {ttft99} 倍，"
         "每词元时间为 {tpot} 倍。"
     ),
-    "serve_saturated": "{server}，{load}：此处测的是客户端而非服务器：{why}。",
+    "serve_saturated": "{server}，{load}：此处测到的可能是客户端而非服务器：{why}。",
     "serve_errors": "{server}，{load}：{count} 个请求失败，其中 {most} 个：{text}",
     "infer_table": "各引擎与权重格式",
     "infer_table_note": (
