@@ -196,9 +196,10 @@ def run(options: ServerOptions, engine: EngineOptions) -> None:
     from tunesmith.serve.run import run_server
 
     err.print(f"loading {engine.model} ...", markup=False)
-    number = run_server(options, engine, lambda news: _announce(options, news))
-    err.print("the server has stopped" if number is None else "stopped: the requests under way were answered")
-    emit({"stopped_by": number})
+    stopped = run_server(options, engine, lambda news: _announce(options, news))
+    cut = "requests under way were cut off" if stopped.has_cut else "the requests under way were answered"
+    err.print(f"stopped: {cut}")
+    emit({"stopped_by": stopped.signal, "has_cut": stopped.has_cut})
 
 
 def _announce(options: ServerOptions, news: dict[str, Any]) -> None:

@@ -99,16 +99,20 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """End the engine process; whatever is under way fails."""
-        self.status = "stopped"
+        was_ready, self.status = self.status == "ready", "stopped"
         self._fail_all(engine_down("the server is shutting down"))
-        if self._transport is not None:
+        if self._supervisor is None:
+            return
+        if was_ready:
             self._send(messages.Shutdown())
-        if self._supervisor is not None:
-            done, _ = await asyncio.wait([self._supervisor], timeout=5)
-            if not done and self.link is not None:
+            await asyncio.wait([self._supervisor], timeout=5)
+        if not self._supervisor.done():  # it loads, hangs, or waits to be started again
+            if self._transport is None:
+                self._supervisor.cancel()
+            elif self.link is not None:
                 self.link.kill()
-                await asyncio.wait([self._supervisor], timeout=5)
-            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor], timeout=5)
+        self._supervisor.cancel()
 
     async def _supervise(self) -> None:
         failures = 0
@@ -277,6 +281,11 @@ class AsyncEngine:
     def is_healthy(self) -> bool:
         """Whether the engine is there and its loop makes progress."""
         return self.status == "ready" and self.pulse.silent_s() <= self.stall_s
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any answer is under way."""
+        return bool(self._boxes or self._orders)
 
     def generate(self, jobs: Sequence[Job], deadline_s: float | None = None) -> Generation:
         """Submit the jobs. Raises: ApiError (503) while there is no engine.

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,16 @@ _KEEP_ALIVE_S = 65
 _LAST_WORDS_S = 5
 
 
-def run_server(options: ServerOptions, engine: EngineOptions, tell: Tell) -> int | None:
-    """Serve until SIGTERM or SIGINT. Returns the signal that ended it.
+@dataclass(frozen=True)
+class Stopped:
+    """Why a server ended: the signal, and whether requests were cut off."""
+
+    signal: int | None
+    has_cut: bool
+
+
+def run_server(options: ServerOptions, engine: EngineOptions, tell: Tell) -> Stopped:
+    """Serve until SIGTERM or SIGINT.
 
     Args: `tell`: is told, once, of a server that is ready: its address, what is loaded, how long that took.
     Raises: RequestError when the address can't be had; EngineStartError when the model can't be loaded.
@@ -83,7 +92,7 @@ async def _serve(
     engine_options: EngineOptions,
     listening: socket.socket,
     tell: Callable[[dict[str, Any]], None],
-) -> int | None:
+) -> Stopped:
     began_s = time.perf_counter()
     engine = AsyncEngine(EngineProcess, engine_options, stall_s=options.stall_s, hang_s=options.hang_s)
     engine.start()
@@ -118,7 +127,7 @@ async def _serve(
         await engine.stop()
         await asyncio.gather(serving, loading, return_exceptions=True)
         stop.remove()
-    return stop.number
+    return Stopped(stop.number, stop.has_cut)
 
 
 class _Stop:
@@ -127,6 +136,7 @@ class _Stop:
     def __init__(self, server: Any, http: Any) -> None:
         self.server, self.http = server, http
         self.number: int | None = None
+        self.has_cut = False
         self.loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._begin, int(number))
@@ -139,11 +149,13 @@ class _Stop:
     def _begin(self, number: int) -> None:
         if self.number is not None:
             self.http.force_exit = True
+            self._cut()
             return
         self.number = number
         self.server.is_draining = True
         self.http.should_exit = True
-        self.loop.call_later(self.server.options.grace_s, self._end_requests)
+        self.loop.call_later(self.server.options.grace_s, self._cut)
 
-    def _end_requests(self) -> None:
+    def _cut(self) -> None:
+        self.has_cut = self.has_cut or self.server.engine.is_busy
         self.server.engine.fail_all(engine_down("the server is shutting down"))
