@@ -93,7 +93,7 @@ def in_company(engine: Engine, prompts: list[list[int]], rng: random.Random) -> 
     done: dict[int, Completion] = {}
     while waiting or engine.has_work:
         for _ in range(rng.randrange(3)):
-            others.append(engine.submit(*neighbour(rng)) if len(done) < len(prompts) and len(others) < 25 else -1)
+            others.append(engine.submit(*neighbour(rng)) if len(done) < len(prompts) and len(others) < 14 else -1)
         if waiting and rng.random() < 0.6:
             index, ids = waiting.pop()
             watched[engine.submit(ids, GREEDY, priority=rng.randrange(2))] = index

@@ -120,7 +120,7 @@ def test_prompts_are_served_as_they_were_trained(data_dir: Path, name: str) -> N
         for system in (None, "训练 system"):
             text.template_arguments, text.system = switches, None if "gemma" in name else system
             settings = EncodeSettings(4096, "truncate", "answers", text.system, switches)
-            for _ in range(12):
+            for _ in range(7):
                 row = random_row(rng, name)
                 example = to_example(row, "messages")
                 assert isinstance(example, Conversation)
@@ -136,7 +136,7 @@ def test_prompts_are_served_as_they_were_trained(data_dir: Path, name: str) -> N
                 # Exactly there the last answer begins to be trained.
                 assert trained.trained[len(served)] and not trained.trained[len(served) - 1]
                 compared += 1
-    assert compared >= 12
+    assert compared >= 7
 
 
 def test_a_switch_of_a_request_wins_over_the_run_s(data_dir: Path) -> None:
