@@ -1,6 +1,7 @@
 """Perplexity of a model in every weight format, on text it has not seen, beside its own weights.
 
-    python benchmarks/format_quality.py --model builtin:tiny --text TEXT.txt[.xz] > format_quality.jsonl
+    python benchmarks/format_quality.py --model builtin:tiny --text builtin > format_quality.jsonl
+    python benchmarks/format_quality.py --model MODEL --text TEXT.txt[.xz]
     python benchmarks/format_quality.py --calibrate GPTQ_TEXT.txt ...      also int4 by GPTQ and AWQ on another text
 
 A line of JSON for each format: perplexity, its change, KL from the unquantised model and agreement on the best token,
@@ -31,6 +32,7 @@ from tunesmith.compress.divergence import divergence
 from tunesmith.hardware import pick_device
 from tunesmith.model.language_model import LanguageModel, logits
 from tunesmith.model.weight_formats import check_format
+from tunesmith.text.builtin.pretrain import rows
 from tunesmith.text.tokenizer import load_tokenizer
 
 FORMATS = ("bfloat16", "int8", "w8a8", "fp8", "int4-g32", "int4-g64", "int4", "int4-sym", "nf4", "nf4-double")
@@ -39,9 +41,16 @@ HEADS = ("int8", "int4")
 
 
 def read_text(path: Path) -> str:
-    """A text file, packed by xz or not."""
+    """A text file, packed by xz or not; "builtin" is made here."""
+    if str(path) == "builtin":
+        return held_out_rows()
     data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     return data.decode("utf-8")
+
+
+def held_out_rows(count: int = 3000) -> str:
+    """Texts of the kind that builtin:tiny learnt, of the part of the vocabulary that it never saw."""
+    return "\n".join(row["text"] for row in rows(seed=1, count=count, split="heldout") if "text" in row)
 
 
 def pieces_of(path: Path, model: str, length: int, tokens: int) -> list[list[int]]:
