@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli import console
-from tunesmith.cli.bench_serve import span, write_page
+from tunesmith.cli.bench_serve import span, whole_cells_kept, write_page
 
 if TYPE_CHECKING:
     from tunesmith.bench.infer.workload import InferWorkload
@@ -73,41 +73,42 @@ def infer(
     kind = device if device != "auto" else pick_device("auto").type
     own, others = _options(option or [])
     kinds = tuple(_words(measures)) or (("batches",) if kind == "cpu" else ("latency", "throughput", "prefill"))
-    result = bench_infer(
-        InferBench(
-            model=path,
-            formats=tuple(_words(formats)),
-            peers=tuple(_words(peers)),
-            weights="random" if from_recipe and weights == "checkpoint" else weights,
-            device=kind,
-            workload=_workload(
-                kinds,
-                requests,
-                lengths,
-                prefill,
-                latency_tokens,
-                batches,
-                batch_tokens,
-                samples,
-                data,
-                tokenizer or path,
+    with whole_cells_kept():
+        result = bench_infer(
+            InferBench(
+                model=path,
+                formats=tuple(_words(formats)),
+                peers=tuple(_words(peers)),
+                weights="random" if from_recipe and weights == "checkpoint" else weights,
+                device=kind,
+                workload=_workload(
+                    kinds,
+                    requests,
+                    lengths,
+                    prefill,
+                    latency_tokens,
+                    batches,
+                    batch_tokens,
+                    samples,
+                    data,
+                    tokenizer or path,
+                ),
+                rounds=rounds,
+                threads=threads or usable_cores(),
+                temperature=temperature,
+                max_model_len=max_model_len,
+                timeout_s=timeout,
+                cold=not warm_caches,
+                peer_python=_pairs(peer_python or [], "--peer-python"),
+                peer_path={key: Path(folder) for key, folder in _pairs(peer_path or [], "--peer-path").items()},
+                options=own,
+                peer_options=others,
+                name=name,
+                command=shlex.join(["tunesmith", *sys.argv[1:]]),
             ),
-            rounds=rounds,
-            threads=threads or usable_cores(),
-            temperature=temperature,
-            max_model_len=max_model_len,
-            timeout_s=timeout,
-            cold=not warm_caches,
-            peer_python=_pairs(peer_python or [], "--peer-python"),
-            peer_path={key: Path(folder) for key, folder in _pairs(peer_path or [], "--peer-path").items()},
-            options=own,
-            peer_options=others,
-            name=name,
-            command=shlex.join(["tunesmith", *sys.argv[1:]]),
-        ),
-        run_dir=output,
-        progress=_say_cell,
-    )
+            run_dir=output,
+            progress=_say_cell,
+        )
     page = write_page(result.run_dir, language) if report else None
     console.emit({"run_dir": result.run_dir, "report": page, "rows": result.rows})
     return 0 if result.ours_measured else 1

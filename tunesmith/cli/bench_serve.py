@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,35 +71,50 @@ def serve(
     from tunesmith.report.strings import words_for
 
     words_for(language)
-    result = bench_serve(
-        ServeBench(
-            points=points(rate, concurrency, replay),
-            workload=_workload(
-                workload, data, num, prompt_tokens, output_tokens, seed, _ids(num_ids, model), max_model_len
+    with whole_cells_kept():
+        result = bench_serve(
+            ServeBench(
+                points=points(rate, concurrency, replay),
+                workload=_workload(
+                    workload, data, num, prompt_tokens, output_tokens, seed, _ids(num_ids, model), max_model_len
+                ),
+                url=None if url is None else normal_url(url),
+                start=_start(model, url, start, serve_args),
+                model=served_model,
+                api_key=api_key or next((os.environ[k] for k in KEY_VARIABLES if os.environ.get(k)), None),
+                objectives=parse_slo(slo),
+                warmup=warmup,
+                repeats=repeats,
+                temperature=temperature,
+                ignore_eos=ignore_eos,
+                timeout_s=timeout,
+                start_timeout_s=start_timeout,
+                max_seconds=max_seconds,
+                client_processes=client_processes,
+                seed=seed,
+                name=name,
+                command=_typed(),
             ),
-            url=None if url is None else normal_url(url),
-            start=_start(model, url, start, serve_args),
-            model=served_model,
-            api_key=api_key or next((os.environ[k] for k in KEY_VARIABLES if os.environ.get(k)), None),
-            objectives=parse_slo(slo),
-            warmup=warmup,
-            repeats=repeats,
-            temperature=temperature,
-            ignore_eos=ignore_eos,
-            timeout_s=timeout,
-            start_timeout_s=start_timeout,
-            max_seconds=max_seconds,
-            client_processes=client_processes,
-            seed=seed,
-            name=name,
-            command=_typed(),
-        ),
-        run_dir=output,
-        progress=_say_point,
-    )
+            run_dir=output,
+            progress=_say_point,
+        )
     page = write_page(result.run_dir, language) if report else None
     console.emit({"run_dir": result.run_dir, "report": page, "points": [_brief(cell) for cell in result.cells]})
     return 0 if result.num_ok == len(result.cells) else 1
+
+
+@contextlib.contextmanager
+def whole_cells_kept() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the processes that were started; what was measured stays in the run directory."""
+    from tunesmith.train.stopping import sigterm_exits
+
+    try:
+        with sigterm_exits():
+            yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+        message = "what was measured is in the run directory; to see it: tunesmith report RUN"
+        raise console.StoppedError(message, code) from None
 
 
 def points(rate: str | None, concurrency: str | None, replay: str | None) -> tuple[Point, ...]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tunesmith.cli import bench_serve
 from tunesmith.cli.main import run
 
+ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import http.server, json, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -76,6 +80,45 @@ def test_a_server_is_started_loaded_and_ended(
     assert point["name"] == "rate-inf" and point["completed"] == 3
     assert point["goodput"]["good_ratio"] == 1.0
     assert not any("hidden" in file.read_text() for file in (tmp_path / "runs").rglob("*.json"))
+
+
+def test_a_stop_ends_the_server_too(tmp_path: Path) -> None:
+    """SIGTERM in the middle of a load: the server that was started is gone, the run directory says so."""
+    script = tmp_path / "server.py"
+    script.write_text(
+        SCRIPT.replace(
+            "self.answer((stream", "import time; time.sleep(60) if asked.get('stream') else 0; self.answer((stream"
+        )
+    )
+    command = [sys.executable, "-m", "tunesmith", "bench", "serve", "--start", f"{sys.executable} {script} {{port}}"]
+    command += [
+        "--concurrency",
+        "1",
+        "--num",
+        "1",
+        "--prompt-tokens",
+        "4",
+        "--warmup",
+        "0",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        requests = tmp_path / "run" / "requests"
+        while process.poll() is None and not (requests.exists() and _children(process.pid)):
+            time.sleep(0.05)
+        time.sleep(1.0)
+        (server,) = _children(process.pid)
+        process.terminate()
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, said
+    assert "tunesmith report" in said
+    assert not psutil.pid_exists(server)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+
+
+def _children(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def test_loads_and_lengths() -> None:

@@ -138,7 +138,9 @@ def bench_infer(
                 rows = _write_table(run, bench, cells, busy)  # a run that is stopped keeps what it has
                 (progress or (lambda cell: None))(cell)
     except BaseException as error:
-        run.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error) or None)
+        run.set_status(
+            "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", error=str(error) or None
+        )
         raise
     run.set_status("finished")
     return InferResult(run.path, tuple(cells), tuple(rows))

@@ -103,7 +103,9 @@ def bench_serve(bench: ServeBench, *, run_dir: Path | None = None, progress: Pro
         with _target(bench, run) as target:
             cells = list(_run_all(bench, run, target, progress or (lambda cell: None)))
     except BaseException as error:
-        run.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", error=str(error) or None)
+        run.set_status(
+            "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", error=str(error) or None
+        )
         raise
     run.set_status("finished", start_s=target.start_s, model=target.model)
     return ServeResult(run.path, tuple(cells))
