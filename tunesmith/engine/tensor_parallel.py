@@ -158,7 +158,8 @@ class ShareRunner(NativeRunner):
 class TensorParallelRunner(ShareRunner):
     """The first process's runner: it tells the others of every pass before it takes part.
 
-    tell: gives a message to every other process. check: raises where one of them has failed.
+    tell: gives a message to every other process. check: raises where one of them has failed. give_up: told why a pass
+        was broken off here: the others are in the middle of it, and can't go on.
     """
 
     def __init__(
@@ -168,9 +169,11 @@ class TensorParallelRunner(ShareRunner):
         tell: Callable[[Message], None],
         check: Callable[[], None] = lambda: None,
         num_pages: int | None = None,
+        give_up: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.tell = tell
         self.check = check
+        self.give_up = give_up
         super().__init__(model, config, num_pages)
 
     def _make_graphs(self) -> DecodeGraphs:
@@ -184,8 +187,10 @@ class TensorParallelRunner(ShareRunner):
             self.tell({**describe_batch(batch), "rows": rows})
             send_batch(batch, self.team)
             super().forward(batch)
-        except RuntimeError:
-            self.check()  # says which process is gone, where the collective only says that a connection is
+        except BaseException as error:
+            self.give_up(f"{type(error).__name__}: {error}")
+            if isinstance(error, RuntimeError):
+                self.check()  # says which process is gone, where the collective only says that a connection is
             raise
 
     def sample(self, batch: StepBatch, rows: Sequence[SampledRow], masks: np.ndarray | None) -> Pending:

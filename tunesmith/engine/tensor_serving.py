@@ -63,7 +63,8 @@ class SharedModel:
     def runner(self, config: EngineConfig) -> TensorParallelRunner:
         """The runner of all processes together. Raises: ParallelError, DeviceError."""
         self.team.tell({"kind": "runner", "config": dict(vars(config)), "num_pages": None})
-        runner = TensorParallelRunner(self.decoder, config, self.team.tell, self.team.check)
+        team = self.team
+        runner = TensorParallelRunner(self.decoder, config, team.tell, team.check, give_up=team.give_up)
         self.team.hear("ready")
         runner.warm_up(GRAPHS_S)
         return runner

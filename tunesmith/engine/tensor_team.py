@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from tunesmith.errors import ParallelError
 
 START_S = 300.0
 STOP_S = 10.0
+WAIT_S = 5.0
+"""How much later than its connections a process's end may be noticed."""
 _LOG_TAIL = 2000
 _log = logging.getLogger(__name__)
 
@@ -146,6 +149,15 @@ class TensorTeam:
             self.check()
             raise ParallelError(f"a process that shares the model can't be reached: {error}") from None
 
+    def give_up(self, reason: str) -> None:
+        """Work in which all take part was broken off here: the others are ended, unless one of them was the cause."""
+        self._wait_for_failure()
+        with self._lock:
+            if self.failure is not None or self._is_closing:
+                return
+            self.failure = f"the {self.size} processes that share the model are out of step ({reason})"
+        self._end(wait_s=0)
+
     def hear(self, kind: str, timeout_s: float = START_S) -> list[Message]:
         """A message of this kind from each. Raises ParallelError where one fails, or says nothing."""
         found = []
@@ -166,9 +178,10 @@ class TensorTeam:
         return found
 
     def _wait_for_failure(self) -> None:
-        """The thread that listens knows why, a moment later."""
-        for thread in self._threads:
-            thread.join(timeout=3 if self.failure is None else 0)
+        """A thread that listens knows why, a moment later."""
+        deadline = time.monotonic() + WAIT_S
+        while self.failure is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Tell the others to end; those that do not are killed. Closing twice does nothing."""

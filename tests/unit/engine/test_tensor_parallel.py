@@ -18,6 +18,7 @@ import torch
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine import graphs as graphs_module
+from tunesmith.engine import tensor_team
 from tunesmith.engine.adapter_stacks import attach
 from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.config import EngineConfig
@@ -172,7 +173,11 @@ def one_process(
 
 @pytest.mark.parametrize(
     ("family", "count"),
-    [("llama", 2), pytest.param("qwen3", 4, marks=pytest.mark.long), ("mistral", 2), ("mixtral", 2), ("gpt2", 2)],
+    [
+        ("llama", 2),
+        ("gpt2", 2),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("qwen3", 4), ("mistral", 2), ("mixtral", 2))),
+    ],
 )
 def test_several_processes_say_what_one_says(
     ranks: Ranks, family: str, count: int, tiny_model_dir: Callable[..., Path]
@@ -299,6 +304,17 @@ def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
         time.sleep(0.01)
     with pytest.raises(ParallelError, match=r"process 1 .* ended \(exit code -9\)"):
         team.check()
+    team.close()
+
+
+def test_work_that_is_broken_off_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_team, "WAIT_S", 0.05)
+    team = team_of(tmp_path, "say(kind='hello')\ntime.sleep(60)")
+    team.hear("hello", 20)
+    team.give_up("KeyboardInterrupt: ")
+    with pytest.raises(ParallelError, match=r"the 3 processes .* are out of step \(KeyboardInterrupt"):
+        team.check()
+    assert all(worker.process.poll() is not None for worker in team.workers)
     team.close()
 
 
