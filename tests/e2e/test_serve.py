@@ -225,5 +225,9 @@ def test_sigterm_lets_what_runs_end_and_takes_nothing_new(serving: Serving, clie
 def test_mistakes_of_use_are_told_before_anything_loads(tunesmith_cli: Any) -> None:
     open_to_all = tunesmith_cli("serve", "builtin:tiny", "--host", "0.0.0.0", env={"TUNESMITH_API_KEYS": ""})
     assert open_to_all.returncode == 2 and "--allow-unauthenticated" in open_to_all.stderr
+
+
+@pytest.mark.long
+def test_a_model_that_is_not_there_is_one_line(tunesmith_cli: Any) -> None:
     nothing = tunesmith_cli("serve", "builtin:tinny", "--port", "0")
     assert nothing.returncode == 2 and "did you mean 'tiny'" in nothing.stderr

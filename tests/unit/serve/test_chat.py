@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-import pytest
-from serve_fakes import END, SAYS, Served, data_objects, error_of, in_server, served, tokenizer
+from serve_fakes import END, SAYS, Served, data_objects, error_of, in_server, tokenizer
 
 
 @in_server()
@@ -209,18 +209,13 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_every_field_is_honoured_or_refused_by_name() -> None:
-    import asyncio
-
-    async def main() -> None:
-        async with served() as one:
-            for param, body in REFUSED:
-                error = error_of(await one.chat(**body), 400)
-                assert error["param"] == param, (body, error)
-                assert param.rpartition(".")[2] in error["message"], error
-            assert one.fake.submitted == []
-
-    asyncio.run(main())
+@in_server()
+async def test_every_field_is_honoured_or_refused_by_name(one: Served) -> None:
+    for param, body in REFUSED:
+        error = error_of(await one.chat(**body), 400)
+        assert error["param"] == param, (body, error)
+        assert param.rpartition(".")[2] in error["message"], error
+    assert one.fake.submitted == []
 
 
 @in_server()
@@ -232,30 +227,24 @@ async def test_values_that_ask_for_what_is_done_anyway_are_taken(one: Served) ->
     assert (await one.chat(**neutral)).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("param", "messages"),
-    [
-        ("messages", []),
-        ("messages[0]", [{"role": "robot", "content": "x"}]),
-        ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
-        ("messages[0].weight", [{"role": "user", "content": "x", "weight": 1}]),
-        ("messages", [{"role": "assistant"}]),
-        ("messages[0].content", [{"role": "user"}]),
-        ("messages[0].content", [{"role": "user", "content": "\ud800"}]),
-    ],
-)
-def test_messages_that_are_refused(param: str, messages: list[Any]) -> None:
-    import asyncio
-    import json
+REFUSED_MESSAGES: list[tuple[str, list[Any]]] = [
+    ("messages", []),
+    ("messages[0]", [{"role": "robot", "content": "x"}]),
+    ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+    ("messages[0].weight", [{"role": "user", "content": "x", "weight": 1}]),
+    ("messages", [{"role": "assistant"}]),
+    ("messages[0].content", [{"role": "user"}]),
+    ("messages[0].content", [{"role": "user", "content": "\ud800"}]),
+]
 
-    async def main() -> None:
-        async with served() as one:
-            raw = json.dumps({"messages": messages})
-            headers = {"Content-Type": "application/json"}
-            response = await one.client.post("/v1/chat/completions", content=raw, headers=headers)
-            assert error_of(response, 400)["param"].startswith(param)
 
-    asyncio.run(main())
+@in_server()
+async def test_messages_that_are_refused(one: Served) -> None:
+    headers = {"Content-Type": "application/json"}
+    for param, messages in REFUSED_MESSAGES:
+        raw = json.dumps({"messages": messages})
+        response = await one.client.post("/v1/chat/completions", content=raw, headers=headers)
+        assert error_of(response, 400)["param"].startswith(param), messages
 
 
 @in_server()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import struct
 from typing import Any
 
-import pytest
-from serve_fakes import END, SAYS, Served, data_objects, error_of, in_server, served, tokenizer
+from serve_fakes import END, SAYS, Served, data_objects, error_of, in_server, tokenizer
 
 
 @in_server()
@@ -78,30 +76,27 @@ async def test_prompt_logprobs(one: Served) -> None:
     assert first is None and entry == {"logprob": -1.0, "rank": 1, "decoded_token": " upon"}
 
 
-@pytest.mark.parametrize(
-    ("param", "body"),
-    [
-        ("suffix", {"suffix": "x"}),
-        ("best_of", {"best_of": 2}),
-        ("max_tokens", {"max_tokens": 0}),
-        ("logprobs", {"logprobs": 1, "echo": True, "stream": True}),
-        ("prompt", {"prompt": [5000]}),
-        ("prompt", {"prompt": ""}),
-        ("prompt", {"prompt": []}),
-        ("prompt", {"prompt": [[]]}),
-        ("prompt", {"prompt": [1] * 300}),
-        ("prompt", {"prompt": ["x"] * 300}),
-        ("prompt", {"prompt": None}),
-        ("prompt_embeds", {"prompt_embeds": "x"}),
-    ],
-)
-def test_completions_that_are_refused(param: str, body: dict[str, Any]) -> None:
-    async def main() -> None:
-        async with served() as one:
-            response = await one.post("/v1/completions", **{"prompt": "x", **body})
-            assert str(error_of(response, 400)["param"]).startswith(param)
+REFUSED_COMPLETIONS: list[tuple[str, dict[str, Any]]] = [
+    ("suffix", {"suffix": "x"}),
+    ("best_of", {"best_of": 2}),
+    ("max_tokens", {"max_tokens": 0}),
+    ("logprobs", {"logprobs": 1, "echo": True, "stream": True}),
+    ("prompt", {"prompt": [5000]}),
+    ("prompt", {"prompt": ""}),
+    ("prompt", {"prompt": []}),
+    ("prompt", {"prompt": [[]]}),
+    ("prompt", {"prompt": [1] * 300}),
+    ("prompt", {"prompt": ["x"] * 300}),
+    ("prompt", {"prompt": None}),
+    ("prompt_embeds", {"prompt_embeds": "x"}),
+]
 
-    asyncio.run(main())
+
+@in_server()
+async def test_completions_that_are_refused(one: Served) -> None:
+    for param, body in REFUSED_COMPLETIONS:
+        response = await one.post("/v1/completions", **{"prompt": "x", **body})
+        assert str(error_of(response, 400)["param"]).startswith(param), body
 
 
 @in_server()
@@ -144,24 +139,21 @@ async def test_a_response_as_it_comes(one: Served) -> None:
     assert failed[-1]["type"] == "response.failed" and failed[-1]["response"]["status"] == "failed"
 
 
-@pytest.mark.parametrize(
-    ("param", "body"),
-    [
-        ("store", {"store": True}),
-        ("previous_response_id", {"previous_response_id": "x"}),
-        ("tools", {"tools": [{"type": "web_search"}]}),
-        ("background", {"background": True}),
-        ("reasoning", {"reasoning": {"effort": "low"}}),
-        ("top_logprobs", {"top_logprobs": 1}),
-        ("input", {"input": []}),
-    ],
-)
-def test_responses_that_are_refused(param: str, body: dict[str, Any]) -> None:
-    async def main() -> None:
-        async with served() as one:
-            assert error_of(await one.post("/v1/responses", **{"input": "x", **body}), 400)["param"] == param
+REFUSED_RESPONSES: list[tuple[str, dict[str, Any]]] = [
+    ("store", {"store": True}),
+    ("previous_response_id", {"previous_response_id": "x"}),
+    ("tools", {"tools": [{"type": "web_search"}]}),
+    ("background", {"background": True}),
+    ("reasoning", {"reasoning": {"effort": "low"}}),
+    ("top_logprobs", {"top_logprobs": 1}),
+    ("input", {"input": []}),
+]
 
-    asyncio.run(main())
+
+@in_server()
+async def test_responses_that_are_refused(one: Served) -> None:
+    for param, body in REFUSED_RESPONSES:
+        assert error_of(await one.post("/v1/responses", **{"input": "x", **body}), 400)["param"] == param
 
 
 @in_server(pooling="last")
