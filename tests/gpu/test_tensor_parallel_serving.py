@@ -15,7 +15,8 @@ from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
-from tunesmith.engine.tensor_serving import SharedSource, load_shared
+from tunesmith.engine.tensor_serving import SharedSource
+from tunesmith.engine.tensor_shared import load_shared
 from tunesmith.errors import ParallelError
 
 pytestmark = pytest.mark.gpu

@@ -31,7 +31,7 @@ from tunesmith.engine.request import Completion, Request, SamplingParams
 from tunesmith.engine.source import ModelSource, find_source
 from tunesmith.engine.speculate import Speculation
 from tunesmith.engine.stream import TextStream
-from tunesmith.engine.tensor_serving import SharedModel
+from tunesmith.engine.tensor_shared import SharedModel
 from tunesmith.engine.text import TextDecoder, WholeDecoder
 from tunesmith.errors import RequestError
 from tunesmith.model.language_model import LanguageModel

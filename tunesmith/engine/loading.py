@@ -21,7 +21,8 @@ from tunesmith.engine.pages import page_bytes
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.source import ModelSource
 from tunesmith.engine.speculate import NgramDrafter, Speculation
-from tunesmith.engine.tensor_serving import SharedModel, SharedSource, load_shared, tell_of_adapters
+from tunesmith.engine.tensor_serving import SharedSource, tell_of_adapters
+from tunesmith.engine.tensor_shared import SharedModel, load_shared
 from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError, TokenizerError
 from tunesmith.hardware import pick_device

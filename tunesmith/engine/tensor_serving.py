@@ -1,4 +1,4 @@
-"""A model in several processes: how the first one begins, and what the others do from then on."""
+"""A model in several processes: how each loads its part, and what all but the first do from then on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.tensor_messages import Message
 from tunesmith.engine.tensor_parallel import (
     ShareRunner,
-    TensorParallelRunner,
     for_serving,
     share_to_serve,
 )
-from tunesmith.engine.tensor_team import TensorTeam
-from tunesmith.errors import ParallelError, RequestError, UnsupportedModelError
+from tunesmith.errors import ParallelError, UnsupportedModelError
 from tunesmith.kernels.fp8 import has_fp8
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import adapted_linears
@@ -34,9 +32,6 @@ from tunesmith.parallel.mesh import DIMENSIONS, Mesh, Place
 from tunesmith.parallel.tensor import shard_tensors
 from tunesmith.recipe.schema import ModelSection
 
-SHARED_FORMATS = ("nf4", "nf4-double", "fp8", "fp8-inner")
-GRAPHS_S = 5.0
-"""Seconds at start-up for recording graphs beyond the coarse sizes."""
 TIMEOUT = timedelta(minutes=5)
 """How long a collective waits: processes that end are noticed much sooner, by their socket."""
 
@@ -53,72 +48,7 @@ class SharedSource:
     adapter: str | None = None
 
 
-@dataclass(frozen=True)
-class SharedModel:
-    """The first process's part of a model, and the others."""
-
-    decoder: Decoder
-    team: TensorTeam
-
-    def runner(self, config: EngineConfig) -> TensorParallelRunner:
-        """The runner of all processes together. Raises: ParallelError, DeviceError."""
-        self.team.tell({"kind": "runner", "config": dict(vars(config)), "num_pages": None})
-        team = self.team
-        runner = TensorParallelRunner(self.decoder, config, team.tell, team.check, give_up=team.give_up)
-        self.team.hear("ready")
-        runner.warm_up(GRAPHS_S)
-        return runner
-
-    def close(self) -> None:
-        """End the other processes, and leave their group."""
-        self.team.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def load_shared(source: SharedSource, size: int) -> SharedModel:
-    """A model that `size` processes share, this one and others that are started.
-
-    Raises: ParallelError naming what can't be divided or which process failed; RequestError for what is not there.
-    """
-    _check(source, size)
-    threads = max(1, torch.get_num_threads() // size) if source.device_type == "cpu" else None
-    team = TensorTeam(size, threads=threads)
-    try:
-        team.hear("hello")
-        resolve_model(source.path, source.revision)  # once, where it has to be fetched
-        team.tell({"kind": "start", "size": size, "meeting": team.meeting, "source": vars(source)})
-        decoder = _load_share(source, _join(size, 0, team.meeting, source.device_type))
-        team.when_failed(_abort_group)
-        team.hear("loaded")
-    except BaseException:
-        team.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        raise
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return SharedModel(decoder, team)
-
-
-def _check(source: SharedSource, size: int) -> None:
-    if source.quantize is not None and source.quantize not in SHARED_FORMATS:
-        raise RequestError(
-            f"weights in {source.quantize} can't be shared by processes: choose one of {', '.join(SHARED_FORMATS)}, or "
-            f"tensor_parallel_size=1"
-        )
-    if source.device_type == "cuda" and torch.cuda.device_count() < size:
-        raise ParallelError(
-            f"tensor_parallel_size {size} asks for {size} GPUs, and this machine shows {torch.cuda.device_count()}"
-        )
-    if torch.distributed.is_initialized():
-        raise ParallelError(
-            "this process belongs to a group of torch.distributed already: serve a shared model from a process of its "
-            "own"
-        )
-
-
-def _join(size: int, rank: int, meeting: str, device_type: str) -> Mesh:
+def join(size: int, rank: int, meeting: str, device_type: str) -> Mesh:
     """Meet the other processes; the mesh of the group, all of it tensor-parallel."""
     device = torch.device("cpu")
     if device_type == "cuda":
@@ -137,7 +67,7 @@ def _join(size: int, rank: int, meeting: str, device_type: str) -> Mesh:
     return Mesh(Place(rank, size, rank), device, devices)
 
 
-def _load_share(source: SharedSource, mesh: Mesh) -> Decoder:
+def load_share(source: SharedSource, mesh: Mesh) -> Decoder:
     """This process's part."""
     dtype = DTYPES.get(source.dtype, torch.float32 if source.device_type == "cpu" else None)
     section = ModelSection(path=source.path, backend="native", revision=source.revision)
@@ -164,20 +94,13 @@ def _put_adapter(model: Decoder, source: SharedSource, mesh: Mesh) -> None:
     shard_tensors(model, mesh)
 
 
-def _abort_group() -> None:
-    """Let nothing wait for a process that is gone. Between CPUs a collective notices by itself."""
-    abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
-    if abort is not None and torch.cuda.is_available():
-        abort()
-
-
 def follow(rank: int, receive: Callable[[], Message], say: Callable[[str], None]) -> None:
     """What every process but the first does: load its part, then take part in every pass, until told to stop."""
     start = receive()
     if start["kind"] == "stop":
         return
     source = SharedSource(**start["source"])
-    decoder = _load_share(source, _join(start["size"], rank, start["meeting"], source.device_type))
+    decoder = load_share(source, join(start["size"], rank, start["meeting"], source.device_type))
     say("loaded")
     follow_passes(decoder, receive, say)
     torch.distributed.destroy_process_group()

@@ -30,7 +30,8 @@ from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.speculate import NgramDrafter
 from tunesmith.engine.tensor_messages import Message, Reader, send
 from tunesmith.engine.tensor_parallel import ShareRunner, TensorParallelRunner, share_to_serve
-from tunesmith.engine.tensor_serving import SharedSource, follow_passes, load_shared, tell_of_adapters
+from tunesmith.engine.tensor_serving import SharedSource, follow_passes, tell_of_adapters
+from tunesmith.engine.tensor_shared import load_shared
 from tunesmith.engine.tensor_team import TensorTeam
 from tunesmith.errors import ParallelError, RequestError
 from tunesmith.model.quant import set_compute
