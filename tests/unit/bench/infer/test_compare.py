@@ -36,11 +36,11 @@ WORKLOAD = InferWorkload(
 
 @pytest.fixture
 def runners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Ours takes 2 ms for a token, the other 10 ms."""
+    """Ours takes 3 ms for a token, the other 30 ms."""
     folder = tmp_path / "modules"
     folder.mkdir()
-    (folder / "quick_runner.py").write_text(RUNNER.format(token_s=0.002, options={"max_num_seqs": 4}))
-    (folder / "slow_runner.py").write_text(RUNNER.format(token_s=0.01, options={}))
+    (folder / "quick_runner.py").write_text(RUNNER.format(token_s=0.003, options={"max_num_seqs": 4}))
+    (folder / "slow_runner.py").write_text(RUNNER.format(token_s=0.03, options={}))
     monkeypatch.setenv("PYTHONPATH", str(folder))
     return {OURS: "quick_runner", "slow": "slow_runner"}
 
@@ -62,9 +62,10 @@ def test_a_comparison_and_its_page(runners: dict[str, str], tmp_path: Path) -> N
     table = json.loads((tmp_path / "run" / "infer.json").read_text())
     assert {"chip", "driver", "torch", "commit", "model", "weights"} == table["key"].keys()
     ours, slow = table["rows"][:2]
-    assert ours["measures"]["latency"]["tpot_s"]["median"] == pytest.approx(0.002, rel=0.6)
-    assert slow["measures"]["latency"]["tpot_s"]["median"] == pytest.approx(0.01, rel=0.3)
-    assert slow["ours_is"]["latency.tpot_s"] > 2
+    # Sleeping takes longer on a loaded machine, never less; what is told apart is ten times.
+    assert ours["measures"]["latency"]["tpot_s"]["median"] >= 0.002
+    assert slow["measures"]["latency"]["tpot_s"]["median"] >= 0.025
+    assert slow["ours_is"]["latency.tpot_s"] > 1.5
     assert ours["first_token_s"]["median"] > 0.03 and ours["weights_bytes"] == 1000
     missing = table["rows"][3]
     assert (missing["engine"], missing["status"], missing["reason"]) == ("slow", "missing", "nothing reads int8 here")

@@ -46,7 +46,7 @@ def test_times_are_those_of_the_engine() -> None:
     assert [event for event, _ in said] == ["ready", "first_token", "sample", "sample", "sample"]
     latency = said[2][1]
     assert latency["measure"] == "latency" and latency["short"] == 0 and latency["output_tokens"] == 5
-    assert SLEEP_S <= latency["first_s"] < 0.5 and 5 * SLEEP_S <= latency["whole_s"] < 1
+    assert SLEEP_S <= latency["first_s"] < 5 and 5 * SLEEP_S <= latency["whole_s"] < 9
     throughput = said[4][1]
     assert throughput["requests"] == 2 and throughput["short"] == 2 and throughput["output_tokens"] == 4
 
