@@ -27,7 +27,8 @@ from tunesmith.checkpoint.load import CheckpointWeights
 from tunesmith.checkpoint.names import TensorName, tensor_names
 from tunesmith.checkpoint.quantized_load import fill_held
 from tunesmith.errors import ModelError, UnsupportedModelError
-from tunesmith.kernels.int4 import BLOCK, GROUPS, Int4Weight, pack_words, padded_width
+from tunesmith.kernels.int4 import GROUPS, Int4Weight, pack_words, padded_width
+from tunesmith.kernels.int4_layout import BLOCK
 from tunesmith.kernels.int8 import Int8Weight
 from tunesmith.model.decode_linears import hold_head_in_int8
 from tunesmith.model.decoder import Decoder

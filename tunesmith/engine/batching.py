@@ -14,6 +14,9 @@ from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.pages import PAGE_SLOTS, pages_of
 from tunesmith.engine.scheduler import Scheduled, StepPlan
 from tunesmith.engine.sequence import Sequence as Running
+from tunesmith.units import ceil_div
+
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -184,20 +187,30 @@ def _move(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Arrays as tensors of the device: on a CPU as they are, else through one pinned buffer."""
     if device.type != "cuda":
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    # Sorted by width, widest first, so that every part is aligned.
-    total = sum(array.nbytes for array in arrays)
+    places, total = _places([array.nbytes for array in arrays])
     host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-    view, at = host.numpy(), 0
-    for array in arrays:
+    view = host.numpy()
+    for array, at in zip(arrays, places, strict=True):
         view[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        at += array.nbytes
-    moved, at = host.to(device, non_blocking=True), 0
+    moved = host.to(device, non_blocking=True)
     tensors = []
-    for array in arrays:
+    for array, at in zip(arrays, places, strict=True):
         dtype = torch.int64 if array.dtype == np.int64 else torch.int32
         tensors.append(moved[at : at + array.nbytes].view(dtype).view(array.shape))
-        at += array.nbytes
     return tensors
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where parts of so many bytes begin, one behind the other, and the bytes of all.
+
+    Each is aligned to 16 bytes: Triton compiles a kernel once more for every pointer that is now aligned and now not,
+    a second each, in the middle of serving.
+    """
+    places, at = [], 0
+    for size in sizes:
+        places.append(at)
+        at += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
+    return places, at
 
 
 def cut(host: HostBatch, rows: int) -> list[HostBatch]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
 from tunesmith.kernels.gemv_dot_triton import dot
 from tunesmith.kernels.gemv_triton import gemv
-from tunesmith.kernels.int4 import BLOCK
+from tunesmith.kernels.int4_layout import BLOCK
 
 _FLOAT, _INT8, _FP8, _INT4, _NF4 = range(5)
 

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.int4_layout import BLOCK
 from tunesmith.kernels.nf4 import use_kernel
 
-BLOCK = 128
 WORDS = 16
 GROUPS = (128, 64, 32)
 LARGEST = 15

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.int4 import BLOCK
+from tunesmith.kernels.int4_layout import BLOCK
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 

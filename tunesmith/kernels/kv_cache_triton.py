@@ -25,10 +25,10 @@ def write_kv_operator(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> None:
-    """See tunesmith.kernels.kv_cache.write_kv.
+    """See tunesmith.kernels.kv_cache.write_kv. (No defaults: torch 2.11 counts versions of arguments that it left out.)
 
     What has to move, with b bytes a value: 4 b T K H, read and written once; 2 T K H (b + 1) into fp8.
     """
@@ -85,8 +85,8 @@ def _write_kv_fake(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> None:
     return None
 

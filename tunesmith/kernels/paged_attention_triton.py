@@ -183,7 +183,7 @@ def _part_of(
     )
 
 
-@triton.jit(do_not_specialize=["num_requests", "most_parts", "held_rows"])
+@triton.jit(do_not_specialize=["num_requests", "table_stride", "most_parts", "held_rows"])
 def attend_kernel(
     query,
     keys,

@@ -220,7 +220,7 @@ def _exact(source, num, highest, temperature, top_k, top_p, least, whole, CHUNK:
 
     least: min-p's threshold. whole: the mass of the whole row, of which top-p takes its share where it comes first.
     """
-    below, low, count, mass = _scan(source, num, LEAST, least, highest, highest, temperature, CHUNK)
+    _below, low, _count, mass = _scan(source, num, LEAST, least, highest, highest, temperature, CHUNK)
     if top_k > 0:
         low = _search(source, num, low, highest, highest, temperature, top_k, 0.0, CHUNK)
     if top_p < 1:

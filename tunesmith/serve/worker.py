@@ -55,6 +55,9 @@ class ServedEngine(Protocol):
     def step(self) -> list[StepOutput]:
         """One step."""
 
+    def idle(self) -> bool:
+        """Something that makes later steps faster; False where nothing is left to do."""
+
     def abort(self, request_id: int) -> Completion | None:
         """End a request."""
 
@@ -155,10 +158,16 @@ class Worker:
             self._await_adapters()
             self._beat()
 
+    def _prepare(self) -> bool:
+        """Use a moment without work to make later steps faster; False where nothing is left to do."""
+        return self.link.inbox.empty() and self.engine.idle()
+
     def _take_messages(self) -> None:
         """All that wait; where there is nothing else to do, sleep until the next."""
         idle = not (self.engine.has_work or self.embeddings)
         wait_s = LOADING_S if self.loading else BEAT_S
+        if idle and self._prepare():
+            idle = False
         with contextlib.suppress(queue.Empty):
             self._handle(self.link.inbox.get(timeout=wait_s) if idle else self.link.inbox.get_nowait())
             while not self.is_leaving:

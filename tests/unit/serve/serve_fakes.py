@@ -66,6 +66,9 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.running)
 
+    def idle(self) -> bool:
+        return False
+
     def submit(self, prompt_ids: list[int], params: SamplingParams, **more: Any) -> int:
         text = tokenizer().decode(prompt_ids)
         if "refuse me" in text:
