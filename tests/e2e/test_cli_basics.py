@@ -15,7 +15,10 @@ import pytest
 from tunesmith.recipe.load import load_recipe
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
-VERBS = ("demo", "doctor", "recipe", "data", "train", "eval", "chat", "verify", "merge", "bench", "report", "profile")
+VERBS = (
+    *("demo", "doctor", "recipe", "data", "train", "eval", "chat", "serve", "verify", "merge", "compress", "bench"),
+    *("report", "profile"),
+)
 
 
 def test_help_is_quick(tunesmith_cli: Cli) -> None:

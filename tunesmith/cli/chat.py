@@ -106,7 +106,7 @@ def _load(asked: dict[str, Any]) -> Talk:
     use_checkpoint(model, asked["adapter"])
     loaded = {name: asked[name] for name in ("adapter", "quantize", "dtype", "device", "max_model_len")}
     with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
-        llm = LLM(model, **loaded)
+        llm = LLM(model, max_num_seqs=1, **loaded)
     if temperature is None and not samples(llm):
         params = replace(params, temperature=0.0)
     chosen = choose_mode(llm, asked["mode"])

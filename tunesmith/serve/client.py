@@ -290,7 +290,7 @@ class AsyncEngine:
     def generate(self, jobs: Sequence[Job], deadline_s: float | None = None) -> Generation:
         """Submit the jobs. Raises: ApiError (503) while there is no engine.
 
-        Args: `deadline_s`: on the event loop's clock; after it the answers are ended, and reading them raises (504).
+        Args: `deadline_s`: on the event loop's clock; after it the answers are ended, and reading them raises (408).
         """
         self.check_up()
         return Generation(self, jobs, deadline_s)
@@ -337,7 +337,7 @@ class Generation:
         self.ids: list[int] = []
         self._timer: asyncio.TimerHandle | None = None
         if deadline_s is not None:
-            late = ApiError(504, "the request's time is over before its answer was complete", code="timeout")
+            late = ApiError(408, "the request's time is over before its answer was complete", code="timeout")
             self._timer = asyncio.get_running_loop().call_at(deadline_s, self.box.fail, late)
         for index, job in enumerate(jobs):
             request_id = next(engine._ids)

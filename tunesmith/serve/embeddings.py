@@ -41,7 +41,7 @@ async def embeddings(server: Server, request: Request, body: EmbeddingRequest) -
                 work = server.engine.embed(wanted, server.options.pooling)
                 vectors = await while_connected(request, work)
         except TimeoutError:
-            raise ApiError(504, "the request's time is over before all vectors were made", code="timeout") from None
+            raise ApiError(408, "the request's time is over before all vectors were made", code="timeout") from None
     tokens = sum(map(len, wanted))
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}

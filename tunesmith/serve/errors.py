@@ -22,7 +22,6 @@ _TYPES = {
     429: "rate_limit_error",
     431: "invalid_request_error",
     503: "service_unavailable_error",
-    504: "timeout_error",
 }
 
 

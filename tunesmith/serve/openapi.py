@@ -15,14 +15,13 @@ _ERRORS = {
     401: "no API key, or a wrong one",
     403: "not allowed",
     404: "no such model",
-    408: "the request did not arrive in time",
+    408: "the request did not arrive in time, or its own time is over",
     413: "the body is too long",
     415: "the body is no application/json",
     429: "the queue, or the key's share of it, is full",
     431: "the headers are too long",
     500: "the request failed in the engine",
     503: "there is no engine now",
-    504: "the request's time is over",
 }
 
 

@@ -230,7 +230,11 @@ def test_no_verb_imports_torch_before_it_is_called() -> None:
         (["bench", "run", "x.yaml"], "did you mean: tunesmith bench train; see"),
         (["bench", "peeers"], "did you mean: tunesmith bench peers; see"),
         (["recipe", "new"], "did you mean: tunesmith recipe init; see"),
-        (["bench", "zzz"], "there are: tunesmith bench train, tunesmith bench peers, tunesmith bench scale; see"),
+        (
+            ["bench", "zzz"],
+            "there are: tunesmith bench train, tunesmith bench peers, tunesmith bench scale, tunesmith bench serve, "
+            "tunesmith bench infer; see",
+        ),
     ],
 )
 def test_a_wrong_subcommand_names_the_right_one(
