@@ -261,7 +261,7 @@ async def test_a_request_that_fails_in_the_engine_fails_alone(one: Served) -> No
     assert (await one.chat("still there?")).status_code == 200
 
 
-@in_server()
+@in_server(step_s=0.05)
 async def test_an_error_in_the_middle_of_a_stream_is_a_data_object(one: Served) -> None:
     chunks = data_objects(await one.chat("fail later", stream=True))
     assert chunks[-1] == "[DONE]" and chunks[0]["choices"][0]["delta"]["role"] == "assistant"
