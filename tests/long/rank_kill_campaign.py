@@ -44,7 +44,7 @@ CONFIG = {
 RECIPE: dict[str, Any] = {
     "method": {"kind": "lora", "rank": 4, "dropout": 0.2},
     "data": {"format": "tokens", "max_length": 32, "max_rows": 320, "validation_fraction": 0.1},
-    "train": {"max_steps": 400, "micro_batch_tokens": 128, "neftune_alpha": 5.0, "seed": 11},
+    "train": {"micro_batch_tokens": 128, "neftune_alpha": 5.0, "seed": 11},
     "checkpoint": {"every_steps": 10, "keep": 2},
     "log": {"trackers": []},
 }
@@ -122,13 +122,14 @@ def finish(process: subprocess.Popen[str], run: Path) -> None:
         raise SystemExit(f"{run.name} ended with exit code {code}:\n{run.with_suffix('.out').read_text()}")
 
 
-def run_campaign(kills: int, ranks: int, seed: int, folder: Path) -> Campaign:
+def run_campaign(kills: int, ranks: int, seed: int, steps: int, folder: Path) -> Campaign:
     """Kill until there were `kills` kills; every run is compared with one that was left alone."""
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     model = {"path": str(folder / "model"), "weights": "random", "device": "cpu"}
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**RECIPE, "model": model}), encoding="utf-8")
+    train = {**RECIPE["train"], "max_steps": steps}
+    recipe.write_text(yaml.safe_dump({**RECIPE, "train": train, "model": model}), encoding="utf-8")
     began = time.monotonic()
     finish(launch(recipe, folder / "reference", ranks, 0), folder / "reference")
     pace_s = 0.7 * (time.monotonic() - began)
@@ -166,11 +167,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=400, help="of every run; a checkpoint every ten")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        campaign = run_campaign(arguments.kills, arguments.ranks, arguments.seed, Path(folder) / "runs")
+        campaign = run_campaign(
+            arguments.kills, arguments.ranks, arguments.seed, arguments.steps, Path(folder) / "runs"
+        )
     result = {
         "schema": "tunesmith.rank_kill_campaign",
         "schema_version": 1,

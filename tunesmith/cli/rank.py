@@ -28,6 +28,7 @@ def run_rank(logs: Path, arguments: list[str]) -> int:
     faulthandler.enable()
     ON_HANG.append(lambda line: write_ending(ending_path(logs, rank), rank, 1, ParallelError(line)))
     seen: list[BaseException] = []
+    sys.argv = ["tunesmith", *arguments]  # what a run directory of this process's own records
     try:
         code = run_script(arguments, seen) if is_script(arguments[0]) else main.run(arguments, seen.append)
     except SystemExit as stop:

@@ -36,7 +36,8 @@ Kind = Literal["train", "bench", "scale", "serve", "infer", "eval", "profile"]
 Status = Literal["running", "finished", "failed", "interrupted"]
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 _CLAIMED = ".claimed"
-"""In a folder that a launcher holds for a run: what lies there without a run.json is of a start that was killed."""
+"""In a folder that a launcher holds for a run: the command that was typed, as JSON. What lies beside it without a
+run.json is of a start that was killed."""
 MIGRATIONS: Mapping[int, Migration] = {}
 """From each older version of run.json, the function that makes it one version newer."""
 
@@ -152,8 +153,9 @@ def create_run(recipe: SavedRecipe, *, kind: Kind = "train", path: Path | None =
     run = RunDir(_claim(path) if path is not None else _claim_unique(Path(recipe.output), recipe.name))
     write_text_atomic(run.recipe, recipe.to_yaml())
     write_json_atomic(run.environment, environment_fingerprint())
-    write_json_atomic(run.run, _new_info(recipe.name, kind))
-    (run.path / _CLAIMED).unlink(missing_ok=True)
+    claimed = run.path / _CLAIMED
+    write_json_atomic(run.run, _new_info(recipe.name, kind, read_json(claimed) if _has_text(claimed) else _typed()))
+    claimed.unlink(missing_ok=True)
     return run
 
 
@@ -168,6 +170,8 @@ def new_run_path(output: str, name: str) -> Path:
 def claim_run(output: str, name: str, path: Path | None = None) -> Path:
     """A folder for a run that other processes will make: they share it, and may begin again after being killed.
 
+    The run that they make records the command of the process that claimed it, which is what a person typed.
+
     Args: path: the folder, which may hold a run already, or have been claimed; None: as `create_run` names it.
     Raises: RunDirError when `path` holds anything else.
     """
@@ -176,7 +180,7 @@ def claim_run(output: str, name: str, path: Path | None = None) -> Path:
     elif not is_run(path):
         _claim(path)
     if not is_run(path):
-        (path / _CLAIMED).touch()
+        write_json_atomic(path / _CLAIMED, _typed())
     return path
 
 
@@ -199,7 +203,17 @@ def _list_runs(folder: Path) -> str:
     return f"; {folder} holds {', '.join(names)}" if names else ""
 
 
-def _new_info(name: str, kind: Kind) -> dict[str, Any]:
+def _typed() -> list[str]:
+    """The command line of this process, by the program's name."""
+    program = Path(sys.argv[0]).name
+    return ["tunesmith" if program == "__main__.py" else program, *sys.argv[1:]]
+
+
+def _has_text(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _new_info(name: str, kind: Kind, command: list[str]) -> dict[str, Any]:
     return {
         "schema": "tunesmith.run",
         "schema_version": SCHEMA_VERSION,
@@ -210,7 +224,7 @@ def _new_info(name: str, kind: Kind) -> dict[str, Any]:
         "created_at": _now(),
         "ended_at": None,
         "error": None,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command,
         "facts": {},
     }
 

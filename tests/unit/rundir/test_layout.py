@@ -14,7 +14,7 @@ from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir import layout
 from tunesmith.rundir.io import read_json, write_json_atomic
-from tunesmith.rundir.layout import RunDir, create_run, is_run, migrate, open_run
+from tunesmith.rundir.layout import RunDir, claim_run, create_run, is_run, migrate, open_run
 
 
 @pytest.fixture
@@ -31,6 +31,19 @@ def test_a_new_run_has_recipe_environment_and_status(recipe: Recipe) -> None:
     assert load_recipe(run.recipe) == recipe
     assert read_json(run.environment)["packages"]["torch"]
     assert is_run(run.path)
+
+
+def test_a_launched_run_records_what_was_typed(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It recorded "rank.py LOGS train ...", the command of the process that the launcher had started."""
+    typed = ["launch", "--nproc", "2", "train", "我的.yaml"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/tunesmith", *typed])
+    path = claim_run("", "", tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["rank.py", "logs", "train", "我的.yaml"])
+    run = create_run(recipe, path=path)
+    assert run.info().command == ("tunesmith", *typed)
+    assert [found.name for found in path.iterdir() if found.name.startswith(".")] == []
+    monkeypatch.setattr("sys.argv", ["/x/tunesmith/__main__.py", "train"])
+    assert create_run(recipe).info().command == ("tunesmith", "train")
 
 
 def test_names_are_unique_when_many_start_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,13 @@ FAKES = {
         "from tunesmith.bench.peers.wire import require, serve\n"
         "serve(lambda job, say: require('no_such_package_here', 'no-such-package'))"
     ),
+    "quick": (
+        "from tunesmith.bench.peers.wire import serve\n"
+        "def run(job, say):\n"
+        "    say({'event': 'step', 'seconds': 0.1, 'loss': 1.0, 'grad_norm': 1.0})\n"
+        "    return {}\n"
+        "serve(run)"
+    ),
     "hung": "import time\ntime.sleep(60)",
     "second_hung": (
         "import pathlib, time\n"
@@ -39,12 +46,13 @@ FAKES = {
 
 
 @pytest.fixture
-def fakes(tmp_path: Path) -> Path:
-    """A folder of packages with runners that don't end well."""
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages, on every process's path, with runners that don't end well and one that is quick."""
     folder = tmp_path / "packages"
     folder.mkdir()
     for name, source in FAKES.items():
         (folder / f"{name}_peer.py").write_text(source, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     return folder
 
 
@@ -107,7 +115,7 @@ def test_a_run_stopped_in_its_second_round_keeps_the_first(peer_recipe: Make, fa
             out=out,
             peer_paths={"second_hung": fakes},
             progress=stop_in_round_2,
-            modules={**MODULES, "second_hung": "second_hung_peer"},
+            modules={"tunesmith": "quick_peer", "second_hung": "second_hung_peer"},
         )
     assert stopped.value.code == 143
     assert told == [("tunesmith", 0), ("second_hung", 0), ("tunesmith", 1)]
@@ -121,10 +129,8 @@ def test_a_run_stopped_in_its_second_round_keeps_the_first(peer_recipe: Make, fa
 
 
 def test_whole_rounds_go_into_one_record(fakes: Path, peer_recipe: Make, tmp_path: Path) -> None:
-    modules = {**MODULES, "crashing": "crashing_peer"}
-    result = compare(
-        peer_recipe(), ["crashing"], rounds=2, out=tmp_path, peer_paths={"crashing": fakes}, modules=modules
-    )
+    modules = {"tunesmith": "quick_peer", "crashing": "crashing_peer"}
+    result = compare(peer_recipe(), ["crashing"], rounds=2, out=tmp_path, modules=modules)
     assert load_records(tmp_path) == [json.loads(result.path.read_text("utf-8"))]
     assert [(row["round"], row["order"]) for row in result.record["rows"]] == [(0, 0), (0, 1), (1, 2), (1, 3)]
     assert result.record["key"]["timing"] == "each step from idle to idle"
