@@ -66,7 +66,7 @@ def test_one_question_from_the_command_line(run: Run, model_dir: Path) -> None:
 def test_a_piped_conversation_with_commands(run: Run, model_dir: Path, tmp_path: Path) -> None:
     saved = tmp_path / "对话.jsonl"
     turns = ["first\\", "line two", '"""', "a block", "", "of lines", '"""']
-    commands = ["/stats", f"/save {saved}", "/help", "/exit", "never asked"]
+    commands = ["/stats", f"/save {saved}", "/help", "/quit", "never asked"]
     script = "\n".join(["/system 回答要短", *turns, *commands, ""])
     code, out, err = run("chat", model_dir, "--max-tokens", 5, "--seed", 1, "--json", stdin=script)
     assert code == 0, err
@@ -77,7 +77,7 @@ def test_a_piped_conversation_with_commands(run: Run, model_dir: Path, tmp_path:
     assert messages[3]["content"] == "a block\n\nof lines"
     assert json.loads(saved.read_text(encoding="utf-8"))["messages"] == messages
     assert "last answer: " in err and "KV cache: " in err
-    assert all(command in err for command in ("/system", "/reset", "/stats", "/save", "/exit"))
+    assert all(command in err for command in ("/system", "/reset", "/stats", "/save", "/exit", "/quit"))
 
 
 def test_resetting_forgets(run: Run, model_dir: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_person_chats_and_stops_an_answer(tiny_model_dir: Callable[..., Path],
         terminal.type("/stats\n")
         terminal.wait_for("KV cache|nothing said yet")
         terminal.wait_for("> ")
-        terminal.interrupt_until("Ctrl-D or /exit leaves")
+        terminal.interrupt_until("Ctrl-D or /quit leaves")
         terminal.wait_for("> ")
         terminal.type("/nothing\n")
         terminal.wait_for("there is no command /nothing")

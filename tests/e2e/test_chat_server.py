@@ -60,12 +60,24 @@ def url() -> Iterator[str]:
 
 def test_one_question(url: str, tunesmith_cli: Any) -> None:
     done = tunesmith_cli(
-        "chat", "--server", f"{url}/v1", "--prompt", "你好 there", "--system", "Be kind.", "--json", check=True
+        "chat",
+        "--server",
+        f"{url}/v1",
+        "--prompt",
+        "你好 there",
+        "--system",
+        "Be kind.",
+        "--seed",
+        "3",
+        "--json",
+        check=True,
     )
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["answers"][0]["text"] == "你好 there" and result["answers"][0]["prompt_tokens"] == 7
     assert [m["role"] for m in result["messages"]] == ["system", "user", "assistant"]
-    assert Handler.asked[0]["model"] == "echo" and "temperature" not in Handler.asked[0]
+    assert (
+        Handler.asked[0]["model"] == "echo" and Handler.asked[0]["seed"] == 3 and "temperature" not in Handler.asked[0]
+    )
     refused = tunesmith_cli("chat", "--server", url, "--prompt", "too long")
     assert refused.returncode == 2 and "the prompt is too long" in refused.stderr
     other = tunesmith_cli("chat", "--server", url, "nobody")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +18,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from tunesmith.cli.console import emit, err
+from tunesmith.cli.turns import BLOCK, interruptible, lines_of_stdin, read_turns, tail, typed_lines
 from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import RequestError, TunesmithError, nearest
 from tunesmith.rundir.io import read_json
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
     from tunesmith.engine.source import ModelSource
 
 app = typer.Typer(add_completion=False)
-BLOCK = '"""'
 MODES = ("auto", "chat", "complete")
 TEMPERATURE = 0.7
+ALIASES = {"/quit": "/exit", "/q": "/exit", "/?": "/help"}
 ALONE = (
     "This run learnt from single questions, so each one is asked without what was said before "
     "(to keep it: --history, or type /history on)."
@@ -65,13 +64,15 @@ def chat(
     top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0: all")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="above 1: say less again")] = 1.0,
     max_tokens: Annotated[int | None, typer.Option(help="longest answer in tokens")] = None,
-    seed: Annotated[int | None, typer.Option(help="makes sampled answers reproducible")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="makes sampled answers reproducible; each question adds 1 to it")
+    ] = None,
     quantize: Annotated[str | None, typer.Option(help="nf4, nf4-double or fp8")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens")] = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /exit leaves; from a pipe every line is a turn."""
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /quit leaves; from a pipe every line is a turn."""
     if mode not in MODES:
         raise RequestError(f"--mode must be auto, chat or complete, got {mode!r}{nearest(mode, MODES)}")
     if server is not None:
@@ -87,7 +88,7 @@ def chat(
     elif sys.stdin.isatty():
         talk.interactive()
     else:
-        talk.follow(read_turns(_lines_of_stdin()))
+        talk.follow(read_turns(lines_of_stdin()))
     said = talk.conversation
     emit({"messages": said.messages(), "mode": said.mode, "history": said.history, "answers": talk.answers})
 
@@ -156,33 +157,6 @@ def choose_mode(llm: LLM, wanted: str) -> Mode:
     return "chat"
 
 
-def _lines_of_stdin() -> Iterator[str]:
-    return (line.rstrip("\r\n") for line in sys.stdin)
-
-
-def read_turns(lines: Iterator[str]) -> Iterator[str]:
-    """Messages and commands. A line that ends with a backslash goes on; lines of three quotes stand around a block."""
-    gathered: list[str] = []
-    in_block = False
-    for line in lines:
-        if line.strip() == BLOCK:
-            in_block = not in_block
-        elif in_block:
-            gathered.append(line)
-        elif line.endswith("\\"):
-            gathered.append(line[:-1])
-            continue
-        else:
-            gathered.append(line)
-        if not in_block and gathered:
-            turn = "\n".join(gathered).strip()
-            gathered = []
-            if turn:
-                yield turn
-    if gathered and (turn := "\n".join(gathered).strip()):
-        yield turn
-
-
 class Talk:
     """The loop between a person (or a pipe) and a conversation. Answers go to stdout, all else to stderr."""
 
@@ -199,7 +173,7 @@ class Talk:
             "/history": ("on or off: whether answers see what was said before; alone: show it", self._history),
             "/stats": ("speed of the last answer, and how full the context is", self._stats),
             "/save": ("FILE: the conversation as lines of JSON that `tunesmith train --data` reads", self._save),
-            "/exit": ("leave (so does Ctrl-D)", self._exit),
+            "/exit": ("leave (so do /quit and Ctrl-D)", self._exit),
         }
         self.left = False
 
@@ -212,13 +186,13 @@ class Talk:
         self._say_note()
         while not self.left:
             try:
-                for turn in read_turns(_typed_lines()):
+                for turn in read_turns(typed_lines()):
                     self._take_safely(turn)
                     if self.left:
                         return
                 return
             except KeyboardInterrupt:
-                err.print("\n(Ctrl-D or /exit leaves)", style="dim")
+                err.print("\n(Ctrl-D or /quit leaves)", style="dim")
 
     def follow(self, turns: Iterator[str]) -> None:
         """Take turns from a pipe; a mistake ends it."""
@@ -243,6 +217,7 @@ class Talk:
             self.answer(turn)
             return
         name, _, rest = turn.partition(" ")
+        name = ALIASES.get(name, name)
         if name not in self.commands:
             raise RequestError(f"there is no command {name}{nearest(name, self.commands)}; /help lists them")
         self.commands[name][1](rest.strip())
@@ -322,51 +297,6 @@ class Talk:
 
     def _exit(self, rest: str) -> None:
         self.left = True
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted, for the loop to ask about; the second one interrupts.
-
-    An exception in the middle of anything (a finaliser, the display's thread) may be swallowed there; a note is not.
-    """
-    seen: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines from the terminal, with editing and history where readline exists."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() its line editing
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            sys.stderr.write("\n")
-            return
-
-
-def tail(text: str, width: int, height: int) -> str:
-    """The end of `text` that fits a screen, so that a growing answer always shows its newest words."""
-    rows = 0
-    kept: list[str] = []
-    for line in reversed(text[-width * height :].split("\n")):
-        rows += max(1, -(-Text(line).cell_len // max(width, 1)))
-        if rows > max(height, 1) and kept:
-            break
-        kept.append(line)
-    return "\n".join(reversed(kept))
 
 
 def _facts(text: str, completion: Completion | None) -> dict[str, Any]:

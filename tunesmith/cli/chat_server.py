@@ -18,7 +18,7 @@ KEY_VARIABLE = "TUNESMITH_API_KEY"
 _CONNECT_S = 5.0
 # What a server that doesn't say its context's length is taken to have.
 _UNKNOWN_CONTEXT = 10**9
-_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
 def converse(url: str, model: str | None, asked: Mapping[str, Any]) -> tuple[Conversation, str, None]:
@@ -34,7 +34,7 @@ def converse(url: str, model: str | None, asked: Mapping[str, Any]) -> tuple[Con
     given = {name: asked[name] for name in _FIELDS if asked[name] not in (None, neutral.get(name))}
     remote = RemoteModel(url, model, given)
     mode: Mode = "complete" if asked["mode"] == "complete" else "chat"
-    params = SamplingParams(max_tokens=asked["max_tokens"])
+    params = SamplingParams(max_tokens=asked["max_tokens"], seed=asked["seed"])
     history = asked["history"] is not False
     conversation = Conversation(cast(Any, remote), params, asked["system"], mode, history)
     return conversation, f"{remote.model} at {remote.url}", None
@@ -91,6 +91,8 @@ class RemoteModel:
     def _stream(self, path: str, body: dict[str, Any], params: SamplingParams) -> RemoteStream:
         asked = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, **self.given, **body}
         asked["max_tokens"] = params.max_tokens
+        if params.seed is not None:
+            asked["seed"] = params.seed
         return RemoteStream(self, path, asked)
 
     def _json(self, method: str, path: str, body: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Conversation:
     mode: "chat" renders the template over all turns; "complete" goes on from the last text alone, which is all that
     can be asked of a base model.
     history: whether an answer sees the turns before its question; all turns are kept either way.
+    num_asked: questions so far; with a seed each has one of its own, the seed plus this.
     """
 
     llm: LLM
@@ -33,6 +34,7 @@ class Conversation:
     history: bool = True
     turns: list[Turn] = field(default_factory=list)
     num_dropped: int = 0
+    num_asked: int = 0
     last: Completion | None = None
 
     def messages(self) -> list[Turn]:
@@ -60,6 +62,7 @@ class Conversation:
         """
         if self.mode == "complete":
             stream = self.llm.stream(text, self._params(self.llm.encode(text)))
+            self.num_asked += 1
             return Answer(self, stream, keeps=False)
         self.turns.append({"role": "user", "content": text})
         try:
@@ -68,6 +71,7 @@ class Conversation:
         except BaseException:
             self.turns.pop()
             raise
+        self.num_asked += 1
         return Answer(self, stream, keeps=True)
 
     def _fit(self) -> list[int]:
@@ -91,10 +95,11 @@ class Conversation:
         return ids
 
     def _params(self, ids: list[int]) -> SamplingParams:
-        """The answer's limit, cut to what the context has left."""
+        """The answer's limit, cut to what the context has left, and its seed."""
         room = self.llm.max_model_len - len(ids)
         wanted = self.params.max_tokens or DEFAULT_MAX_TOKENS
-        return replace(self.params, max_tokens=max(1, min(wanted, room)))
+        seed = None if self.params.seed is None else (self.params.seed + self.num_asked) % 2**63
+        return replace(self.params, max_tokens=max(1, min(wanted, room)), seed=seed)
 
     def reset(self) -> None:
         """Forget the turns; the system message stays."""

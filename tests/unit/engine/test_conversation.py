@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith.engine.conversation import Conversation
+from tunesmith.engine.conversation import Conversation, Mode
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
 from tunesmith.errors import RequestError
@@ -77,6 +77,22 @@ def test_a_closed_answer_stays_in_the_history_as_far_as_it_came(llm: LLM) -> Non
     assert talk.turns[-1] == {"role": "assistant", "content": piece}
     assert talk.last is not None and talk.last.finish_reason == "abort"
     assert not llm.engine.has_work
+
+
+@pytest.mark.parametrize("mode", ["chat", "complete"])
+def test_every_question_of_a_seeded_conversation_has_a_draw_of_its_own(llm: LLM, mode: Mode) -> None:
+    """The same seed began anew for each turn: a question that was asked again had the same answer for ever."""
+    params = SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, seed=4)
+
+    def answers() -> list[str]:
+        talk = Conversation(llm, params, mode=mode, history=False)
+        return ["".join(talk.say("again")) for _ in range(3)]
+
+    first = answers()
+    assert len(set(first)) == 3
+    assert answers() == first
+    alone = Conversation(llm, params, mode=mode)
+    assert "".join(alone.say("again")) == first[0]
 
 
 def test_completing_keeps_no_history(llm: LLM) -> None:
