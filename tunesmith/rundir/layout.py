@@ -180,6 +180,7 @@ def claim_run(output: str, name: str, path: Path | None = None) -> Path:
     elif not is_run(path):
         _claim(path)
     if not is_run(path):
+        (path / _CLAIMED).touch()  # before anything else lies there: others may claim it at the same moment
         write_json_atomic(path / _CLAIMED, _typed())
     return path
 
