@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def one_rank(
+    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path]
+) -> Callable[[str, str], dict[str, Any]]:
+    """What one process makes of a method and kind of blocks: trained once for all that are compared with it."""
+
+    @cache
+    def alone(method: str, blocks: str) -> dict[str, Any]:
+        (outcome,) = ranks(train, 1, str(tiny_model_dir("qwen2")), method, "ddp", blocks)
+        return outcome
+
+    return alone
+
+
 @pytest.mark.parametrize(("method", "strategy", "blocks", "checkpointing"), CASES)
 def test_two_ranks_train_as_one(
     ranks: Callable[..., list[Any]],
@@ -99,8 +114,9 @@ def test_two_ranks_train_as_one(
     strategy: str,
     blocks: str,
     checkpointing: str,
+    one_rank: Callable[[str, str], dict[str, Any]],
 ) -> None:
-    (alone,) = ranks(train, 1, str(tiny_model_dir("qwen2")), method, strategy, blocks)
+    alone = one_rank(method, blocks)
     for rank in ranks(train, 2, str(tiny_model_dir("qwen2")), method, strategy, blocks, checkpointing):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-5)
         np.testing.assert_allclose(rank["norms"], alone["norms"], rtol=1e-4)
@@ -111,9 +127,13 @@ def test_two_ranks_train_as_one(
 
 @pytest.mark.parametrize(("method", "strategy"), [("full", "zero3"), ("full", "ddp"), ("qlora", "zero3")])
 def test_four_ranks_train_as_one(
-    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], method: str, strategy: str
+    ranks: Callable[..., list[Any]],
+    tiny_model_dir: Callable[..., Path],
+    method: str,
+    strategy: str,
+    one_rank: Callable[[str, str], dict[str, Any]],
 ) -> None:
-    (alone,) = ranks(train, 1, str(tiny_model_dir("qwen2")), method, strategy, "fused")
+    alone = one_rank(method, "fused")
     for rank in ranks(train, 4, str(tiny_model_dir("qwen2")), method, strategy, "fused"):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-5)
 

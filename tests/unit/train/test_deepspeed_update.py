@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,12 @@ def train(
     return {"losses": losses, "norms": norms, "held": held}
 
 
+@cache
+def one_process(model_dir: str, method: str) -> dict[str, Any]:
+    """What the native engine makes of all steps on one process: trained once for all that are compared with it."""
+    return train(model_dir, method, None)
+
+
 def _save(updater: Updater | DeepSpeedUpdater, states: Path, step: int) -> None:
     facts = {"optimizer": {}, "rng": {}, "scaler": None}
     if isinstance(updater, DeepSpeedUpdater):
@@ -163,14 +170,22 @@ def test_two_ranks_train_as_one(
     checkpointing: str,
 ) -> None:
     folder = str(tiny_model_dir("qwen2"))
-    alone = train(folder, method, None)
+    alone = one_process(folder, method)
     for rank in ranks(train, 2, folder, method, strategy, offload, blocks, checkpointing):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-5)
         np.testing.assert_allclose(rank["norms"], alone["norms"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("chain", [("zero1", "zero3"), ("zero3", None), (None, "zero2"), ("zero3-cpu", "zero3")])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("method", "chain"),
+    [
+        ("full", ("zero1", "zero3")),
+        ("full", (None, "zero2")),
+        ("full", ("zero3-cpu", "zero3")),
+        ("lora", ("zero3", None)),
+        ("lora", ("zero3-cpu", "zero3")),
+    ],
+)
 def test_a_state_goes_from_engine_to_engine(
     ranks: Callable[..., list[Any]],
     tiny_model_dir: Callable[..., Path],
@@ -179,7 +194,7 @@ def test_a_state_goes_from_engine_to_engine(
     chain: tuple[str | None, str | None],
 ) -> None:
     folder = str(tiny_model_dir("qwen2"))
-    alone = train(folder, method, None)
+    alone = one_process(folder, method)
     losses: list[float] = []
     for first, stop, kind in zip((0, 10), (10, STEPS), chain, strict=True):
         strategy, _, offload = (kind or "").partition("-")
