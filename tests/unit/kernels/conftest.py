@@ -1,14 +1,20 @@
-"""Kernels that write fp8, under Triton's CPU interpreter."""
+"""Kernels under Triton's CPU interpreter, in one process of their own; those that write fp8 with its conversion."""
 
 from __future__ import annotations
 
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+# Of one script.
+TIMEOUT_S = 250
 
 FP8_AS_INTERPRETED = """
 import torch
@@ -33,24 +39,56 @@ fp8.to_codes = to_codes_interpreted  # before the modules that take it over
 """
 
 
-@pytest.fixture
-def check_interpreted_fp8(tmp_path: Path) -> Callable[[str], None]:
-    """Runs a script whose references round to fp8 as the interpreter does; fails where an assertion in it does.
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Callable[[Path], tuple[int, str]]]:
+    """Exit status and output of a script, run in a fork of a process that was started with TRITON_INTERPRET=1.
 
-    In its own process: the interpreter is chosen when Triton is imported.
+    The interpreter is chosen when Triton is imported; its imports would cost each script seconds.
     """
     pytest.importorskip("triton")
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("interpreter.py"))],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    into, out_of = process.stdin, process.stdout
+
+    def run(script: Path) -> tuple[int, str]:
+        into.write(f"{script}\n")
+        into.flush()
+        if not select.select([out_of], [], [], TIMEOUT_S)[0]:
+            os.killpg(process.pid, signal.SIGKILL)
+            return -signal.SIGKILL, f"no answer in {TIMEOUT_S} s"
+        answer = out_of.readline()
+        assert answer, "Triton's interpreter could not be started"
+        status, shown = json.loads(answer)
+        return status, shown
+
+    yield run
+    into.close()
+    out_of.close()
+    process.wait()
+
+
+@pytest.fixture
+def check_interpreted(interpreter: Callable[[Path], tuple[int, str]], tmp_path: Path) -> Callable[[str], None]:
+    """Runs a script under the interpreter; fails where an assertion in it does."""
 
     def check(source: str) -> None:
         script = tmp_path / "check.py"  # Triton reads its kernels' source
-        script.write_text(FP8_AS_INTERPRETED + source, encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            timeout=250,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        script.write_text(source, encoding="utf-8")
+        status, shown = interpreter(script)
+        assert status == 0, shown
 
     return check
+
+
+@pytest.fixture
+def check_interpreted_fp8(check_interpreted: Callable[[str], None]) -> Callable[[str], None]:
+    """Runs a script whose references round to fp8 as the interpreter does; fails where an assertion in it does."""
+    return lambda source: check_interpreted(FP8_AS_INTERPRETED + source)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +68,10 @@ torch.library.opcheck(ops.int4_operator, (torch.randn(1, 128), words.words, word
 """
 
 
-def test_kernels_equal_the_dequantised_product_under_tritons_interpreter() -> None:
-    """In its own process: the interpreter is chosen when Triton is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_kernels_equal_the_dequantised_product_under_tritons_interpreter(
+    check_interpreted: Callable[[str], None],
+) -> None:
+    check_interpreted(KERNEL)
 
 
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -84,19 +81,8 @@ torch.library.opcheck(part_norms_operator, (gradients[:3], PART), test_utils=("t
 """
 
 
-def test_kernel_equals_the_reference_under_tritons_interpreter(tmp_path: Path) -> None:
-    """In its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    script = tmp_path / "kernel.py"
-    script.write_text(KERNEL, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_kernel_equals_the_reference_under_tritons_interpreter(check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(KERNEL)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,13 +55,5 @@ def test_equals_the_operations_one_after_the_other(is_normed: bool) -> None:
     assert not bool(keys.view(-1, 2, 16)[1].any())
 
 
-def test_the_kernel_equals_the_reference() -> None:
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_kernel_equals_the_reference(check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(KERNEL)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -134,14 +133,6 @@ torch.library.opcheck(paged_attention_operator, (
 """
 
 
-def test_kernels_equal_the_reference_under_tritons_interpreter(tmp_path: Path) -> None:
-    """In its own process: the interpreter is chosen when Triton is imported. It can't multiply in bfloat16."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL.replace("TESTS", repr(str(Path(__file__).parent)))],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_kernels_equal_the_reference_under_tritons_interpreter(check_interpreted: Callable[[str], None]) -> None:
+    """The interpreter can't multiply in bfloat16."""
+    check_interpreted(KERNEL.replace("TESTS", repr(str(Path(__file__).parent))))

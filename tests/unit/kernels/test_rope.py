@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -119,14 +117,5 @@ torch.library.opcheck(rope_operator, (x, *tables, False), test_utils=("test_sche
 """
 
 
-def test_kernel_equals_the_reference_under_tritons_interpreter() -> None:
-    """In its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_kernel_equals_the_reference_under_tritons_interpreter(check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(KERNEL)

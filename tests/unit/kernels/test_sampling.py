@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -226,16 +223,5 @@ for masks in (None, allowed):
 """
 
 
-def test_kernels_equal_their_references_interpreted(tmp_path: Path) -> None:
-    """In its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    script = tmp_path / "check.py"
-    script.write_text(INTERPRETED, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_kernels_equal_their_references_interpreted(check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(INTERPRETED)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,6 +63,7 @@ def test_far_from_zero_nothing_overflows() -> None:
 KERNEL = """
 import torch
 from tunesmith.kernels.swiglu import swiglu_backward_reference, swiglu_reference
+from tunesmith.kernels import swiglu_triton
 from tunesmith.kernels.swiglu_triton import (
     swiglu_backward_in_place_operator, swiglu_backward_on_gpu, swiglu_backward_operator,
     swiglu_backward_out_operator, swiglu_operator)
@@ -77,7 +76,7 @@ for dtype, limit in tolerance.items():
     def close(mine, truth):
         assert mine.dtype == truth.dtype == dtype and mine.shape == truth.shape
         torch.testing.assert_close(mine, truth, rtol=limit, atol=limit)
-    for rows, width in [(1, 48), (3, 3584), (17, 96), (5, 200), (2, 1)]:
+    for rows, width in [(5, 200), (1, 48), (3, 112), (2, 1)] if dtype == torch.float32 else [(3, 112)]:
         wide, grad_h = (3 * random(rows, 2 * width + 8)).to(dtype), random(rows, width + 3).to(dtype)[:, 3:]
         for gate_up in (wide[:, :-8].contiguous(), wide[:, 8:]):
             h, (true_grad, true_h) = swiglu_operator(gate_up), swiglu_backward_reference(grad_h, gate_up, True)
@@ -92,6 +91,7 @@ for dtype, limit in tolerance.items():
             assert torch.equal(turned, grad)
             same, h_again = swiglu_backward_on_gpu(grad_h, gate_up, True, gate_up)
             assert same is gate_up and torch.equal(gate_up, grad) and torch.equal(h_again, h)
+        swiglu_triton._COLUMNS = 64  # after the first shape: a row takes two programs then
 far = torch.tensor([[-200.0, 200.0, 3.0, 3.0]])
 assert torch.equal(swiglu_operator(far), torch.tensor([[0.0, 600.0]]))
 assert swiglu_operator(random(0, 8)).shape == (0, 4)
@@ -105,14 +105,5 @@ for wanted in (False, True):
 """
 
 
-def test_kernels_equal_the_reference_under_tritons_interpreter() -> None:
-    """In its own process: the interpreter is chosen when Triton is imported."""
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_kernels_equal_the_reference_under_tritons_interpreter(check_interpreted: Callable[[str], None]) -> None:
+    check_interpreted(KERNEL)
