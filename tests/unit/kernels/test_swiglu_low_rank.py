@@ -102,12 +102,12 @@ def random(*shape): return torch.randn(shape, generator=generator)
 tolerance = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}
 # Smaller tiles: 32 rows of a program forward, 48 backward.
 tiles = {"ROWS": 16, "BACKWARD_ROWS": 16, "STEPS": 2, "BACKWARD_STEPS": 3, "COLUMNS": 16}
-shapes = [(70, 70, 5, 3), (1, 48, 32, 16), (50, 20, 64, 100), (3, 40, 1, 33), (2, 1, 3, 3), (100, 16, 5, 3)]
+shapes = [(70, 48, 5, 3), (1, 40, 32, 16), (50, 20, 20, 33), (3, 40, 1, 33), (2, 1, 3, 3)]
 for dtype, limit in tolerance.items():
     def close(mine, truth):
         assert mine.dtype == truth.dtype == dtype and mine.shape == truth.shape
         torch.testing.assert_close(mine, truth, rtol=limit, atol=limit)
-    for rows, width, rank, other in shapes if dtype == torch.float32 else shapes[2:3]:
+    for rows, width, rank, other in shapes if dtype == torch.float32 else [(50, 24, 64, 100)]:
         wide, grad_h = random(rows, 2 * width + 8).to(dtype), random(rows, width + 3).to(dtype)[:, 3:]
         low, up = random(rows, rank).to(dtype), (random(rank, 2 * width) / rank).to(dtype).t()
         dlow, down = random(rows, other).to(dtype), (random(other, width) / other).to(dtype)
