@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,12 +31,26 @@ def bench() -> ModuleType:
     return module
 
 
-def _recipe(**train: Any) -> Any:
+@pytest.fixture(autouse=True)
+def _little_to_collect() -> Iterator[None]:
+    """Every step collects garbage, and would look at all that the tests before have imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Six blocks, as builtin:tiny, but narrow ones."""
+    folder = tmp_path_factory.mktemp("narrow")
+    config = json.loads((ROOT / "tunesmith" / "models" / "tiny" / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 256}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     raw = {
-        "model": {"path": "builtin:tiny", "weights": "random", "device": "cpu"},
+        "model": {"path": str(folder), "weights": "random", "device": "cpu"},
         "method": {"kind": "qlora", "rank": 4},
         "data": {"format": "tokens", "max_length": 64, "validation_fraction": 0},
-        "train": {"micro_batch_tokens": 64, "checkpointing": "block", "loss_chunk_tokens": 64, **train},
+        "train": {"micro_batch_tokens": 64, "checkpointing": "block", "loss_chunk_tokens": 64},
     }
     return resolve_recipe(recipe_from_mapping(raw))
 
@@ -48,14 +65,14 @@ def test_a_surface_through_four_peaks(bench: ModuleType) -> None:
     assert found.most_tokens(32, 2000) == 0
 
 
-def test_the_longest_step_is_found_and_taken(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_step_is_found_and_taken(bench: ModuleType, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a cap in bytes of live storages; a sixteenth longer would not have fitted.
 
     Without the CPU's attention that holds probabilities for some lengths: peaks would not grow with the length.
     """
     monkeypatch.setattr(cpu_attention, "LONGEST", 0)
-    recipe, cap = _recipe(), 30_000_000
-    answer = bench.find(recipe, cap, (128, 256), 100_000, 3)
+    cap = 2_800_000
+    answer = bench.find(recipe, cap, (64, 128), 100_000, 3)
     assert answer["stopped_by"] == "device memory"
     assert answer["tokens"] >= 256
     assert answer["steps"][-1]["peak_bytes"] <= cap
@@ -64,21 +81,21 @@ def test_the_longest_step_is_found_and_taken(bench: ModuleType, monkeypatch: pyt
     assert longer.peak_bytes > cap * 0.95
 
 
-def test_other_bounds_stop_it_too(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = bench.find(_recipe(), 10**9, (128, 256), 384, 1)
-    assert (answer["stopped_by"], answer["tokens"]) == ("--most", 384)
+def test_other_bounds_stop_it_too(bench: ModuleType, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = bench.find(recipe, 10**9, (64, 128), 256, 1)
+    assert (answer["stopped_by"], answer["tokens"]) == ("--most", 256)
     monkeypatch.setattr(bench, "available_memory_bytes", lambda: 10**9)
     offloaded = recipe_from_mapping({"model": {"path": "recipes/configs/llama-3.1-8b"}, "method": {"kind": "qlora"}})
     train = offloaded.train.model_copy(update={"checkpointing": "offload-block", "precision": "bfloat16"})
     monkeypatch.chdir(ROOT)
     tokens = bench.host_tokens(offloaded.model_copy(update={"train": train}))
     assert tokens == pytest.approx(0.95 * 10**9 / (31 * 4096 * 2), abs=2)
-    assert bench.host_tokens(_recipe()) is None
+    assert bench.host_tokens(recipe) is None
 
 
-def test_a_step_that_does_not_fit_is_an_answer(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_does_not_fit_is_an_answer(bench: ModuleType, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(recipe: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(bench, "take_step", fails)
-    assert bench._tried(_recipe(), 1).error == "device memory"
+    assert bench._tried(recipe, 1).error == "device memory"
