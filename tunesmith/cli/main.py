@@ -50,6 +50,8 @@ GLOBAL_OPTIONS = {
 INTERRUPTED = 130
 _ELSEWHERE = {"run": "train", "methods": "train", "matrix": "train", "new": "init", "create": "init", "print": "show"}
 """What subcommands are called in other tools."""
+_OUTPUTS = ("o", "out", "output", "output_dir", "out_dir", "save_dir")
+"""What the option for the run directory is called in other tools."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -184,6 +186,8 @@ def subcommand_hint(wrong: str, verb: str, known: Iterable[str]) -> str:
 def option_hint(wrong: str, options: Sequence[str]) -> str:
     """What was meant by the option `wrong`: one of `options`, or a recipe's key for --set; empty when unknown."""
     name = wrong.lstrip("-").replace("-", "_")
+    if "--run-dir" in options and "--set" in options and name in _OUTPUTS:
+        return "; --run-dir DIRECTORY names the run directory, --set output=FOLDER where new ones are made"
     if "--set" in options:
         from tunesmith.recipe.explain import all_keys
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,16 @@ from tunesmith.cli import console
 from tunesmith.errors import DataError, RecipeError, VerificationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from tunesmith.recipe.schema import Recipe
+    from tunesmith.train.metrics import StepMetrics
     from tunesmith.train.run import TrainResult
     from tunesmith.verify.warm_up import Compiling
     from tunesmith.watch.start_up import StartUp
 
 app = typer.Typer(add_completion=False)
+_log = logging.getLogger(__name__)
 _NO_DATA = ("config.json", "adapter_config.json", "tokenizer.json", "run.json")
 """What the folder of a model, an adapter or a run holds, and one of data does not."""
 
@@ -53,6 +57,10 @@ def train(
     recipe = _recipe(target, data or [], method, overrides or [], _named_run(target, resume, run_dir))
     if run_dir is not None and is_run(run_dir):
         resume, run_dir = run_dir, None
+    if resume is not None and (facts := finished_facts(resume, recipe)) is not None:
+        console.err.print(nothing_left(resume, recipe, facts), markup=False)
+        console.emit(facts)
+        return 0
     if recipe.data.train and recipe.data.format != "tokens":
         from tunesmith.text.tokenise import refuse_pairs
 
@@ -72,7 +80,9 @@ def train(
         with start_up.part("CUDA waited for"):
             cuda.wait()
     preflight = partial(_prepare, compiling, verify, start_up)
-    result = run_training(recipe, resume=resume, run_dir=run_dir, preflight=preflight, start_up=start_up)
+    result = run_training(
+        recipe, resume=resume, run_dir=run_dir, preflight=preflight, start_up=start_up, on_step=idle_watch(recipe)
+    )
     console.emit(result.facts())
     return result.exit_code
 
@@ -154,6 +164,65 @@ def _recipe(
     if not recipe.data.train and recipe.data.format != "tokens":
         raise RecipeError(f"say what to train {target} on: tunesmith train {target} --data FILE")
     return recipe
+
+
+def finished_facts(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """What a run has recorded that ended as its recipe says, and whose outcome is there; None: it can be gone on with.
+
+    A recipe that differs from the run's is left to be compared with it.
+    """
+    from tunesmith.recipe.load import load_recipe
+    from tunesmith.rundir.layout import open_run
+
+    run = open_run(run_dir)
+    info = run.info()
+    if info.kind != "train" or info.status != "finished" or not run.final.is_dir() or load_recipe(run.recipe) != recipe:
+        return None
+    return dict(info.facts)
+
+
+def nothing_left(run_dir: Path, recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    """That a run has ended, and the command that trains its outcome further."""
+    data = "".join(f" --data {shlex.quote(entry)}" for entry in recipe.data.train)
+    outcome = run_dir / "final"
+    final = shlex.quote(str(outcome))
+    if recipe.method.kind in ("lora", "qlora"):
+        method = "" if recipe.method.kind == "lora" else f" --method {recipe.method.kind}"
+        more = f"tunesmith train {shlex.quote(recipe.model.path)}{data}{method} --set method.adapter={final}"
+    else:
+        more = f"tunesmith train {final}{data} --method full"
+    return (
+        f"nothing left to do: this run ended at step {facts.get('steps')}, and what it learnt is in {outcome}\n"
+        "A run's length is part of its recipe. To train on from there, begin a new run (how long: "
+        f"--set train.epochs=N):\n  {more}"
+    )
+
+
+def idle_watch(recipe: Recipe) -> Callable[[StepMetrics], None] | None:
+    """What looks at the first step for processes that the data leaves without work; None alone, and on all but one."""
+    from tunesmith.parallel.mesh import mesh_shape, place_from
+
+    place = place_from(os.environ)
+    if place.rank != 0 or place.world_size == 1:
+        return None
+    sharing = mesh_shape(recipe.parallel, place.world_size)[1]
+
+    def look(metrics: StepMetrics) -> None:
+        if metrics.step == 1 and (line := idle_line(metrics.micro_batches, sharing)) is not None:
+            _log.warning(line)
+
+    return look
+
+
+def idle_line(micro_batches: int, sharing: int) -> str | None:
+    """What to say where a step has fewer micro-batches than processes share it; None where all have work."""
+    if micro_batches >= sharing:
+        return None
+    amount = "one micro-batch" if micro_batches == 1 else f"{micro_batches} micro-batches"
+    return (
+        f"{sharing - micro_batches} of the {sharing} processes that share the data have nothing to do: a step has only "
+        f"{amount} (train.micro_batch_tokens each). --nproc {micro_batches} is as fast"
+    )
 
 
 def _prepare(compiling: Compiling | None, verify: bool, start_up: StartUp, recipe: Recipe, run_dir: Path) -> str:

@@ -170,6 +170,8 @@ def test_a_mistake_of_use_is_one_line_with_the_help_to_type(
         (["train", "m", "--jsno"], "did you mean '--json'?"),
         (["train", "m", "--epochs", "3"], "it is a key of the recipe: --set train.epochs=VALUE"),
         (["train", "m", "--lr", "3"], "--set train.learning_rate=VALUE"),
+        (["train", "m", "--output", "d"], "there is no option --output; --run-dir DIRECTORY names"),
+        (["train", "m", "-o", "d"], "--run-dir DIRECTORY"),
         (["chat", "m", "--promt", "hi"], "did you mean '--prompt'?"),
         (["demo", "--outptu", "x"], "did you mean '--output'?"),
         (["chat", "m", "--zzz"], "there is no option --zzz; see: tunesmith chat --help"),

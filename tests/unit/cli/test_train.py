@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from tunesmith.cli.main import run
-from tunesmith.cli.train import _certify, _recipe
+from tunesmith.cli.train import _certify, _recipe, finished_facts, idle_line, idle_watch
 from tunesmith.errors import DataError, RecipeError, VerificationError
-from tunesmith.recipe.load import recipe_from_mapping
+from tunesmith.recipe.load import load_recipe, recipe_from_mapping
+from tunesmith.recipe.schema import Recipe
+from tunesmith.rundir.layout import RunDir, create_run
 from tunesmith.verify.certificate import LEFT_TO_VERIFY
 
 
@@ -95,3 +97,69 @@ def test_data_given_as_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             _recipe(given, [], None, [], None)
     with pytest.raises(RecipeError, match="say what to train builtin:tiny on"):
         _recipe("builtin:tiny", [], None, [], None)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run that has ended, with an outcome."""
+    monkeypatch.setattr("tunesmith.rundir.layout.environment_fingerprint", dict)
+    recipe = recipe_from_mapping({"model": {"path": "builtin:tiny"}, "data": {"train": ["my rows.json"]}})
+    made = create_run(recipe, path=tmp_path / "run")
+    made.final.mkdir()
+    made.set_status("finished", steps=20, exit_code=0)
+    return made
+
+
+def test_a_finished_run_that_is_resumed_says_so_and_what_to_type(
+    finished: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It made the certificate and wrote the outcome again, with "going on from ... (step 20 of 20)" in between."""
+    before = finished.run.read_bytes()
+    for arguments in (["--resume", str(finished.path)], ["--run-dir", str(finished.path)]):
+        assert run(["train", *arguments, "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert "nothing left to do: this run ended at step 20" in err
+        command = err.splitlines()[-1].strip()
+        adapter = shlex.quote(str(finished.final))
+        assert command == f"tunesmith train builtin:tiny --data 'my rows.json' --set method.adapter={adapter}"
+        assert json.loads(out)["steps"] == 20
+    assert finished.run.read_bytes() == before
+    options = shlex.split(command)
+    again = _recipe("builtin:tiny", [options[4]], None, [options[-1]], None)
+    assert again.method.adapter == str(finished.final)
+
+
+def test_a_run_that_is_not_finished_or_asked_for_otherwise_goes_on(finished: RunDir) -> None:
+    recipe = load_recipe(finished.recipe)
+    assert finished_facts(finished.path, recipe) is not None
+    assert finished_facts(finished.path, load_recipe(finished.recipe, ["train.epochs=40"])) is None
+    finished.final.rmdir()
+    assert finished_facts(finished.path, recipe) is None
+    finished.final.mkdir()
+    finished.set_status("interrupted")
+    assert finished_facts(finished.path, recipe) is None
+
+
+@pytest.mark.parametrize(("rank", "packs", "said"), [("0", 1, True), ("0", 2, False), ("0", 5, False), ("1", 1, None)])
+def test_processes_that_the_data_leaves_idle_are_told_of_once(
+    rank: str, packs: int, said: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two processes on thirty short rows: one of them had empty micro-batches, and nothing said so."""
+    for name, value in {"RANK": rank, "WORLD_SIZE": "4", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    watch = idle_watch(recipe_from_mapping({"parallel": {"tensor": 2}}))  # two share the data
+    assert (watch is None) == (said is None)
+    if watch is not None:
+        for step in (1, 2):
+            watch(SimpleNamespace(step=step, micro_batches=packs))  # type: ignore[arg-type]
+        assert len(caplog.messages) == int(bool(said))
+        assert idle_line(1, 3) == (
+            "2 of the 3 processes that share the data have nothing to do: a step has only one micro-batch "
+            "(train.micro_batch_tokens each). --nproc 1 is as fast"
+        )
+
+
+def test_a_process_alone_watches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert idle_watch(Recipe()) is None
