@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import DataError
+from tunesmith.text import sources
 from tunesmith.text.builtin import pretrain, questions, shop, vocabulary
 from tunesmith.text.builtin.vocabulary import VALUES, Split, split_of
 from tunesmith.text.sources import SOURCES, builtin_rows
@@ -25,18 +26,28 @@ def text_of(rows: Iterable[dict[str, Any]]) -> str:
 
 def occurs(needle: str, text: str) -> bool:
     """Whether a value stands in a text as a value: not as a part of a longer word or number."""
-    if needle not in text:
-        return False
-    before = r"(?<![0-9A-Za-z.])" if needle[0].isascii() else ""
-    after = r"(?![0-9A-Za-z])" if needle[-1].isascii() else ""
-    return re.search(before + re.escape(needle) + after, text) is not None
+    # The value first, for which the search is quick; then that nothing stands before it.
+    value = re.escape(needle)
+    before = rf"(?<![0-9A-Za-z.]{value})" if needle[0].isascii() else ""
+    return re.search(rf"{value}{before}(?![0-9A-Za-z])", text) is not None
+
+
+def test_a_value_occurs_only_as_one():
+    text = "1.5 kg, 25 m and 红色的 Amer-b2; x7"
+    assert all(occurs(value, text) for value in ("1.5 kg", "25", "红色", "b2", "1.5"))
+    assert not any(occurs(value, text) for value in ("5 kg", "5", "2", "Ame", "7", "1.", "b", "9"))
 
 
 @pytest.fixture(scope="module")
-def seen_text() -> str:
+def pretraining_text() -> str:
+    return text_of(pretrain.rows(1, 4000))
+
+
+@pytest.fixture(scope="module")
+def seen_text(pretraining_text: str) -> str:
     """What a training run may have read: pre-training rows and the shop's training rows, several seeds."""
-    rows = [*pretrain.rows(1, 4000), *pretrain.rows(9, 1000), *shop.rows("train", 0, 400), *shop.rows("train", 5, 200)]
-    return text_of(rows)
+    rows = [*pretrain.rows(9, 1000), *shop.rows("train", 0, 400), *shop.rows("train", 5, 200)]
+    return pretraining_text + "\n" + text_of(rows)
 
 
 def test_rows_are_a_function_of_the_seed():
@@ -99,12 +110,11 @@ def test_held_out_phrasings_were_never_seen(seen_text):
             assert re.search(f"(?m)(?:^|[.。 ]){pattern}$", seen_text) is None, phrasing
 
 
-def test_no_shop_manner_occurs_in_pretraining():
-    text = text_of(pretrain.rows(1, 4000))
+def test_no_shop_manner_occurs_in_pretraining(pretraining_text):
     for manners in shop.MANNERS.values():
         for manner in manners:
             pattern = re.sub(r"\\\{[kvS]\\\}", ".{1,60}?", re.escape(manner))
-            assert re.search(pattern, text) is None, manner
+            assert re.search(pattern, pretraining_text) is None, manner
 
 
 def test_an_answer_holds_the_value_and_the_value_stands_in_the_context():
@@ -148,10 +158,12 @@ def test_sources_take_arguments():
     assert all(list(builtin_rows(f"{name}?rows=30")) for name in SOURCES)
 
 
-def test_the_two_pretraining_sources_together_are_all_rows():
+def test_the_two_pretraining_sources_together_are_all_rows(monkeypatch):
     """A source has one format, so that conversations and plain texts are two sources; workers change nothing."""
-    made = [*builtin_rows("pretrain?rows=23000&seed=4"), *builtin_rows("pretrain-text?rows=23000&seed=4")]
-    assert sorted(map(repr, made)) == sorted(map(repr, pretrain.rows(4, 23000)))
+    monkeypatch.setattr(sources, "_ROWS_OF_A_JOB", 100)
+    monkeypatch.setattr(sources, "available_cores", lambda: 2)
+    made = [*builtin_rows("pretrain?rows=1150&seed=4"), *builtin_rows("pretrain-text?rows=1150&seed=4")]
+    assert sorted(map(repr, made)) == sorted(map(repr, pretrain.rows(4, 1150)))
 
 
 @pytest.mark.parametrize(
