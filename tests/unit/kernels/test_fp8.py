@@ -151,11 +151,13 @@ def same(a, b):
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 generator = torch.Generator().manual_seed(0)
-shapes = [(1, 48), (3, 96), (17, 200), (3, 1), (2, 3584)]
+float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+# Rows at once, and rows wider than what is held at once: whole steps of it, and a step with columns missing.
+shapes = {8192: [(1, 48), (3, 1), (5, 200), (2, 3584)], 64: [(2, 1), (2, 128), (3, 200)]}
 for widest in (8192, 64):
     fp8_triton.WIDEST = widest
-    for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for shape in shapes[widest]:
+        for dtype in (float32, bfloat16, float16) if shape[1] == 200 else (float32,):
             x = torch.randn(shape, generator=generator).to(dtype)
             fold = torch.rand(shape[1], generator=generator)
             for factors in (None, fold):

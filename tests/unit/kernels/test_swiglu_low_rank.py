@@ -100,8 +100,8 @@ generator = torch.Generator().manual_seed(0)
 def random(*shape): return torch.randn(shape, generator=generator)
 # The interpreter cuts bfloat16 off where a GPU rounds it.
 tolerance = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}
-# Smaller tiles: 32 rows of a program forward, 48 backward.
-tiles = {"ROWS": 16, "BACKWARD_ROWS": 16, "STEPS": 2, "BACKWARD_STEPS": 3, "COLUMNS": 16}
+# Smaller tiles, two of them below each other: 32 rows of a program.
+tiles = {"ROWS": 16, "BACKWARD_ROWS": 16, "STEPS": 2, "BACKWARD_STEPS": 2, "COLUMNS": 16}
 shapes = [(70, 48, 5, 3), (1, 40, 32, 16), (50, 20, 20, 33), (3, 40, 1, 33), (2, 1, 3, 3)]
 for dtype, limit in tolerance.items():
     def close(mine, truth):
@@ -115,7 +115,7 @@ for dtype, limit in tolerance.items():
             h = swiglu_low_rank_operator(gate_up, low, up)
             close(h, swiglu_low_rank_reference(gate_up, low, up))
             sides = [((low, up), (dlow, down)), ((low, up), (None, None)), ((None, None), (dlow, down))]
-            for pair, rest in sides if width == 20 else sides[:1]:
+            for pair, rest in sides if width == 20 and not gate_up.is_contiguous() else sides[:1]:
                 arguments = (grad_h, gate_up, *pair, *rest)
                 truth, _ = swiglu_low_rank_backward_reference(*arguments, False)
                 grad, none = swiglu_low_rank_backward_on_gpu(*arguments, False, None)
