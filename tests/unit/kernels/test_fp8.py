@@ -166,6 +166,7 @@ for widest in (8192, 64):
                 assert same(codes, expected), (widest, shape, dtype)
                 assert torch.equal(scale, expected_scale), (widest, shape, dtype)
 wide = torch.randn(5, 64, generator=generator)
+wide[:, 40:] *= 1000  # beside the rows: never looked at
 assert same(quantize_rows_operator(wide[:, 16:40])[0], quantize_rows_reference(wide[:, 16:40])[0])  # a stride of rows
 zeros = torch.zeros(2, 48)
 assert torch.equal(quantize_rows_operator(zeros)[1], quantize_rows_reference(zeros)[1])
