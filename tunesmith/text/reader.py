@@ -149,9 +149,9 @@ def _json_lines(lines: _Lines) -> Iterator[Row]:
 def _json_array(lines: _Lines) -> Iterator[Row]:
     reader = ArrayReader(lines.characters())
     try:
-        for number, (line, value, problem) in enumerate(reader, 1):
+        for line, value, problem in reader:
             lines.number = line
-            yield Row(line, value, problem, last=reader.broken, row=number)
+            yield Row(line, value, problem, last=reader.broken, row=reader.rows)
     except UnicodeDecodeError as error:
         yield Row(lines.number, None, _encoding_problem(error.object, error), last=True)
 

@@ -59,6 +59,7 @@ class ArrayReader:
 
     `read(n)` gives the next characters, or "" at the end. Each item comes as (line, value, None) or
     (line, None, what is wrong); after an item that can't be delimited, iteration ends and `broken` is True.
+    What is wrong between items comes last, as the problem of the item before; `rows` is then not counted further.
     """
 
     def __init__(self, read: Callable[[int], str]) -> None:
@@ -68,11 +69,12 @@ class ArrayReader:
         self._line = 1
         self._ended = False
         self.broken = False
+        self.rows = 0
 
     def __iter__(self) -> Iterator[tuple[int, Any, str | None]]:
         self._skip_space()
         self._advance(1)  # the opening bracket
-        first = True
+        first, line = True, self._line
         while True:
             self._skip_space()
             if self._peek() == "]":
@@ -81,12 +83,18 @@ class ArrayReader:
                 return
             if not first:
                 if self._peek() != ",":
-                    yield self._break("the array ends without ]" if not self._peek() else "a comma or ] is missing")
+                    what = "the array ends without ]" if not self._peek() else "a comma or ] is missing after it"
+                    yield self._break(line, what)
                     return
+                comma = self._line
                 self._advance(1)
                 self._skip_space()
+                if self._peek() == "]":
+                    yield self._break(comma, "the comma after it is one too many: nothing but ] follows")
+                    return
             first = False
             line = self._line
+            self.rows += 1
             value, problem = self._item()
             yield line, value, problem
             if self.broken:
@@ -95,11 +103,11 @@ class ArrayReader:
     def _nothing_after(self) -> Iterator[tuple[int, Any, str | None]]:
         self._skip_space()
         if self._peek():
-            yield self._break("there is more after the array's ]")
+            yield self._break(self._line, "there is more after the array's ]")
 
-    def _break(self, problem: str) -> tuple[int, None, str]:
+    def _break(self, line: int, problem: str) -> tuple[int, None, str]:
         self.broken = True
-        return self._line, None, problem
+        return line, None, problem
 
     def _item(self) -> tuple[Any, str | None]:
         """The value at the cursor. Reads on, twice as much every time, while it may be incomplete."""

@@ -144,6 +144,33 @@ def test_torn_array_keeps_what_was_whole(content: bytes, reason: str, tmp_path: 
     assert rows[-1].last or rows[-1].problem
 
 
+@pytest.mark.parametrize(
+    ("between", "end", "place", "reason"),
+    [
+        (",\n", "\n]\n", None, None),
+        (",\n", ",\n]\n", (2, 3), "the comma after it is one too many"),
+        (",\n", "\n,\n\n]\n", (2, 4), "the comma after it is one too many"),
+        (",\n", "", (2, 3), "ends without ]"),
+        ("\n", "\n]\n", (1, 2), "a comma or ] is missing after it"),
+        (",\n", "]\nx", (2, 4), "more after"),
+    ],
+)
+def test_what_is_wrong_between_rows_names_the_row_before(
+    between: str, end: str, place: tuple[int, int] | None, reason: str | None, tmp_path: Path
+) -> None:
+    """A comma after the second of two rows was a mistake in "row 3". Rows of what is well formed are as they were."""
+    content = '[\n{"a": 1}' + between + '{"a": 2}' + end
+    rows = rows_of_bytes(tmp_path, "a.json", content.encode())
+    whole = [Row(2, {"a": 1}, row=1), Row(3, {"a": 2}, row=2)]
+    if place is None or reason is None:
+        assert rows == whole
+        return
+    *good, bad = rows
+    assert good == whole[: place[0]]
+    assert (bad.row, bad.line, bad.last) == (*place, True)
+    assert reason in (bad.problem or "")
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)])
 def test_truncated_archive(suffix: str, pack: object, tmp_path: Path) -> None:
     import random
