@@ -5,33 +5,37 @@ from __future__ import annotations
 import time
 
 from tunesmith.engine.batch import StepResult
-from tunesmith.engine.request import Completion, FinishReason, StepOutput, Timings
+from tunesmith.engine.request import Completion, FinishReason, StepOutput, Timings, TokenLogprobs
 from tunesmith.engine.scheduler import Scheduled
 from tunesmith.engine.sequence import Sequence
 from tunesmith.errors import RequestError
 
 
-def advance(part: Scheduled, result: StepResult, drawn: range, scored: range) -> StepOutput | None:
-    """Take over a step's results: those of the rows `drawn`, and the prompt's of `scored`. None without a new token.
+def advance(part: Scheduled, result: StepResult, row: int, scored: int) -> StepOutput | None:
+    """Take over a step's results: those of the drawn rows from `row` on, and of the prompt's from `scored` on.
 
-    With drafts, the row behind a right guess is right too: tokens are taken up to the first one that was not guessed.
+    None without a new token. With drafts, the row behind a right guess is right too: tokens are taken up to the first
+    one that was not guessed. Written for hundreds a step: the usual case is one token, and nothing else asked for.
     Raises: RequestError where the logits were not numbers, or the grammar was broken; the request can't go on then.
     """
     sequence = part.sequence
-    if scored:
-        sequence.prompt_logprobs += [result.scored[row] for row in scored]
+    if part.num_scored:
+        # A step gives every scored row as many as any of its requests asks for.
+        most = sequence.request.params.prompt_logprobs or 0
+        found = result.scored[scored : scored + part.num_scored]
+        sequence.prompt_logprobs += [TokenLogprobs(one.token_id, one.logprob, one.top[:most]) for one in found]
     if not part.samples:
         return None
     sequence.in_flight -= 1
     if part.num_drafts:
-        new, piece, reason = _verify(part, result, drawn)
+        new, piece, reason = _verify(part, result, row)
     else:
-        token = result.tokens[drawn.start]
+        token = result.tokens[row]
         piece, reason = _say(sequence, token)
         new = [token]
     given = None
-    if sequence.request.params.logprobs is not None:
-        given = [own for own in result.logprobs[drawn.start : drawn.start + len(new)] if own is not None]
+    if not sequence.is_plain and sequence.request.params.logprobs is not None:
+        given = [own for own in result.logprobs[row : row + len(new)] if own is not None]
         sequence.logprobs += given
     if not sequence.first_token_s:
         sequence.first_token_s = time.perf_counter()
@@ -41,14 +45,13 @@ def advance(part: Scheduled, result: StepResult, drawn: range, scored: range) ->
     return StepOutput(sequence.request_id, new, piece, complete(sequence, reason), given)
 
 
-def _verify(part: Scheduled, result: StepResult, drawn: range) -> tuple[list[int], str, FinishReason | None]:
+def _verify(part: Scheduled, result: StepResult, row: int) -> tuple[list[int], str, FinishReason | None]:
     """The drawn tokens up to the first that was not guessed, their text, and why the answer ends, if it does."""
     sequence = part.sequence
     drafts, sequence.drafts = sequence.drafts, []
     new: list[int] = []
     text = ""
-    for row, guess in zip(drawn, [*drafts, None], strict=True):
-        token = result.tokens[row]
+    for token, guess in zip(result.tokens[row : row + part.num_rows], [*drafts, None], strict=True):
         piece, reason = _say(sequence, token)
         new.append(token)
         text += piece
@@ -66,20 +69,22 @@ def _say(sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
             "the model's logits are not numbers (or nothing may be drawn): its weights are broken, or its dtype "
             "overflows; try dtype='float32', or check the checkpoint with: tunesmith verify"
         )
-    params, num_known = sequence.request.params, len(sequence.all_ids) + 1
-    sequence.all_ids.append(token)
-    may_stop = num_known - sequence.num_prompt >= params.min_tokens
+    ids = sequence.all_ids
+    ids.append(token)
+    num_known = len(ids)
+    may_stop = num_known >= sequence.may_stop_at
     if sequence.grammar is not None and not sequence.grammar.accept(token):
         raise RequestError(f"token {token} was drawn and the answer's grammar does not allow it")
     if token in sequence.stop_ids and may_stop:
-        sequence.stop_reason = token if token in params.stop_token_ids else None
+        sequence.stop_reason = token if token in sequence.request.params.stop_token_ids else None
         return "", "stop"
     piece = sequence.text.push(token, may_stop)
-    if sequence.text.stopped:
-        sequence.stop_reason = sequence.text.stopped_by
-        return piece, "stop"
-    if sequence.grammar is not None and sequence.grammar.is_finished:
-        return piece, "stop"
+    if not sequence.is_plain:
+        if sequence.text.stopped:
+            sequence.stop_reason = sequence.text.stopped_by
+            return piece, "stop"
+        if sequence.grammar is not None and sequence.grammar.is_finished:
+            return piece, "stop"
     return piece, "length" if num_known >= sequence.limit else None
 
 

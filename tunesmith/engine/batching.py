@@ -55,7 +55,7 @@ class BatchBuilder:
         if fixed_rows is not None:
             passes = tuple(to_device(part, self.device) for part in cut(host, fixed_rows))
             batch = batch.with_passes(passes)
-        return batch, [row for part in plan.scheduled for row in _rows(part)]
+        return batch, _rows(plan.scheduled)
 
     def host_batch(self, parts: Sequence[Scheduled]) -> HostBatch:
         """The arrays of a step."""
@@ -73,7 +73,7 @@ class BatchBuilder:
         pages = self.tables[slots[owner], positions // PAGE_SLOTS].astype(np.int64)
         contexts = computed + counts
         sample_rows = _sampled(parts, starts)
-        score_rows, score_targets = _scored(parts, starts)
+        score_rows, score_targets, num_top = _scored(parts, starts)
         return HostBatch(
             tokens=_tokens(parts),
             positions=positions,
@@ -86,7 +86,7 @@ class BatchBuilder:
             adapters=_adapters(parts, owner),
             score_rows=score_rows,
             score_targets=score_targets,
-            num_scored_top=max((p.sequence.request.params.prompt_logprobs or 0 for p in parts), default=0),
+            num_scored_top=num_top,
             is_decode=bool(len(sample_rows) == starts[-1] == len(parts)),
         )
 
@@ -96,10 +96,17 @@ class BatchBuilder:
         sequence.num_tabled = len(sequence.pages)
 
 
-def _rows(part: Scheduled) -> list[SampledRow]:
-    row = part.sequence.row
-    assert row is not None
-    return [row] * part.num_rows
+def _rows(parts: Sequence[Scheduled]) -> list[SampledRow]:
+    """One for each row that is drawn."""
+    rows: list[SampledRow] = []
+    for part in parts:
+        row = part.sequence.row
+        assert row is not None
+        if part.num_drafts:
+            rows += [row] * part.num_rows
+        elif part.samples:
+            rows.append(row)
+    return rows
 
 
 def _tokens(parts: Sequence[Scheduled]) -> np.ndarray:
@@ -135,20 +142,24 @@ def _adapters(parts: Sequence[Scheduled], owner: np.ndarray) -> np.ndarray | Non
     return np.array([part.sequence.adapter_index for part in parts], dtype=np.int32)[owner]
 
 
-def _scored(parts: Sequence[Scheduled], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose next token is a prompt's token that has no log-probability yet, and those tokens."""
+def _scored(parts: Sequence[Scheduled], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Rows whose next token is a prompt's token that has no log-probability yet, those tokens, and the most likely
+    ones beside each that the most demanding of these prompts asks for."""
     rows: list[int] = []
     targets: list[int] = []
-    for part, start in zip(parts, starts.tolist(), strict=False):
+    num_top = 0
+    for place, part in enumerate(parts):
         sequence = part.sequence
-        if not sequence.wants_prompt_scores:
+        if not sequence.is_scored or not sequence.wants_prompt_scores:
             continue
         first = max(part.start, sequence.num_scored)
         stop = max(first, min(part.start + part.num_tokens, sequence.num_prompt - 1))
         part.num_scored, sequence.num_scored = stop - first, stop
-        rows += range(start + first - part.start, start + stop - part.start)
+        start = int(starts[place]) - part.start
+        rows += range(start + first, start + stop)
         targets += sequence.all_ids[first + 1 : stop + 1]
-    return np.array(rows, dtype=np.int64), np.array(targets, dtype=np.int64)
+        num_top = max(num_top, sequence.request.params.prompt_logprobs or 0)
+    return np.array(rows, dtype=np.int64), np.array(targets, dtype=np.int64), num_top
 
 
 def to_device(host: HostBatch, device: torch.device) -> StepBatch:

@@ -10,6 +10,7 @@ theirs for their mask: their pass is launched ahead all the same, and only the c
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,18 @@ from tunesmith.engine.answers import advance, complete
 from tunesmith.engine.batching import BatchBuilder
 from tunesmith.engine.config import EngineConfig, EngineStats
 from tunesmith.engine.interfaces import Adapters, Drafter, Grammars, Pending, Runner
+from tunesmith.engine.limits import answer_limit
 from tunesmith.engine.masks import grammar_masks
 from tunesmith.engine.pages import PAGE_SLOTS
 from tunesmith.engine.prefix import PageChain, PrefixCache
-from tunesmith.engine.request import DEFAULT_MAX_TOKENS, Completion, Request, SamplingParams, StepOutput
+from tunesmith.engine.request import Completion, Request, SamplingParams, StepOutput
 from tunesmith.engine.sampling import draw_seed
 from tunesmith.engine.scheduler import Scheduled, Scheduler
 from tunesmith.engine.sequence import Sequence as Running
 from tunesmith.engine.text import AnswerText, TextDecoder
 from tunesmith.errors import RequestError
 
+log = logging.getLogger(__name__)
 WAIT_S = 0.0005
 MakeDecoder = Callable[[Request], TextDecoder]
 
@@ -93,7 +96,8 @@ class Engine:
     ) -> int:
         """Queue a request; returns its id. Raises RequestError when it can never be served."""
         self._check(prompt_ids, params, adapter)
-        max_tokens = self._max_tokens(len(prompt_ids), params)
+        limits = self.config.max_model_len, self.runner.pages.num_pages
+        max_tokens = answer_limit(len(prompt_ids), params, *limits)
         self.num_requests += 1
         request = Request(
             id=self.num_requests,
@@ -127,24 +131,6 @@ class Engine:
                 raise RequestError(f"no adapter is served here, so {adapter!r} is not known")
             self.adapters.check(adapter)
 
-    def _max_tokens(self, num_prompt: int, params: SamplingParams) -> int:
-        """The answer's limit within the context. Raises RequestError where it doesn't fit."""
-        limit = self.config.max_model_len
-        room = limit - num_prompt
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens and the context holds {limit}, so there is no room for an answer: "
-                f"shorten the prompt to at most {limit - 1} tokens"
-            )
-        if params.max_tokens is None:
-            return min(DEFAULT_MAX_TOKENS, room)
-        if params.max_tokens > room:
-            raise RequestError(
-                f"{num_prompt} prompt tokens + max_tokens {params.max_tokens} exceed the context of {limit} tokens: "
-                f"ask for max_tokens of at most {room}, or shorten the prompt"
-            )
-        return params.max_tokens
-
     def _sequence(self, request: Request) -> Running:
         params = request.params
         decoder = None if self.make_decoder is None else self.make_decoder(request)
@@ -166,8 +152,8 @@ class Engine:
         if sequence is None:
             return None
         had_begun = sequence.was_admitted
-        sequence.text.finish()
         self._finish(sequence)
+        _rest(sequence)
         return complete(sequence, "abort") if had_begun else None
 
     def _finish(self, sequence: Running) -> None:
@@ -229,11 +215,15 @@ class Engine:
             return outputs + self._read()
         batch, rows = self.builder.build(plan, self.runner.fixed_rows)
         self.runner.forward(batch)
-        if any(row.has_grammar for row in rows):
+        has_grammars = any(row.has_grammar for row in rows)
+        if has_grammars:
             outputs += self._read()
-        masks, failed = grammar_masks(plan.scheduled, self.runner.vocab_size)
+        masks, failed = grammar_masks(plan.scheduled, self.runner.vocab_size) if has_grammars else (None, [])
         before, self.launched = self.launched, Launched(plan.scheduled, self.runner.sample(batch, rows, masks))
         self.counts["steps"] += 1
+        if has_grammars:  # a request may have ended after its rows were planned, and was drawn for all the same
+            self.scheduler.left_slots += {row.slot for row in rows}.intersection(self.scheduler.free_slots)
+            self._release_slots()
         for sequence, error in failed:
             outputs.append(self._fail(sequence, error))
         if not self.config.step_ahead or self.drafter is not None:
@@ -243,10 +233,13 @@ class Engine:
     def _draft(self) -> None:
         if self.drafter is None:
             return
-        able = [s for s in self.scheduler.running if s.num_missing == 1 and not s.in_flight and s.may_draft]
+        running = self.scheduler.running
+        able = [s for s in running if s.num_missing == 1 and not s.in_flight and s.may_draft]
+        spare = self.config.max_num_batched_tokens - len(running)  # every request has its turn before any guess
         for sequence, drafts in zip(able, self.drafter.propose(able), strict=True):
             room = sequence.request.max_tokens - sequence.num_generated - 1
-            sequence.drafts = list(drafts[: min(room, self.drafter.max_drafts)])
+            sequence.drafts = list(drafts[: min(room, self.drafter.max_drafts, spare)])
+            spare -= len(sequence.drafts)
             self.counts["drafted_tokens"] += len(sequence.drafts)
 
     def _prepare_waiting(self) -> list[StepOutput]:
@@ -299,23 +292,23 @@ class Engine:
         outputs: list[StepOutput] = []
         row = scored = num_sampled = 0
         for part in launched.parts:
-            drawn = range(row, row + part.num_rows)
-            row = drawn.stop
-            first, scored = scored, scored + part.num_scored
-            if part.sequence.is_finished:
-                continue
-            try:
-                output = advance(part, result, drawn, range(first, scored))
-            except Exception as error:
-                outputs.append(self._fail(part.sequence, error))
-                continue
-            if output is None:
-                continue
-            outputs.append(output)
-            num_sampled += 1
-            if output.completion is not None:
-                self._settle(part.sequence)
-        num_tokens = sum(len(output.token_ids) for output in outputs)
+            sequence = part.sequence
+            if not sequence.is_finished:
+                try:
+                    output = advance(part, result, row, scored)
+                except Exception as error:
+                    output = self._fail(sequence, error)
+                if output is not None:
+                    outputs.append(output)
+                    if output.completion is None:
+                        num_sampled += 1
+                    elif not sequence.is_finished:
+                        num_sampled += 1
+                        self._settle(sequence)
+            scored += part.num_scored
+            if part.samples:
+                row += 1 + part.num_drafts
+        num_tokens = num_sampled if self.drafter is None else sum(len(output.token_ids) for output in outputs)
         self.counts["generation_tokens"] += num_tokens
         if self.drafter is not None:
             self.counts["accepted_tokens"] += num_tokens - num_sampled
@@ -333,7 +326,7 @@ class Engine:
         self.counts["num_failed"] += 1
         self._finish(sequence)
         said = str(error) or type(error).__name__
-        return StepOutput(sequence.request.id, [], sequence.text.finish(), complete(sequence, "error", error=said))
+        return StepOutput(sequence.request.id, [], _rest(sequence), complete(sequence, "error", error=said))
 
     def _drop_running(self) -> None:
         self.launched = None
@@ -388,3 +381,12 @@ class Engine:
             kv_reserved_bytes=pages.num_used * page_bytes,
             **self.counts,
         )
+
+
+def _rest(sequence: Running) -> str:
+    """The rest of an answer's text that ends early; what can't be told any more is left out."""
+    try:
+        return sequence.text.finish()
+    except Exception:
+        log.warning("the rest of an answer has no text", exc_info=True)
+        return ""

@@ -145,6 +145,9 @@ class Scheduler:
         num_drafts = len(sequence.drafts) if sequence.num_missing == 1 else 0
         num_tokens = min(sequence.num_missing + num_drafts, step.budget)
         needed = pages_of(sequence.num_computed + num_tokens) - len(sequence.pages)
+        if num_drafts and needed > self.pages.num_free:  # nobody gives way to guesses
+            num_tokens = 1
+            needed = pages_of(sequence.num_computed + 1) - len(sequence.pages)
         while needed > self.pages.num_free:
             victim = self.running[-1]
             self._preempt(step, victim)
@@ -155,14 +158,14 @@ class Scheduler:
 
     def _admit(self, step: _Step) -> None:
         """Let waiting sequences in, in order, while there is budget, a slot and pages."""
-        for sequence in list(self.waiting):
-            if step.budget <= 0:
-                return
-            if sequence.in_flight or sequence.is_at_limit:
-                continue  # preempted a moment ago: its last token is not known yet
-            if not sequence.is_ready:
+        place = 0
+        while step.budget > 0 and place < len(self.waiting):
+            sequence = self.waiting[place]
+            if sequence.is_at_limit or not sequence.is_ready:
+                place += 1  # its last token is on the way; or its grammar or adapter is
                 continue
-            if not self._has_seat(step, sequence) or not self._enter(step, sequence):
+            # One preempted a moment ago, whose last token is not known yet, keeps its turn: nobody takes its pages.
+            if sequence.in_flight or not self._has_seat(step, sequence) or not self._enter(step, sequence):
                 return
 
     def _has_seat(self, step: _Step, sequence: Sequence) -> bool:

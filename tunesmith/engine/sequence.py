@@ -32,6 +32,9 @@ class Sequence:
     drafts: tokens to be verified in the step that is being planned (see interfaces.Drafter).
     grammar: its state after all of `all_ids`; None where nothing is asked of the answer.
     num_prompt: tokens of the prompt. limit: tokens of prompt and answer at which it ends.
+    may_stop_at: the same below which nothing ends it.
+    is_plain: nothing but tokens is asked for: no grammar, no log-probabilities, no stop texts.
+    is_scored: log-probabilities of its prompt are asked for.
     is_ready: adapter and grammar are there, so it can be admitted.
     """
 
@@ -60,6 +63,9 @@ class Sequence:
     request_id: int = field(init=False)
     num_prompt: int = field(init=False)
     limit: int = field(init=False)
+    may_stop_at: int = field(init=False)
+    is_plain: bool = field(init=False)
+    is_scored: bool = field(init=False)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     started_s: float = 0.0
@@ -67,8 +73,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.request_id = self.request.id
+        params = self.request.params
         self.num_prompt = len(self.request.prompt_ids)
+        self.is_scored = params.prompt_logprobs is not None
+        self.is_plain = params.structured is None and params.logprobs is None and not params.stop and not self.is_scored
         self.limit = self.num_prompt + self.request.max_tokens
+        self.may_stop_at = self.num_prompt + params.min_tokens
 
     @property
     def token_ids(self) -> list[int]:
@@ -98,7 +108,7 @@ class Sequence:
     @property
     def wants_prompt_scores(self) -> bool:
         """Whether log-probabilities of its prompt are asked for and not all there: then all of it is computed."""
-        return self.request.params.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1
+        return self.is_scored and self.num_scored < self.num_prompt - 1
 
     @property
     def may_draft(self) -> bool:

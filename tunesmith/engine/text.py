@@ -65,7 +65,12 @@ class AnswerText:
         """
         if self.decoder is None or self.stopped:
             return ""
-        return self._show(self.decoder.put(token_id), at_end=False, may_stop=may_stop)
+        piece = self.decoder.put(token_id)
+        if self.stop:
+            return self._show(piece, at_end=False, may_stop=may_stop)
+        if piece:
+            self.shown.append(piece)
+        return piece
 
     def finish(self) -> str:
         """The rest of the text at the end of the answer."""
