@@ -246,10 +246,17 @@ class DecodeGraphs:
 
     def _record(self, kind: Kind, size: int) -> bool:
         """One graph more; False where that failed, which is remembered, or where memory is short."""
+        return self._has_room(kind) and self._add(kind, size)
+
+    def _has_room(self, kind: Kind) -> bool:
         free = self.recorder.free_bytes()
-        if free is not None and free < SPARE_BYTES:
-            self.refused[kind] = f"only {format_bytes(free)} of memory are free, so no more graphs are recorded"
-            return False
+        if free is None or free >= SPARE_BYTES:
+            return True
+        self.refused[kind] = f"only {format_bytes(free)} of memory are free, so no more graphs are recorded"
+        return False
+
+    def _add(self, kind: Kind, size: int) -> bool:
+        free = self.recorder.free_bytes()
         started = time.perf_counter()
         try:
             graph = self._recorded(kind, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,60 +100,69 @@ class LLM:
     ) -> None:
         self.source: ModelSource | None = None
         self.shared: SharedModel | None = None
-        if isinstance(model, str | Path):
-            self.source = find_source(str(model), adapter, quantize, revision)
-            if tensor_parallel_size > 1:
-                self.shared = share_source(self.source, dtype, device, tensor_parallel_size)
-            self.model = (
-                load_source(self.source, dtype, device, backend) if self.shared is None else self.shared.decoder
+        with ExitStack() as undo:
+            undo.callback(self.close)  # no process stays where an engine can't be made
+            if isinstance(model, str | Path):
+                self.source = find_source(str(model), adapter, quantize, revision)
+                if tensor_parallel_size > 1:
+                    self.shared = share_source(self.source, dtype, device, tensor_parallel_size)
+                self.model = (
+                    load_source(self.source, dtype, device, backend) if self.shared is None else self.shared.decoder
+                )
+                tokenizer = tokenizer or load_source_tokenizer(self.source)
+            else:
+                if adapter is not None or quantize is not None:
+                    raise RequestError(
+                        "adapter and quantize go with a model's path; a loaded model is taken as it stands"
+                    )
+                if tensor_parallel_size > 1:
+                    raise RequestError(
+                        "tensor_parallel_size goes with a model's path: every process loads its own part"
+                    )
+                self.model = model
+            self.tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+            is_live = self.source is None
+            config = make_config(
+                self.model,
+                is_live=is_live,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs or max_running,
+                max_num_batched_tokens=max_num_batched_tokens,
+                enable_prefix_cache=not is_live if enable_prefix_caching is None else enable_prefix_caching,
+                gpu_memory_utilization=gpu_memory_utilization,
+                kv_dtype=kv_cache_dtype,
+                enforce_eager=enforce_eager,
+                batch_invariant=batch_invariant,
+                debug_pages=debug_pages,
             )
-            tokenizer = tokenizer or load_source_tokenizer(self.source)
-        else:
-            if adapter is not None or quantize is not None:
-                raise RequestError("adapter and quantize go with a model's path; a loaded model is taken as it stands")
-            if tensor_parallel_size > 1:
-                raise RequestError("tensor_parallel_size goes with a model's path: every process loads its own part")
-            self.model = model
-        self.tokenizer = load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
-        is_live = self.source is None
-        config = make_config(
-            self.model,
-            is_live=is_live,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs or max_running,
-            max_num_batched_tokens=max_num_batched_tokens,
-            enable_prefix_cache=not is_live if enable_prefix_caching is None else enable_prefix_caching,
-            gpu_memory_utilization=gpu_memory_utilization,
-            kv_dtype=kv_cache_dtype,
-            enforce_eager=enforce_eager,
-            batch_invariant=batch_invariant,
-            debug_pages=debug_pages,
-        )
-        guessing = Speculation.of(speculative)
-        draft = None if guessing is None or guessing.model is None else load_draft(guessing, self.model, self.tokenizer)
-        self.adapters = (
-            make_adapters(self.model, self.source, config, max_loras, max_lora_rank, self.shared)
-            if enable_lora
-            else None
-        )
-        self.runner = make_runner(
-            self.model,
-            config,
-            is_live=is_live,
-            adapters=self.adapters,
-            beside_page_bytes=draft_page_bytes(draft),
-            shared=self.shared,
-        )
-        stop_ids = stop_ids_of(self.model, self.tokenizer)
-        self.engine = Engine(
-            self.runner,
-            config=config,
-            stop_ids=stop_ids,
-            make_decoder=None if self.tokenizer is None else self._make_decoder,
-            grammars=None if self.tokenizer is None else make_grammars(self.tokenizer, self.runner, stop_ids),
-            adapters=self.adapters,
-            drafter=make_drafter(guessing, draft, self.runner, config),
-        )
+            guessing = Speculation.of(speculative)
+            draft = (
+                None if guessing is None or guessing.model is None else load_draft(guessing, self.model, self.tokenizer)
+            )
+            self.adapters = (
+                make_adapters(self.model, self.source, config, max_loras, max_lora_rank, self.shared)
+                if enable_lora
+                else None
+            )
+            self.runner = make_runner(
+                self.model,
+                config,
+                is_live=is_live,
+                adapters=self.adapters,
+                beside_page_bytes=draft_page_bytes(draft),
+                shared=self.shared,
+            )
+            stop_ids = stop_ids_of(self.model, self.tokenizer)
+            self.engine = Engine(
+                self.runner,
+                config=config,
+                stop_ids=stop_ids,
+                make_decoder=None if self.tokenizer is None else self._make_decoder,
+                grammars=None if self.tokenizer is None else make_grammars(self.tokenizer, self.runner, stop_ids),
+                adapters=self.adapters,
+                drafter=make_drafter(guessing, draft, self.runner, config),
+            )
+            undo.pop_all()
 
     def close(self) -> None:
         """End the processes that hold the model with this one; nothing else needs closing."""

@@ -130,7 +130,7 @@ def make_runner(
     shared: the processes that hold the model together.
     """
     if shared is not None:
-        own = shared.runner(config)
+        own = shared.runner(config, beside_page_bytes=beside_page_bytes)
         if adapters is not None:
             attach(adapters.stacks, own)
         return own

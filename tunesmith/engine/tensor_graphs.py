@@ -1,6 +1,7 @@
 """Recorded decoding in several processes: the first says what is recorded and replayed, the others do the same.
 
-A recorded step has the team's sums in it, so all must record, and replay, the same steps in the same order.
+A recorded step has the team's sums in it, so all must record, and replay, the same steps in the same order. Whether all
+can is agreed upon twice: before anything is launched (memory may be short in one), and after the recording.
 """
 
 from __future__ import annotations
@@ -8,13 +9,51 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tunesmith.engine.batch import StepBatch
-from tunesmith.engine.graphs import SPARE_BYTES, Decoded, DecodeGraphs, Kind
+from tunesmith.engine.graphs import Decoded, DecodeGraphs, Kind
+from tunesmith.engine.recorder import Made, Recorder
 from tunesmith.engine.tensor_messages import Message
-from tunesmith.errors import ParallelError
+from tunesmith.errors import ParallelError, TunesmithError
+from tunesmith.parallel.collectives import Team
 
 
-class LeadingGraphs(DecodeGraphs):
+class WarmUpError(TunesmithError):
+    """A step that was to be recorded broke off while the other processes were in the middle of it.
+
+    No RuntimeError: a recording that merely fails is done without, this ends the processes.
+    """
+
+
+class SharedGraphs(DecodeGraphs):
+    """The graphs of one of several processes: all have the same ones."""
+
+    def __init__(self, *arguments: Any, team: Team, device: torch.device, **options: Any) -> None:
+        super().__init__(*arguments, device=device, **options)
+        self.team = team
+        self.device = device
+        self.recorder = _Together(self.recorder)
+
+    def _record(self, kind: Kind, size: int) -> bool:
+        if not self._in_all(self._has_room(kind)):
+            self.refused.setdefault(kind, "memory is short in another process, so no more graphs are recorded")
+            return False
+        if self._in_all(self._add(kind, size)):
+            return True
+        self._graphs.get(kind, {}).pop(size, None)
+        self.refused.setdefault(kind, "another process could not record it")
+        return False
+
+    def _in_all(self, holds: bool) -> bool:
+        """Whether it holds in every process; all call it."""
+        told = torch.tensor([int(holds)], device=self.device)
+        torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MIN, group=self.team.group)
+        return bool(told.item())
+
+
+class LeadingGraphs(SharedGraphs):
     """The first process's graphs. tell: gives a message to the others."""
 
     def __init__(self, *arguments: Any, tell: Callable[[Message], None], **options: Any) -> None:
@@ -39,20 +78,18 @@ class LeadingGraphs(DecodeGraphs):
             super()._want(kind, size)
 
     def _record(self, kind: Kind, size: int) -> bool:
-        free = self.recorder.free_bytes()
-        if free is None or free >= SPARE_BYTES:
-            self.tell({"kind": "record", "context": kind.max_context, "adapters": kind.has_adapters, "size": size})
+        self.tell({"kind": "record", "context": kind.max_context, "adapters": kind.has_adapters, "size": size})
         return super()._record(kind, size)
 
 
-class FollowingGraphs(DecodeGraphs):
+class FollowingGraphs(SharedGraphs):
     """Another process's graphs."""
 
     def _want(self, kind: Kind, size: int) -> None:
         """What is recorded is said by the first process."""
 
     def follow_recording(self, message: Message) -> None:
-        """Record what the first process records now. Where that can't be, it can't be there either."""
+        """Record what the first process records now."""
         self._record(Kind(message["context"], message["adapters"]), message["size"])
 
     def follow(self, batch: StepBatch, rows: int) -> Decoded:
@@ -67,3 +104,35 @@ class FollowingGraphs(DecodeGraphs):
         decoded = self(batch)
         assert decoded is not None
         return decoded
+
+
+class _Together:
+    """A recorder whose first run of the work is a pass of all processes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Raises WarmUpError: whoever is in the middle of the same pass waits for this process."""
+        try:
+            self.recorder.warm_up(work)
+        except RuntimeError as error:
+            raise WarmUpError(
+                f"a step that was to be recorded failed: {error}; set enforce_eager, or a lower gpu_memory_utilization"
+            ) from error
+
+    def record(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
+        """Nothing runs while it is recorded, so nobody waits."""
+        return self.recorder.record(work)
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        """See `Recorder`."""
+        return self.recorder.borrow(tensor)
+
+    def free_bytes(self) -> int | None:
+        """See `Recorder`."""
+        return self.recorder.free_bytes()
+
+    def renew(self) -> None:
+        """See `Recorder`."""
+        self.recorder.renew()

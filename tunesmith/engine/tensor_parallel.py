@@ -105,23 +105,27 @@ def share_to_serve(decoder: Decoder, mesh: Mesh) -> Decoder:
 
 
 def for_serving(error: ParallelError) -> ParallelError:
-    """The same, naming the option of serving in place of the recipe's key."""
-    return ParallelError(str(error).replace("parallel.tensor", "tensor_parallel_size"))
+    """The same, naming the options of serving in place of the recipe's keys."""
+    said = str(error).replace("parallel.tensor", "tensor_parallel_size")
+    return ParallelError(said.replace("method.kind to lora", "quantize to int8 or fp8"))
 
 
 class ShareRunner(NativeRunner):
     """One process's part of the runner: its heads' pages, of which all processes have equally many."""
 
-    def __init__(self, model: Decoder, config: EngineConfig, num_pages: int | None = None) -> None:
+    def __init__(
+        self, model: Decoder, config: EngineConfig, num_pages: int | None = None, *, beside_page_bytes: int = 0
+    ) -> None:
         assert isinstance(model.stream, ReducedStream)
         self.team = model.stream.team
-        super().__init__(model, config, num_pages)
+        super().__init__(model, config, num_pages, beside_page_bytes=beside_page_bytes)
 
     def _make_cache(self, pages: int | None) -> PagedCache:
         """All processes call it together: with the pages that fit where the least do."""
         if pages is None:
-            pages = fitting_pages(self.config, self.model.config, self.page_dtype, self.device, self._worst_pass)
-            agreed = torch.tensor([pages])
+            model, beside = self.model.config, self.beside_page_bytes
+            pages = fitting_pages(self.config, model, self.page_dtype, self.device, self._worst_pass, beside)
+            agreed = torch.tensor([pages], device=self.device)
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=self.team.group)
             pages = int(agreed)
         return super()._make_cache(pages)
@@ -136,6 +140,7 @@ class ShareRunner(NativeRunner):
             "max_context": self.max_model_len,
             "slots_of_page": PAGE_SLOTS,
             "device": self.device,
+            "team": self.team,
         }
 
     def follow(self, message: Message) -> None:
@@ -170,11 +175,12 @@ class TensorParallelRunner(ShareRunner):
         check: Callable[[], None] = lambda: None,
         num_pages: int | None = None,
         give_up: Callable[[str], None] = lambda reason: None,
+        beside_page_bytes: int = 0,
     ) -> None:
         self.tell = tell
         self.check = check
         self.give_up = give_up
-        super().__init__(model, config, num_pages)
+        super().__init__(model, config, num_pages, beside_page_bytes=beside_page_bytes)
 
     def _make_graphs(self) -> DecodeGraphs:
         return LeadingGraphs(self._decode, self.sampling, tell=self.tell, **self.graph_options())
@@ -189,9 +195,14 @@ class TensorParallelRunner(ShareRunner):
             super().forward(batch)
         except BaseException as error:
             self.give_up(f"{type(error).__name__}: {error}")
-            if isinstance(error, RuntimeError):
+            if isinstance(error, Exception):
                 self.check()  # says which process is gone, where the collective only says that a connection is
             raise
+
+    def idle(self) -> bool:
+        """As any runner; a process that has failed is noticed in moments without work too."""
+        self.check()
+        return super().idle()
 
     def sample(self, batch: StepBatch, rows: Sequence[SampledRow], masks: np.ndarray | None) -> Pending:
         """Launch the choice of tokens, here alone."""
@@ -209,7 +220,7 @@ class _Checked:
         """The step's tokens on the host."""
         try:
             result = self.pending.wait()
-        except RuntimeError:
+        except Exception:
             self.check()
             raise
         self.check()

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.checkpoint.adapter import load_adapter
-from tunesmith.checkpoint.load import DTYPES, load_language_model
+from tunesmith.checkpoint.inference_share import Weights, load_share_for_inference
+from tunesmith.checkpoint.load import DTYPES
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.engine.adapter_stacks import AdapterStacks, attach
 from tunesmith.engine.adapters import AdapterPool
@@ -23,14 +24,17 @@ from tunesmith.engine.tensor_parallel import (
     for_serving,
     share_to_serve,
 )
+from tunesmith.engine.tensor_plain import plain_hidden
 from tunesmith.errors import ParallelError, UnsupportedModelError
-from tunesmith.kernels.fp8 import has_fp8
+from tunesmith.model.decode_linears import use_decode_linears
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import adapted_linears
-from tunesmith.model.quant import set_compute
-from tunesmith.parallel.mesh import DIMENSIONS, Mesh, Place
+from tunesmith.parallel.held_linears import agree_on_rows
+from tunesmith.parallel.mesh import Dimension, Mesh, Place
 from tunesmith.parallel.tensor import shard_tensors
-from tunesmith.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TIMEOUT = timedelta(minutes=5)
 """How long a collective waits: processes that end are noticed much sooner, by their socket."""
@@ -46,44 +50,67 @@ class SharedSource:
     device_type: str = "cpu"
     revision: str | None = None
     adapter: str | None = None
+    weights: Weights = "checkpoint"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ServingMesh(Mesh):
+    """All processes of a group, which share the model: no other dimension, and no group beside the group."""
+
+    def size(self, dimension: Dimension) -> int:
+        """All along "tp", 1 along the others."""
+        return self.world_size if dimension == "tp" else 1
+
+    def index(self, dimension: Dimension) -> int:
+        """This process's place along "tp"."""
+        return self.rank if dimension == "tp" else 0
+
+    def group(self, dimension: Dimension) -> ProcessGroup:
+        """All of them."""
+        found = torch.distributed.group.WORLD
+        assert dimension == "tp" and found is not None
+        return found
 
 
 def join(size: int, rank: int, meeting: str, device_type: str) -> Mesh:
-    """Meet the other processes; the mesh of the group, all of it tensor-parallel."""
+    """Meet the other processes; the mesh of the group, all of it tensor-parallel.
+
+    Tensors go through NCCL between GPUs and gloo between CPUs; what hosts say to each other goes through sockets.
+    """
     device = torch.device("cpu")
     if device_type == "cuda":
         torch.cuda.set_device(rank)
         device = torch.device("cuda", rank)
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
+        "nccl" if device_type == "cuda" else "gloo",
         init_method=meeting,
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
         device_id=device if device_type == "cuda" else None,
     )
-    shape = (1, 1, size)
-    devices = torch.distributed.device_mesh.init_device_mesh(device_type, shape, mesh_dim_names=DIMENSIONS)
-    return Mesh(Place(rank, size, rank), device, devices)
+    return ServingMesh(Place(rank, size, rank), device)
 
 
 def load_share(source: SharedSource, mesh: Mesh) -> Decoder:
-    """This process's part."""
+    """This process's part, its linears in the form that is fastest to decode with."""
     dtype = DTYPES.get(source.dtype, torch.float32 if source.device_type == "cpu" else None)
-    section = ModelSection(path=source.path, backend="native", revision=source.revision)
-    quantize: Any = source.quantize
+    directory = resolve_model(source.path, source.revision)
     try:
-        model = load_language_model(section, quantize=quantize, dtype=dtype, device=mesh.device, mesh=mesh)
+        model = load_share_for_inference(
+            directory, mesh, quantize=source.quantize, dtype=dtype, weights=source.weights, seed=source.seed
+        )
+        if source.adapter is not None:
+            _put_adapter(model, source, mesh)
     except ParallelError as error:
         raise for_serving(error) from None
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"tensor_parallel_size is for models of the native decoder: {error}") from None
-    assert isinstance(model, Decoder)
-    if quantize in ("fp8", "fp8-inner"):
-        set_compute(model, "fp8" if has_fp8(mesh.device) else "weights")
-    if source.adapter is not None:
-        _put_adapter(model, source, mesh)
-    return share_to_serve(model, mesh).eval()
+    share_to_serve(model, mesh)
+    agree_on_rows(model)
+    use_decode_linears(model)
+    return model.eval()
 
 
 def _put_adapter(model: Decoder, source: SharedSource, mesh: Mesh) -> None:
@@ -124,6 +151,8 @@ def follow_passes(decoder: Decoder, receive: Callable[[], Message], say: Callabl
                 if stacks is not None:
                     attach(stacks, runner)
                 say("ready")
+            case "hidden":
+                plain_hidden(decoder, [[0] * length for length in message["lengths"]])
             case "pass":
                 assert runner is not None
                 runner.follow(message)

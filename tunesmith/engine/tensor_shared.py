@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from tunesmith.checkpoint.inference import TRAINED
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.tensor_parallel import TensorParallelRunner
+from tunesmith.engine.tensor_plain import plain_hidden
 from tunesmith.engine.tensor_serving import SharedSource, join, load_share
 from tunesmith.engine.tensor_team import TensorTeam
-from tunesmith.errors import ParallelError, RequestError
+from tunesmith.errors import ParallelError, RequestError, nearest
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.weight_formats import FORMAT_NAMES
 
-SHARED_FORMATS = ("nf4", "nf4-double", "fp8", "fp8-inner")
+SHARED_FORMATS = (*FORMAT_NAMES, *TRAINED)
+_aborting = threading.Lock()
 GRAPHS_S = 5.0
 """Seconds at start-up for recording graphs beyond the coarse sizes."""
 
@@ -26,20 +33,45 @@ class SharedModel:
     decoder: Decoder
     team: TensorTeam
 
-    def runner(self, config: EngineConfig) -> TensorParallelRunner:
-        """The runner of all processes together. Raises: ParallelError, DeviceError."""
-        self.team.tell({"kind": "runner", "config": dict(vars(config)), "num_pages": None})
+    def runner(self, config: EngineConfig, *, beside_page_bytes: int = 0) -> TensorParallelRunner:
+        """The runner of all processes together. Raises: ParallelError, DeviceError.
+
+        beside_page_bytes: what another cache of the first process takes for each page (a draft model's).
+        """
         team = self.team
-        runner = TensorParallelRunner(self.decoder, config, team.tell, team.check, give_up=team.give_up)
+        team.tell({"kind": "runner", "config": dict(vars(config)), "num_pages": None})
+        runner = TensorParallelRunner(
+            self.decoder, config, team.tell, team.check, give_up=team.give_up, beside_page_bytes=beside_page_bytes
+        )
         self.team.hear("ready")
         runner.warm_up(GRAPHS_S)
         return runner
 
+    def hidden(self, documents: Sequence[Sequence[int]]) -> Tensor:
+        """hidden_TD after the final norm of whole documents, without the engine: between its steps, in its thread.
+
+        Raises: ParallelError.
+        """
+        team = self.team
+        try:
+            team.tell({"kind": "hidden", "lengths": [len(document) for document in documents]})
+            return plain_hidden(self.decoder, documents)
+        except BaseException as error:
+            team.give_up(f"{type(error).__name__}: {error}")
+            if isinstance(error, Exception):
+                team.check()
+            raise
+
+    def logits(self, documents: Sequence[Sequence[int]]) -> list[Tensor]:
+        """logits_TV of each document. Raises: ParallelError."""
+        hidden_TD = self.hidden(documents)
+        with torch.no_grad():
+            return list(self.decoder.logits(hidden_TD).split([len(document) for document in documents]))
+
     def close(self) -> None:
-        """End the other processes, and leave their group."""
+        """End the other processes, and leave their group. Closing twice does nothing."""
         self.team.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_group()
 
 
 def load_shared(source: SharedSource, size: int) -> SharedModel:
@@ -59,8 +91,7 @@ def load_shared(source: SharedSource, size: int) -> SharedModel:
         team.hear("loaded")
     except BaseException:
         team.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_group()
         raise
     if threads is not None:
         torch.set_num_threads(threads)
@@ -70,8 +101,8 @@ def load_shared(source: SharedSource, size: int) -> SharedModel:
 def _check(source: SharedSource, size: int) -> None:
     if source.quantize is not None and source.quantize not in SHARED_FORMATS:
         raise RequestError(
-            f"weights in {source.quantize} can't be shared by processes: choose one of {', '.join(SHARED_FORMATS)}, or "
-            f"tensor_parallel_size=1"
+            f"there is no weight format {source.quantize!r}{nearest(source.quantize, SHARED_FORMATS)}; there are: "
+            f"{', '.join(SHARED_FORMATS)}"
         )
     if source.device_type == "cuda" and torch.cuda.device_count() < size:
         raise ParallelError(
@@ -84,8 +115,16 @@ def _check(source: SharedSource, size: int) -> None:
         )
 
 
+def _leave_group() -> None:
+    """Between GPUs the others are gone by now, and a communicator that is ended in good order would wait for them."""
+    _abort_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _abort_group() -> None:
     """Let nothing wait for a process that is gone. Between CPUs a collective notices by itself."""
     abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
-    if abort is not None and torch.cuda.is_available():
-        abort()
+    with _aborting:
+        if abort is not None and torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+            abort()

@@ -7,7 +7,8 @@
     close       "stop"               --->   leaves
 
 A process that ends before it was told to is noticed at once: it is named with the end of its log, the others are ended,
-and whatever waits for it here gets an error. The others end by themselves when this process does: their socket closes.
+and whatever waits for it here gets an error. The others end by themselves when this process does: their socket closes,
+and the kernel ends those that can't notice.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class _Worker:
 class TensorTeam:
     """The other processes of a model that `size` processes share; this one is the first.
 
-    command: what starts one, beside the number of its socket and its rank; threads: of torch, in each.
+    command: what starts one, beside the number of its socket, its rank, and the process that it is to end with, 0 for
+        none; threads: of torch, in each.
     """
 
     def __init__(self, size: int, *, command: list[str] | None = None, threads: int | None = None) -> None:
@@ -82,11 +84,13 @@ class TensorTeam:
         mine, theirs = socket.socketpair()
         log = (Path(self.folder.name) / f"rank-{rank}.log").open("w+b")
         environment = dict(os.environ)
+        # The kernel's "parent" is the thread that started a process: only the first lives as long as this process.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         with theirs:
             process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(rank)],
+                [*command, str(theirs.fileno()), str(rank), str(parent)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,8 +1,13 @@
-"""A process that holds a part of a model and follows the first: `python -m tunesmith.engine.tensor_worker FD RANK`."""
+"""A process that holds a part of a model and follows the first: `-m tunesmith.engine.tensor_worker FD RANK PARENT`.
+
+It ends with the first one, whatever it is doing then. Signals to all of a server's processes are not taken: what runs
+is ended in order, by the first.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import signal
@@ -12,6 +17,9 @@ import threading
 import traceback
 
 from tunesmith.engine.tensor_messages import Message, Reader, send
+
+_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
 
 
 class Inbox:
@@ -34,9 +42,19 @@ class Inbox:
         os._exit(1)
 
 
-def main(descriptor: int, rank: int) -> int:
+def end_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends, even one that stands still; for Linux. 0 is no process."""
+    if parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os._exit(1)
+
+
+def main(descriptor: int, rank: int, parent: int = 0) -> int:
     """Follow until told to stop. Returns: the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with(parent)
     connection = socket.socket(fileno=descriptor)
     inbox = Inbox(connection)
     try:
@@ -55,4 +73,4 @@ def main(descriptor: int, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(*map(int, sys.argv[1:4])))

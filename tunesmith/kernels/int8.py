@@ -55,10 +55,14 @@ def quantize_int8(weight_FD: Tensor) -> Int8Weight:
     return Int8Weight(codes, scale, weight_FD.dtype)
 
 
-def quantize_rows_int8(x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [T, D] and scales float32 [T, 1] of the rows of x: rounded to the nearest, ties to even."""
+def quantize_rows_int8(x_TD: Tensor, largest_T1: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 [T, D] and scales float32 [T, 1] of the rows of x: rounded to the nearest, ties to even.
+
+    largest_T1: the largest magnitudes, float32, where x is only a part of its rows.
+    """
     wide = x_TD.float()
-    scale = (wide.abs().amax(dim=1, keepdim=True) * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
+    largest_T1 = wide.abs().amax(dim=1, keepdim=True) if largest_T1 is None else largest_T1
+    scale = (largest_T1 * (1 / LARGEST)).clamp(min=SMALLEST_SCALE)
     codes = (wide * (1.0 / scale)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
     return codes, scale
 
@@ -79,9 +83,14 @@ def dequantize_int8(codes_FD: Tensor, scale_F: Tensor, dtype: torch.dtype) -> Te
     return out
 
 
-def int8_integer_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
-    """W8A8: y_TF in the dtype of x, the activations quantised by rows, the sum over D exact in int32."""
-    codes_TD, scale_T1 = quantize_rows_int8(x_TD)
+def int8_integer_product(
+    x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None, largest_T1: Tensor | None = None
+) -> Tensor:
+    """W8A8: y_TF in the dtype of x, the activations quantised by rows, the sum over D exact in int32.
+
+    largest_T1: see `quantize_rows_int8`.
+    """
+    codes_TD, scale_T1 = quantize_rows_int8(x_TD, largest_T1)
     sums_TF = _int_product(codes_TD, codes_FD)
     y_TF = sums_TF * scale_T1 * scale_F
     return (y_TF if bias_F is None else y_TF + bias_F.float()).to(x_TD.dtype)

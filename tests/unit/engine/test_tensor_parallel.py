@@ -249,8 +249,8 @@ def test_heads_that_can_not_be_divided(ranks: Ranks, tiny_model_dir: Callable[..
 
 
 def test_what_can_not_be_shared_is_refused_before_anything_starts(tiny_model_dir: Callable[..., Path]) -> None:
-    with pytest.raises(RequestError, match=r"int4 can't be shared.*fp8"):
-        load_shared(SharedSource(str(tiny_model_dir()), quantize="int4"), 2)
+    with pytest.raises(RequestError, match=r"no weight format 'int3'.*int4-g32"):
+        load_shared(SharedSource(str(tiny_model_dir()), quantize="int3"), 2)
     with pytest.raises(ParallelError, match="asks for 2 GPUs"):
         load_shared(SharedSource(str(tiny_model_dir()), device_type="cuda"), 2)
 
