@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.engine.adapters import AdapterPool
+from tunesmith.engine.grammar_compile import RequestGrammars
 from tunesmith.engine.llm import LLM, TEXT_CONTEXT_TOKENS
 from tunesmith.engine.runner import evaluating
 from tunesmith.engine.source import ModelSource, find_source
@@ -48,6 +49,8 @@ def load_model(options: EngineOptions, send: Callable[[Message], None]) -> Loade
             llm, reference, refuse=options.served_check == "refuse", chat_template=options.chat_template
         )
         model.facts["served"] = report.line()
+    if isinstance(grammars := llm.engine.grammars, RequestGrammars):
+        grammars.compiler.warm_up()
     return model
 
 
@@ -134,10 +137,9 @@ class LoadedModel:
         }
 
     def _embedding_size(self) -> int | None:
-        """None unless one process has the whole model, in our own code."""
+        """None unless the model runs in our own code."""
         model = self.llm.model
-        is_whole = isinstance(model, Decoder) and self.options.tensor_parallel_size == 1
-        return cast(Decoder, model).config.hidden_size if is_whole else None
+        return model.config.hidden_size if isinstance(model, Decoder) else None
 
     def text_context(self, prompt_ids: list[int]) -> list[int]:
         """The prompt's last tokens: enough to know how the answer's first characters join on."""
@@ -157,10 +159,17 @@ class LoadedModel:
         model = self.llm.model
         if not isinstance(model, Decoder):
             raise RequestError("this model runs by transformers' own code, which gives no embeddings here")
-        hidden_TD = model.hidden(pack_documents(documents, self.llm.runner.device)).float()
+        shared, device = self.llm.shared, self.llm.runner.device
+        hidden_TD = (
+            model.hidden(pack_documents(documents, device)) if shared is None else shared.hidden(documents)
+        ).float()
         parts = hidden_TD.split([len(document) for document in documents])
         vectors_BD = torch.stack([part.mean(dim=0) if pooling == "mean" else part[-1] for part in parts])
         return torch.nn.functional.normalize(vectors_BD, dim=1).cpu()
+
+    def close(self) -> None:
+        """End the processes that hold the model with this one."""
+        self.llm.close()
 
     def load_adapter(self, name: str, path: str, follow: bool) -> Callable[[], bool]:
         """Begin to read a LoRA adapter, in the pool's thread; an older one of that name serves until it is there.

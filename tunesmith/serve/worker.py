@@ -19,7 +19,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from tunesmith.engine.request import Completion, SamplingParams, StepOutput, TokenLogprobs
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import ParallelError, TunesmithError
 from tunesmith.serve import messages
 from tunesmith.serve.messages import End, Message
 from tunesmith.serve.options import EngineOptions
@@ -85,6 +85,9 @@ class Loaded(Protocol):
 
     def unload_adapter(self, name: str) -> None:
         """Drop an adapter."""
+
+    def close(self) -> None:
+        """End the processes that hold the model with this one."""
 
 
 Load = Callable[[EngineOptions, Callable[[Message], None]], Loaded]
@@ -255,13 +258,15 @@ class Worker:
             self.link.send(messages.Outputs(rows))
 
     def _step_failed(self, error: Exception) -> None:
-        """Whoever was in the step is told; a device that is broken, or a second failure in a row, ends the process."""
+        """Whoever was in the step is told. A second failure in a row ends this process, as do a device that is broken
+        and the end of a process that shares the model."""
         log.error("a step failed; every request that was running ends", exc_info=error)
         for request_id in list(self.engine_ids):
             self._abort(request_id)
             self.link.send(messages.Rejected(request_id, f"a step of the engine failed: {error}", False))
         self.num_failed_steps += 1
-        if self.num_failed_steps > 1 or type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+        is_final = isinstance(error, ParallelError) or type(error).__name__ == "AcceleratorError"
+        if self.num_failed_steps > 1 or is_final or "CUDA error" in str(error):
             raise error
 
     def _row(self, output: StepOutput) -> list[Any] | None:
@@ -341,7 +346,13 @@ def serve(link: Link, load: Load) -> int:
             link.send(messages.Failed(text, is_user_error))
             return 2 if is_user_error else 1
         link.send(messages.Ready(model.facts))
-        Worker(link, model).run()
+        try:
+            Worker(link, model).run()
+        except TunesmithError as error:
+            link.send(messages.Failed(str(error), False))  # what /health says while the engine is started again
+            raise
+        finally:
+            model.close()
         return 0
     finally:
         link.close()
@@ -360,7 +371,11 @@ def main(argv: list[str]) -> None:
 
         return load_model(options, send)
 
-    code = serve(link, load)
+    code = 1
+    try:
+        code = serve(link, load)
+    except Exception:
+        log.exception("the engine can't go on")
     sys.stderr.flush()
     os._exit(code)  # a device's threads may not end by themselves
 

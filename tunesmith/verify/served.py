@@ -26,7 +26,7 @@ from tunesmith.model.language_model import logits
 from tunesmith.rundir.io import write_json_atomic
 from tunesmith.rundir.layout import RunDir
 from tunesmith.text.chat import encode_prompt
-from tunesmith.verify.served_hops import KL_LIMIT, Hop, compare, summarise
+from tunesmith.verify.served_hops import Hop, compare, summarise
 from tunesmith.verify.served_reference import Reference, trained_reference
 from tunesmith.verify.served_rows import PromptCheck, check_prompts
 
@@ -100,9 +100,7 @@ def check_served(
     """
     served = _served_rows(llm, reference)
     hops = [] if reference.merged is None else [reference.merged]
-    if served is not None:
-        name = f"weights as served ({_form(llm)})"
-        hops.append(compare(name, reference.summary, served, reference.documents))
+    hops.append(compare(f"weights as served ({_form(llm)})", reference.summary, served, reference.documents))
     hops.append(_engine_hop(llm, reference, served))
     prompts = _prompts(llm, reference, chat_template) if reference.rows.rows else None
     report = ServedReport(str(reference.run.path), reference.rows.origin, _form(llm), prompts, tuple(hops))
@@ -130,17 +128,18 @@ def _prompts(llm: LLM, reference: Reference, chat_template: str | Path | None) -
     )  # fmt: skip
 
 
-def _served_rows(llm: LLM, reference: Reference) -> list[Tensor] | None:
-    """Logits of the served weights in a plain pass, in the dtype they are served in; None where others hold a part."""
+def _served_rows(llm: LLM, reference: Reference) -> list[Tensor]:
+    """Logits of the served weights in a plain pass, in the dtype they are served in, by all who hold a part."""
+    documents = [list(document) for document in reference.documents]
     if llm.shared is not None:
-        return None
-    return [logits(llm.model, [list(document)])[0].float().cpu() for document in reference.documents]
+        return [llm.shared.logits([document])[0].float().cpu() for document in documents]
+    return [logits(llm.model, [document])[0].float().cpu() for document in documents]
 
 
-def _engine_hop(llm: LLM, reference: Reference, served: Sequence[Tensor] | None) -> Hop:
+def _engine_hop(llm: LLM, reference: Reference, served: Sequence[Tensor]) -> Hop:
     """The engine's own log-probabilities of the rows, against the same weights in a plain pass."""
     params = SamplingParams(max_tokens=1, prompt_logprobs=1)
-    summary = reference.summary if served is None else summarise(served, reference.documents)
+    summary = summarise(served, reference.documents)
     fits = [len(document) < llm.max_model_len for document in reference.documents]
     documents = [list(document) for document, ok in zip(reference.documents, fits, strict=True) if ok]
     positions = [ok for document, ok in zip(reference.documents, fits, strict=True) for _ in document[1:]]
@@ -155,7 +154,7 @@ def _engine_hop(llm: LLM, reference: Reference, served: Sequence[Tensor] | None)
         name="engine", num_tokens=len(known), max_dlogprob=float(difference_P.max()),
         mean_dlogprob=float(difference_P.mean()), kl_mean=None,
         agreement_ratio=float((best == best_P).float().mean()),
-        limit=ENGINE_LIMIT if served is not None else KL_LIMIT,
+        limit=ENGINE_LIMIT,
     )  # fmt: skip
 
 

@@ -172,6 +172,9 @@ class FakeModel:
     def unload_adapter(self, name: str) -> None:
         del self.adapters[name]
 
+    def close(self) -> None:
+        """There are no other processes."""
+
 
 class ThreadLink:
     """The worker in a thread of this process. `die` is what SIGKILL is to a process."""
