@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +13,10 @@ from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.loading import make_config, make_runner
 from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.tensor_serving import SharedSource
+from tunesmith.engine.tensor_shared import SharedModel, load_shared
 from tunesmith.errors import TunesmithError
+from tunesmith.model.language_model import LanguageModel
 
 DTYPES = {"float32": torch.float32, "fp16": torch.float16}
 ENGINE_NAMES = {"enable_prefix_caching": "enable_prefix_cache", "kv_cache_dtype": "kv_dtype"}
@@ -28,17 +31,13 @@ class Ours:
             torch.set_num_threads(job["threads"])
         name = job["format"]
         self._dtype = DTYPES.get(name, torch.bfloat16)
-        self._model = load_for_inference(
-            Path(job["model"]),
-            quantize=name if name in QUANTIZED else None,
-            dtype=self._dtype,
-            device=job["device"],
-            weights="random" if job["weights"] == "random" else "checkpoint",
-        )
-        self._weights_bytes = _bytes_of(self._model)
         options = {ENGINE_NAMES.get(key, key): value for key, value in job["options"].items()}
+        self._size = int(options.pop("tensor_parallel_size", 1))
+        shared = _shared(job, self._dtype, self._size) if self._size > 1 else None
+        self._model = shared.decoder if shared is not None else _whole(job, self._dtype)
+        self._weights_bytes = _bytes_of(self._model)
         config = make_config(self._model, max_model_len=job["max_model_len"], **options)
-        self._engine = Engine(make_runner(self._model, config), config=config)
+        self._engine = Engine(make_runner(self._model, config, shared=shared), config=config)
         self._temperature = job["temperature"]
 
     def generate(self, prompts: Sequence[Sequence[int]], outputs: Sequence[int]) -> list[int]:
@@ -63,8 +62,35 @@ class Ours:
         return {
             "weights_bytes": self._weights_bytes,
             "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-            "how": f"tunesmith.engine, {str(self._dtype).removeprefix('torch.')} activations",
+            "how": f"tunesmith.engine, {str(self._dtype).removeprefix('torch.')} activations"
+            + (f", one of {self._size} processes that share the model" if self._size > 1 else ""),
         }
+
+
+def _whole(job: Mapping[str, Any], dtype: torch.dtype) -> LanguageModel:
+    return load_for_inference(
+        Path(job["model"]), quantize=_quantize(job), dtype=dtype, device=job["device"], weights=_weights(job)
+    )
+
+
+def _shared(job: Mapping[str, Any], dtype: torch.dtype, size: int) -> SharedModel:
+    """The model by `size` processes; what is counted afterwards is of the first one."""
+    source = SharedSource(
+        path=str(job["model"]),
+        quantize=_quantize(job),
+        dtype=str(dtype).removeprefix("torch."),
+        device_type=torch.device(job["device"]).type,
+        weights=_weights(job),
+    )
+    return load_shared(source, size)
+
+
+def _quantize(job: Mapping[str, Any]) -> str | None:
+    return job["format"] if job["format"] in QUANTIZED else None
+
+
+def _weights(job: Mapping[str, Any]) -> Literal["checkpoint", "random"]:
+    return "random" if job["weights"] == "random" else "checkpoint"
 
 
 def _bytes_of(model: Any) -> int:
