@@ -48,12 +48,18 @@ def evaluations_of(runs: Sequence[Run], words: Words) -> list[Evaluation]:
 def _evaluation(name: str, sides: Sides, words: Words, *, alone: bool) -> Evaluation:
     sentences = _sentences(sides, words)
     return Evaluation(
-        title=words("answers_of" if len(sides) == 1 else "before_after_of", name=name),
+        title=words(_title(sides), name=name),
         facts=tuple(_facts(sides, words)),
         sentences=tuple(sentences if alone else [words("whose", name=name, text=text) for text in sentences]),
         head=_head(sides, words),
         examples=_examples(sides),
     )
+
+
+def _title(sides: Sides) -> str:
+    if len(sides) > 1:
+        return "before_after_of"
+    return "answers_of" if _items(sides[0][1]) else "evaluation_of"
 
 
 def _paired(run: Run) -> list[tuple[str, Sides]]:
@@ -130,6 +136,8 @@ def _sentences(sides: Sides, words: Words) -> list[str]:
     ppl = [number for _, side in sides if (number := _perplexity(side)) is not None]
     if len(ppl) == 2:
         found.append(words("ppl_verdict", before=f"{ppl[0]:.2f}", after=f"{ppl[1]:.2f}"))
+    elif len(ppl) == 1 and (data := sides[-1][1].text("perplexity", "data")) is not None:
+        found.append(words("ppl_verdict_one", after=f"{ppl[0]:.2f}", data=data))
     return found
 
 

@@ -14,6 +14,7 @@ from tunesmith.report.section import Section
 from tunesmith.report.serve import serve_sections
 from tunesmith.report.strings import Words
 from tunesmith.report.tables import environment_items
+from tunesmith.report.training import Training, training_of
 from tunesmith.report.verdict import Sentence, bench_verdict, train_sentence
 
 
@@ -39,7 +40,7 @@ class Content:
     benches: tuple[Bench, ...]
     scales: tuple[Scale, ...]
     sections: tuple[Section, ...]
-    trains: tuple[Run, ...]
+    trains: tuple[Training, ...]
     evaluations: tuple[Evaluation, ...]
     certificates: tuple[Node, ...]
     environment: tuple[tuple[str, str], ...]
@@ -64,7 +65,7 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
         benches=benches,
         scales=scales,
         sections=sections,
-        trains=trains,
+        trains=tuple(training_of(run, words) for run in trains),
         evaluations=evaluations,
         certificates=tuple(run.certificate for run in runs if run.certificate is not None),
         environment=tuple(environment_items(runs)),

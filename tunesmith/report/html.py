@@ -19,6 +19,7 @@ from tunesmith.report.section import Section
 from tunesmith.report.strings import Words
 from tunesmith.report.style import SERIES
 from tunesmith.report.tables import bench_table, certificate_rows, work_note
+from tunesmith.report.training import Training
 
 FOLDER = Path(__file__).parent
 
@@ -49,11 +50,7 @@ def render_page(content: Content) -> str:
         benches=[_bench(bench, words, f"b{index}") for index, bench in enumerate(content.benches)],
         scales=[_scale(scale, words, f"s{index}") for index, scale in enumerate(content.scales)],
         sections=[_section(section, f"m{index}") for index, section in enumerate(content.sections)],
-        trains=[
-            {"name": run.name, "svg": Markup(svg)}
-            for index, run in enumerate(content.trains)
-            if (svg := plots.train_plot(run, words, f"t{index}"))
-        ],
+        trains=[_training(training, words, f"t{index}") for index, training in enumerate(content.trains)],
         evaluations=[_evaluation(evaluation) for evaluation in content.evaluations],
         certificates=[rows for node in content.certificates if (rows := certificate_rows(node, words))],
         environment=[{"name": name, "text": text} for name, text in content.environment],
@@ -84,6 +81,16 @@ def _colour(content: Content, name: str | None) -> str:
 
 def _variable(index: int) -> str:
     return f"series-{index % len(SERIES)}"
+
+
+def _training(training: Training, words: Words, key: str) -> dict[str, Any]:
+    svg = plots.train_plot(training.run, words, key)
+    return {
+        "name": training.run.name,
+        "svg": svg and Markup(svg),
+        "facts": [{"name": name, "text": text} for name, text in training.facts],
+        "command": training.command,
+    }
 
 
 def _evaluation(evaluation: Any) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Run:
     kind: str
     name: str
     created_at: str | None = None
+    command: tuple[str, ...] = ()
     manifest: Node = field(default_factory=lambda: Node({}))
     cells: tuple[Node, ...] = ()
     metrics: tuple[Node, ...] = ()
@@ -102,6 +103,7 @@ def read_run(path: Path) -> Run:
         kind=info.kind,
         name=info.name,
         created_at=info.created_at,
+        command=tuple(map(str, info.command)),
         manifest=Node(dict(info.facts)),
         cells=cells,
         metrics=tuple(Node(row) for row in read_jsonl(run.metrics)) if run.metrics.is_file() else (),

@@ -11,6 +11,7 @@ from tunesmith.report.scale import Scale, scale_head, scale_rows
 from tunesmith.report.section import Section
 from tunesmith.report.strings import Words
 from tunesmith.report.tables import TableRow, bench_table, certificate_rows, work_note
+from tunesmith.report.training import Training
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~!])")
 
@@ -31,6 +32,8 @@ def render_markdown(content: Content) -> str:
         parts += _scale(scale, words)
     for section in content.sections:
         parts += _section(section, words)
+    for training in content.trains:
+        parts += _training(training, words)
     parts += _evaluations(content)
     for certificate in content.certificates:
         parts += _certificate(content, [*certificate_rows(certificate, words)])
@@ -71,6 +74,12 @@ def _section(section: Section, words: Words) -> list[str]:
     parts = [f"## {_escape(section.name)}", _table(section.head, section.rows, numeric=True), _escape(section.note)]
     commands = "\n".join(f"- {_escape(label)}: {_code(command)}" for label, command in section.commands)
     return [*parts, f"### {words('reproduce')}", commands] if commands else parts
+
+
+def _training(training: Training, words: Words) -> list[str]:
+    facts = "\n".join(f"- {_escape(name)}: {_escape(text)}" for name, text in training.facts)
+    parts = [f"## {words('training_run')}: {_escape(training.run.name)}", facts]
+    return [*parts, f"{words('run_command')}: {_code(training.command)}"] if training.command else parts
 
 
 def _label(row: TableRow) -> str:

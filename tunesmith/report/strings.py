@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.report import measured_strings
+from tunesmith.report import measured_strings, training_strings
 
 Language = Literal["en", "zh"]
 
 _EN = {
     **measured_strings.EN,
+    **training_strings.EN,
     "title": "What it cost, what it gained",
     "verdict": "Verdict",
     "not_measured": "not measured",
@@ -185,6 +186,7 @@ _EN = {
 
 _ZH = {
     **measured_strings.ZH,
+    **training_strings.ZH,
     "title": "代价与收益",
     "verdict": "结论",
     "not_measured": "未测量",
@@ -352,6 +354,7 @@ _ZH_DATA = {
     "mixed precision": "混合精度",
     "LoRA": "LoRA",
     "QLoRA": "QLoRA",
+    **training_strings.CHECKS_ZH,
 }
 
 
