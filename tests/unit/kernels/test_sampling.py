@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tunesmith.kernels import sampling
+from tunesmith.kernels.philox import philox
 from tunesmith.kernels.sampling import choose_reference, find_thresholds, thresholds_reference
-from tunesmith.kernels.sampling_cpu import MOST_NOISE
-from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, exponential, gumbel, quarter
+from tunesmith.kernels.sampling_cpu import MOST_NOISE, words_of
+from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, SITE, exponential, gumbel, quarter
 
 
 def choose(
@@ -150,6 +152,15 @@ def test_wide_vocabularies_on_a_cpu_draw_what_the_reference_draws(scale: float) 
         assert found[[3, 5]].tolist() == [BROKEN] * 2
 
 
+def test_words_of_a_cpu_are_the_generators() -> None:
+    """Each lane, with seeds of 64 bits whose highest is set too."""
+    seeds = torch.tensor([5, -3, 2**62 + 2**33 + 9])
+    columns, positions = torch.tensor([0, 7, 37_983]), torch.tensor([1, 2**31 - 1, 12])
+    arrays = (columns.numpy().astype(np.uint64), positions.numpy().astype(np.uint64), seeds.numpy().view(np.uint64))
+    expected = torch.stack(philox(columns, positions, SITE, seeds))
+    assert np.array_equal(words_of(*arrays), expected.numpy().astype(np.uint64))
+
+
 def test_noise_is_never_above_its_bound() -> None:
     least = exponential(torch.tensor([0]))
     assert MOST_NOISE - 0.2 < -float(least.log()) < MOST_NOISE - 0.1
@@ -176,6 +187,7 @@ INTERPRETED = """
 import torch
 from tunesmith.kernels.nf4 import kernels_on
 from tunesmith.kernels import sampling
+from tunesmith.kernels.philox import philox
 from tunesmith.kernels.sampling import choose, choose_greedily, choose_reference, find_thresholds, thresholds_reference
 
 torch.manual_seed(0)
