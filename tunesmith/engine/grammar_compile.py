@@ -220,8 +220,8 @@ class GrammarCompiler:
         return PendingGrammar(future, self.limits.compile_s)
 
     def warm_up(self) -> None:
-        """Begin reading the vocabulary (a second for 150,000 tokens) before the first request needs it."""
-        self._pool.submit(self._tokens)
+        """Begin reading the vocabulary (a second for 150,000 tokens), and start the guard, before a request comes."""
+        self.submit(StructuredSpec("json_object"))
 
     def close(self) -> None:
         """End the threads; what waits is dropped."""

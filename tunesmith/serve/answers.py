@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,33 @@ def finite(logprob: float) -> float:
     return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
 
 
+class TextOffsets:
+    """Where tokens begin in an answer's text, in characters. The parts of one character begin where it does.
+
+    Args:
+        start: characters of the text before the first token.
+        hides_special: control tokens are not in the text.
+        drops_blank: the first token's leading blank isn't, either (SentencePiece writes one before a text).
+    """
+
+    def __init__(self, texts: TokenTexts, *, start: int = 0, hides_special: bool, drops_blank: bool = False) -> None:
+        self.texts, self.hides_special, self.drops_blank = texts, hides_special, drops_blank
+        self.at = start
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def add(self, ids: Sequence[int]) -> list[int]:
+        """The places of the next tokens."""
+        places = []
+        for token in ids:
+            places.append(self.at)
+            if self.hides_special and self.texts.tokenizer.is_special(token):
+                continue
+            text = self._decoder.decode(self.texts.token_bytes(token))
+            self.at += len(text) - (self.drops_blank and text.startswith(" "))
+            self.drops_blank = False
+        return places
+
+
 class TokenNames:
     """How tokens are written beside their log-probabilities: as text, or as token_id:N."""
 
@@ -67,21 +95,15 @@ class TokenNames:
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self.name(token), "logprob": finite(logprob), "bytes": list(self.texts.token_bytes(token))}
 
-    def completion(self, logprobs: Sequence[Logprob | None], ids: Sequence[int], offset: int) -> dict[str, Any]:
-        """The completions interface's form: parallel lists; the first token of a prompt has no log-probability.
-
-        Args: `offset`: characters of the answer's text before these tokens.
-        """
-        names = [self.name(token) for token in ids]
-        offsets = []
-        for token in ids:
-            offsets.append(offset)
-            offset += len(self.texts.text(token))
+    def completion(
+        self, logprobs: Sequence[Logprob | None], ids: Sequence[int], offsets: TextOffsets
+    ) -> dict[str, Any]:
+        """The completions interface's form: parallel lists; the first token of a prompt has no log-probability."""
         return {
-            "tokens": names,
+            "tokens": [self.name(token) for token in ids],
             "token_logprobs": [None if entry is None else finite(entry[1]) for entry in logprobs],
             "top_logprobs": [None if entry is None else self._top(entry) for entry in logprobs],
-            "text_offset": offsets,
+            "text_offset": offsets.add(ids),
         }
 
     def _top(self, entry: Logprob) -> dict[str, float]:

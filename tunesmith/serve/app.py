@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tunesmith import __version__
 from tunesmith.errors import TunesmithError
 from tunesmith.serve import openapi
-from tunesmith.serve.auth import Auth
+from tunesmith.serve.auth import Auth, is_loopback
 from tunesmith.serve.chat import chat_completions
 from tunesmith.serve.completions import completions
 from tunesmith.serve.embeddings import embeddings
@@ -67,8 +67,9 @@ def _middleware(server: Server) -> list[Middleware]:
     cors = Middleware(
         CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"]
     )
+    is_local = options.uds is None and is_loopback(options.host)
     gates = [
-        Middleware(Auth, keys=options.api_keys),
+        Middleware(Auth, keys=options.api_keys, origins=options.cors_origins if is_local else None),
         Middleware(
             Guard, max_body_bytes=options.max_body_bytes, max_header_bytes=options.max_header_bytes,
             max_depth=options.max_json_depth, precheck=precheck,
@@ -144,11 +145,8 @@ def _state_routes(app: FastAPI, server: Server) -> None:
 
     @app.get("/ready", **openapi.route(answers.HealthAnswer, is_open=True))
     async def ready() -> Response:
-        """200 while requests are taken."""
-        if server.is_draining:
-            raise engine_down("the server is shutting down")
-        server.engine.check_up()
-        _ = server.text
+        """200 while requests are taken, to the model and to every adapter that was named at the start."""
+        server.check_ready()
         return JsonResponse({"status": "ok"})
 
     @app.get("/metrics", **openapi.route(None, text=True))
@@ -232,7 +230,8 @@ class Counted:
             if message["type"] == "http.response.start":
                 self.server.metrics.responded(message["status"])
                 if self.server.options.access_log:
-                    log.info("%s %s %d", scope["method"], scope["path"], message["status"])
+                    said = scope["state"].get("said", "")
+                    log.info("%s %r %d %s", scope["method"], scope["path"], message["status"], said)
             await send(message)
 
         # Streams send their tens of thousands of pieces a second past the layers, which only look at beginnings.

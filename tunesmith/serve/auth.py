@@ -6,9 +6,10 @@ import hashlib
 import hmac
 import ipaddress
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -63,16 +64,29 @@ def is_loopback(host: str) -> bool:
 
 
 class Auth:
-    """The gate, as ASGI middleware. Tells the routes who came, as `scope["state"]["key"]`."""
+    """The gate, as ASGI middleware. Tells the routes who came, as `scope["state"]["key"]`.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    Args:
+        origins: the only web pages, beside this machine's own, that may call a server without keys; None: any may try.
+            A page of another site can give itself this machine's address (DNS rebinding), and browsers then take the
+            server for the page's own; only the header Origin tells.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], origins: Collection[str] | None = None) -> None:
         self.app = app
+        self.origins = origins
         self.digests = [hashlib.sha256(key.encode("ascii")).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or answer 401."""
         if scope["type"] != "http" or not self.digests or scope["path"] in OPEN_PATHS:
             scope.setdefault("state", {})["key"] = ANYBODY
+            if scope["type"] == "http" and (origin := self.foreign_origin(scope)) is not None:
+                text = (
+                    f"web pages of {origin[:200]} may not call this server: name it with --cors-origin, or set API keys"
+                )
+                await ApiError(403, text, code="origin_not_allowed").response()(scope, receive, send)
+                return
             await self.app(scope, receive, send)
             return
         key = self.who(scope["headers"])
@@ -87,6 +101,20 @@ class Auth:
             return
         scope.setdefault("state", {})["key"] = key
         await self.app(scope, receive, send)
+
+    def foreign_origin(self, scope: Scope) -> str | None:
+        """The page that sent a request and may not, where the server has no keys to tell by."""
+        if self.digests or self.origins is None or scope["path"] in OPEN_PATHS:
+            return None
+        found = next((value for name, value in scope["headers"] if name == b"origin"), None)
+        origin = None if found is None else found.decode("latin-1")
+        if origin is None or origin in self.origins or "*" in self.origins:
+            return None
+        try:
+            host = urlsplit(origin).hostname
+        except ValueError:
+            host = None
+        return None if host is not None and is_loopback(host) else origin
 
     def who(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
         """The key's short name (no secret), or None. Every key is compared, whichever fits."""

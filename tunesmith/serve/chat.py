@@ -25,7 +25,7 @@ from tunesmith.serve.tool_use import make_plan, message_of, shown_tools
 async def chat_completions(server: Server, request: Request, body: ChatRequest) -> Response:
     """The route."""
     adapter = server.adapter_of(body.model)
-    ticket = server.enter(request, body.n or 1, body.user)
+    ticket = server.enter(request, body.n or 1, body.user or body.safety_identifier, body.metadata)
     try:
         call = await _prepare(server, request, body, adapter)
     except BaseException:
@@ -33,7 +33,7 @@ async def chat_completions(server: Server, request: Request, body: ChatRequest) 
         raise
     headers = {REQUEST_ID_HEADER: call.id}
     if body.stream:
-        return EventStream(chat_events(call), headers=headers, on_close=ticket.leave)
+        return EventStream(chat_events(call), headers=headers, on_close=ticket.leave, deadline_s=call.deadline_s)
     return JsonResponse(await _whole(call, request, ticket), headers=headers)
 
 

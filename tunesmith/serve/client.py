@@ -69,6 +69,7 @@ class AsyncEngine:
         self.hang_s = hang_s
         self.status: Status = "starting"
         self.trouble: str | None = None
+        self.failure: str | None = None
         self.num_restarts = 0
         self.source: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.facts: dict[str, Any] = {}
@@ -142,6 +143,7 @@ class AsyncEngine:
     async def _live(self) -> str:
         """One engine process from its start to its end. Returns why it ended."""
         loop = asyncio.get_running_loop()
+        self.failure = None
         link = self.link = self.launch()
         wire = EngineWire(self._take)
         self._transport, _ = cast(Any, await loop.create_connection(lambda: wire, sock=link.socket))
@@ -156,14 +158,14 @@ class AsyncEngine:
             code = await loop.run_in_executor(None, _end, link)
         if wire.error is not None:
             return f"it sent what can't be read: {wire.error}"
-        return self.trouble if self.trouble is not None and self.status == "ready" else _exit_words(code)
+        return self.failure or _exit_words(code)
 
     async def _watch(self, link: EngineLink) -> None:
         """Kill a process whose loop hangs."""
         while True:
             await asyncio.sleep(min(0.5, self.hang_s / 4))
             if self.status == "ready" and (silent_s := self.pulse.silent_s()) > self.hang_s:
-                self.trouble = f"it got nowhere for {silent_s:.0f} s and was killed"
+                self.failure = f"it got nowhere for {silent_s:.0f} s and was killed"
                 log.error("the engine hangs: nothing from it for %.0f s", silent_s)
                 link.kill()
                 return
@@ -220,7 +222,7 @@ class AsyncEngine:
                 else:
                     self._first.set_result(None)
             case messages.Failed(text, is_user_error):
-                self.trouble = text
+                self.failure = text
                 if not self._first.done():
                     self._cannot_start(EngineStartError(text, is_user_error))
 
@@ -279,8 +281,8 @@ class AsyncEngine:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the engine is there and its loop makes progress."""
-        return self.status == "ready" and self.pulse.silent_s() <= self.stall_s
+        """Whether the engine is there, has not said that it can't go on, and its loop makes progress."""
+        return self.status == "ready" and self.trouble is None and self.pulse.silent_s() <= self.stall_s
 
     @property
     def is_busy(self) -> bool:

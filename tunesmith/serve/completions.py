@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tunesmith.serve.answers import TokenNames, collect, end_of, shown_text
+from tunesmith.serve.answers import TextOffsets, TokenNames, collect, end_of, shown_text
 from tunesmith.serve.client import Job
 from tunesmith.serve.errors import JsonResponse, unsupported
 from tunesmith.serve.limits import Ticket
@@ -52,6 +52,15 @@ class CompletionCall:
         """The fields that every answer begins with."""
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
 
+    def echo(self, index: int) -> str | None:
+        """The prompt's text before an answer, where that was asked for."""
+        return self.echoes[index // (self.body.n or 1)] if self.body.echo else None
+
+    def offsets(self, *, start: int = 0, drops_blank: bool = False) -> TextOffsets:
+        """Where an answer's tokens begin in its text."""
+        hides = self.body.skip_special_tokens is not False
+        return TextOffsets(self.names.texts, start=start, hides_special=hides, drops_blank=drops_blank)
+
     def usage(self, ends: list[End]) -> dict[str, Any]:
         """OpenAI's usage object."""
         return usage_of(ends, self.num_prompts, hidden_tokens=len(ends) if self.is_echo_only else 0)
@@ -72,7 +81,7 @@ async def completions(server: Server, request: Request, body: CompletionRequest)
         raise
     headers = {REQUEST_ID_HEADER: call.id}
     if body.stream:
-        return EventStream(_events(call), headers=headers, on_close=ticket.leave)
+        return EventStream(_events(call), headers=headers, on_close=ticket.leave, deadline_s=call.deadline_s)
     return JsonResponse(await _whole(call, request, ticket), headers=headers)
 
 
@@ -125,11 +134,11 @@ def _choice(call: CompletionCall, index: int, delta: Delta) -> dict[str, Any]:
     if call.is_echo_only:
         delta = Delta([], "", None if delta.logprobs is None else [], end)
     ids = list(call.jobs[index].prompt_ids)
-    echo = call.echoes[index // (call.body.n or 1)] if call.body.echo else ""
+    echo = call.echo(index)
     choice = {
         "index": index,
-        "text": echo + shown_text(delta, call.body.include_stop_str_in_output),
-        "logprobs": _logprobs(call, ids, delta, end) if call.body.logprobs is not None else None,
+        "text": (echo or "") + shown_text(delta, call.body.include_stop_str_in_output),
+        "logprobs": _logprobs(call, ids, delta, end, echo) if call.body.logprobs is not None else None,
         "finish_reason": "length" if call.is_echo_only else end.finish_reason,
         "stop_reason": end.stop_reason,
     }
@@ -140,15 +149,16 @@ def _choice(call: CompletionCall, index: int, delta: Delta) -> dict[str, Any]:
     return choice
 
 
-def _logprobs(call: CompletionCall, ids: list[int], delta: Delta, end: End) -> dict[str, Any]:
+def _logprobs(call: CompletionCall, ids: list[int], delta: Delta, end: End, echo: str | None) -> dict[str, Any]:
     """Of the new tokens; with echo of the prompt's too, whose first has none."""
     entries: list[Logprob | None] = list(delta.logprobs or [])
-    if not call.body.echo:
-        return call.names.completion(entries, delta.token_ids, 0)
+    if echo is None:
+        return call.names.completion(entries, delta.token_ids, call.offsets())
     prompt = end.prompt_logprobs or []
     # The engine's list may begin with the first token's None, or with the second token.
     prompt = prompt if len(prompt) == len(ids) else [None, *prompt]
-    return call.names.completion([*prompt, *entries], [*ids, *delta.token_ids], 0)
+    offsets = call.offsets(drops_blank=not echo.startswith(" "))
+    return call.names.completion([*prompt, *entries], [*ids, *delta.token_ids], offsets)
 
 
 class _Choice:
@@ -158,7 +168,7 @@ class _Choice:
         self.call = call
         self.index = index
         self.has_begun = False
-        self.num_characters = 0
+        self.offsets = call.offsets(start=len(call.echo(index) or ""))
         self.num_tokens = 0
         self.end: End | None = None
 
@@ -171,16 +181,15 @@ class _Choice:
         text = shown_text(delta, body.include_stop_str_in_output)
         logprobs = None
         if body.logprobs is not None and delta.logprobs is not None:
-            logprobs = call.names.completion(list(delta.logprobs), delta.token_ids, self.num_characters)
+            logprobs = call.names.completion(list(delta.logprobs), delta.token_ids, self.offsets)
         more: dict[str, Any] = {}
         if not self.has_begun:
             self.has_begun = True
-            text = (call.echoes[self.index // (body.n or 1)] if body.echo else "") + text
+            text = (call.echo(self.index) or "") + text
             if body.return_token_ids:
                 more["prompt_token_ids"] = ids
         if body.return_token_ids:
             more["token_ids"] = delta.token_ids
-        self.num_characters += len(text)
         self.num_tokens += len(delta.token_ids)
         self.end = end
         if not (text or more or logprobs or end):

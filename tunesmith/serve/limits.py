@@ -170,10 +170,14 @@ class Guard:
         await self.app(scope, receive if body is None else _replay(body, receive), send)
 
     def _check_headers(self, scope: Scope) -> int:
-        """The body's length, 0 where it isn't said. Raises: ApiError (413, 431)."""
+        """The body's length, 0 where it isn't said. Raises: ApiError (413, 415, 431)."""
         size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path") or b"")
         if size > self.max_header_bytes:
             raise ApiError(431, f"the headers have {size} bytes; at most {self.max_header_bytes} are allowed")
+        coding = next((value for name, value in scope["headers"] if name == b"content-encoding"), b"identity")
+        if coding.strip().lower() != b"identity":
+            shown = coding[:64].decode("latin-1")
+            raise ApiError(415, f"bodies are read as they are, not compressed: leave out Content-Encoding: {shown}")
         length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         num_bytes = int(length) if length.isdigit() and len(length) < 19 else 0
         if num_bytes > self.max_body_bytes:

@@ -30,12 +30,17 @@ def _card(name: str, created: int, more: dict[str, Any]) -> dict[str, Any]:
 
 
 async def list_models(server: Server) -> Response:
-    """All models."""
+    """All models. Scripts wait for this list before they send requests, so there is none while there is no engine.
+
+    Raises: ApiError (503) then.
+    """
+    server.engine.check_up()
     return JsonResponse({"object": "list", "data": model_cards(server)})
 
 
 async def one_model(server: Server, name: str) -> Response:
     """One model."""
+    server.engine.check_up()
     server.adapter_of(name)
     return JsonResponse(next(card for card in model_cards(server) if card["id"] == name))
 

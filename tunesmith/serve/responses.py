@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from tunesmith.serve.schema.common import JsonObjectFormat, Sampling
 from tunesmith.serve.schema.responses import ResponsesJsonSchema, ResponsesRequest
 from tunesmith.serve.state import REQUEST_ID_HEADER, Server, make_id
 from tunesmith.serve.stream import EventStream, named_event, while_connected
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -40,7 +43,7 @@ class ResponseCall:
 async def responses(server: Server, request: Request, body: ResponsesRequest) -> Response:
     """The route."""
     adapter = server.adapter_of(body.model)
-    ticket = server.enter(request, 1, body.user)
+    ticket = server.enter(request, 1, body.user or body.safety_identifier, body.metadata)
     try:
         call = await _prepare(server, request, body, adapter)
     except BaseException:
@@ -48,7 +51,7 @@ async def responses(server: Server, request: Request, body: ResponsesRequest) ->
         raise
     headers = {REQUEST_ID_HEADER: call.id}
     if body.stream:
-        return EventStream(_events(call), headers=headers, on_close=ticket.leave, named=True)
+        return EventStream(_events(call), headers=headers, on_close=ticket.leave, deadline_s=call.deadline_s)
     with ticket:
         (delta,) = await while_connected(request, collect(server, [call.job], call.deadline_s))
     return JsonResponse(_whole(call, delta), headers=headers)
@@ -90,7 +93,7 @@ def _structured(body: ResponsesRequest) -> StructuredSpec | None:
     wanted = None if body.text is None else body.text.format
     if isinstance(wanted, JsonObjectFormat):
         return StructuredSpec("json_object")
-    return json_spec("text", wanted.schema_) if isinstance(wanted, ResponsesJsonSchema) else None
+    return json_spec("text", wanted.schema_, wanted.strict) if isinstance(wanted, ResponsesJsonSchema) else None
 
 
 def _whole(call: ResponseCall, delta: Delta) -> dict[str, Any]:
@@ -137,6 +140,8 @@ def _response(
         "truncation": "disabled",
         "usage": None if end is None else _usage(end),
         "user": body.user,
+        "safety_identifier": body.safety_identifier,
+        "prompt_cache_key": body.prompt_cache_key,
         "metadata": body.metadata or {},
     }
 
@@ -184,13 +189,15 @@ async def _events(call: ResponseCall) -> AsyncGenerator[str, None]:
                     logprobs = call.names.content(delta.logprobs or [])
                     yield tell("response.output_text.delta", **place, delta=delta.text, logprobs=logprobs)
                 whole.add(delta)
-    except ApiError as error:
+        yield _ending(call, tell, place, whole)
+    except Exception as error:
         if not has_begun:
             raise
-        failure = {"code": "server_error", "message": error.message}
+        if not isinstance(error, ApiError):
+            log.exception("a stream failed")
+        message = error.message if isinstance(error, ApiError) else f"internal error: {type(error).__name__}"
+        failure = {"code": "server_error", "message": message}
         yield tell("response.failed", response=_response(call, "failed", [], None, failure))
-        return
-    yield _ending(call, tell, place, whole)
 
 
 def _beginning(call: ResponseCall, tell: _Numbered, place: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.errors import RequestError
+from tunesmith.serve.closed_schema import check_strict, closed
 from tunesmith.serve.errors import ApiError, bad_field, dumps
 from tunesmith.serve.schema.common import (
     JsonObjectFormat,
@@ -111,7 +112,7 @@ def structured_of(response_format: ResponseFormat | None, outputs: StructuredOut
         schema = response_format.json_schema.schema_
         if schema is None:
             raise bad_field("response_format", "response_format.json_schema.schema is missing")
-        return _json("response_format", schema)
+        return json_spec("response_format", schema, response_format.json_schema.strict)
     if outputs is None:
         return None
     said: list[tuple[str, Any]] = [
@@ -129,7 +130,9 @@ def structured_of(response_format: ResponseFormat | None, outputs: StructuredOut
 
 def _spec(name: str, value: Any) -> StructuredSpec:
     if name == "json":
-        return StructuredSpec("json_schema", value) if isinstance(value, str) else _json("structured_outputs", value)
+        return (
+            StructuredSpec("json_schema", value) if isinstance(value, str) else json_spec("structured_outputs", value)
+        )
     if name == "json_object":
         return StructuredSpec("json_object")
     if name == "choice" and not value:
@@ -137,12 +140,15 @@ def _spec(name: str, value: Any) -> StructuredSpec:
     return StructuredSpec(name, tuple(value) if name == "choice" else value)  # type: ignore[arg-type]
 
 
-def json_spec(param: str, schema: dict[str, Any]) -> StructuredSpec:
-    """A JSON schema. Raises: ApiError (400) for one that is no JSON."""
+def json_spec(param: str, schema: dict[str, Any], strict: bool | None = None) -> StructuredSpec:
+    """A JSON schema; a strict one names all properties that an object may have.
+
+    Raises: ApiError (400) for one that is no JSON, or that is strict and allows other properties.
+    """
     try:
+        if strict:
+            check_strict(schema, param)
+            schema = closed(schema)
         return StructuredSpec("json_schema", dumps(schema))
     except (ValueError, RecursionError) as error:
-        raise bad_field(param, f"{param}: the schema is no JSON: {error}") from None
-
-
-_json = json_spec
+        raise bad_field(param, f"{param}: the schema can't be used: {error}") from None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ class Server:
     is_draining: bool = False
     model_text: ServedText | None = None
     reloading: asyncio.Task[None] | None = None
+    has_adapters: bool = False
 
     @property
     def text(self) -> ServedText:
@@ -67,10 +69,15 @@ class Server:
         return int(self.engine.facts["max_model_len"])
 
     def adapter_of(self, model: str | None) -> str | None:
-        """The adapter that a request's model names; None is the base. Raises: ApiError (404) for an unknown name."""
+        """The adapter that a request's model names; None is the base.
+
+        Raises: ApiError: 404 for an unknown name; 503 while adapters are loaded.
+        """
         if model is None or model in self.options.names:
             return None
         if model in self.adapters:
+            if not self.has_adapters:
+                raise engine_down("the adapters are being loaded")
             return model
         known = [*self.options.names, *self.adapters]
         raise ApiError(
@@ -80,17 +87,34 @@ class Server:
             code="model_not_found",
         )
 
+    def check_ready(self) -> None:
+        """Raises: ApiError (503) unless requests are taken and answered: also while adapters are loaded or it hangs."""
+        if self.is_draining:
+            raise engine_down("the server is shutting down")
+        self.engine.check_up()
+        _ = self.text
+        if self.adapters and not self.has_adapters:
+            raise engine_down("the adapters are being loaded")
+        if not self.engine.is_healthy:
+            raise engine_down(f"the engine has got nowhere for {self.engine.pulse.silent_s():.1f} s")
+
     def settle(self) -> None:
         """The engine says how many answers it makes at a time, where nobody else has: the queue begins behind these."""
         running = int(self.engine.facts["max_num_seqs"])
         self.admission.max_places, self.admission.max_by_key = _places(self.options, running)
 
-    def enter(self, request: Request, num_answers: int, user: str | None) -> Ticket:
-        """Places for a request's answers. Raises: ApiError: 503 while there is no engine; 429 when all is full."""
+    def enter(
+        self, request: Request, num_answers: int, user: str | None, metadata: Mapping[str, str] | None = None
+    ) -> Ticket:
+        """Places for a request's answers. Raises: ApiError: 503 while there is no engine; 429 when all is full.
+
+        Args: `user`, `metadata`: what the client says of itself, for the request log.
+        """
         if self.is_draining:
             raise engine_down("the server is shutting down")
         self.engine.check_up()
-        log.debug("%s: %d answers for key %s, user %s", request.url.path, num_answers, key_of(request), user)
+        said = {"key": key_of(request), "answers": num_answers, "user": user, "metadata": metadata}
+        request.scope["state"]["said"] = {name: value for name, value in said.items() if value}
         return self.admission.enter(key_of(request), num_answers)
 
     def deadline_s(self, request: Request, asked_s: float | None) -> float:
@@ -107,6 +131,7 @@ def make_server(options: ServerOptions, engine: AsyncEngine) -> Server:
     server = Server(options, engine, metrics, Admission(*_places(options, engine.options.max_num_seqs or _USUAL_SEQS)))
     for name, path in options.adapters:
         server.adapters[name] = Adapter(path, server.created)
+    server.has_adapters = not server.adapters
     engine.on_restart = lambda: _reload(server)
     return server
 
@@ -120,6 +145,7 @@ def _places(options: ServerOptions, running: int) -> tuple[int, int]:
 
 def _reload(server: Server) -> None:
     """A new engine process has none of the adapters that the last one had."""
+    server.has_adapters = False
     server.reloading = asyncio.get_running_loop().create_task(load_adapters(server, is_strict=False))
 
 
@@ -134,8 +160,11 @@ async def load_adapters(server: Server, *, is_strict: bool = True) -> None:
         except ApiError as error:
             if is_strict:
                 raise
+            if error.status == 503:
+                return  # this engine is gone too; the next one is given them all
             log.error("the adapter %s can't be loaded again: %s", name, error.message)
             server.adapters.pop(name, None)
+    server.has_adapters = True
 
 
 async def load_text(server: Server) -> None:

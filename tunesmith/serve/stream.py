@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 DONE = "data: [DONE]\n\n"
 DIRECT_SEND = "direct_send"
+SLOW_READER_S = 5.0
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -40,7 +41,9 @@ class EventStream(Response):
     The headers wait for the first event, so what goes wrong before it has a status of its own; what goes wrong later
     is a data object with OpenAI's error. However it ends, the generator is closed and `on_close` is called.
 
-    Args: `named`: errors carry an `event:` line (the Responses interface).
+    Args:
+        deadline_s: the request's, on the event loop's clock: soon after it the connection of a client that reads too
+            slowly is ended, so that nobody holds a place for ever.
     """
 
     def __init__(
@@ -49,12 +52,12 @@ class EventStream(Response):
         *,
         headers: dict[str, str],
         on_close: Callable[[], None],
-        named: bool = False,
+        deadline_s: float,
     ) -> None:
         super().__init__(headers=headers)
         self.events = events
         self.on_close = on_close
-        self.named = named
+        self.deadline_s = deadline_s
         self._extra = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,9 +65,12 @@ class EventStream(Response):
         task = asyncio.create_task(self._send(scope, receive, send))
         gone = asyncio.create_task(_gone(receive))
         try:
-            await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+            left_s = self.deadline_s + SLOW_READER_S - asyncio.get_running_loop().time()
+            await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED, timeout=max(0.0, left_s))
             if task.done():
                 await task
+            elif not gone.done():
+                log.warning("a client did not read its stream in time: its connection is ended")
         finally:
             for other in (task, gone):
                 other.cancel()
@@ -86,16 +92,11 @@ class EventStream(Response):
                 async for text in self.events:
                     await _send_text(send, text)
             except ApiError as error:
-                await _send_text(send, self._error(error.body()))
+                await _send_text(send, event(error.body()) + DONE)
             except Exception as error:
                 log.exception("a stream failed")
-                await _send_text(send, self._error(error_body(500, f"internal error: {type(error).__name__}")))
+                await _send_text(send, event(error_body(500, f"internal error: {type(error).__name__}")) + DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    def _error(self, body: dict[str, Any]) -> str:
-        if self.named:
-            return named_event("error", {"type": "error", **body["error"], "sequence_number": 0})
-        return event(body) + DONE
 
 
 def named_event(name: str, content: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from tunesmith.errors import TokenizerError, TunesmithError
 from tunesmith.serve.errors import bad_field
+from tunesmith.serve.template_words import TemplateWords, dropped_message
 from tunesmith.serve.token_text import TokenTexts
 from tunesmith.serve.tools import answer_format
 from tunesmith.text.chat import render
@@ -47,6 +47,7 @@ class ServedText:
         self.system: str | None = facts.get("system")
         self.defaults = sampling_defaults(Path(facts["model"]))
         self.tokens = TokenTexts(self.tokenizer)
+        self.words = TemplateWords(self.tokenizer, self.template_arguments)
         self.vocab_size = self.tokenizer.vocab_size
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
 
@@ -55,10 +56,6 @@ class ServedText:
         if size <= _SHORT_CHARACTERS:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    def template_reads(self, name: str) -> bool:
-        """Whether the chat template has a word like that: a switch that it hasn't would be dropped in silence."""
-        return re.search(rf"\b{re.escape(name)}\b", self.tokenizer.chat_template or "") is not None
 
     def with_system(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """The messages, with the system message of the training data where there was one and these have none."""
@@ -72,15 +69,18 @@ class ServedText:
         """The conversation as the model reads it.
 
         Args: continues: go on with the last message, which is the assistant's, instead of beginning a new one.
-        Raises: ApiError (400) when the template refuses it, or there is none.
+        Raises: ApiError (400) when the template refuses it, leaves a message out, or there is none.
         """
-        messages = self.with_system(messages)
+        given, messages = messages, self.with_system(messages)
         arguments = {**self.template_arguments, **switches}
         begins = bool(arguments.pop("add_generation_prompt", True)) and not continues
         size = sum(len(str(message.get("content") or "")) for message in messages)
 
         def work() -> str:
             text = render(self.tokenizer, messages, add_generation_prompt=begins, **arguments)
+            if (dropped := dropped_message(given, text)) is not None:
+                role = given[dropped]["role"]
+                raise TokenizerError(f"this model's chat template leaves the {role}'s message {dropped} out: move it")
             return _without_end(text, messages[-1]) if continues else text
 
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from tunesmith.serve.conversation import check_switch, plain_messages
+from tunesmith.serve.conversation import check_switch, check_switches, plain_messages
 from tunesmith.serve.errors import JsonResponse, unsupported
 from tunesmith.serve.schema.tokens import DetokenizeRequest, TokenizeRequest
 from tunesmith.serve.state import Server
@@ -30,8 +30,7 @@ async def tokenize(server: Server, body: TokenizeRequest) -> Response:
 
 async def _chat_ids(server: Server, body: TokenizeRequest) -> list[int]:
     switches = dict(body.chat_template_kwargs or {})
-    for name in switches:
-        check_switch(server.text, name, "chat_template_kwargs")
+    check_switches(server.text, switches)
     if body.add_special_tokens:
         raise unsupported("add_special_tokens", "add_special_tokens: the template writes the special tokens itself")
     if body.tools:

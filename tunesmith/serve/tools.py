@@ -19,6 +19,8 @@ from typing import Any, Literal
 from tunesmith.engine.grammar_text import after_thoughts, answer_grammars, lark_until
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.errors import RequestError, nearest
+from tunesmith.serve.closed_schema import check_strict, closed
+from tunesmith.serve.template_words import template_variables
 from tunesmith.serve.tool_parsers import REASONINGS, AnswerParser, ReasoningSyntax
 from tunesmith.serve.tool_sections import SYNTAXES, ToolSyntax
 from tunesmith.text.tokenizer import Tokenizer
@@ -54,7 +56,7 @@ def answer_format(tokenizer: Tokenizer, *, tool_parser: str = "auto", reasoning_
     return AnswerFormat(
         tools=_named(tool_parser, SYNTAXES, _tool_syntax(template), "--tool-call-parser"),
         reasoning=_named(reasoning_parser, REASONINGS, _reasoning_syntax(template), "--reasoning-parser"),
-        has_tools=re.search(r"\btools\b", template) is not None,
+        has_tools="tools" in template_variables(template),
     )
 
 
@@ -310,8 +312,14 @@ def _call_rule(name: str, arguments: str, syntax: ToolSyntax, tokenizer: Tokeniz
 
 
 def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The tool's own schema; without one there are no arguments."""
-    schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+    """The tool's own schema, with no other keys than it names; without one there are no arguments.
+
+    Raises: RequestError for a strict tool that allows others.
+    """
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    if function.get("strict"):
+        check_strict(schema, f"tools: the parameters of {function['name']}")
+    schema = closed(schema)
     options = {"whitespace_pattern": "[ ]?", "lenient": not function.get("strict")}
     return {**schema, "x-guidance": options}
 

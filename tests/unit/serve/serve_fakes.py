@@ -216,6 +216,7 @@ class Served:
     fakes: list[FakeEngine]
     links: list[ThreadLink]
     app: Any
+    failures: list[Exception]
 
     @property
     def fake(self) -> FakeEngine:
@@ -227,7 +228,7 @@ class Served:
     async def chat(self, text: str = "Hi", **body: Any) -> httpx.Response:
         return await self.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], **body)
 
-    async def until(self, condition: Any, timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Any, timeout_s: float = 30.0) -> None:
         """Wait until something is true."""
         async with asyncio.timeout(timeout_s):
             while not condition():
@@ -242,10 +243,11 @@ async def served(
     """A server that is ready."""
     fakes: list[FakeEngine] = []
     links: list[ThreadLink] = []
+    failures = [] if failure is None else [failure]
 
     def launch() -> ThreadLink:
         fakes.append(FakeEngine(says, step_s))
-        links.append(ThreadLink(fakes[-1], failure))
+        links.append(ThreadLink(fakes[-1], failures[-1] if failures else None))
         return links[-1]
 
     engine = AsyncEngine(
@@ -259,7 +261,7 @@ async def served(
         await load_text(server)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield Served(client, server, fakes, links, app)
+            yield Served(client, server, fakes, links, app, failures)
     finally:
         await engine.stop()
 

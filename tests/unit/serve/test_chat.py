@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from serve_fakes import END, SAYS, Served, data_objects, error_of, in_server, tokenizer
@@ -267,6 +268,42 @@ async def test_an_error_in_the_middle_of_a_stream_is_a_data_object(one: Served) 
     assert chunks[-1] == "[DONE]" and chunks[0]["choices"][0]["delta"]["role"] == "assistant"
     assert chunks[-2]["error"]["type"] == "server_error" and "not numbers" in chunks[-2]["error"]["message"]
     assert error_of(await one.chat("refuse me", stream=True), 400)
+
+
+@in_server(access_log=True)
+async def test_what_clients_say_of_themselves_is_logged(one: Served) -> None:
+    """In one line each, whatever they say; a path or a user with a line break wrote lines of its own."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("tunesmith.serve.app")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        await one.chat(safety_identifier="me\nFAKE", metadata={"team": "a"}, prompt_cache_key="k")
+        await one.client.get("/x%0aFAKE")
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    assert "'user': 'me\\nFAKE'" in said[0] and "'team': 'a'" in said[0] and "/x\\nFAKE" in said[1]
+    assert not any("\n" in line for line in said)
+    assert error_of(await one.chat(user="a", safety_identifier="b"), 400)["param"] == "safety_identifier"
+    assert error_of(await one.chat(metadata={"a": 1}), 400)["param"] == "metadata.a"
+
+
+@in_server()
+async def test_strict_schemas_are_closed(one: Served) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+    async def ask(strict: bool | None, more: dict[str, Any]) -> Any:
+        wanted = {"name": "x", "strict": strict, "schema": {**schema, **more}}
+        return await one.chat(response_format={"type": "json_schema", "json_schema": wanted})
+
+    for strict, more in ((True, {}), (True, {"additionalProperties": False}), (None, {})):
+        assert (await ask(strict, more)).status_code == 200
+    made = [json.loads(s["params"].structured.value) for s in one.fake.submitted]
+    assert [schema.get("additionalProperties") for schema in made] == [False, False, None]
+    assert error_of(await ask(True, {"additionalProperties": True}), 400)["param"] == "response_format"
 
 
 @in_server()

@@ -103,6 +103,17 @@ async def test_an_engine_that_hangs_is_unhealthy_then_started_again(one: Served)
 
 
 @in_server()
+async def test_an_engine_that_can_t_be_loaded_again_says_why(one: Served) -> None:
+    """Its exit code was told in place of its words."""
+    one.failures.append(MemoryError("too little of it"))
+    one.links[0].kill()
+    await one.until(lambda: "too little" in (one.server.engine.trouble or ""))
+    assert "too little" in error_of(await one.client.get("/ready"), 503)["message"]
+    one.failures.clear()
+    await one.until(lambda: one.server.engine.status == "ready")
+
+
+@in_server()
 async def test_a_step_that_breaks_fails_its_requests_and_a_second_one_ends_the_process(one: Served) -> None:
     one.fake.breaks = True
     assert "step" in error_of(await one.chat(), 500)["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from serve_fakes import Served, data_objects, error_of, in_server
 
 from tunesmith.errors import RequestError
+from tunesmith.serve import stream as stream_module
 from tunesmith.serve.auth import check_address, read_keys
 from tunesmith.serve.limits import is_too_deep
 
@@ -132,7 +134,7 @@ async def test_a_key_has_a_share_of_the_places(one: Served) -> None:
     await asyncio.gather(*tasks)
 
 
-@in_server(step_s=0.05, max_timeout_s=1.5)
+@in_server(step_s=0.15, max_timeout_s=1.5)
 async def test_time_is_limited_by_field_header_and_server(one: Served) -> None:
     assert error_of(await one.chat(timeout=0.1), 408)["code"] == "timeout"
     # Long enough for a first piece on a busy machine: without one the answer is a 408, no stream.
@@ -211,6 +213,50 @@ async def test_other_origins_only_where_they_are_named(one: Served) -> None:
 
 
 @in_server()
-async def test_no_origin_is_allowed_by_default(one: Served) -> None:
-    response = await one.client.get("/version", headers={"Origin": "https://page.example"})
-    assert "access-control-allow-origin" not in response.headers
+async def test_no_foreign_origin_is_allowed_by_default(one: Served) -> None:
+    """A page that gives itself this machine's address (DNS rebinding) was answered like any program."""
+    for origin in ("https://page.example", "null", "http://localhost.page.example", "http://[", "http://127.0.0.1@x"):
+        response = await one.client.get("/version", headers={"Origin": origin})
+        assert error_of(response, 403)["code"] == "origin_not_allowed"
+        assert "access-control-allow-origin" not in response.headers
+    for origin in ("http://localhost:3000", "http://127.0.0.1", "http://[::1]:8000"):
+        assert (await one.client.get("/version", headers={"Origin": origin})).status_code == 200
+    assert (await one.client.get("/health", headers={"Origin": "https://page.example"})).status_code == 200
+
+
+@in_server(api_keys=KEYS)
+async def test_with_a_key_the_origin_does_not_matter(one: Served) -> None:
+    headers = {"Origin": "https://page.example", **bearer("first-key")}
+    assert (await one.client.get("/version", headers=headers)).status_code == 200
+
+
+@in_server()
+async def test_compressed_bodies_are_refused_as_what_they_are(one: Served) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = await one.client.post("/tokenize", content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
+    assert "Content-Encoding" in error_of(response, 415)["message"]
+
+
+@in_server()
+async def test_a_client_that_does_not_read_holds_no_place_for_ever(one: Served) -> None:
+    """Its stream waited in `send`, where no deadline reached it."""
+    never = asyncio.Event()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await never.wait()
+
+    async def receive() -> Any:
+        return await asyncio.shield(asyncio.Event().wait())
+
+    async def events() -> Any:
+        yield "data: 1\n\n"
+
+    left: list[bool] = []
+    loop = asyncio.get_running_loop()
+    begin_s = loop.time()
+    deadline_s = begin_s - stream_module.SLOW_READER_S + 0.1
+    stream = stream_module.EventStream(events(), headers={}, on_close=lambda: left.append(True), deadline_s=deadline_s)
+    async with asyncio.timeout(10):
+        await stream({"type": "http"}, receive, send)
+    assert left == [True] and loop.time() - begin_s < 5

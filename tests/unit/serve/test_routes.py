@@ -9,6 +9,8 @@ from typing import Any
 
 from serve_fakes import END, SAYS, Served, data_objects, error_of, in_server, tokenizer
 
+from tunesmith.serve.state import load_adapters
+
 
 @in_server()
 async def test_a_completion_of_a_text_and_of_ids(one: Served) -> None:
@@ -66,6 +68,26 @@ async def test_a_completion_as_it_comes(one: Served) -> None:
     assert sum(len(part["logprobs"]["tokens"]) for part in parts) == len(tokenizer().encode(SAYS)) + 1
     echoed = data_objects(await one.post("/v1/completions", prompt="Once", echo=True, stream=True, max_tokens=1))
     assert echoed[0]["choices"][0]["text"].startswith("Once")
+
+
+@in_server()
+async def test_offsets_are_places_in_the_text(one: Served) -> None:
+    """Each part of a character counted as one, and so did every letter of a control token that is not shown."""
+    prompt = "<|im_end|>a 😀é b"
+    ids = tokenizer().encode(prompt, parse_special=True)
+    choice = (await one.post("/v1/completions", prompt=ids, echo=True, logprobs=0, max_tokens=9)).json()["choices"][0]
+    found, text = choice["logprobs"], choice["text"]
+    assert text.startswith("a 😀é bThe answer") and found["text_offset"][0] == found["text_offset"][1] == 0
+    places = dict(zip(found["tokens"], found["text_offset"], strict=True))
+    assert places[" answer"] == text.index(" answer") and places["The"] == text.index("The")
+    shown = (await one.post("/v1/completions", prompt=ids, echo=True, logprobs=0, skip_special_tokens=False)).json()
+    offsets, text = shown["choices"][0]["logprobs"]["text_offset"], shown["choices"][0]["text"]
+    assert text.startswith(prompt) and offsets[1] == len("<|im_end|>")
+    body = {"prompt": ids, "logprobs": 0, "max_tokens": 99}
+    whole = (await one.post("/v1/completions", **body)).json()["choices"][0]["logprobs"]["text_offset"]
+    chunks = data_objects(await one.post("/v1/completions", **body, stream=True))[:-1]
+    assert [at for chunk in chunks for at in chunk["choices"][0]["logprobs"]["text_offset"]] == whole
+    assert whole[-1] == len(SAYS)
 
 
 @in_server()
@@ -213,6 +235,23 @@ async def test_adapters_are_not_loaded_unless_that_is_allowed(one: Served) -> No
     assert error_of(await one.post("/v1/unload_lora_adapter", lora_name="mine"), 403)
 
 
+@in_server(adapters=(("mine", "/somewhere"),))
+async def test_nothing_says_that_it_is_ready_before_requests_are_answered(one: Served) -> None:
+    """/v1/models listed a model that was still loading, and /ready forgot the adapters: scripts wait for both."""
+    assert "adapters" in error_of(await one.client.get("/ready"), 503)["message"]
+    assert error_of(await one.chat(model="mine"), 503) and (await one.chat()).status_code == 200
+    await load_adapters(one.server)
+    assert (await one.client.get("/ready")).status_code == 200 and (await one.chat(model="mine")).status_code == 200
+    for status in ("starting", "restarting"):
+        one.server.engine.status = status
+        for path in ("/v1/models", "/v1/models/tiny", "/ready", "/health"):
+            response = await one.client.get(path)
+            assert error_of(response, 503) and int(response.headers["retry-after"]) >= 1
+    one.server.engine.status = "ready"
+    one.server.engine.stall_s = -1.0
+    assert error_of(await one.client.get("/ready"), 503)
+
+
 @in_server(metrics_prefix="vllm")
 async def test_health_version_and_metrics(one: Served) -> None:
     for path in ("/health", "/ready"):
@@ -220,7 +259,8 @@ async def test_health_version_and_metrics(one: Served) -> None:
     assert set((await one.client.get("/version")).json()) == {"version"}
     await one.chat()
     await one.chat(stream=True)
-    await one.until(lambda: one.server.engine.pulse.stats.get("prompt_tokens") == 2)
+    stats = one.server.engine.pulse
+    await one.until(lambda: stats.stats.get("prompt_tokens") == 2 and not stats.stats["num_running"])
     text = (await one.client.get("/metrics")).text
     labels = '{engine="0",model_name="tiny"}'
     assert f"vllm:prompt_tokens_total{labels} 2.0" in text and f"vllm:num_requests_running{labels} 0.0" in text

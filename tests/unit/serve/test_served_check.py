@@ -11,6 +11,8 @@ import torch
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.checkpoint.save import save_decoder
+from tunesmith.engine.grammar_compile import RequestGrammars
+from tunesmith.engine.request import StructuredSpec
 from tunesmith.errors import VerificationError
 from tunesmith.recipe.schema import DataSection, MethodSection, ModelSection, Recipe
 from tunesmith.rundir.layout import RunDir, create_run
@@ -61,4 +63,6 @@ def test_another_template_is_refused_reported_or_not_looked_at(run: RunDir, tmp_
 def test_the_check_leaves_no_trace_in_the_engine(run: RunDir) -> None:
     model = load_model(EngineOptions(model=str(run.path), device="cpu", max_model_len=256), lambda _: None)
     stats = model.engine.stats()
+    assert isinstance(grammars := model.llm.engine.grammars, RequestGrammars)
+    assert StructuredSpec("json_object") in grammars.compiler._cache  # what grammars need is got ready before a request
     assert stats.prompt_tokens == stats.num_finished == stats.pages_used == 0

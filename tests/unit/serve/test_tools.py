@@ -137,6 +137,30 @@ def test_auto_with_a_strict_tool_leaves_text_free_and_holds_calls_to_their_schem
     assert not takes(calls[syntax].replace("{}", '{"zone": 1}'))
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "open"}}])
+def test_a_forced_call_has_the_keys_that_its_schema_names_and_no_others(choice: Any) -> None:
+    """Without additionalProperties: false the model could add keys of its own, at every depth."""
+    at = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    schema = {"type": "object", "properties": {"at": at, "tags": {"type": "object", "additionalProperties": {}}}}
+
+    def takes(parameters: dict[str, Any], arguments: str) -> bool:
+        tool = {"type": "function", "function": {"name": "open", "parameters": parameters}}
+        answers = AnswerFormat(SYNTAXES["hermes"], None, has_tools=True)
+        plan = plan_answer(answers, tiny(), "", tools=[tool], tool_choice=choice)
+        assert plan.structured is not None
+        state = compiler().compile(plan.structured).state()
+        text = f'<tool_call>\n{{"name": "open", "arguments": {arguments}}}\n</tool_call>'
+        return all(state.accept(token) for token in tiny().encode(text)) and state.may_end
+
+    assert takes(schema, '{"at": {"x": 1}, "tags": {"any": 1}}')
+    assert not takes(schema, '{"at": {"x": 1}, "more": 1}') and not takes(schema, '{"at": {"x": 1, "y": 2}}')
+    assert takes({**schema, "additionalProperties": True}, '{"at": {"x": 1}, "more": 1}')
+    strict = {"name": "open", "parameters": {**schema, "additionalProperties": True}, "strict": True}
+    with pytest.raises(RequestError, match="additionalProperties can only be false"):
+        tool = {"type": "function", "function": strict}
+        plan_answer(AnswerFormat(SYNTAXES["hermes"], None, True), tiny(), "", tools=[tool], tool_choice=choice)
+
+
 def test_auto_with_a_response_format_is_a_call_or_the_format() -> None:
     answers = AnswerFormat(SYNTAXES["hermes"], None, True)
     plan = plan_answer(answers, tiny(), "", tools=TOOLS, structured=StructuredSpec("choice", ("yes", "no")))

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunesmith.serve.errors import bad_field, unsupported
-from tunesmith.serve.schema.common import OFF, WHOLE, Body, Name, Sampling, Strict, Text
+from tunesmith.serve.schema.common import OFF, WHOLE, Body, Metadata, Name, Sampling, Strict, Text, User
 
 
 class TextPart(Body):
@@ -127,9 +127,9 @@ class ChatRequest(Sampling):
 
     only: ClassVar = {
         **Sampling.only,
-        "audio": OFF, "function_call": OFF, "functions": OFF, "metadata": OFF, "modalities": (None, ["text"]),
-        "moderation": OFF, "prediction": OFF, "prompt_cache_key": OFF, "prompt_cache_options": OFF,
-        "prompt_cache_retention": OFF, "safety_identifier": OFF, "service_tier": (None, "auto", "default"),
+        "audio": OFF, "function_call": OFF, "functions": OFF, "modalities": (None, ["text"]),
+        "moderation": OFF, "prediction": OFF, "prompt_cache_options": OFF,
+        "prompt_cache_retention": (None, "in_memory"), "service_tier": (None, "auto", "default"),
         "store": (None, False), "verbosity": OFF, "web_search_options": OFF, "echo": (None, False),
         "chat_template": OFF, "mm_processor_kwargs": OFF, "include_reasoning": (None, True),
     }  # fmt: skip
@@ -147,6 +147,9 @@ class ChatRequest(Sampling):
     add_special_tokens: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    metadata: Metadata | None = Field(None, description="shown in the server's request log")
+    safety_identifier: User | None = Field(None, description="the newer name of user")
+    prompt_cache_key: User | None = Field(None, description="all requests share one prefix cache, whatever their keys")
 
     @model_validator(mode="after")
     def _is_whole(self) -> ChatRequest:
@@ -161,6 +164,8 @@ class ChatRequest(Sampling):
             raise bad_field("continue_final_message", "continue_final_message goes without add_generation_prompt")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise bad_field("tool_choice", "tool_choice goes with tools")
+        if self.user is not None and self.safety_identifier not in (None, self.user):
+            raise unsupported("safety_identifier", "safety_identifier is the newer name of user: give one of them")
         return self
 
     @property

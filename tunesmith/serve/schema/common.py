@@ -34,6 +34,12 @@ _ABSENT = object()
 OFF: tuple[Any, ...] = (None,)
 
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+User = Annotated[str, Field(max_length=512)]
+
+
 class Strict(BaseModel):
     """No conversions ("1" is no number), no NaN, no unknown fields."""
 
@@ -178,7 +184,7 @@ class Sampling(Body):
     cache_salt: Name | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")] | None = None
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="seconds; as the header X-Request-Timeout")
-    user: Annotated[str, Field(max_length=512)] | None = Field(None, description="shown in the server's request log")
+    user: User | None = Field(None, description="shown in the server's request log")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Sampling:

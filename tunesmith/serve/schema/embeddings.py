@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tunesmith.serve.schema.common import WHOLE, Body, Name
+from tunesmith.serve.schema.common import WHOLE, Body, Name, User
 from tunesmith.serve.schema.completions import Prompts
 
 
@@ -19,7 +19,7 @@ class EmbeddingRequest(Body):
     dimensions: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = Field(
         None, description="only the model's own hidden size"
     )
-    user: Annotated[str, Field(max_length=512)] | None = None
+    user: User | None = Field(None, description="shown in the server's request log")
     timeout: Annotated[float, Field(gt=0)] | None = None
 
     def inputs(self) -> list[str | list[int]]:

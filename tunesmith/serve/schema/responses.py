@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tunesmith.serve.errors import unsupported
-from tunesmith.serve.schema.common import OFF, WHOLE, Body, JsonObjectFormat, Name, Text, TextFormat
+from tunesmith.serve.schema.common import OFF, WHOLE, Body, JsonObjectFormat, Metadata, Name, Text, TextFormat, User
 
 
 class InputText(Body):
@@ -52,8 +52,8 @@ class ResponsesRequest(Body):
     only: ClassVar = {
         "background": (None, False), "background_options": OFF, "context_management": OFF, "conversation": OFF,
         "access_programs": OFF, "image": OFF, "max_tool_calls": OFF, "moderation": OFF, "previous_response_id": OFF,
-        "prompt": OFF, "prompt_cache_key": OFF, "prompt_cache_options": OFF, "prompt_cache_retention": OFF,
-        "reasoning": OFF, "safety_identifier": OFF, "service_tier": (None, "auto", "default"),
+        "prompt": OFF, "prompt_cache_options": OFF, "prompt_cache_retention": (None, "in_memory"), "reasoning": OFF,
+        "service_tier": (None, "auto", "default"),
         "store": (None, False), "stream_options": OFF, "tools": (None, []), "tool_choice": (None, "none", "auto"),
         "truncation": (None, "disabled"),
     }  # fmt: skip
@@ -68,13 +68,17 @@ class ResponsesRequest(Body):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     stream: bool | None = None
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
+    metadata: Metadata | None = None
+    safety_identifier: User | None = Field(None, description="the newer name of user")
+    prompt_cache_key: User | None = Field(None, description="all requests share one prefix cache, whatever their keys")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
+    user: User | None = Field(None, description="shown in the server's request log")
     timeout: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> ResponsesRequest:
         if self.top_logprobs is not None and "message.output_text.logprobs" not in (self.include or []):
             raise unsupported("top_logprobs", "top_logprobs goes with include: ['message.output_text.logprobs']")
+        if self.user is not None and self.safety_identifier not in (None, self.user):
+            raise unsupported("safety_identifier", "safety_identifier is the newer name of user: give one of them")
         return self
