@@ -27,6 +27,8 @@ MOST_NOISE = 23.0
 """No noise is larger: -log of the least exponential value, 2^-33, and a little."""
 MOST_SHARE = 0.125
 """Of a vocabulary: where more tokens can win, words for all cost less than for each of them alone."""
+SMALL = 2**16
+"""Where rows have so many logits together, all get noise: that is cheaper than finding out which can win."""
 WORD_SLACK = 1.00001
 """More than rounding can make of the largest word that can win."""
 _MULTIPLIERS = np.array([[0xCD9E8D57], [0xD2511F53]], dtype=np.uint64)
@@ -63,6 +65,8 @@ class _Rows:
 
     def choose(self, thresholds_B: Tensor | None) -> Places:
         """The token of each row."""
+        if self.logits.numel() <= SMALL:
+            return self._best_of_all(thresholds_B)
         if thresholds_B is not None and bool(thresholds_B.isfinite().all()):
             return self._best(*self._at_least(thresholds_B))[0]
         highest = self.logits.amax(-1)
@@ -77,6 +81,19 @@ class _Rows:
             reach = (highest / self.temperatures - best).double().exp_() * 2.0**32 * WORD_SLACK + 1
             rows, tokens = self._with_small_words(reach.tolist(), limit)
         return self._best(rows, tokens)[0]
+
+    def _best_of_all(self, thresholds_B: Tensor | None) -> Places:
+        """The token of each row, every logit with its noise."""
+        num, vocab_size = self.logits.shape
+        columns = np.tile(np.arange(self.strip, dtype=np.uint64), num)
+        words = words_of(columns, self.positions.repeat(self.strip), self.seeds.repeat(self.strip))
+        word = torch.from_numpy(words.view(np.int64)).view(4, num, self.strip).transpose(0, 1)
+        noise = exponential(word).log_().reshape(num, -1)[:, :vocab_size]
+        scores = (self.logits / self.temperatures[:, None]).sub_(noise)
+        if thresholds_B is not None:
+            scores.masked_fill_(self.logits < thresholds_B[:, None], -torch.inf)
+        tokens: Places = scores.argmax(-1).numpy()
+        return tokens
 
     def _at_least(self, limit_B: Tensor) -> tuple[Places, Places]:
         """Rows and tokens of the logits that are at least this, in order; at least one of every row."""
@@ -110,9 +127,10 @@ class _Rows:
 def words_of(columns: Words, positions: Words, seeds: Words) -> Words:
     """Words [4, C] as `philox` gives them of the counters (columns, positions, SITE, 0): two of its lanes at once."""
     num = len(columns)
-    lanes, others, products = (np.empty((2, num), dtype=np.uint64) for _ in range(3))
+    lanes, others, products = np.empty((3, 2, num), dtype=np.uint64)
     lanes[0], lanes[1], others[0], others[1] = columns, SITE, positions, 0
-    keys = np.stack((seeds & _MASK, seeds >> _HALF))
+    keys = np.empty((2, len(seeds)), dtype=np.uint64)
+    keys[0], keys[1] = seeds & _MASK, seeds >> _HALF
     for _ in range(ROUNDS):
         np.multiply(lanes[::-1], _MULTIPLIERS, out=products)
         np.right_shift(products, _HALF, out=lanes)
@@ -120,7 +138,9 @@ def words_of(columns: Words, positions: Words, seeds: Words) -> Words:
         np.bitwise_xor(lanes, keys, out=lanes)
         np.bitwise_and(products, _MASK, out=others)
         keys = (keys + _WEYL) & _MASK
-    return np.stack((lanes[0], others[0], lanes[1], others[1]))
+    words = np.empty((4, num), dtype=np.uint64)
+    words[0::2], words[1::2] = lanes, others
+    return words
 
 
 def largest(

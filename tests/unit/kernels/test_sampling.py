@@ -138,7 +138,7 @@ def test_thresholds_keep_what_the_definitions_keep(
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
 def test_wide_vocabularies_on_a_cpu_draw_what_the_reference_draws(scale: float) -> None:
-    """Where only some tokens can win, and where nearly all can."""
+    """Where only some tokens can win, and where nearly all can; of few rows, which all get noise, too."""
     num, generator = 40, torch.Generator().manual_seed(0)
     logits = torch.randn(num, 5000, generator=generator) * scale
     logits[3, 7], logits[4, 9], logits[5] = math.nan, -math.inf, -math.inf
@@ -150,6 +150,9 @@ def test_wide_vocabularies_on_a_cpu_draw_what_the_reference_draws(scale: float) 
         assert torch.equal(found, expected)
         assert torch.equal(*lasts)
         assert found[[3, 5]].tolist() == [BROKEN] * 2
+        few, limits = slots[2:9], None if thresholds is None else thresholds[2:9]
+        alone = sampling.choose(logits[2:9], temperatures, slots * 3, few, few + 7, lasts[0], limits)
+        assert torch.equal(alone, expected[2:9])
 
 
 def test_words_of_a_cpu_are_the_generators() -> None:
