@@ -63,14 +63,14 @@ def chat(
     top_p: Annotated[float, typer.Option(help="keep the likeliest tokens up to this share")] = 0.9,
     top_k: Annotated[int, typer.Option(help="keep the k likeliest tokens; 0: all")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="above 1: say less again")] = 1.0,
-    max_tokens: Annotated[int | None, typer.Option(help="longest answer in tokens")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="longest answer in tokens; by default 512")] = None,
     seed: Annotated[
         int | None, typer.Option(help="makes sampled answers reproducible; each question adds 1 to it")
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="nf4, nf4-double or fp8")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="context in tokens")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="context in tokens; by default the model's")] = None,
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /quit leaves; from a pipe every line is a turn."""
     if mode not in MODES:

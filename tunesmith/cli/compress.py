@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli import console
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, RunDirError
 
 if TYPE_CHECKING:
     from tunesmith.compress.quantize import CompressReport
@@ -53,6 +54,7 @@ def compress(
     """
     from tunesmith.compress.quantize import compress_to_directory
 
+    _refuse_run(model)
     documents, held_out = None, None
     if calibration_text is not None:
         documents, held_out = _documents(calibration_text, model, revision, calibration_tokens)
@@ -71,6 +73,21 @@ def compress(
     )
     _show(report)
     console.emit(asdict(report))
+
+
+def _refuse_run(model: str) -> None:
+    """Raises: RunDirError for a run directory, naming what of it can be compressed."""
+    from tunesmith.rundir.layout import is_run
+
+    path = Path(model).expanduser()
+    if not is_run(path):
+        return
+    if (path / "final" / "config.json").is_file():
+        raise RunDirError(f"{model} is a run: name the model that came out of it: {path / 'final'}")
+    raise RunDirError(
+        f"{model} is a run, and an adapter alone can't be compressed: first make one model of it and its base: "
+        f"tunesmith merge {shlex.quote(model)} --output DIR"
+    )
 
 
 def _documents(path: Path, model: str, revision: str | None, limit: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -30,7 +30,9 @@ def evaluate_model(
     data: Annotated[
         list[str] | None, typer.Option(help="text or conversations for perplexity (may be repeated)")
     ] = None,
-    questions: Annotated[str | None, typer.Option(help="rows with question (or messages, prompt) and answer")] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="a JSONL, JSON or CSV file: rows with question (or messages, prompt) and answer")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="an adapter directory, put on top of the model")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="so many rows and questions at most")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="longest answer in tokens")] = 256,

@@ -43,9 +43,9 @@ def launch(
         bool, typer.Option("--per-process", help="slurm: a task for each process, started by srun; no restarts")
     ] = False,
     time: Annotated[str | None, typer.Option(help="slurm: the limit, as 12:00:00")] = None,
-    partition: Annotated[str | None, typer.Option(help="slurm")] = None,
-    account: Annotated[str | None, typer.Option(help="slurm")] = None,
-    qos: Annotated[str | None, typer.Option(help="slurm")] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: the queue to wait in")] = None,
+    account: Annotated[str | None, typer.Option(help="slurm: whom the hours are charged to")] = None,
+    qos: Annotated[str | None, typer.Option(help="slurm: the quality of service")] = None,
     constraint: Annotated[str | None, typer.Option(help="slurm: features that the nodes must have")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="slurm: cores of each task")] = None,
     mem: Annotated[str | None, typer.Option(help="slurm: memory of each node, as 200G")] = None,

@@ -121,14 +121,18 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
 
 
 def configure_logging() -> None:
-    """The only place where logging is set up: warnings and tunesmith's own news go to stderr through rich."""
+    """The only place where logging is set up: warnings and tunesmith's own news, with --debug more, go to stderr."""
     import logging
 
-    from rich.logging import RichHandler
+    handler: logging.Handler
+    if console.is_debug():
+        from rich.logging import RichHandler
 
-    handler = RichHandler(
-        console=console.err, show_time=console.is_debug(), show_level=True, show_path=console.is_debug(), markup=False
-    )
+        handler = RichHandler(console=console.err, markup=False)
+    else:
+        from tunesmith.cli.log_lines import LogLines
+
+        handler = LogLines()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("tunesmith").setLevel(logging.DEBUG if console.is_debug() else logging.INFO)
 

@@ -74,8 +74,11 @@ def merge(
     )
     show(report)
     if dtype is None and report.dtype != "float32":
-        reason = f"Stored in {report.dtype} because the base's files are; what training computed in is not asked."
-        console.err.print(f"{reason} --dtype float32 keeps every digit, in twice the space.", markup=False)
+        console.err.print(
+            f"Stored in {report.dtype}, as the base's files are, whatever training computed in; "
+            f"--dtype float32 keeps every digit, in twice the space.",
+            markup=False,
+        )
     console.emit(asdict(report))
 
 
@@ -97,7 +100,7 @@ def show(report: MergeReport) -> None:
     from rich.table import Table
 
     table = Table(box=None)
-    for column in ("step", "KL, nats/token", "mean |logit|", "max |logit|", "same best token"):
+    for column in ("step", "KL, nats/token", "mean logit change", "largest", "same best token"):
         table.add_column(column, no_wrap=True)
     for hop in report.hops:
         d = hop.divergence

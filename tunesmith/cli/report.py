@@ -29,6 +29,6 @@ def report(
     console.err.print(f"[bold]{escape(files.headline)}[/bold]")
     for sentence in files.sentences:
         console.err.print(f"  {escape(sentence)}")
-    console.err.print(f"Written, with the same as {files.markdown.name} beside it; open it in a browser:", markup=False)
+    console.err.print(f"Written (and as Markdown beside it, {files.markdown.name}). Open in a browser:", markup=False)
     console.out.print(str(files.html), markup=False)
     console.emit({"html": files.html, "markdown": files.markdown, "verdict": files.headline})

@@ -50,6 +50,8 @@ def train(
 ) -> int:
     """Fine-tune or pre-train a model as a recipe says.
 
+    All other settings (epochs, learning rate, ...) are keys of the recipe, for --set: tunesmith recipe schema.
+
     Exit codes: 0 done, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
     """
     from tunesmith.rundir.layout import is_run

@@ -78,7 +78,7 @@ def _section(section: Section, words: Words) -> list[str]:
 
 def _training(training: Training, words: Words) -> list[str]:
     facts = "\n".join(f"- {_escape(name)}: {_escape(text)}" for name, text in training.facts)
-    parts = [f"## {words('training_run')}: {_escape(training.run.name)}", facts]
+    parts = [f"## {_escape(words('training_run_of', name=training.run.name))}", facts]
     return [*parts, f"{words('run_command')}: {_code(training.command)}"] if training.command else parts
 
 

@@ -147,7 +147,7 @@ def train_plot(run: Run, words: Words, key: str) -> str | None:
         clean = [(int(step), loss) for step, loss in points if step is not None and loss is not None]
         if clean:
             curves.append((colour_of(index * 3), words(name), clean))
-    return _curves(curves, words, key, title=f"{words('training_run')}: {run.name}", width=WIDE)
+    return _curves(curves, words, key, title=words("training_run_of", name=run.name), width=WIDE)
 
 
 Curve = tuple[str, str, list[tuple[int, float]]]

@@ -29,6 +29,18 @@ def test_a_model_is_compressed_and_answers(tmp_path: Path, data_dir: Path, capsy
     assert tunesmith.__version__
 
 
+def test_a_run_is_led_to_what_of_it_can_be_compressed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was "has no config.json: name a Hugging Face model directory"."""
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    arguments = ["compress", str(tmp_path / "run"), "--output", str(tmp_path / "x")]
+    assert run(arguments) == 2
+    assert f"tunesmith merge {tmp_path / 'run'} --output DIR" in capsys.readouterr().err
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    assert run(arguments) == 2
+    assert f"name the model that came out of it: {tmp_path / 'run' / 'final'}" in capsys.readouterr().err
+
+
 def test_a_misspelt_format_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compress", "builtin:tiny", "--output", str(tmp_path / "x"), "--format", "int4-g46"]) == 2
     assert "did you mean 'int4-g64'" in capsys.readouterr().err

@@ -199,13 +199,15 @@ def test_a_verbs_help_tells_of_the_global_flags(
 def test_logs_go_to_stderr_and_debug_shows_more(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     def speak() -> None:
         logging.getLogger("tunesmith.somewhere").info("news [1/2]")
+        logging.getLogger("another").warning("careful: %s", "long " * 40)
         logging.getLogger("tunesmith.somewhere").debug("detail")
         logging.getLogger("another").info("noise")
 
     verb(speak)
     assert main.run(["try"]) == 0
     captured = capsys.readouterr()
-    assert "news [1/2]" in captured.err
+    # They were padded and broken at 80 characters, in the middle of paths, with "INFO" before each.
+    assert captured.err == f"news [1/2]\nwarning: careful: {'long ' * 40}\n"
     assert "detail" not in captured.err
     assert "noise" not in captured.err
     assert captured.out == ""

@@ -56,7 +56,7 @@ def test_a_dtype_that_nobody_asked_for_has_its_reason(
     apply_method(model, MethodSection(kind="lora", rank=4), seed=0)
     save_adapter(model, tmp_path / "run" / "final", base)
     assert run(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    assert "Stored in bfloat16 because the base's files are" in capsys.readouterr().err
+    assert "Stored in bfloat16, as the base's files are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,4 +21,4 @@ def test_where_the_page_is_and_what_to_do_with_it(tmp_path: Path, capsys: pytest
     out, err = capsys.readouterr()
     assert out == f"{run.path}/report.html\n"
     assert "training loss 1.500 after 2 steps" in err
-    assert err.splitlines()[-1] == "Written, with the same as report.md beside it; open it in a browser:"
+    assert err.splitlines()[-1] == "Written (and as Markdown beside it, report.md). Open in a browser:"

@@ -213,7 +213,7 @@ def test_bad_rows_stop_with_file_and_line_or_are_counted(byte_tokenizer: Tokeniz
     summary = load(byte_tokenizer, path, bad_rows="skip").summary
     assert (summary.rows, summary.skipped, summary.pairs + summary.validation_pairs) == (8, 2, 6)
     assert sorted(kind["first"] for kind in summary.skipped_reasons.values()) == [f"{path}:4", f"{path}:8"]
-    assert sum("rows skipped" in line for line in summary.lines()) == 2
+    assert sum("1 row skipped" in line for line in summary.lines()) == 2
 
 
 @pytest.mark.parametrize(
