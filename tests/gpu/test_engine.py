@@ -54,7 +54,7 @@ def random_prompts(lengths: tuple[int, ...]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
-@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gpt2", "mixtral"])
 def test_batch_invariant_answers_are_the_same_bits(
     family: str, enforce_eager: bool, tiny_model_dir: Callable[..., Path]
 ) -> None:
@@ -112,6 +112,24 @@ def test_the_cache_takes_the_share_that_was_asked_for(tiny_model_dir: Callable[.
     assert llm.runner.cache.capacity_bytes > 0.01 * total
     with pytest.raises(DeviceError, match="are left for it"):
         LLM(directory, device="cuda", gpu_memory_utilization=1e-6)
+
+
+def test_recorded_steps_are_within_the_share_too(tiny_model_dir: Callable[..., Path]) -> None:
+    """Graphs of 256 rows over a wide vocabulary take hundreds of MiB, which the cache once was given as well."""
+    directory = tiny_model_dir("qwen3", hidden_size=64, num_key_value_heads=4, vocab_size=150_000)
+    free, total = torch.cuda.mem_get_info()
+    share = (total - free) / total + 0.1
+    llm = LLM(directory, device="cuda", gpu_memory_utilization=share, max_num_seqs=256, max_model_len=512)
+    graphs = llm.runner.graphs
+    while llm.engine.idle():
+        pass
+    after, _ = torch.cuda.mem_get_info()
+    print(f"{graphs.stats.num_graphs} graphs took {graphs.stats.num_bytes / 2**20:.0f} MiB")
+    assert not graphs.refused and graphs.stats.num_bytes > 0
+    assert (total - after) / total <= share + 0.01
+    llm.generate([[1, 2, 3]] * 256, max_tokens=20, ignore_eos=True)
+    after, _ = torch.cuda.mem_get_info()
+    assert (total - after) / total <= share + 0.01
 
 
 def test_sampling_on_the_device_is_reproducible(tiny_model_dir: Callable[..., Path]) -> None:

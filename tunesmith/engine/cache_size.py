@@ -31,19 +31,21 @@ def num_pages(
     device: torch.device,
     worst_pass: Callable[[], None],
     beside_bytes: int = 0,
+    graph_bytes: Callable[[], int] | None = None,
 ) -> int:
     """Pages for this engine: never more than all its requests can fill.
 
     On a GPU, what is left of `gpu_memory_utilization` x its memory beside weights, what else is held there, and the
-    activations of the largest pass: `worst_pass` runs it, and its peak is measured. On a CPU, CPU_FREE_SHARE of the
-    memory that is available now, but at least one request's: what is never written is never taken from the machine.
+    activations of the largest pass: `worst_pass` runs it, and its peak is measured; and beside what recorded steps will
+    take, which `graph_bytes` measures. On a CPU, CPU_FREE_SHARE of the memory that is available now, but at least one
+    request's: what is never written is never taken from the machine.
     beside_bytes: what another cache takes for each of these pages.
     Raises: DeviceError where not even one request of max_model_len tokens fits on the GPU.
     """
     one = pages_of(config.max_model_len)
     size = page_bytes(model, dtype) + beside_bytes
     if device.type == "cuda":
-        free = _free_on_gpu(config, device, worst_pass)
+        free = _free_on_gpu(config, device, worst_pass, graph_bytes)
         if free < one * size:
             raise DeviceError(
                 f"the cache needs {format_bytes(one * size)} for one request of {config.max_model_len} tokens, and "
@@ -57,7 +59,9 @@ def num_pages(
     return chosen
 
 
-def _free_on_gpu(config: EngineConfig, device: torch.device, worst_pass: Callable[[], None]) -> int:
+def _free_on_gpu(
+    config: EngineConfig, device: torch.device, worst_pass: Callable[[], None], graph_bytes: Callable[[], int] | None
+) -> int:
     """Bytes that pages may take."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -65,7 +69,10 @@ def _free_on_gpu(config: EngineConfig, device: torch.device, worst_pass: Callabl
     worst_pass()
     torch.cuda.synchronize(device)
     activations = torch.cuda.max_memory_allocated(device) - before
+    # What the pass took is still reserved, so that steps run before they are recorded take nothing new of the device.
+    graphs = 0 if graph_bytes is None else graph_bytes()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     budget = int(total * config.gpu_memory_utilization) - (total - free)
-    return budget - activations
+    log.info("activations: %s, recorded steps: %s", format_bytes(activations), format_bytes(graphs))
+    return budget - activations - graphs

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from tunesmith.engine.answers import advance, complete
 from tunesmith.engine.batching import BatchBuilder
+from tunesmith.engine.collection import FrozenWhileBusy
 from tunesmith.engine.config import EngineConfig, EngineStats
 from tunesmith.engine.interfaces import Adapters, Drafter, Grammars, Pending, Runner
 from tunesmith.engine.limits import answer_limit
@@ -73,6 +74,7 @@ class Engine:
         self.prefix = PrefixCache(runner.pages) if uses_prefixes else None
         self.scheduler = Scheduler(config, runner.pages, self.prefix)
         self.builder = BatchBuilder(config.max_num_seqs, config.max_model_len, runner.device)
+        self.collection = FrozenWhileBusy()
         self.unready: list[Running] = []
         self.launched: Launched | None = None
         self.mail: dict[int, list[StepOutput]] = {}
@@ -116,6 +118,8 @@ class Engine:
             if params.structured is not None and self.grammars is not None:
                 self.grammars.submit(request.id, params.structured)
             self.unready.append(sequence)
+        if not self.has_work:
+            self.collection.begin()
         self.scheduler.submit(sequence)
         return request.id
 
@@ -171,6 +175,8 @@ class Engine:
         self._release_slots()
         if self.launched is not None and all(part.sequence.is_finished for part in self.launched.parts):
             self.launched = None
+        if not self.has_work:
+            self.collection.end()
         if self.config.debug_pages:
             self.scheduler.check()
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.model.moe import Experts
 from tunesmith.model.multi_lora import MultiLoraLinear
 
 
@@ -55,3 +56,9 @@ def fix_rows(module: nn.Module, rows: int) -> int:
         else:
             found += fix_rows(child, rows)
     return found
+
+
+def fix_experts(module: nn.Module, rows: int) -> int:
+    """`fix_rows` of the experts alone, which get as many rows as the router sends them, in a pass of any size."""
+    mixtures = [child for child in module.modules() if isinstance(child, Experts)]
+    return sum(fix_rows(mixture.experts, rows) for mixture in mixtures)

@@ -25,8 +25,9 @@ from tunesmith.engine.batching import to_device, worst_batches
 from tunesmith.engine.cache_size import kv_torch_dtype, num_pages
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.cpu_pass import CpuPass
-from tunesmith.engine.fixed_rows import fix_rows, in_groups
+from tunesmith.engine.fixed_rows import fix_experts, fix_rows, in_groups
 from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
+from tunesmith.engine.graph_memory import measured_bytes
 from tunesmith.engine.graphs import Decoded, DecodeGraphs
 from tunesmith.engine.interfaces import Pending, Runner
 from tunesmith.engine.logprobs import LogprobTensors, score_prompt
@@ -113,18 +114,21 @@ class NativeRunner:
         has_groups = config.batch_invariant and on_gpu and owns_model
         self.fixed_rows = PASS_ROWS if config.batch_invariant and not has_groups else None
         self.group_rows = GROUP_ROWS if has_groups else self.fixed_rows
-        if config.batch_invariant and model.config.moe is not None:
+        if config.batch_invariant and model.config.moe is not None and not owns_model:
             raise RequestError(
-                "batch_invariant is not there for mixtures of experts: the rows an expert gets depend on the batch"
+                "batch_invariant changes how experts compute, so it is not there for a mixture of experts that was "
+                "loaded elsewhere: give the model by its path"
             )
         if has_groups:
             fix_rows(model.blocks, GROUP_ROWS)
+        elif self.fixed_rows is not None and owns_model:
+            fix_experts(model.blocks, self.fixed_rows)
         self._fused = self._make_pass(owns_model) if has_fused_pass(model) else None
         self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device)
+        self._records = on_gpu and owns_model and not config.enforce_eager and self.fixed_rows is None
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
-        records = on_gpu and owns_model and not config.enforce_eager and self.fixed_rows is None
-        self.graphs = self._make_graphs() if records else None
+        self.graphs = self._make_graphs() if self._records else None
         self._hidden: Tensor | None = None
         self._decoded: Decoded | None = None
         self._scored: LogprobTensors | None = None
@@ -150,8 +154,14 @@ class NativeRunner:
     def _make_cache(self, pages: int | None) -> PagedCache:
         if pages is None:
             model, beside = self.model.config, self.beside_page_bytes
-            pages = num_pages(self.config, model, self.page_dtype, self.device, self._worst_pass, beside)
+            graph_bytes = self._graph_bytes if self._records else None
+            pages = num_pages(self.config, model, self.page_dtype, self.device, self._worst_pass, beside, graph_bytes)
         return PagedCache(self.model.config, pages, dtype=self.page_dtype, device=self.device)
+
+    def _graph_bytes(self) -> int:
+        """What recorded steps will take: of some that are recorded over one page, and dropped again."""
+        self.cache = PagedCache(self.model.config, 1, dtype=self.page_dtype, device=self.device)
+        return measured_bytes(self._make_graphs())
 
     def _make_graphs(self) -> DecodeGraphs:
         return DecodeGraphs(

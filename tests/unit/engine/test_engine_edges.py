@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,6 +131,33 @@ def test_a_long_queue_costs_a_step_nothing(counting: Make, step_ahead: bool) -> 
     for _ in range(5):
         engine.step()
     assert looked.num_looks < 20
+    engine.scheduler.waiting = list(looked)
+    for request_id in range(1, 51):
+        engine.abort(request_id)
+
+
+@AHEAD
+def test_what_was_there_is_frozen_while_requests_run(counting: Make, step_ahead: bool) -> None:
+    """A full collection in the middle of a step takes 100 ms with a model loaded."""
+    gc.unfreeze()  # what other tests have left
+    engine = counting(2, step_ahead=step_ahead)
+    ids = [engine.submit([i], SamplingParams(max_tokens=5)) for i in (1, 2, 3)]
+    engine.step()
+    assert gc.get_freeze_count() > 1000
+    engine.abort(ids[0])
+    finish(engine)
+    assert gc.get_freeze_count() == 0
+    last = engine.submit([1], SamplingParams(max_tokens=5))
+    engine.abort(last)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        engine.submit([1], SamplingParams(max_tokens=2))
+        finish(engine)
+        assert gc.get_freeze_count() == pytest.approx(frozen, rel=0.01), "another's are left alone"
+    finally:
+        gc.unfreeze()
 
 
 class _Counted(list[Any]):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
-from tunesmith.engine.fixed_rows import FixedRows, fix_rows, in_groups
+from tunesmith.engine.fixed_rows import FixedRows, fix_experts, fix_rows, in_groups
 from tunesmith.model.language_model import logits
 from tunesmith.model.layers import Linear
 
@@ -37,6 +37,21 @@ def test_a_decoder_with_fixed_rows_says_the_same(family: str, tiny_model_dir: Ca
     assert fix_rows(model.blocks, 16) == 8, "four in each of two blocks"
     assert fix_rows(model.blocks, 16) == 0, "once"
     torch.testing.assert_close(logits(model, ids)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_experts_row_is_the_same_bits_whoever_else_it_gets(tiny_model_dir: Callable[..., Path]) -> None:
+    """The router sends an expert any number of a pass's rows."""
+    model = load_decoder(tiny_model_dir("mixtral", initializer_range=0.2), dtype=torch.float32).eval()
+    mixture = model.blocks[0].mlp  # type: ignore[union-attr]
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    plain = mixture(x)  # type: ignore[operator]
+    assert fix_experts(model.blocks, 16) == 2 * 4 * 2, "two linears of four experts in each of two blocks"
+    whole = mixture(x)  # type: ignore[operator]
+    torch.testing.assert_close(whole, plain)
+    for row in range(16):
+        others = torch.randn(16, 32, generator=torch.Generator().manual_seed(row))
+        others[3] = x[row]
+        assert torch.equal(mixture(others)[3], whole[row])  # type: ignore[operator]
 
 
 def test_adapters_stay_on_top(tiny_model_dir: Callable[..., Path]) -> None:

@@ -17,6 +17,7 @@ from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.batch import SampledRow, StepBatch
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.graph_memory import measured_bytes
 from tunesmith.engine.graphs import RECORD_AFTER, SPARE_BYTES, DecodeGraphs, Kind, coarse, ladder
 from tunesmith.engine.pages import PAGE_SLOTS
 from tunesmith.engine.request import SamplingParams
@@ -228,6 +229,26 @@ def test_recording_stops_where_memory_is_short_and_counts_what_it_took() -> None
     assert graphs.stats.num_bytes == 1500
     assert "memory" in graphs.refused[graphs.first_kind]
     assert graphs(decode(1)) is not None, "in a graph of two rows"
+
+
+class Shrinking(Repeating):
+    """A device whose memory every recording takes some of."""
+
+    def __init__(self, taken: Sequence[int], **options: Any) -> None:
+        super().__init__(**options)
+        self.taken = taken
+
+    def free_bytes(self) -> int:
+        return 4 * SPARE_BYTES - sum(self.taken[: self.num_recorded])
+
+
+def test_what_all_graphs_will_take_is_measured_on_two_and_nothing_stays() -> None:
+    recorder = Shrinking([5000, 70])
+    graphs = make(recorder, sizes=[1, 2, 3, 4, 8])
+    assert measured_bytes(graphs) == 5000 + 4 * 70
+    assert not graphs._graphs and (recorder.num_recorded, recorder.num_renewed) == (2, 1)
+    assert measured_bytes(make(Shrinking([5000]), sizes=[8])) == 5000
+    assert measured_bytes(make(Shrinking([5000], fails_at=0))) == 0
 
 
 # With a real decoder
