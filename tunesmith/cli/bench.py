@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 @app.callback()
 def bench() -> None:
-    """Measure a matrix of recipes: every cell in a fresh process, repeats in shuffled order."""
+    """Measure training, serving and inference, each on equal terms and in fresh processes."""
 
 
 @app.command()

@@ -113,11 +113,20 @@ def _run_verb(verb: str, arguments: list[str]) -> int:
     configure_logging()
     command: Any = typer.main.get_command(module.app)
     command.epilog = "Everywhere: --json (the result as the last line of stdout), --debug (tracebacks, debug logs)"
-    result = command.main(args=arguments, prog_name=f"tunesmith {verb}", standalone_mode=False)
+    _make_help_plain(command)
+    result = command.main(args=arguments, prog_name=f"tunesmith {verb}", standalone_mode=False, max_content_width=100)
     sys.stdout.flush()
     if result == INTERRUPTED:  # typer turns Ctrl-C into this code
         _say("interrupted")
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _make_help_plain(command: Any) -> None:
+    """Help as plain lines: in typer's boxes, names of options and their values are cut in a terminal of 80 columns."""
+    command.rich_markup_mode = None
+    for each in getattr(command, "commands", {}).values():
+        each.short_help = (each.help or "").split("\n\n")[0]  # whole in the list of subcommands, not cut
+        _make_help_plain(each)
 
 
 def configure_logging() -> None:

@@ -196,6 +196,24 @@ def test_a_verbs_help_tells_of_the_global_flags(
     assert "--json" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "whole"),
+    [
+        (["serve"], ["--max-num-batched-tokens", "--gpu-memory-utilization", "--speculative-config", "8000"]),
+        (["bench"], ["say who was faster on equal work.", "end to end, throughput, goodput, errors."]),
+    ],
+)
+def test_help_cuts_nothing_in_a_narrow_terminal(
+    arguments: list[str], whole: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 80 columns `tunesmith serve --help` said --max-num-batche… and --tensor-paralle…"""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.run([*arguments, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert [part for part in whole if part not in text] == []
+    assert "…" not in text
+
+
 def test_logs_go_to_stderr_and_debug_shows_more(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     def speak() -> None:
         logging.getLogger("tunesmith.somewhere").info("news [1/2]")
