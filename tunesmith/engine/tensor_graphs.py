@@ -34,7 +34,7 @@ class SharedGraphs(DecodeGraphs):
         super().__init__(*arguments, device=device, **options)
         self.team = team
         self.device = device
-        self.recorder = _Together(self.recorder)
+        self.recorder = Together(self.recorder)
 
     def _record(self, kind: Kind, size: int) -> bool:
         if not self._in_all(self._has_room(kind)):
@@ -106,7 +106,7 @@ class FollowingGraphs(SharedGraphs):
         return decoded
 
 
-class _Together:
+class Together:
     """A recorder whose first run of the work is a pass of all processes."""
 
     def __init__(self, recorder: Recorder) -> None:

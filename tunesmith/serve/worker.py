@@ -261,12 +261,15 @@ class Worker:
         """Whoever was in the step is told. A second failure in a row ends this process, as do a device that is broken
         and the end of a process that shares the model."""
         log.error("a step failed; every request that was running ends", exc_info=error)
+        self.num_failed_steps += 1
+        is_final = isinstance(error, ParallelError) or type(error).__name__ == "AcceleratorError"
+        is_final |= self.num_failed_steps > 1 or "CUDA error" in str(error)
+        if is_final:  # before anyone is told of its request, so that /health is true by then
+            self.link.send(messages.Failed(f"a step failed: {error}", False))
         for request_id in list(self.engine_ids):
             self._abort(request_id)
             self.link.send(messages.Rejected(request_id, f"a step of the engine failed: {error}", False))
-        self.num_failed_steps += 1
-        is_final = isinstance(error, ParallelError) or type(error).__name__ == "AcceleratorError"
-        if self.num_failed_steps > 1 or is_final or "CUDA error" in str(error):
+        if is_final:
             raise error
 
     def _row(self, output: StepOutput) -> list[Any] | None:
@@ -348,7 +351,7 @@ def serve(link: Link, load: Load) -> int:
         link.send(messages.Ready(model.facts))
         try:
             Worker(link, model).run()
-        except TunesmithError as error:
+        except TunesmithError as error:  # outside of any step
             link.send(messages.Failed(str(error), False))  # what /health says while the engine is started again
             raise
         finally:

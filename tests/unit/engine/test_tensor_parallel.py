@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import pytest
@@ -18,23 +14,23 @@ import torch
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine import graphs as graphs_module
-from tunesmith.engine import tensor_team
 from tunesmith.engine.adapter_stacks import attach
 from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.fused_pass import FusedPass
-from tunesmith.engine.graphs import DecodeGraphs
+from tunesmith.engine.graphs import DecodeGraphs, Kind
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.speculate import NgramDrafter
-from tunesmith.engine.tensor_messages import Message, Reader, send
+from tunesmith.engine.tensor_graphs import SharedGraphs, Together, WarmUpError
+from tunesmith.engine.tensor_messages import Message
 from tunesmith.engine.tensor_parallel import ShareRunner, TensorParallelRunner, share_to_serve
 from tunesmith.engine.tensor_serving import SharedSource, follow_passes, tell_of_adapters
 from tunesmith.engine.tensor_shared import load_shared
-from tunesmith.engine.tensor_team import TensorTeam
 from tunesmith.errors import ParallelError, RequestError
 from tunesmith.model.quant import set_compute
+from tunesmith.parallel.collectives import Team
 from tunesmith.parallel.mesh import Mesh, joined
 from tunesmith.recipe.parallel import ParallelSection
 
@@ -255,80 +251,35 @@ def test_what_can_not_be_shared_is_refused_before_anything_starts(tiny_model_dir
         load_shared(SharedSource(str(tiny_model_dir()), device_type="cuda"), 2)
 
 
-WORKER = """
-import os, socket, struct, sys, time
-import msgpack
-link = socket.socket(fileno=int(sys.argv[1]))
-def say(**message):
-    packed = msgpack.packb(message)
-    link.sendall(struct.pack("<Q", len(packed)) + packed)
-"""
+def agree(case: str) -> tuple[bool, dict[Kind, str], int]:
+    """What a process whose recording fails, or that has no memory for it, and the other make of a graph."""
+    rank = torch.distributed.get_rank()
+    graphs = object.__new__(SharedGraphs)
+    graphs.team = Team(cast(Any, torch.distributed.group.WORLD), 2, rank)
+    graphs.device, graphs.refused, graphs._graphs = torch.device("cpu"), {}, {Kind(8): {4: cast(Any, "made")}}
+    graphs._has_room = lambda kind: rank == 0 or case != "room"  # type: ignore[method-assign]
+    graphs._add = lambda kind, size: rank == 0 or case != "record"  # type: ignore[method-assign]
+    return graphs._record(Kind(8), 4), graphs.refused, len(graphs._graphs[Kind(8)])
 
 
-def team_of(tmp_path: Path, script: str) -> TensorTeam:
-    path = tmp_path / "worker.py"
-    path.write_text(WORKER + script, encoding="utf-8")
-    return TensorTeam(3, command=[sys.executable, str(path)])
+def test_a_graph_is_in_all_processes_or_in_none(ranks: Ranks) -> None:
+    """The first process used to wait in a sum for one that was short of memory."""
+    for case, reason in (("room", "memory is short"), ("record", "could not record")):
+        for did_record, refused, left in ranks(agree, 2, case):
+            assert not did_record and reason in refused[Kind(8)] and left == (case == "room")
+    assert [found[0] for found in ranks(agree, 2, "neither")] == [True, True]
 
 
-def test_messages_arrive_whole() -> None:
-    here, there = socket.socketpair()
-    reader = Reader(there)
-    for message in ({"kind": "a", "bytes": b"x" * 100_000, "list": [1, None]}, {"kind": "b"}):
-        send(here, message)
-        assert reader.next() == message
-    here.close()
-    assert reader.next() is None
-    there.close()
+def test_a_first_run_that_breaks_off_is_no_mere_refusal() -> None:
+    """Others are in the middle of it: it must not be taken for a recording that can be done without."""
 
+    class Broken(Repeating):
+        def warm_up(self, work: Callable[[], object]) -> None:
+            raise RuntimeError("out of memory")
 
-def test_a_process_that_ends_is_named_with_what_it_said_last(tmp_path: Path) -> None:
-    team = team_of(tmp_path, "say(kind='hello')\nif sys.argv[2] == '2': sys.exit('no memory left')\ntime.sleep(60)")
-    told = threading.Event()
-    team.when_failed(told.set)
-    with pytest.raises(ParallelError, match=r"process 2 of the 3 .* ended \(exit code 1\). It said last: no memory"):
-        for _ in range(2):
-            team.hear("hello", 20)
-    assert told.wait(20)
-    assert team.workers[0].process.wait(20) is not None, "the others are ended too"
-    with pytest.raises(ParallelError, match="start the engine again"):
-        team.tell({"kind": "pass"})
-    team.close()
-
-
-def test_a_process_that_is_killed_is_noticed(tmp_path: Path) -> None:
-    team = team_of(tmp_path, "say(kind='hello')\ntime.sleep(60)")
-    team.hear("hello", 20)
-    os.kill(team.workers[0].process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while team.failure is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with pytest.raises(ParallelError, match=r"process 1 .* ended \(exit code -9\)"):
-        team.check()
-    team.close()
-
-
-def test_work_that_is_broken_off_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_team, "WAIT_S", 0.05)
-    team = team_of(tmp_path, "say(kind='hello')\ntime.sleep(60)")
-    team.hear("hello", 20)
-    team.give_up("KeyboardInterrupt: ")
-    with pytest.raises(ParallelError, match=r"the 3 processes .* are out of step \(KeyboardInterrupt"):
-        team.check()
-    assert all(worker.process.poll() is not None for worker in team.workers)
-    team.close()
-
-
-def test_a_process_that_says_nothing_and_one_that_says_why(tmp_path: Path) -> None:
-    team = team_of(tmp_path, "time.sleep(60)")
-    with pytest.raises(ParallelError, match="has not said 'hello' within 0 s"):
-        team.hear("hello", 0.1)
-    team.close()
-    team = team_of(tmp_path, "say(kind='failed', reason='ModelError: no such folder')\ntime.sleep(60)")
-    with pytest.raises(ParallelError, match="failed: ModelError: no such folder"):
-        team.hear("hello", 20)
-    team.close()
-    team.close()
+    with pytest.raises(WarmUpError, match=r"out of memory; set enforce_eager") as caught:
+        Together(Broken(torch.device("cpu"))).warm_up(lambda: None)
+    assert not isinstance(caught.value, RuntimeError)
 
 
 @pytest.mark.long
