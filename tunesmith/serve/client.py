@@ -272,8 +272,10 @@ class AsyncEngine:
 
     def check_up(self) -> None:
         """Raises: ApiError (503) while there is no engine."""
-        if self.status == "ready":
+        if self.status == "ready" and self.failure is None:
             return
+        if self.status == "ready":
+            raise engine_down(f"the engine stopped and is being started again: {self.failure}", 1.0)
         if self.status == "restarting":
             wait_s = max(1.0, self._retry_at_s - time.monotonic())
             raise engine_down(f"the engine is being started again: {self.trouble}", wait_s)
@@ -282,7 +284,7 @@ class AsyncEngine:
     @property
     def is_healthy(self) -> bool:
         """Whether the engine is there, has not said that it can't go on, and its loop makes progress."""
-        return self.status == "ready" and self.trouble is None and self.pulse.silent_s() <= self.stall_s
+        return self.status == "ready" and self.failure is None and self.pulse.silent_s() <= self.stall_s
 
     @property
     def is_busy(self) -> bool:
