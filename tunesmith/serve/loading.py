@@ -22,7 +22,7 @@ from tunesmith.model.packed import pack_documents
 from tunesmith.serve import messages
 from tunesmith.serve.messages import Message
 from tunesmith.serve.options import EngineOptions
-from tunesmith.units import format_bytes
+from tunesmith.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:  # what compares with a run is imported for runs only
     from tunesmith.verify.served import Reference
@@ -40,15 +40,18 @@ def load_model(options: EngineOptions, send: Callable[[Message], None]) -> Loade
     source = find_source(options.model, options.adapter, options.quantization, options.revision)
     send(messages.Source(_describe_source(source)))
     reference = _reference(options) if source.is_tuned else None
+    check_s = time.perf_counter() - began_s
     llm = LLM(options.model, **_arguments(options))
     model = LoadedModel(llm, options, time.perf_counter() - began_s)
     if reference is not None:
+        checked_s = time.perf_counter()
         from tunesmith.verify.served import check_served
 
         report = check_served(
             llm, reference, refuse=options.served_check == "refuse", chat_template=options.chat_template
         )
-        model.facts["served"] = report.line()
+        check_s += time.perf_counter() - checked_s
+        model.facts["served"] = f"{report.line()}; checked in {format_seconds(check_s)}"
     if isinstance(grammars := llm.engine.grammars, RequestGrammars):
         grammars.compiler.warm_up()
     return model

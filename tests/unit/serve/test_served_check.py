@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +16,16 @@ import torch
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.checkpoint.save import save_decoder
 from tunesmith.engine.grammar_compile import RequestGrammars
+from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.errors import VerificationError
 from tunesmith.recipe.schema import DataSection, MethodSection, ModelSection, Recipe
 from tunesmith.rundir.layout import RunDir, create_run
+from tunesmith.serve import loading
 from tunesmith.serve.loading import load_model
 from tunesmith.serve.options import EngineOptions
 from tunesmith.text.tokenizer import load_tokenizer
+from tunesmith.verify import served_reference
 
 
 @pytest.fixture
@@ -48,6 +55,33 @@ def test_a_run_says_in_one_line_that_it_is_served_as_trained(run: RunDir) -> Non
     assert str(facts["served"]).startswith("served = trained on the run's first rows (float32): 1 of 1 prompts")
     assert json.loads((run.path / "served.json").read_text(encoding="utf-8"))["passed"]
     assert "served" not in load(run, served_check="off")
+
+
+def test_the_trained_form_is_gone_before_the_served_one_is_loaded(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both at once would take the memory of two models; later starts load the trained form no more."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def load_trained(*args: Any, **options: Any) -> Any:
+        model = load_trained_model(*args, **options)
+        made.append(weakref.ref(model))
+        return model
+
+    @wraps(LLM)
+    def load_served(*args: Any, **options: Any) -> LLM:
+        alive.append(sum(ref() is not None for ref in made))
+        return LLM(*args, **options)
+
+    load_trained_model = served_reference.load_model
+    monkeypatch.setattr(served_reference, "load_model", load_trained)
+    monkeypatch.setattr(loading, "LLM", load_served)
+    gc.disable()  # not by luck
+    try:
+        first, second = load(run), load(run)
+    finally:
+        gc.enable()
+    assert len(made) == 1 and alive == [0, 0]
+    assert "checked in" in str(first["served"]) and "checked in" in str(second["served"])
 
 
 def test_another_template_is_refused_reported_or_not_looked_at(run: RunDir, tmp_path: Path) -> None:
