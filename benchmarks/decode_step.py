@@ -12,6 +12,9 @@ Every batch and mode prints one JSON line with ms per step:
     ahead   the whole engine, a step ahead: scheduling, text-free outputs and graphs included
 
 `host_ms`, of mode ahead, is what the host does in a step beside waiting: the device idles where that is longer than it.
+On CUDA, `device_ms` is a step from its first launch to its last on the device's own clock, and `idle_ms` what lies
+between two steps (the copy of the next one's tensors too): where idle_ms is small, the host is hidden, however long it
+waits, and what device_ms has beyond the kernels' own time (--operators) lies between kernels.
 `floor_ratio` is the time that the step's bytes (weights once, the requests' keys and values) take at the data sheet's
 bandwidth, or at --bandwidth GB/s, over the time measured. The first line tells the start: seconds to make the model, to
 warm up and to record, and the memory that graphs took.
@@ -26,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -129,19 +133,39 @@ def milliseconds(step: Callable[[], Any], steps: int) -> list[float]:
 
 
 class Waits:
-    """A runner whose steps' waits are timed."""
+    """A runner whose steps' waits are timed; on CUDA also `spans`: where each begins and ends on the device."""
 
     def __init__(self, runner: NativeRunner) -> None:
         self.runner = runner
         self.waited_ms = 0.0
+        self.spans: list[tuple[Any, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)
 
+    def forward(self, batch: Any) -> None:
+        """The runner's."""
+        if self.runner.device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            self.spans.append((began, ended))
+        self.runner.forward(batch)
+
     def sample(self, *given: Any) -> Any:
         """The pending step of the runner, which tells how long it was waited for."""
         pending = self.runner.sample(*given)
+        if self.spans:
+            self.spans[-1][1].record()
         return TimedPending(self, pending)
+
+    def on_device(self) -> dict[str, float]:
+        """Milliseconds of a step on the device, and between two; nothing where there is no device's clock."""
+        spans = self.spans[:-2]  # the last ones may not have ended
+        if len(spans) < 2:
+            return {}
+        device = [began.elapsed_time(ended) for began, ended in spans]
+        idle = [ended.elapsed_time(began) for (_, ended), (began, _) in pairwise(spans)]
+        return {"device_ms": round(statistics.median(device), 4), "idle_ms": round(statistics.median(idle), 4)}
 
 
 @dataclass(frozen=True)
@@ -159,10 +183,10 @@ class TimedPending:
         return result
 
 
-def ahead(setting: Setting, batch: int, host: list[float]) -> list[float]:
+def ahead(setting: Setting, batch: int, host: list[float], clock: dict[str, float]) -> list[float]:
     """Milliseconds of the engine's steps while all requests decode, a step ahead; the last steps are left out.
 
-    host: is given the milliseconds of each step that were not spent waiting.
+    host: is given the milliseconds of each step that were not spent waiting; clock: what `Waits.on_device` says.
     """
     waits = Waits(setting.runner)
     engine = Engine(cast(Any, waits), config=setting.config)
@@ -177,8 +201,11 @@ def ahead(setting: Setting, batch: int, host: list[float]) -> list[float]:
         engine.step()
         running = engine.scheduler.running
         if len(running) == batch and all(sequence.num_missing == 1 for sequence in running):
+            if not times:
+                del waits.spans[:-1]
             times.append(1000 * (time.perf_counter() - began_s))
             host.append(times[-1] - waits.waited_ms)
+            clock |= waits.on_device() if len(times) == setting.steps - WARM_UP else {}
     return times[WARM_UP:-1]
 
 
@@ -220,7 +247,8 @@ def measure(setting: Setting, batch: int) -> None:
     if graphs is not None:
         modes["graph"] = lambda: milliseconds(step, setting.steps)
     host: list[float] = []
-    modes["ahead"] = lambda: ahead(setting, batch, host)
+    clock: dict[str, float] = {}
+    modes["ahead"] = lambda: ahead(setting, batch, host, clock)
     for mode, run in modes.items():
         times = run()
         typical = statistics.median(times) if mode != "ahead" else statistics.fmean(times)
@@ -236,7 +264,7 @@ def measure(setting: Setting, batch: int) -> None:
             "floor_ratio": None if setting.bandwidth is None else round(1000 * moved / setting.bandwidth / typical, 4),
         }
         if host:
-            line["host_ms"] = round(statistics.median(host), 4)
+            line |= {"host_ms": round(statistics.median(host), 4), **clock}
         print(json.dumps(line), flush=True)
     if setting.num_operators:
         print(json.dumps({"batch": batch, "operators": operators(setting, step)}), flush=True)

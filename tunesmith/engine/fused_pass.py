@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.kernels.add_rms_norm import add_rms_norm_
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.heads_to_pages import HeadsLayout, heads_to_pages
+from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm
 from tunesmith.kernels.rope import rope_tables_half
 from tunesmith.kernels.swiglu import swiglu
@@ -79,8 +81,17 @@ class FusedPass:
 
 def _mlp(mlp: nn.Module, y_TD: Tensor) -> Tensor:
     if isinstance(mlp, Mlp) and mlp.is_swiglu:
-        return mlp.down(swiglu(mlp.up(y_TD)))
+        return mlp.down(_swiglu(mlp.up(y_TD)))
     return cast(Tensor, mlp(y_TD))
+
+
+def _swiglu(gate_up_TF: Tensor) -> Tensor:
+    if not use_kernel(gate_up_TF.device):
+        return swiglu(gate_up_TF)
+    from tunesmith.kernels.swiglu_triton import swiglu_operator
+
+    h_TI: Tensor = direct(swiglu_operator, gate_up_TF)(gate_up_TF)
+    return h_TI
 
 
 def _has_rms(block: Block) -> bool:

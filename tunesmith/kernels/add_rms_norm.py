@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm
 
@@ -24,7 +25,8 @@ def add_rms_norm_(stream_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: fl
     if use_kernel(stream_TD.device):
         from tunesmith.kernels.add_rms_norm_triton import add_rms_norm_operator
 
-        return add_rms_norm_operator(stream_TD, delta_TD, weight_D, eps)
+        y_TD: Tensor = direct(add_rms_norm_operator, stream_TD)(stream_TD, delta_TD, weight_D, eps)
+        return y_TD
     return add_rms_norm_reference_(stream_TD, delta_TD, weight_D, eps)
 
 

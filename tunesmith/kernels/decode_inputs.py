@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.nf4 import use_kernel
 
 
@@ -78,7 +79,8 @@ def load_inputs(source: DecodeInputs, target: DecodeInputs, last_tokens_N: Tenso
     if use_kernel(target.tokens.device):
         from tunesmith.kernels.decode_inputs_triton import load_inputs_operator
 
-        load_inputs_operator(*source.tensors(), *target.tensors(), last_tokens_N, slots_of_page)
+        launch = direct(load_inputs_operator, target.tokens)
+        launch(*source.tensors(), *target.tensors(), last_tokens_N, slots_of_page)
         return
     load_inputs_reference(source, target, last_tokens_N, slots_of_page)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.kv_cache import write_kv_reference
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm_reference
@@ -47,7 +48,7 @@ def heads_to_pages(
     if use_kernel(qkv_TF.device):
         from tunesmith.kernels.heads_to_pages_triton import heads_to_pages_operator
 
-        return heads_to_pages_operator(
+        query_TNH: Tensor = direct(heads_to_pages_operator, qkv_TF)(
             qkv_TF,
             layout.num_heads,
             layout.num_kv_heads,
@@ -60,6 +61,7 @@ def heads_to_pages(
             values_PSKH,
             slots_T,
         )
+        return query_TNH
     return heads_to_pages_reference(qkv_TF, layout, keys_PSKH, values_PSKH, slots_T)
 
 

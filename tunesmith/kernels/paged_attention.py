@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.paged_attention_cpu import paged_attention_cpu
 from tunesmith.units import ceil_div
@@ -54,7 +55,7 @@ def paged_attention(
         from tunesmith.kernels.paged_attention_operator import paged_attention_operator
 
         out = query_TNH.new_empty(query_TNH.shape) if out is None else out
-        paged_attention_operator(
+        direct(paged_attention_operator, query_TNH)(
             query_TNH,
             keys_PSKH,
             values_PSKH,

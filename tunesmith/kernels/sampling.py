@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.sampling_cpu import choose_on_cpu, largest
 from tunesmith.kernels.sampling_noise import BROKEN, gumbel
@@ -44,7 +45,9 @@ def choose(
     if use_kernel(logits_BV.device):
         from tunesmith.kernels.sampling_triton import choose_operator
 
-        return choose_operator(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
+        launch = direct(choose_operator, logits_BV)
+        tokens_B: Tensor = launch(logits_BV, temperatures_N, seeds_N, slots_B, positions_B, last_tokens_N, thresholds_B)
+        return tokens_B
     if logits_BV.device.type == "cpu" and logits_BV.shape[-1] > WIDE:
         temperatures_B, seeds_B = temperatures_N.index_select(0, slots_B), seeds_N.index_select(0, slots_B)
         found = choose_on_cpu(logits_BV, temperatures_B, seeds_B, positions_B, thresholds_B)
