@@ -1,7 +1,9 @@
 """Products of few tokens in every weight format: time, bandwidth, and share of the floor, beside cuBLAS in bfloat16.
 
     python benchmarks/decode_linears.py --models qwen2.5-7b --tokens 1,16 > decode_linears.jsonl
-    python benchmarks/decode_linears.py --sweep --models qwen2.5-7b        shapes of the programs, the best ones first
+    python benchmarks/decode_linears.py --sweep --models qwen2.5-7b --tokens 1,2,4,16,64,256
+
+The second tries every kernel that has the product, with several tiles: a line for each, with its error against float64.
 
 A line of JSON for each format, linear and number of tokens. The floor is the bytes of the weight as held over the
 bandwidth that a copy reaches here, measured first. Weights are cycled through, so that none comes from the cache.
@@ -11,28 +13,33 @@ Ends when `--seconds` are over and says what was left out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import sys
+import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from tunesmith.kernels import gemv
-from tunesmith.kernels.fp8 import fp8_product, has_fp8, quantize_fp8_weight, quantize_rows_fp8
-from tunesmith.kernels.gemv_dot_triton import dot
-from tunesmith.kernels.gemv_triton import gemv as one_token
-from tunesmith.kernels.int4 import dequantize_int4, quantize_int4
-from tunesmith.kernels.int8 import int8_integer_product, quantize_int8
+from tunesmith.kernels import gemv, gemv_dot_triton, gemv_triton
+from tunesmith.kernels import gemv_quads_triton as fragments
+from tunesmith.kernels.fp8 import dequantize_rows, fp8_product, has_fp8, quantize_fp8_weight, quantize_rows_fp8
+from tunesmith.kernels.int4 import dequantize_int4, empty_int4, quantize_int4
+from tunesmith.kernels.int8 import dequantize_int8, int8_integer_product, quantize_int8
+from tunesmith.kernels.launch import num_processors
 from tunesmith.kernels.nf4 import quantize_nf4
+from tunesmith.kernels.warm_up import compile_all, taken_down
 
 LINEARS = {
     "qwen2.5-7b": {"qkv": (4608, 3584), "output": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
     "qwen3-0.6b": {"qkv": (4096, 1024), "output": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},
 }
 FORMATS = ("bf16", "int8", "w8a8", "fp8", "fp8-products", "int4", "int4-dense", "nf4")
+FORMAT_IDS = {"int8": 1, "fp8": 2, "int4": 3}
 CYCLED_BYTES = 2**28
 Product = Callable[[Tensor], Tensor]
 
@@ -109,7 +116,7 @@ def rows_of(arguments: argparse.Namespace, bandwidth: float, deadline: float) ->
                     continue
                 weights = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
                 made = [products(name, weight) for weight in weights]
-                dense = [lambda x, w=weight: torch.nn.functional.linear(x, w) for weight in weights]
+                dense: list[Product] = [partial(torch.nn.functional.linear, weight=weight) for weight in weights]
                 for tokens in map(int, arguments.tokens.split(",")):
                     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
                     ours = time_of([product for product, _ in made], x)
@@ -131,84 +138,214 @@ def rows_of(arguments: argparse.Namespace, bandwidth: float, deadline: float) ->
         yield {"left_out_for_time": left_out}
 
 
+@dataclass(frozen=True)
+class Held:
+    """A weight in a format: what the kernels take, in what it is stored, and what it stands for."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    num_bytes: int
+    dequantised: Callable[[Tensor, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel with programs of a shape. run: (input, a copy of the weight, output), which it may leave alone.
+
+    is_quantised: it has the weight that it is compared with.
+    """
+
+    kernel: str
+    tile: tuple[int, ...]
+    copies: list[Tensor]
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    is_quantised: bool = True
+
+
 def sweep(arguments: argparse.Namespace, bandwidth: float, deadline: float) -> Iterator[dict[str, object]]:
-    """Program shapes of one format and linear after the other: the three fastest of each."""
-    for model in arguments.models.split(","):
-        for linear, (rows, width) in LINEARS[model].items():
-            for format_id, name in enumerate(("bf16", "int8", "fp8", "int4")):
-                if name not in arguments.formats.split(","):
-                    continue
-                weight, scales, zeros = held(name, rows, width)
-                copies = [weight.clone() for _ in range(min(24, -(-CYCLED_BYTES // weight.nbytes)))]
-                for tokens in map(int, arguments.tokens.split(",")):
-                    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-                    out = torch.empty(tokens, rows, device="cuda", dtype=torch.bfloat16)
-                    found = []
-                    for kernel, shape in shapes(tokens, name):
-                        if time.monotonic() > deadline:
-                            return
-                        run = partial(launch, kernel, shape, format_id, x, out, scales, zeros)
-                        try:
-                            taken = seconds_of(lambda run=run, copies=copies: [run(w) for w in copies], 1) / len(copies)
-                        except Exception as error:  # a shape that does not fit this chip
-                            print(f"{name} {shape}: {error}", file=sys.stderr)
-                            continue
-                        found.append((taken, kernel, shape))
-                    for taken, kernel, shape in sorted(found)[:3]:
-                        share = round(100 * weight.nbytes / bandwidth / taken, 1)
-                        yield {
-                            "model": model,
-                            "linear": linear,
-                            "format": name,
-                            "tokens": tokens,
-                            "kernel": kernel,
-                            "shape": shape,
-                            "time_us": round(taken * 1e6, 2),
-                            "floor_share_percent": share,
-                        }
+    """A line for each kernel, tile, format, linear and number of tokens: time, bandwidth, and error against float64.
+
+    Each kernel's present tile comes first. A candidate that fails is a line with its error.
+    """
+    formats = [name for name in arguments.formats.split(",") if name in FORMAT_IDS]
+    shapes = {
+        f"{model} {linear}": shape for model in arguments.models.split(",") for linear, shape in LINEARS[model].items()
+    }
+    counts = list(map(int, arguments.tokens.split(",")))
+    try:
+        yield compiled(formats, set(shapes.values()), counts, arguments.processes)
+    except Exception as problem:  # each launch compiles its own then
+        yield {"compiled": 0, "error": f"{type(problem).__name__}: {problem}"[:200]}
+    left_out = []
+    for linear, (rows, width) in shapes.items():
+        for name in formats:
+            if time.monotonic() > deadline:
+                left_out.append(f"{linear} {name}")
+                continue
+            weight = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) * 0.02
+            held = hold(name, weight)
+            copies, wide = cycled(held.codes), cycled(weight)
+            dense = held.dequantised(held.codes, torch.float32).double().t()
+            for tokens in counts:
+                x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+                truth, size = x.double() @ dense, x.double().abs() @ dense.abs()
+                what = {"linear": linear, "rows": tokens, "shape": [rows, width], "format": name}
+                for candidate in candidates(name, held, copies, wide, tokens):
+                    if time.monotonic() > deadline:
+                        left_out.append(f"{linear} {name} {tokens} {candidate.kernel} {candidate.tile}")
+                        continue
+                    line = {**what, "kernel": candidate.kernel, "tile": candidate.tile}
+                    yield {**line, **tried(candidate, x, truth, size, held.num_bytes, bandwidth)}
+            del weight, held, copies, wide, dense
+    if left_out:
+        yield {"left_out_for_time": left_out}
 
 
-def launch(
-    kernel: str,
-    shape: tuple[int, ...],
-    format_id: int,
+def tried(
+    candidate: Candidate,
     x_TD: Tensor,
-    out_TF: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    weight: Tensor,
-) -> None:
-    """One product by a kernel with programs of this shape."""
-    if kernel == "one":
-        has_zeros = zeros is not None
-        one_token(format_id, x_TD[0], weight, scales, zeros, None, out_TF[0], shape=shape, has_zeros=has_zeros)
-    else:
-        dot(format_id, x_TD, weight, scales, zeros, None, out_TF, shape=shape)
+    truth_TF: Tensor,
+    size_TF: Tensor,
+    num_bytes: int,
+    bandwidth: float,
+) -> dict[str, object]:
+    """What a candidate reached, or its error. max_error is over the sum of magnitudes, and is to be below 2^-7."""
+    out = torch.full(truth_TF.shape, float("nan"), device=x_TD.device, dtype=x_TD.dtype)
+    try:
+        y = candidate.run(x_TD, candidate.copies[0], out)
+        error = float(((y.double() - truth_TF).abs() / size_TF).max())
+        taken = seconds_of(lambda: [candidate.run(x_TD, codes, out) for codes in candidate.copies], 1)
+        taken /= len(candidate.copies)
+    except Exception as problem:
+        return {"error": f"{type(problem).__name__}: {problem}"[:200]}
+    num_bytes = num_bytes if candidate.is_quantised else candidate.copies[0].nbytes
+    line: dict[str, object] = {
+        "us": round(taken * 1e6, 2),
+        "gb_per_s": round(num_bytes / taken / 1e9, 1),
+        "floor_share_percent": round(100 * num_bytes / bandwidth / taken, 1),
+    }
+    return {**line, "max_error": error, "is_right": error < 2.0**-7} if candidate.is_quantised else line
 
 
-def held(name: str, rows: int, width: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Codes, scales and zero points of a random weight."""
-    weight = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) * 0.02
-    if name == "bf16":
-        return weight, None, None
-    if name == "int8":
-        int8 = quantize_int8(weight)
-        return int8.codes, int8.scale, None
-    if name == "fp8":
-        fp8 = quantize_fp8_weight(weight)
-        return fp8.codes.view(torch.int8), fp8.scale, None
-    int4 = quantize_int4(weight, 128, clips=(1.0,))
-    return int4.words, int4.scales, int4.zeros
+def candidates(name: str, held: Held, copies: list[Tensor], wide: list[Tensor], tokens: int) -> Iterator[Candidate]:
+    """What has this product: our kernels, cuBLAS on `wide` (in bfloat16), on what was dequantised, and in fp8."""
+    format_id, rest = FORMAT_IDS[name], (held.scales, held.zeros, None)
+    rows, width = wide[0].shape
+    for kernel, tile in tiles(format_id, rows, width, tokens, num_processors(wide[0].device)):
+        yield Candidate(kernel, tile, copies, partial(RUNS[kernel], format_id, rest, tile))
+    yield Candidate("cublas-bf16", (), wide, lambda x, weight, out: torch.nn.functional.linear(x, weight), False)
+    if tokens >= 16:
+        yield Candidate(
+            "dequantised",
+            (),
+            copies,
+            lambda x, codes, out: torch.nn.functional.linear(x, held.dequantised(codes, x.dtype)),
+        )
+    if name == "fp8" and tokens > 1 and has_fp8("cuda"):
+        yield Candidate("fp8-products", (), copies, lambda x, codes, out: in_fp8(x, codes, held.scales))
 
 
-def shapes(tokens: int, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Shapes worth trying: of the kernel for one token, and of the one through the tensor cores."""
+def in_fp8(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
+    """The input quantised by rows, and a product of fp8 with fp8."""
+    return fp8_product(*quantize_rows_fp8(x_TD), codes_FD.view(torch.float8_e4m3fn), scale_F, None, x_TD.dtype)
+
+
+def tiles(format_id: int, rows: int, width: int, tokens: int, processors: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernels of ours and their tiles; of each kernel the one that it takes now comes first."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    if tokens <= fragments.MOST_TOKENS and width % fragments.COLUMNS[format_id] == 0:
+        now = fragments.shape_of(format_id, rows, width, processors)
+        others = [(count, warps) for count in (1, 2) for warps in (2, 4, 8, 16) if count * warps <= 16]
+        found += [("fragments", tile) for tile in dict.fromkeys((now, *others))]
     if tokens == 1:
-        yield from (("one", (rows, warps)) for rows in (2, 4, 8, 16) for warps in (1, 2, 4, 8))
-    steps = (16, 32, 64) if name == "int4" else (64, 128, 256)
-    yield from (
-        ("dot", (rows, step, 4, stages)) for rows in (16, 32, 64, 128) for step in steps for stages in (3, 4, 6)
+        found += [("one", tile) for tile in dict.fromkeys((gemv_triton.SHAPES[format_id], (4, 4), (8, 2), (16, 4)))]
+    elif tokens <= 64:
+        _, step, _, _ = now_tile = gemv_dot_triton.SHAPES[format_id]
+        found += [("dot", tile) for tile in dict.fromkeys((now_tile, (128, step, 8, 3), (64, 2 * step, 4, 3)))]
+    return found
+
+
+Rest = tuple[Tensor, Tensor | None, Tensor | None]
+Tile = tuple[int, ...]
+
+
+def run_fragments(format_id: int, rest: Rest, tile: Tile, x: Tensor, codes: Tensor, out: Tensor) -> Tensor:
+    """Raises: RuntimeError where its result is not to be trusted."""
+    if not fragments.quads(format_id, x, codes, *rest, out, shape=cast(tuple[int, int], tile)):
+        raise RuntimeError("this Triton moves the loop's values between threads")
+    return out
+
+
+def run_one(format_id: int, rest: Rest, tile: Tile, x: Tensor, codes: Tensor, out: Tensor) -> Tensor:
+    """The kernel that gives each lane all rows."""
+    shape, has_zeros = cast(tuple[int, int], tile), rest[1] is not None
+    gemv_triton.gemv(format_id, x[0], codes, *rest, out[0], shape=shape, has_zeros=has_zeros)
+    return out
+
+
+def run_dot(format_id: int, rest: Rest, tile: Tile, x: Tensor, codes: Tensor, out: Tensor) -> Tensor:
+    """The kernel that widens tiles for the tensor cores."""
+    gemv_dot_triton.dot(format_id, x, codes, *rest, out, shape=cast(tuple[int, int, int, int], tile))
+    return out
+
+
+RUNS = {"fragments": run_fragments, "one": run_one, "dot": run_dot}
+
+
+def compiled(formats: list[str], shapes: set[tuple[int, int]], counts: list[int], processes: int) -> dict[str, object]:
+    """Compile all candidates' kernels side by side, into the cache where their launches find them."""
+    processors = num_processors(torch.device("cuda"))
+    with taken_down() as launches:
+        for (rows, width), name, tokens in itertools.product(shapes, formats, counts):
+            x = torch.empty(tokens, width, device="meta", dtype=torch.bfloat16)
+            out = torch.empty(tokens, rows, device="meta", dtype=torch.bfloat16)
+            codes, rest = unfilled(name, rows, width)
+            for kernel, tile in tiles(FORMAT_IDS[name], rows, width, tokens, processors):
+                RUNS[kernel](FORMAT_IDS[name], rest, tile, x, codes, out)
+    once = list({launch.key: launch for launch in launches}.values())
+    done = compile_all(once, torch.cuda.get_device_capability(), processes)
+    return {"compiled": done.kernels, "seconds": round(done.duration_s, 1), "failed": sorted(set(done.failed))}
+
+
+def unfilled(name: str, rows: int, width: int) -> tuple[Tensor, Rest]:
+    """Codes; scales, zero points and no bias: of a weight without storage."""
+    if name == "int4":
+        held = empty_int4((rows, width), torch.bfloat16, 128, False, device="meta")
+        return held.words, (held.scales, held.zeros, None)
+    codes = torch.empty(rows, width, dtype=torch.int8, device="meta")
+    return codes, (torch.empty(rows, device="meta"), None, None)
+
+
+def cycled(weight: Tensor) -> list[Tensor]:
+    """Copies enough that none is in the cache when its turn comes, the weight first."""
+    return [weight, *(weight.clone() for _ in range(min(23, CYCLED_BYTES // weight.nbytes)))]
+
+
+def hold(name: str, weight_FD: Tensor) -> Held:
+    """A weight in a format."""
+    if name == "int8":
+        int8 = quantize_int8(weight_FD)
+        widen = partial(with_scale, dequantize_int8, int8.scale)
+        return Held(int8.codes, int8.scale, None, int8.num_bytes, widen)
+    if name == "fp8":
+        fp8 = quantize_fp8_weight(weight_FD)
+        widen = partial(with_scale, fp8_rows, fp8.scale)
+        return Held(fp8.codes.view(torch.int8), fp8.scale, None, fp8.num_bytes, widen)
+    int4 = quantize_int4(weight_FD, 128, clips=(1.0,))
+    return Held(
+        int4.words, int4.scales, int4.zeros, int4.num_bytes, lambda c, d: dequantize_int4(replace(int4, words=c), d)
     )
+
+
+def with_scale(dequantise: Callable[..., Tensor], scale_F: Tensor, codes_FD: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale in a dtype."""
+    return dequantise(codes_FD, scale_F, dtype)
+
+
+def fp8_rows(codes_FD: Tensor, scale_F: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dequantize_rows` of codes that are held as bytes."""
+    return dequantize_rows(codes_FD.view(torch.float8_e4m3fn), scale_F, dtype)
 
 
 def main() -> None:
@@ -218,7 +355,8 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,256")
     parser.add_argument("--seconds", type=float, default=85)
-    parser.add_argument("--sweep", action="store_true", help="try program shapes instead")
+    parser.add_argument("--sweep", action="store_true", help="try kernels and their tiles instead")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile for --sweep")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     bandwidth = copy_bandwidth()

@@ -163,7 +163,7 @@ def dot(
             ROWS=rows,
             STEP=step,
             TOKENS=max(16, triton.next_power_of_2(num_tokens)),
-            BY_HAND=x_TD.is_cuda,  # Triton's interpreter has no assembler
+            BY_HAND=x_TD.device.type != "cpu",  # Triton's interpreter has no assembler
             num_warps=warps,
             num_stages=stages,
             enable_fp_fusion=True,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
 from tunesmith.kernels.gemv_dot_triton import dot
+from tunesmith.kernels.gemv_quads_triton import quads, takes_quads
 from tunesmith.kernels.gemv_triton import gemv
 from tunesmith.kernels.int4_layout import BLOCK
 
@@ -26,6 +27,11 @@ def _run(
 ) -> Tensor:
     x = x_TD.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    is_done = False
+    if scales is not None and takes_quads(format_id, x):
+        is_done = quads(format_id, x, weight, scales, zeros, bias_F, out, per_block=per_block)
+    if is_done:
+        return out
     if x.shape[0] == 1:
         has_zeros = zeros is not None
         gemv(format_id, x[0], weight, scales, zeros, bias_F, out[0], per_block=per_block, has_zeros=has_zeros)

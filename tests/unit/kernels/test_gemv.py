@@ -53,6 +53,27 @@ for rows, width, tokens in ((21, 192, 1), (70, 320, 3), (5, 4288, 1)):
                 [p.scale_scales if double else empty for p in parts], [p.offset if double else empty for p in parts],
                 bias)
             check(mine, x, torch.cat([dequantize_reference(p) for p in parts]), bias, ("nf4", double))
+bfloat16 = torch.bfloat16
+for dtype, rows, width, tokens, what in (
+    (bfloat16, 9, 512, 9, "int4"), (float16, 5, 256, 1, "int4"), (float16, 20, 384, 2, "int8"),
+    (bfloat16, 5, 384, 1, "fp8"),
+):
+    weight, bias, x = torch.randn(rows, width) * 0.1, torch.randn(rows), torch.randn(tokens, width).to(dtype)
+    unit = 2.0**-8 if dtype == bfloat16 else 2.0**-10
+    if what == "int4":
+        int4 = quantize_int4(weight, 64 if tokens > 1 else 128, tokens == 1)
+        mine, dense = ops.int4_operator(x, int4.words, int4.scales, int4.zeros, bias), dequantize_int4(int4, float32)
+    elif what == "int8":
+        int8 = quantize_int8(weight)
+        mine = ops.int8_operator(x, int8.codes, int8.scale, bias)
+        dense = dequantize_int8(int8.codes, int8.scale, float32)
+    else:
+        fp8 = quantize_fp8_weight(weight)
+        mine, dense = ops.fp8_operator(x, fp8.codes, fp8.scale, bias), dequantize_fp8_weight(fp8, float32)
+    truth = x.double() @ dense.double().t() + bias.double()
+    size = x.double().abs() @ dense.double().abs().t() + bias.double().abs()
+    error = float(((mine.double() - truth).abs() / size).max())
+    assert mine.dtype == dtype and error < unit, ("fragments", what, error)
 from tunesmith.kernels.int4 import dequantize_reference as int4_truth
 from tunesmith.kernels.int4_triton import int4_dequantize_operator, int8_dequantize_operator
 for group, symmetric in ((128, True), (64, False), (32, False)):
@@ -77,6 +98,7 @@ def test_kernels_equal_the_dequantised_product_under_tritons_interpreter(
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]:
     """Every kernel with its arguments' types, its constants, warps and stages, at Qwen2.5-7B's widths."""
     from tunesmith.kernels import gemv_dot_triton as few
+    from tunesmith.kernels import gemv_quads_triton as quads
     from tunesmith.kernels import gemv_triton as one
     from tunesmith.kernels import int4_triton as dense
 
@@ -106,8 +128,12 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
                 warps,
                 stages,
             )
+        if format_id in quads.COLUMNS:
+            words = {**types, "x": "*i32", "w": "*i32", "num_tokens": "i32"}
+            sizes = {**constants, "WIDTH": 3584, "TILES": 1, "TOKEN_TILES": 2, "WARPS": 4, "BY_HAND": 1}
+            found[f"fragments, {format_id}"] = (quads.quad_kernel, words, sizes, 4, 1)
     many = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": "*bf16", "num_words": "i32", "width": "i32"}
-    sizes: dict[str, Any] = {"PER_BLOCK": 1, "ZEROS": 1, "WORDS": dense.WORDS_AT_ONCE}
+    sizes = {"PER_BLOCK": 1, "ZEROS": 1, "WORDS": dense.WORDS_AT_ONCE}
     found["int4 dequantised"] = (dense.int4_dequantize_kernel, many, sizes, 2, 1)
     int8 = {"codes": "*i8", "scale": "*fp32", "out": "*bf16", "width": "i32"}
     found["int8 dequantised"] = (dense.int8_dequantize_kernel, int8, {"COLUMNS": dense.BYTES_AT_ONCE}, 4, 1)
@@ -116,7 +142,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
 
 DENSE = ["int4 dequantised", "int8 dequantised"]
 NAMES = [*DENSE, *[f"one token, {i}" for i in range(5)], *[f"few tokens, {i}" for i in range(4)]]
-QUICK = [*[(name, 90) for name in DENSE], ("one token, 3", 90), ("one token, 2", 80), ("few tokens, 1", 90)]
+NAMES += [f"fragments, {i}" for i in (1, 2, 3)]
+QUICK = [*[(name, 90) for name in DENSE], ("one token, 2", 80), ("few tokens, 1", 90)]
+QUICK += [("fragments, 3", 90)]
 OTHERS = [pytest.param(n, c, marks=pytest.mark.long) for n in NAMES for c in CHIPS if (n, c) not in QUICK]
 
 
@@ -140,5 +168,9 @@ def test_compiles_for_every_chip(name: str, chip: int, tmp_path: Path, monkeypat
     ptx = compiled.asm["ptx"]
     assert f".target sm_{chip}" in ptx
     assert compiled.metadata.shared <= CHIPS[chip].shared_bytes, (chip, compiled.metadata.shared)
+    if name.startswith("fragments"):
+        from tunesmith.kernels.gemv_quads_triton import stays_in_threads
+
+        assert stays_in_threads(compiled.asm["ttgir"])
     # Weights come sixteen bytes at a time: into registers, or straight into shared memory.
     assert "v4.b32" in ptx or "cp.async.cg.shared.global" in ptx or "bulk" in ptx
