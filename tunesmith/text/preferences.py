@@ -16,7 +16,7 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
 from tunesmith.text.dataset import Document, TokenisedDataset
 from tunesmith.text.split import Part, load_parts, split_note
-from tunesmith.text.summary import KEPT, Progress, skipped_lines
+from tunesmith.text.summary import KEPT, Progress, counted, skipped_lines
 from tunesmith.text.tokenise import first_format, with_template
 from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.units import format_count
@@ -115,7 +115,8 @@ class PreferenceSummary:
     def lines(self) -> list[str]:
         """What a person reads."""
         out = [
-            f"{self.rows} rows in {len(self.formats)} file(s), format preference" + (KEPT if self.cached else ""),
+            f"{counted(self.rows, 'row')} in {counted(len(self.formats), 'file')}, format preference"
+            + (KEPT if self.cached else ""),
             f"{self.pairs} pairs to train on, {self.validation_pairs} to validate on; {format_count(self.tokens)} "
             f"tokens, trained: {format_count(self.chosen_tokens)} of chosen answers, "
             f"{format_count(self.rejected_tokens)} of rejected ones",

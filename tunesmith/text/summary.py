@@ -118,7 +118,7 @@ class DataSummary:
         """What a person reads before training."""
         formats = sorted(set(self.formats.values()))
         out = [
-            f"{_of(self.rows, 'row')} in {_of(len(self.formats), 'file')}, format {' and '.join(formats)}"
+            f"{counted(self.rows, 'row')} in {counted(len(self.formats), 'file')}, format {' and '.join(formats)}"
             + (KEPT if self.cached else ""),
             f"{self.documents} documents to train on, {self.validation_documents} to validate on; "
             f"{format_count(self.tokens)} tokens, {format_count(self.trained_tokens)} trained "
@@ -139,7 +139,7 @@ class DataSummary:
         return out + skipped_lines(self.skipped_reasons)
 
 
-def _of(count: int, thing: str) -> str:
+def counted(count: int, thing: str) -> str:
     """As in "1 row" and "2 rows"."""
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
@@ -147,7 +147,7 @@ def _of(count: int, thing: str) -> str:
 def skipped_lines(reasons: dict[str, dict[str, Any]]) -> list[str]:
     """The commonest reasons that rows were skipped for, a line each."""
     commonest = sorted(reasons.items(), key=lambda item: -item[1]["count"])[:8]
-    return [f"{_of(kind['count'], 'row')} skipped: {reason} (first: {kind['first']})" for reason, kind in commonest]
+    return [f"{counted(kind['count'], 'row')} skipped: {reason} (first: {kind['first']})" for reason, kind in commonest]
 
 
 def summarise(
