@@ -55,7 +55,7 @@ def num_pages(
     else:
         free = max(int(available_memory_bytes() * CPU_FREE_SHARE), one * size)
     chosen = min(config.max_num_seqs * one, free // size)
-    log.info("cache: %d pages, %s", chosen, format_bytes(chosen * size))
+    log.debug("key/value cache: %d pages, %s", chosen, format_bytes(chosen * size))
     return chosen
 
 
