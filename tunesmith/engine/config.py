@@ -18,7 +18,7 @@ class EngineConfig:
     max_num_batched_tokens: tokens of one step, prompts and answers together; a longer prompt takes several steps.
     max_model_len: tokens of context, prompt and answer together.
     enable_prefix_cache: whether requests share the pages of equal beginnings.
-    gpu_memory_utilization: the share of the GPU's memory that weights, activations and pages take together.
+    gpu_memory_utilization: the share of the GPU's memory that weights, activations, graphs and pages take together.
     kv_dtype: "auto" holds keys and values in the dtype of the stream; "fp8" in 8 bits with a scale per page and head.
     batch_invariant: greedy output is bit for bit the same whatever else is in the batch and in the cache. What it costs
         depends on the shape: builtin:tiny takes 2.4 times as long for one request on one core, 1.4 times for sixteen,

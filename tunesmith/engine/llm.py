@@ -56,8 +56,8 @@ class LLM:
         max_model_len: tokens of context, prompt and answer together; None: what the model was made for.
         max_num_seqs: requests that run together; None: 256 on a GPU, else 16 (`max_running` is its older name).
         max_num_batched_tokens: tokens of one step; None: 8192 on a GPU, else 2048. Longer prompts take several steps.
-        gpu_memory_utilization: the share of the GPU's memory that weights, activations and cache take together. The
-            cache of a model that was loaded elsewhere takes at most half of what is free.
+        gpu_memory_utilization: the share of the GPU's memory that weights, activations, graphs and cache take together.
+            The cache of a model that was loaded elsewhere takes at most half of what is free.
         enable_prefix_caching: whether equal beginnings are computed once; None: yes, but not for a model that was
             loaded elsewhere, whose weights may change.
         kv_cache_dtype: "auto" or "fp8".
