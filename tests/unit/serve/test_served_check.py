@@ -6,6 +6,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,21 @@ def test_the_check_leaves_no_trace_in_the_engine(run: RunDir) -> None:
     assert isinstance(grammars := model.llm.engine.grammars, RequestGrammars)
     assert StructuredSpec("json_object") in grammars.compiler._cache  # what grammars need is got ready before a request
     assert stats.prompt_tokens == stats.num_finished == stats.pages_used == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("quantization", [None, "w8a8"])
+def test_a_model_that_processes_share_is_compared_by_all_of_them(run: RunDir, quantization: str | None) -> None:
+    """It used to be compared through the engine alone; and to give no embeddings."""
+    options = EngineOptions(model=str(run.path), device="cpu", max_model_len=256, quantization=quantization)
+    vectors, lines = [], []
+    for size in (1, 2):
+        model = load_model(replace(options, tensor_parallel_size=size), lambda _: None)
+        try:
+            vectors.append(torch.frombuffer(bytearray(next(model.embed([[5, 6, 7]], "mean"))[0]), dtype=torch.float32))
+            lines.append(str(model.facts["served"]))
+        finally:
+            model.close()
+    for line in lines:
+        assert line.startswith("served = trained") and f"weights as served ({quantization or 'float32'})" in line
+    assert torch.allclose(*vectors, atol=1e-3 if quantization else 1e-5)
