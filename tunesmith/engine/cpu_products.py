@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.engine.cpu_int8 import int8_of
+from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.layers import Linear
 
 _PACKED_FOR_ROWS = 16
@@ -37,6 +39,9 @@ class Product:
 
 def product_of(linear: nn.Module, dtype: torch.dtype, packs: bool) -> Product:
     """How to multiply by this linear. packs: its weight never changes, and may be laid out anew."""
+    if packs and type(linear) is Int8Linear and not linear.has_int8_products:
+        int8 = int8_of(linear)
+        return Product(int8, lambda x, stream: stream.add_(int8(x)))
     if type(linear) is not Linear or not packs or linear.weight.dtype != dtype:
         return _as_it_is(linear)
     if dtype == torch.float32:
