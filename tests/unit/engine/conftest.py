@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,5 +101,29 @@ def counting() -> Callable[..., Engine]:
         pages = max_num_seqs * pages_of(max_model_len) if num_pages is None else num_pages
         runner = Counting(max_model_len, pages, max_num_seqs, fail_at)
         return Engine(runner, config=config, stop_ids=stop_ids, **(parts or {}))
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[[Path], Path]:
+    """From a model's directory to that of an adapter on all its linears, of several ranks and random values."""
+
+    def make(base: Path) -> Path:
+        from tunesmith.checkpoint.adapter import save_adapter
+        from tunesmith.checkpoint.load import load_decoder
+        from tunesmith.model.lora import AdapterOptions
+        from tunesmith.model.methods import adapted_linears, add_adapters, block_linears
+
+        model = load_decoder(base, device="cpu", dtype=torch.float32)
+        chosen = {target.path: list(target.parts) for target in block_linears(model)}
+        add_adapters(model, chosen, lambda name: AdapterOptions(1 + len(name) % 4, 8.0), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for linear in adapted_linears(model).values():
+                for parameter in linear.adapters.parameters():
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        save_adapter(model, tmp_path / "adapter", base)
+        return tmp_path / "adapter"
 
     return make

@@ -109,16 +109,17 @@ def exactly(model: Any) -> Any:
     return model
 
 
-def one_process(directory: str, quantize: str | None) -> Any:
-    return exactly(load_for_inference(directory, quantize=quantize, device="cpu", dtype=torch.float32))
+def one_process(directory: str, quantize: str | None, adapter: str | None = None) -> Any:
+    model = load_for_inference(directory, quantize=quantize, adapter=adapter, device="cpu", dtype=torch.float32)
+    return exactly(model)
 
 
-def compare(models: list[tuple[str, str | None]]) -> list[tuple[float, list[str], float]]:
+def compare(models: list[tuple[str, str | None, str | None]]) -> list[tuple[float, list[str], float]]:
     """For each model: how far its logits are from one process's, which weights are not theirs, its share of bytes."""
     found = []
-    for directory, quantize in models:
-        whole = one_process(directory, quantize)
-        part = exactly(load_share(SharedSource(directory, quantize=quantize), mesh()))
+    for directory, quantize, adapter in models:
+        whole = one_process(directory, quantize, adapter)
+        part = exactly(load_share(SharedSource(directory, quantize=quantize, adapter=adapter), mesh()))
         with torch.no_grad():
             got, expected = part.logits(plain_hidden(part, DOCUMENTS)), torch.cat(logits(whole, DOCUMENTS))
         held, all_bytes = (sum(t.nbytes for t in m.blocks.state_dict().values()) for m in (part, whole))
@@ -142,18 +143,21 @@ def different(part: Decoder, whole: Decoder) -> list[str]:
     return bad
 
 
-def test_formats(ranks: Ranks, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_formats(
+    ranks: Ranks, tiny_model_dir: Callable[..., Path], make_adapter: Callable[[Path], Path], tmp_path: Path
+) -> None:
     """Quantised on load, and read from what AWQ, GPTQ and `tunesmith compress` wrote.
 
     W8A8 and fp8 round rows of which each process sees a part: by the largest of all.
     """
     base = tiny_model_dir("qwen2", **SIZES)
-    models: list[tuple[Path, str | None]] = [(base, name) for name in ("int8", "w8a8", "int4", "int4-g32-sym", "fp8")]
-    models += [(tiny_model_dir("gpt2", n_embd=64), "w8a8")]
-    models += [(checkpoint(base, tmp_path / "awq", "awq"), None), (checkpoint(base, tmp_path / "gptq", "gptq"), None)]
+    models: list[tuple[Path, str | None]] = [(base, name) for name in ("int8", "w8a8", "int4-g32-sym", "fp8")]
+    models += [(tiny_model_dir("gpt2", n_embd=64), "w8a8"), (base, "int4")]
+    models += [(checkpoint(base, tmp_path / "awq", "awq"), None)]
     models += [(checkpoint(base, tmp_path / "sorted", "gptq", sorts=True), None)]
     models += [(compressed(base, tmp_path / "compressed"), None)]
-    found = ranks(compare, 2, [(str(directory), name) for directory, name in models])
+    adapter = str(make_adapter(base))
+    found = ranks(compare, 2, [(str(at), name, adapter if name == "int4" else None) for at, name in models])
     for of_rank in found:
         for (directory, name), (distance, bad, share) in zip(models, of_rank, strict=True):
             what = f"{directory.name} {name}"

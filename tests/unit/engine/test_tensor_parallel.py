@@ -12,6 +12,8 @@ import msgpack
 import pytest
 import torch
 
+from tunesmith.checkpoint.inference import load_for_inference
+from tunesmith.checkpoint.inference_share import load_share_for_inference
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine import graphs as graphs_module
 from tunesmith.engine.adapter_stacks import attach
@@ -150,7 +152,7 @@ def serve(directory: str, adapter: str | None, config: EngineConfig, quantize: A
 
 
 def shared_decoder(directory: Path, mesh: Mesh, quantize: Any = None) -> Any:
-    decoder = load_decoder(directory, device="cpu", dtype=torch.float32, quantize=quantize, mesh=mesh)
+    decoder = load_share_for_inference(directory, mesh, quantize=quantize, dtype=torch.float32)
     set_compute(decoder, "weights")  # products in fp8 would round each process's columns of x by their own maximum
     return share_to_serve(decoder, mesh).eval()
 
@@ -158,7 +160,7 @@ def shared_decoder(directory: Path, mesh: Mesh, quantize: Any = None) -> Any:
 def one_process(
     directory: Path, adapter: Path | None = None, config: EngineConfig = CONFIG, quantize: Any = None
 ) -> list[list[int]]:
-    decoder = load_decoder(directory, device="cpu", dtype=torch.float32, quantize=quantize).eval()
+    decoder: Any = load_for_inference(directory, device="cpu", dtype=torch.float32, quantize=quantize)
     set_compute(decoder, "weights")
     pool = None
     if adapter is not None:
@@ -188,39 +190,22 @@ def test_several_processes_say_what_one_says(
     assert said == [one_process(directory), *[None] * (count - 1)]
 
 
-def test_with_adapters(ranks: Ranks, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    """Each process holds its part of them; and on quantised weights."""
+def test_with_adapters(ranks: Ranks, tiny_model_dir: Callable[..., Path], make_adapter: Callable[..., Path]) -> None:
+    """Each process holds its part of them, on quantised weights."""
     directory = tiny_model_dir("qwen2", initializer_range=SPREAD, **WIDE)
-    adapter = random_adapter(directory, tmp_path / "a")
-    for quantize in (None, "fp8"):
+    adapter = make_adapter(directory)
+    for quantize in ("fp8", "w8a8"):
         said = ranks(serve, 2, str(directory), str(adapter), CONFIG, quantize)
         expected = one_process(directory, adapter, quantize=quantize)
         assert said[0] == expected
         assert expected != one_process(directory, quantize=quantize)
 
 
-def random_adapter(base: Path, out: Path) -> Path:
-    from tunesmith.checkpoint.adapter import save_adapter
-    from tunesmith.model.lora import AdapterOptions
-    from tunesmith.model.methods import adapted_linears, add_adapters, block_linears
-
-    model = load_decoder(base, device="cpu", dtype=torch.float32)
-    chosen = {target.path: list(target.parts) for target in block_linears(model)}
-    add_adapters(model, chosen, lambda name: AdapterOptions(1 + len(name) % 4, 8.0), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for linear in adapted_linears(model).values():
-            for parameter in linear.adapters.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    save_adapter(model, out, base)
-    return out
-
-
 def test_recorded_steps_are_recorded_and_replayed_by_all(
-    ranks: Ranks, tiny_model_dir: Callable[..., Path], tmp_path: Path
+    ranks: Ranks, tiny_model_dir: Callable[..., Path], make_adapter: Callable[..., Path]
 ) -> None:
     directory = tiny_model_dir("qwen2", initializer_range=SPREAD, **WIDE)
-    adapter = random_adapter(directory, tmp_path / "a")
+    adapter = make_adapter(directory)
     (said, replays), (_, others) = ranks(serve_recorded, 2, str(directory), str(adapter))
     assert said == one_process(directory, adapter)
     assert replays == others > 0
