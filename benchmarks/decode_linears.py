@@ -254,7 +254,7 @@ def in_fp8(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
 def tiles(format_id: int, rows: int, width: int, tokens: int, processors: int) -> list[tuple[str, tuple[int, ...]]]:
     """Kernels of ours and their tiles; of each kernel the one that it takes now comes first."""
     found: list[tuple[str, tuple[int, ...]]] = []
-    if tokens <= fragments.MOST_TOKENS and width % fragments.COLUMNS[format_id] == 0:
+    if tokens <= 64 and width % fragments.COLUMNS[format_id] == 0:
         now = fragments.shape_of(format_id, rows, width, processors)
         others = [(count, warps) for count in (1, 2) for warps in (2, 4, 8, 16) if count * warps <= 16]
         found += [("fragments", tile) for tile in dict.fromkeys((now, *others))]

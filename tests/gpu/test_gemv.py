@@ -65,3 +65,33 @@ def test_products_can_be_recorded() -> None:
     out.zero_()
     graph.replay()
     assert torch.equal(out, truth)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 31, 64])
+@pytest.mark.parametrize("shape", [(1, 2), (1, 16), (2, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fragments_are_right_in_every_tile_and_repeat_their_bits(
+    tokens: int, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Steps of a width that no number of warps divides, rows that no tile divides, an output full of NaN before."""
+    from tunesmith.kernels.gemv_quads_triton import quads
+
+    generator = torch.Generator("cuda").manual_seed(1)
+    rows, width, unit = 1003, 11 * 256, 2.0**-8 if dtype == torch.bfloat16 else 2.0**-10
+    weight = torch.randn(rows, width, device="cuda", generator=generator) * 0.05
+    x = torch.randn(tokens, width, device="cuda", generator=generator).to(dtype)
+    bias = torch.randn(rows, device="cuda", generator=generator).to(dtype)
+    int8, fp8, int4 = quantize_int8(weight), quantize_fp8_weight(weight), quantize_int4(weight, 64)
+    cases = [
+        (1, int8.codes, int8.scale, None, 1, dequantize_int8(int8.codes, int8.scale, torch.float32)),
+        (2, fp8.codes.view(torch.int8), fp8.scale, None, 1, dequantize_fp8_weight(fp8, torch.float32)),
+        (3, int4.words, int4.scales, int4.zeros, 2, dequantize_int4(int4, torch.float32)),
+    ]
+    for format_id, codes, scales, zeros, per_block, dense in cases:
+        found = []
+        for _ in range(2):
+            out = torch.full((tokens, rows), float("nan"), device="cuda", dtype=dtype)
+            assert quads(format_id, x, codes, scales, zeros, bias, out, per_block=per_block, shape=shape)
+            check(out, x, dense, bias, unit)
+            found.append(out)
+        assert torch.equal(*found)

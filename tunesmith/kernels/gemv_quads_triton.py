@@ -1,4 +1,4 @@
-"""The Triton kernel of products of 1 to 16 tokens with an int8, fp8 or int4 weight, by the tensor cores' own fragments.
+"""The Triton kernel of products of 1 to 64 tokens with an int8, fp8 or int4 weight, by the tensor cores' own fragments.
 
 A thread is written out: every tensor of the loop has one element for each thread, and the only layout that Triton has
 for it gives element i to thread i. So the fragments of `mma.m16n8k16` are filled straight from 16-byte loads, and
@@ -30,6 +30,7 @@ added up at the end, in one order. Imported only where Triton is installed.
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ from tunesmith.kernels.gemv_triton import FP8, INT4
 from tunesmith.kernels.launch import current, num_processors
 from tunesmith.units import ceil_div
 
-MOST_TOKENS = 16
+# Tokens by format. A program has 16 at most; others with the same rows run beside it and find them in the second cache.
+MOST_TOKENS = {1: 32, 2: 32, 3: 64}
 # Columns of a step by format (int8, fp8, int4): widths are multiples of them.
 COLUMNS = {1: 128, 2: 128, 3: 256}
 _log = logging.getLogger(__name__)
@@ -196,8 +198,9 @@ def quad_kernel(
     WARPS: tl.constexpr,
     BY_HAND: tl.constexpr,
 ):
-    """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]). x and w as int32 words; a program has 16 TILES rows of w.
+    """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]), x and w as int32 words.
 
+    A program has 16 TILES rows of w and 8 TOKEN_TILES tokens.
     Rows and tokens that are not there are others once more, and are not stored.
     """
     HALF: tl.constexpr = out.dtype.element_ty == tl.float16
@@ -209,13 +212,13 @@ def quad_kernel(
     warp, quad, place = thread // 32, thread % 32 // 4, thread % 4
     zero = tl.zeros([32 * WARPS], tl.float32)
     ones = tl.full([32 * WARPS], 0x3C003C00 if HALF else 0x3F803F80, tl.int32)
-    first = tl.program_id(0) * 16 * TILES
+    first_token, first = tl.program_id(0) * 8 * TOKEN_TILES, tl.program_id(1) * 16 * TILES
     held = ()
     for i in tl.static_range(2 * TILES):
         held = held + (tl.minimum(first + 8 * i + quad, num_rows - 1).to(tl.int64),)
     tokens = ()
     for n in tl.static_range(TOKEN_TILES):
-        tokens = tokens + (tl.minimum(8 * n + quad, num_tokens - 1) * (WIDTH // 2),)
+        tokens = tokens + (tl.minimum(first_token + 8 * n + quad, num_tokens - 1) * (WIDTH // 2),)
     acc = ()
     for _i in tl.static_range(TILES * TOKEN_TILES):
         acc = acc + ((zero, zero, zero, zero),)
@@ -248,7 +251,7 @@ def quad_kernel(
                 for odd in tl.static_range(2):
                     d = acc[i * TOKEN_TILES + n][2 * lower + odd]
                     y = tl.sum(tl.reshape(d, [WARPS, 32]), axis=0) * factor + added
-                    token = 8 * n + lane % 4 * 2 + odd
+                    token = first_token + 8 * n + lane % 4 * 2 + odd
                     at = out + token * num_rows + row
                     tl.store(at, y.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
@@ -256,22 +259,32 @@ def quad_kernel(
 def takes_quads(format_id: int, x_TD: Tensor) -> bool:
     """Whether the kernel has this product: int8, fp8 or int4, few tokens, whole steps of columns in 16 bits."""
     step = COLUMNS.get(format_id)
-    if step is None or x_TD.dtype.itemsize != 2 or not 0 < x_TD.shape[0] <= MOST_TOKENS or x_TD.shape[1] % step:
+    if (
+        step is None
+        or x_TD.dtype.itemsize != 2
+        or not 0 < x_TD.shape[0] <= MOST_TOKENS[format_id]
+        or x_TD.shape[1] % step
+    ):
         return False
-    # float16 and bfloat16 fragments of this size: from compute capability 8.0 on.
-    return x_TD.device.type != "cuda" or torch.cuda.get_device_capability(x_TD.device) >= (8, 0)
+    return x_TD.device.type != "cuda" or _has_fragments(x_TD.device)
+
+
+@cache
+def _has_fragments(device: torch.device) -> bool:
+    """Fragments of this size in both dtypes: from compute capability 8.0 on."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def shape_of(format_id: int, num_rows: int, width: int, processors: int) -> tuple[int, int]:
     """Tiles of 16 rows and warps of a program.
 
-    Two tiles share what is loaded of the input, where there are rows enough. Warps until every processor has 16 of
+    Two tiles share what is loaded of the input, where there are rows enough. Warps until every processor has 12 of
     them, so that bytes enough are under way: a warp has 2 KiB of each tile's weight before it, and 2 KiB on its way.
     """
     tiles = 2 if num_rows >= 64 * processors else 1
     programs, steps = ceil_div(num_rows, 16 * tiles), width // COLUMNS[format_id]
     warps = 2
-    while warps < 16 and 2 * warps <= steps and programs * warps < 16 * processors:
+    while warps < 16 and 2 * warps <= steps and programs * warps < 12 * processors:
         warps *= 2
     return tiles, warps
 
@@ -296,8 +309,9 @@ def quads(
     num_tokens, num_rows = out_TF.shape
     width = x_TD.shape[1]
     tiles, warps = shape or shape_of(format_id, num_rows, width, num_processors(x_TD.device))
+    token_tiles = 1 if num_tokens <= 8 else 2
     with current(x_TD.device):
-        compiled = quad_kernel[(ceil_div(num_rows, 16 * tiles),)](
+        compiled = quad_kernel[(ceil_div(num_tokens, 8 * token_tiles), ceil_div(num_rows, 16 * tiles))](
             x_TD.view(torch.int32),
             weight.view(torch.int32),
             scales,
@@ -312,7 +326,7 @@ def quads(
             ZEROS=zeros is not None,
             BIAS=bias_F is not None,
             TILES=tiles,
-            TOKEN_TILES=ceil_div(num_tokens, 8),
+            TOKEN_TILES=token_tiles,
             WARPS=warps,
             BY_HAND=x_TD.device.type != "cpu",  # Triton's interpreter has no assembler
             num_warps=warps,
