@@ -217,6 +217,10 @@ class Tokenizer:
             (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8", newline="")
 
 
+# Bytes of a character at most, and ids that are no character together, from which on some are settled.
+_LONGEST_CHARACTER, _LONG_RUN = 4, 16
+
+
 class StreamDecoder:
     """Ids in one at a time, whole characters out: the pieces joined are `tokenizer.decode` of all ids.
 
@@ -239,12 +243,29 @@ class StreamDecoder:
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             piece = text[self._emitted : -1]
             self._emitted = max(self._emitted, len(text) - 1)
+            if len(self._new) % _LONG_RUN == 0:
+                self._settle(text)
             return piece
         piece = text[self._emitted :]
         if text:
             self._context, self._new, self._emitted = self._new, [], 0
             self._context_text = self._decode(self._context)
         return piece
+
+    def _settle(self, text: str) -> None:
+        """Look back to fewer ids where so many were no characters that none of these can become one any more.
+
+        Else every id of an answer that is nothing but broken bytes would be decoded once more for each that follows.
+        """
+        for count in range(len(self._new) - _LONGEST_CHARACTER, _LONGEST_CHARACTER, -1):
+            settled, rest = self._new[:count], self._new[count:]
+            before = self._decode(self._context + settled)[len(self._context_text) :]
+            own = self._decode(settled)
+            after = text[len(before) :]
+            if before and after and text == before + after and self._decode(self._new)[len(own) :] == after:
+                self._context, self._context_text, self._new = settled, own, rest
+                self._emitted -= len(before)
+                return
 
     def finish(self) -> str:
         """The rest: an incomplete character as U+FFFD."""
