@@ -154,7 +154,7 @@ def test_processes_that_the_data_leaves_idle_are_told_of_once(
             watch(SimpleNamespace(step=step, micro_batches=packs))  # type: ignore[arg-type]
         assert len(caplog.messages) == int(bool(said))
         assert idle_line(1, 3) == (
-            "2 of the 3 processes that share the data have nothing to do: a step has only one micro-batch "
+            "idle in every step: 2 of the 3 processes that share the data; a step has only one micro-batch "
             "(train.micro_batch_tokens each). --nproc 1 is as fast"
         )
 
