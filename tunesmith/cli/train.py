@@ -222,8 +222,8 @@ def idle_line(micro_batches: int, sharing: int) -> str | None:
         return None
     amount = "one micro-batch" if micro_batches == 1 else f"{micro_batches} micro-batches"
     return (
-        f"idle in every step: {sharing - micro_batches} of the {sharing} processes that share the data; a step has only "
-        f"{amount} (train.micro_batch_tokens each). --nproc {micro_batches} is as fast"
+        f"idle in every step: {sharing - micro_batches} of the {sharing} processes that share the data; a step has "
+        f"only {amount} (train.micro_batch_tokens each). --nproc {micro_batches} is as fast"
     )
 
 
