@@ -238,7 +238,7 @@ class Served:
 @contextlib.asynccontextmanager
 async def served(
     says: str = SAYS, step_s: float = 0.0, failure: Exception | None = None, hang_s: float = 300.0,
-    stall_s: float = 10.0, max_num_seqs: int = 4, **options: Any,
+    stall_s: float = 60.0, max_num_seqs: int = 4, **options: Any,
 ) -> AsyncIterator[Served]:  # fmt: skip
     """A server that is ready."""
     fakes: list[FakeEngine] = []

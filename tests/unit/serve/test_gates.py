@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ def test_depth_is_counted_outside_of_texts() -> None:
     assert not is_too_deep(b"[" + b"[1]," * 100 + b"[2]]", 3)
     assert is_too_deep(b"[[[[1]]]]", 3)
     assert is_too_deep(b"[" * 100_000, 64)
+    assert is_too_deep(b"[" * 9 + b'"' + b"\\", 8) and not is_too_deep(b"[" * 9 + b"]" * 9 + b'"\\', 9)
+    assert is_too_deep(b"[" + b"[]," * 2**20 + b"[]]", 64)
+    begin_s = time.process_time()
+    assert is_too_deep(b"[" * 65 + b'"' + b'\\"' * 2**17, 64)
+    assert time.process_time() - begin_s < 2, "a text without an end is read once"
 
 
 @in_server()

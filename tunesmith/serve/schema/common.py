@@ -37,6 +37,8 @@ OFF: tuple[Any, ...] = (None,)
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
 ]
+# Looked for after every token of an answer.
+StopText = Annotated[str, Field(min_length=1, max_length=512)]
 User = Annotated[str, Field(max_length=512)]
 
 
@@ -156,7 +158,7 @@ class Sampling(Body):
     model: Name | None = None
     n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
-    stop: Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: StopText | list[StopText] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -166,9 +168,9 @@ class Sampling(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
-    stop_token_ids: Annotated[list[TokenId], WHOLE_LIST] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024), WHOLE_LIST] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
