@@ -73,15 +73,21 @@ class ServingMesh(Mesh):
         return found
 
 
+def take_device(rank: int, device_type: str) -> torch.device:
+    """The device of this process, started. Raises what CUDA raises where it can't be."""
+    if device_type != "cuda":
+        return torch.device("cpu")
+    torch.cuda.set_device(rank)
+    torch.cuda.init()
+    return torch.device("cuda", rank)
+
+
 def join(size: int, rank: int, meeting: str, device_type: str) -> Mesh:
     """Meet the other processes; the mesh of the group, all of it tensor-parallel.
 
     Tensors go through NCCL between GPUs and gloo between CPUs; what hosts say to each other goes through sockets.
     """
-    device = torch.device("cpu")
-    if device_type == "cuda":
-        torch.cuda.set_device(rank)
-        device = torch.device("cuda", rank)
+    device = take_device(rank, device_type)
     torch.distributed.init_process_group(
         "nccl" if device_type == "cuda" else "gloo",
         init_method=meeting,
@@ -127,6 +133,8 @@ def follow(rank: int, receive: Callable[[], Message], say: Callable[[str], None]
     if start["kind"] == "stop":
         return
     source = SharedSource(**start["source"])
+    take_device(rank, source.device_type)
+    say("here")  # the first process joins when all are: it would wait for minutes for one that can't
     decoder = load_share(source, join(start["size"], rank, start["meeting"], source.device_type))
     say("loaded")
     follow_passes(decoder, receive, say)

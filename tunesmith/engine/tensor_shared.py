@@ -86,6 +86,7 @@ def load_shared(source: SharedSource, size: int) -> SharedModel:
         team.hear("hello")
         resolve_model(source.path, source.revision)  # once, where it has to be fetched
         team.tell({"kind": "start", "size": size, "meeting": team.meeting, "source": vars(source)})
+        team.hear("here")
         decoder = load_share(source, join(size, 0, team.meeting, source.device_type))
         team.when_failed(_abort_group)
         team.hear("loaded")

@@ -2,7 +2,7 @@
 
     this process                            process 1, 2 ...  (python -m tunesmith.engine.tensor_worker)
     start       socket pair, log     --->   imports torch, says hello
-    load        "start": what, where --->   joins the group, loads its part, says loaded
+    load        "start": what, where --->   takes its device, says here; joins the group, loads its part, says loaded
     serve       "runner", "pass" ... --->   follows                    (tensors go through the group)
     close       "stop"               --->   leaves
 
@@ -125,9 +125,11 @@ class TensorTeam:
             self.failure = f"process {worker.rank} of the {self.size} that share the model {how}{said}"
             call = self._on_failure
         _log.error("%s", self.failure)
-        if call is not None:
-            call()
-        self._end(wait_s=0)
+        try:
+            if call is not None:
+                call()
+        finally:
+            self._end(wait_s=0)
 
     def when_failed(self, call: Callable[[], None]) -> None:
         """Called once when a process has ended, perhaps in another thread: so that nothing waits for it any longer."""
