@@ -136,11 +136,10 @@ def test_a_long_queue_costs_a_step_nothing(counting: Make, step_ahead: bool) -> 
         engine.abort(request_id)
 
 
-@AHEAD
-def test_what_was_there_is_frozen_while_requests_run(counting: Make, step_ahead: bool) -> None:
+def test_what_was_there_is_frozen_while_requests_run(counting: Make) -> None:
     """A full collection in the middle of a step takes 100 ms with a model loaded."""
     gc.unfreeze()  # what other tests have left
-    engine = counting(2, step_ahead=step_ahead)
+    engine = counting(2, step_ahead=True)
     ids = [engine.submit([i], SamplingParams(max_tokens=5)) for i in (1, 2, 3)]
     engine.step()
     assert gc.get_freeze_count() > 1000
