@@ -337,9 +337,9 @@ def quads(
 
 
 def stays_in_threads(ttgir: str) -> bool:
-    """Whether a compiled loop has one layout, so that a thread's values are what its own instructions made."""
-    begin, end = ttgir.find("scf.for"), ttgir.rfind("scf.yield")
-    return 0 <= begin < end and "convert_layout" not in ttgir[begin:end]
+    """Whether a compiled kernel has one layout up to its last product, so that a thread's values are its own."""
+    last_product = ttgir.rfind("mma.sync")
+    return last_product >= 0 and "convert_layout" not in ttgir[: max(last_product, ttgir.rfind("scf.yield"))]
 
 
 _checked: dict[int, tuple[Any, bool]] = {}
