@@ -138,7 +138,6 @@ def follow(rank: int, receive: Callable[[], Message], say: Callable[[str], None]
     decoder = load_share(source, join(start["size"], rank, start["meeting"], source.device_type))
     say("loaded")
     follow_passes(decoder, receive, say)
-    torch.distributed.destroy_process_group()
 
 
 def follow_passes(decoder: Decoder, receive: Callable[[], Message], say: Callable[[str], None]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from tunesmith.model.decoder import Decoder
 from tunesmith.model.weight_formats import FORMAT_NAMES
 
 SHARED_FORMATS = (*FORMAT_NAMES, *TRAINED)
+_log = logging.getLogger(__name__)
 _aborting = threading.Lock()
+ABORT_S = 10.0
+"""Seconds that an abort which is under way is waited for."""
 GRAPHS_S = 5.0
 """Seconds at start-up for recording graphs beyond the coarse sizes."""
 
@@ -32,6 +36,8 @@ class SharedModel:
 
     decoder: Decoder
     team: TensorTeam
+    runners: list[TensorParallelRunner] = field(default_factory=list)
+    """Those that were made: a communicator of NCCL can't be ended, or aborted, while a graph with it is there."""
 
     def runner(self, config: EngineConfig, *, beside_page_bytes: int = 0) -> TensorParallelRunner:
         """The runner of all processes together. Raises: ParallelError, DeviceError.
@@ -43,6 +49,7 @@ class SharedModel:
         runner = TensorParallelRunner(
             self.decoder, config, team.tell, team.check, give_up=team.give_up, beside_page_bytes=beside_page_bytes
         )
+        self.runners.append(runner)
         self.team.hear("ready")
         runner.warm_up(GRAPHS_S)
         return runner
@@ -69,8 +76,12 @@ class SharedModel:
             return list(self.decoder.logits(hidden_TD).split([len(document) for document in documents]))
 
     def close(self) -> None:
-        """End the other processes, and leave their group. Closing twice does nothing."""
+        """End the other processes, and leave their group; no runner works afterwards. Closing twice does nothing."""
         self.team.close()
+        for runner in self.runners:
+            if runner.graphs is not None:
+                runner.graphs.drop()
+        self.runners.clear()
         _leave_group()
 
 
@@ -118,14 +129,22 @@ def _check(source: SharedSource, size: int) -> None:
 
 def _leave_group() -> None:
     """Between GPUs the others are gone by now, and a communicator that is ended in good order would wait for them."""
-    _abort_group()
-    if torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() == "nccl":
+        _abort_group()
+    else:
         torch.distributed.destroy_process_group()
 
 
 def _abort_group() -> None:
     """Let nothing wait for a process that is gone. Between CPUs a collective notices by itself."""
     abort = getattr(torch.distributed.distributed_c10d, "_abort_process_group", None)
-    with _aborting:
+    if not _aborting.acquire(timeout=ABORT_S):
+        _log.warning("NCCL does not let go of the processes that shared the model; a new process can share one")
+        return
+    try:
         if abort is not None and torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
             abort()
+    finally:
+        _aborting.release()

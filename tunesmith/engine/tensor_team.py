@@ -125,11 +125,9 @@ class TensorTeam:
             self.failure = f"process {worker.rank} of the {self.size} that share the model {how}{said}"
             call = self._on_failure
         _log.error("%s", self.failure)
-        try:
-            if call is not None:
-                call()
-        finally:
-            self._end(wait_s=0)
+        self._end(wait_s=0)  # first: the call may wait for this process's own work to break off
+        if call is not None:
+            call()
 
     def when_failed(self, call: Callable[[], None]) -> None:
         """Called once when a process has ended, perhaps in another thread: so that nothing waits for it any longer."""

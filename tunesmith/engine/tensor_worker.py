@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import traceback
+from typing import NoReturn
 
 from tunesmith.engine.tensor_messages import Message, Reader, send
 
@@ -50,8 +51,8 @@ def end_with(parent: int) -> None:
             os._exit(1)
 
 
-def main(descriptor: int, rank: int, parent: int = 0) -> int:
-    """Follow until told to stop. Returns: the exit code."""
+def main(descriptor: int, rank: int, parent: int = 0) -> NoReturn:
+    """Follow until told to stop, and end the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with(parent)
@@ -66,11 +67,15 @@ def main(descriptor: int, rank: int, parent: int = 0) -> int:
         traceback.print_exc()
         with contextlib.suppress(OSError):
             send(connection, {"kind": "failed", "reason": f"{type(error).__name__}: {error}"})
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a collective that is under way would keep it
-    return 0
+        _leave(1)  # a collective that is under way would keep it
+    _leave(0)  # as would a communicator of NCCL, while there are graphs with it
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:4])))
+    main(*map(int, sys.argv[1:4]))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from tunesmith.checkpoint.held_save import save_held
 from tunesmith.checkpoint.inference import load_for_inference
@@ -233,3 +234,28 @@ def test_what_can_not_be_divided_says_what_would_work(ranks: Ranks, tiny_model_d
         "tensor_parallel_size 2 does not divide the model's 1 key-value heads"
         in ranks(refused, 2, directory, "int8")[0]
     )
+
+
+def peak_bytes(directory: str, quantize: str | None) -> tuple[int, int, int]:
+    """The most that loading a share allocated at once, what it holds afterwards, and its largest tensor in float32."""
+    source = SharedSource(directory, quantize=quantize)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        decoder = load_share(source, mesh())
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    mapped = (Path(directory) / "model.safetensors").stat().st_size  # counted too, as if it were read at once
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in events if abs(event.nbytes()) != mapped]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    held = {t.data_ptr(): t.nbytes for t in [*decoder.parameters(), *decoder.buffers()]}
+    return peak, sum(held.values()), max(SIZES["intermediate_size"] * SIZES["hidden_size"] * 4, 272 * 64 * 4)
+
+
+def test_no_process_ever_holds_the_whole(ranks: Ranks, tiny_model_dir: Callable[..., Path]) -> None:
+    """Beside its share there is one projection, in the few forms that quantising goes through."""
+    directory = str(tiny_model_dir("llama", **SIZES, num_hidden_layers=8))
+    for quantize in (None, "int4-g32"):
+        for peak, held, largest in ranks(peak_bytes, 2, directory, quantize):
+            assert held <= peak < held + (12 if quantize else 2) * largest, (quantize, peak, held, largest)

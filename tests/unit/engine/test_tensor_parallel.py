@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgpack
+import psutil
 import pytest
 import torch
 
@@ -22,7 +23,8 @@ from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.fused_pass import FusedPass
 from tunesmith.engine.graphs import DecodeGraphs, Kind
-from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.llm import LLM
+from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.speculate import NgramDrafter
 from tunesmith.engine.tensor_graphs import SharedGraphs, Together, WarmUpError
@@ -290,3 +292,33 @@ def test_processes_of_its_own(count: int, tiny_model_dir: Callable[..., Path]) -
 def test_a_model_that_can_not_be_shared_says_so(tiny_model_dir: Callable[..., Path]) -> None:
     with pytest.raises(ParallelError, match="tensor_parallel_size 2 does not divide"):
         load_shared(SharedSource(str(tiny_model_dir("qwen2", num_key_value_heads=1))), 2)
+
+
+@pytest.mark.long
+def test_grammars_and_guesses_of_a_draft_model() -> None:
+    """Tokens are chosen, masked and guessed in the first process alone; the others see passes only."""
+    prompts = ["Hello, what are", "Say: ", "Once upon a time", "Pick: "]
+    params = [
+        SamplingParams(max_tokens=16),
+        SamplingParams(max_tokens=24, structured=StructuredSpec("regex", "[a-z]{3,8} [0-9]{2}")),
+        SamplingParams(max_tokens=16, temperature=0.9, seed=4),
+        SamplingParams(max_tokens=20, structured=StructuredSpec("choice", ("shop hours", "the weather"))),
+    ]
+    said = []
+    draft = {"method": "draft", "model": "builtin:tiny", "num_tokens": 3}
+    for options in ({}, {"tensor_parallel_size": 2, "speculative": draft}):
+        llm = LLM("builtin:tiny", quantize="w8a8", device="cpu", max_model_len=256, max_num_seqs=4, **options)  # type: ignore[arg-type]
+        try:
+            said.append([done.text for done in llm.generate(prompts, params)])
+        finally:
+            llm.close()
+    assert said[0] == said[1]
+
+
+@pytest.mark.long
+def test_an_engine_that_can_not_be_made_leaves_no_process() -> None:
+    """They used to stay until this process ended."""
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(RequestError, match="max_model_len"):
+        LLM("builtin:tiny", device="cpu", tensor_parallel_size=2, max_model_len=10**6)
+    assert set(psutil.Process().children(recursive=True)) <= before
