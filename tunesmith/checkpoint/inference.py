@@ -10,6 +10,7 @@ import torch
 from tunesmith.arch import read_config
 from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.held_files import held_method, load_held
+from tunesmith.checkpoint.huge_pages import use_huge_pages
 from tunesmith.checkpoint.load import DTYPES, Backend, Quantize, load_model
 from tunesmith.checkpoint.quantized_load import load_quantized
 from tunesmith.checkpoint.source import resolve_model
@@ -57,6 +58,8 @@ def load_for_inference(
         )
     directory = resolve_model(str(path), revision)
     where = torch.device(pick_device(str(device)))
+    if where.type == "cpu":
+        use_huge_pages()
     held = None if quantize is None else parse_format(quantize)
     stored = held_method(read_config(directory)) if weights == "checkpoint" else None
     if stored is not None:
