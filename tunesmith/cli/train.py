@@ -77,6 +77,9 @@ def train(
         compiling = start_compiling(recipe)  # while torch is imported
         cuda = start_cuda(recipe.model.device)
         read_ahead(recipe.model)
+    if cuda is None:
+        # Before torch reads it: threads that spin while they wait take a busy machine's cores from those that compute.
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
     run_training = _import_all(start_up, verify, has_cuda=cuda is not None)
     if cuda is not None:
         with start_up.part("CUDA waited for"):

@@ -13,9 +13,9 @@ from tunesmith.engine.request import StructuredSpec
 from tunesmith.engine.structured import check_spec
 from tunesmith.errors import RequestError
 
-# Between JSON's tokens: nothing, a space, or a line break with its indentation. Without a bound a model may go on
-# writing blanks until its limit.
-JSON_WHITESPACE = r"([ ]|\n[ ]{0,40})"
+# JSON on one line, with or without a space after a comma and a colon: where blanks may stand between all tokens, small
+# models write them until their limit. A schema's own "x-guidance" goes before this.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ",[ ]?", "key_separator": ":[ ]?"}
 
 
 def grammar_text(spec: StructuredSpec) -> str:
@@ -32,7 +32,7 @@ def grammar_text(spec: StructuredSpec) -> str:
             return matcher.grammar_from_regex(value)
         schema = value if spec.kind == "json_schema" else '{"type": "object"}'
         schema = {"true": "{}", "false": '{"enum": []}'}.get(schema.strip(), schema)
-        return matcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
+        return matcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
 
 
 def _lark(grammar: str) -> str:
