@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.engine.cpu_int8 import int8_of
+from tunesmith.model.held import HeldLinear
 from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.layers import Linear
 
@@ -42,6 +43,9 @@ def product_of(linear: nn.Module, dtype: torch.dtype, packs: bool) -> Product:
     if packs and type(linear) is Int8Linear and not linear.has_int8_products:
         int8 = int8_of(linear)
         return Product(int8, lambda x, stream: stream.add_(int8(x)))
+    if packs and isinstance(linear, HeldLinear) and linear.shell is None:
+        held = linear.product  # without the function that gradients need
+        return Product(held, lambda x, stream: stream + held(x))
     if type(linear) is not Linear or not packs or linear.weight.dtype != dtype:
         return _as_it_is(linear)
     if dtype == torch.float32:

@@ -46,6 +46,8 @@ def pack_for_cpu(weight: Int4Weight) -> CpuInt4:
 def cpu_product(x_TD: Tensor, weight: CpuInt4) -> Tensor:
     """y_TF in the dtype of x, the product in bfloat16."""
     width = weight.scales_and_zeros.shape[0] * weight.group_size
-    x = F.pad(x_TD.to(torch.bfloat16), (0, width - x_TD.shape[1])).contiguous()
+    x = x_TD.to(torch.bfloat16).contiguous()
+    if x.shape[1] < width:
+        x = F.pad(x, (0, width - x.shape[1]))
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight.codes, weight.group_size, weight.scales_and_zeros)
-    return y[:, : weight.out_features].to(x_TD.dtype)
+    return (y if y.shape[1] == weight.out_features else y[:, : weight.out_features]).to(x_TD.dtype)
