@@ -1,7 +1,7 @@
 """Thousands of random schedules through the engine: every request says what it says alone, and nothing is left behind.
 
-A schedule is an engine with random limits (slots, budget, pages, context, steps ahead, prefixes, guesses, recorded
-steps) and random traffic (greedy, sampled, penalised, constrained, scored, with adapters' salts, stop texts and tokens,
+A schedule is an engine with random limits (slots, budget, pages, steps ahead, prefixes, guesses, recorded steps, batch
+invariance) and random traffic (greedy, sampled, penalised, constrained, scored, with salts, stop texts and tokens,
 priorities, aborts, a step that fails now and then). The truth is the same model with one slot, plenty of pages and
 nothing of all that, one request after the other. Float32 weights whose choices are clear of rounding.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ import torch
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.draft import DraftModel
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.graphs import DecodeGraphs
+from tunesmith.engine.interfaces import Drafter
 from tunesmith.engine.pages import PAGE_SLOTS, pages_of
 from tunesmith.engine.request import Completion, Request, SamplingParams, StepOutput, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
@@ -147,7 +149,9 @@ def make_decoder(request: Request) -> TextDecoder:
     return Letters()
 
 
-def make_engine(model: Decoder, config: EngineConfig, num_pages: int, recorded: bool, drafter: Wild | None) -> Engine:
+def make_engine(
+    model: Decoder, config: EngineConfig, num_pages: int, recorded: bool, drafter: Drafter | None
+) -> Engine:
     runner = NativeRunner(model, config, num_pages)
     if recorded:
         runner._fused = None
@@ -174,13 +178,26 @@ def random_config(choice: random.Random) -> tuple[EngineConfig, int]:
         max_num_batched_tokens=max(slots, choice.choice([3, 8, 16, 17, 33, 64, 300])),
         enable_prefix_cache=choice.random() < 0.7,
         step_ahead=choice.random() < 0.7,
+        batch_invariant=choice.random() < 0.08,
         debug_pages=True,
     )
     least = pages_of(CONTEXT)
     return config, choice.choice([least, least + 1, least + 3, 2 * least, slots * least])
 
 
-def random_request(choice: random.Random, shared: Sequence[Sequence[int]], drafts: bool) -> Asked:
+def random_drafter(choice: random.Random, model: Decoder, config: EngineConfig) -> Drafter | None:
+    """None, wild guesses, or the model itself with few pages of its own."""
+    kind = choice.random()
+    if kind < 0.2:
+        return Wild(choice, choice.choice([1, 4]))
+    if kind < 0.3:
+        own = replace(config, max_model_len=CONTEXT - choice.choice([0, 60]), batch_invariant=False)
+        runner = NativeRunner(model, own, choice.choice([2, 6, 40]))
+        return DraftModel(runner, choice.choice([1, 3]), 272, max_tokens=choice.choice([20, 500]))
+    return None
+
+
+def random_request(choice: random.Random, shared: Sequence[Sequence[int]]) -> Asked:
     begin = list(choice.choice(shared))
     tail = [choice.randrange(250) for _ in range(choice.choice([0, 1, 1, 3, 15, 16, 17, 30]))]
     ids = (begin + tail) or [choice.randrange(250)]
@@ -264,8 +281,9 @@ def run_schedule(model: Decoder, alone: Alone, seed: int) -> dict[str, int]:
     """One schedule. Returns what happened in it."""
     choice = random.Random(seed)
     config, num_pages = random_config(choice)
-    drafter = Wild(choice, choice.choice([1, 4])) if choice.random() < 0.3 else None
-    engine = make_engine(model, config, num_pages, choice.random() < 0.3, drafter)
+    drafter = random_drafter(choice, model, config)
+    recorded = choice.random() < 0.3 and not config.batch_invariant
+    engine = make_engine(model, config, num_pages, recorded, drafter)
     forward = engine.runner.forward
     fails = choice.random() < 0.1
 
@@ -284,7 +302,7 @@ def run_schedule(model: Decoder, alone: Alone, seed: int) -> dict[str, int]:
     while len(asked) < total or engine.has_work:
         kind = choice.random()
         if kind < rate and len(asked) < total:
-            request = random_request(choice, shared, drafter is not None)
+            request = random_request(choice, shared)
             asked[submit(engine, request)] = request
         elif kind > 0.97 and asked:
             request_id = choice.choice(sorted(asked))
@@ -325,7 +343,10 @@ def check_nothing_is_left(engine: Engine) -> None:
     assert not (scheduler.sequences or scheduler.waiting or scheduler.running or scheduler.left_slots)
     assert not (engine.unready or engine.mail or engine.launched or engine.grammars.waiting)  # type: ignore[union-attr]
     assert not (state._entered or state.counts.places)
-    assert engine.drafter is None or not engine.drafter.lookup._known  # type: ignore[attr-defined]
+    if isinstance(engine.drafter, Wild):
+        assert not engine.drafter.lookup._known
+    if isinstance(engine.drafter, DraftModel):
+        assert not engine.drafter._held and engine.drafter.runner.pages.num_used == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
