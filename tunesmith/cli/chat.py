@@ -35,7 +35,7 @@ MODES = ("auto", "chat", "complete")
 TEMPERATURE = 0.7
 ALIASES = {"/quit": "/exit", "/q": "/exit", "/?": "/help"}
 ALONE = (
-    "This run learnt from single questions, so each one is asked without what was said before "
+    "This model learnt from single questions, so each one is asked without what was said before "
     "(to keep it: --history, or type /history on)."
 )
 
@@ -49,7 +49,9 @@ def chat(
     system: Annotated[str | None, typer.Option(help="the system message")] = None,
     history: Annotated[
         bool | None,
-        typer.Option(help="answers see what was said before; by default, unless a run learnt single questions only"),
+        typer.Option(
+            help="answers see what was said before; by default, unless the model learnt single questions only"
+        ),
     ] = None,
     mode: Annotated[
         str, typer.Option(help="auto, chat (use the chat template), complete (continue the text)")
@@ -78,7 +80,8 @@ def chat(
     if server is not None:
         from tunesmith.cli.chat_server import converse
 
-        talk = Talk(*converse(server, model or None, locals()))
+        conversation, name, alone = converse(server, model or None, locals())
+        talk = Talk(conversation, name, ALONE if alone else None)
     elif model:
         talk = _load(locals())
     else:
@@ -129,7 +132,7 @@ def samples(llm: LLM) -> bool:
 
 
 def learnt_single_turns(llm: LLM) -> bool:
-    """Whether the model comes from a run whose conversations had one question each."""
+    """Whether the model was trained here, on conversations of one question each."""
     return llm.source is not None and llm.source.single_turns
 
 

@@ -21,8 +21,8 @@ _UNKNOWN_CONTEXT = 10**9
 _FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
-def converse(url: str, model: str | None, asked: Mapping[str, Any]) -> tuple[Conversation, str, None]:
-    """A conversation with the server's model, and what to call it.
+def converse(url: str, model: str | None, asked: Mapping[str, Any]) -> tuple[Conversation, str, bool]:
+    """A conversation with the server's model, what to call it, and whether it stands without history by itself.
 
     Args: `asked`: the options of `tunesmith chat`; what is not said there is left to the server.
     Raises: RequestError when the server can't be reached, or refuses; for an option that goes with loading a model.
@@ -35,9 +35,10 @@ def converse(url: str, model: str | None, asked: Mapping[str, Any]) -> tuple[Con
     remote = RemoteModel(url, model, given)
     mode: Mode = "complete" if asked["mode"] == "complete" else "chat"
     params = SamplingParams(max_tokens=asked["max_tokens"], seed=asked["seed"])
-    history = asked["history"] is not False
+    alone = remote.single_turns and mode == "chat" and asked["history"] is None
+    history = not alone and asked["history"] is not False
     conversation = Conversation(cast(Any, remote), params, asked["system"], mode, history)
-    return conversation, f"{remote.model} at {remote.url}", None
+    return conversation, f"{remote.model} at {remote.url}", alone
 
 
 class RemoteModel:
@@ -59,7 +60,10 @@ class RemoteModel:
         if not names:
             raise RequestError(f"the server {self.url} has no model")
         self.model = model or names[0]
-        limit = cards[names.index(self.model)].get("max_model_len")
+        card = cards[names.index(self.model)]
+        # A field of ours: other servers don't say it.
+        self.single_turns = card.get("single_turns") is True
+        limit = card.get("max_model_len")
         self.max_model_len = limit if isinstance(limit, int) else _UNKNOWN_CONTEXT
         self._counts = True
 

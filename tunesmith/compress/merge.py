@@ -34,6 +34,7 @@ from tunesmith.model.methods import adapted_linears
 from tunesmith.model.quant import NF4Linear, set_compute
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.rundir.io import atomic_directory
+from tunesmith.rundir.model_notes import read_notes, write_notes
 
 # A hop that moves the predictions by more than so many nats breaks the model.
 KL_LIMIT = 0.1
@@ -112,6 +113,7 @@ def merge_to_directory(
         dense = temporary / "dense" if quantize else temporary
         save_merged(model, dense, stored)
         _copy_companions([directory, adapter_dir], temporary)
+        write_notes(temporary, read_notes(adapter_dir))
         del model
         hops = [_hop(f"merge in {_name(stored)}", dense, before, prompts, device, kl_limit)]
         if quantize is not None:

@@ -24,6 +24,7 @@ from tunesmith.model.decode_linears import hold_head_in_int8
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.weight_formats import WeightFormat, check_format, hold_linears
 from tunesmith.rundir.io import atomic_directory
+from tunesmith.rundir.model_notes import read_notes, write_notes
 
 Calibration = Literal["none", "gptq", "awq"]
 # What makes a model directory besides its weights and config.json.
@@ -90,6 +91,7 @@ def compress_to_directory(
         for path in sorted(directory.iterdir()):
             if path.is_file() and path.name.startswith(_COMPANIONS):
                 shutil.copyfile(path, temporary / path.name)
+        write_notes(temporary, read_notes(directory))
     return CompressReport(
         output=str(output),
         model=str(model),

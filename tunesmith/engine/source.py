@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from tunesmith.checkpoint.adapter import read_adapter_tensors
 from tunesmith.checkpoint.source import resolve_model
@@ -14,6 +13,7 @@ from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
 from tunesmith.rundir.layout import RunDir, RunInfo, is_run, open_run
+from tunesmith.rundir.model_notes import notes_of_facts, read_notes
 
 Quantize = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
 _OUTCOMES = ("final", "adapter", "model")
@@ -59,7 +59,7 @@ def find_source(path: str, adapter: str | Path | None, quantize: str | None, rev
             )
         return _run_source(run, wanted, revision)
     if adapter is None:
-        return ModelSource(path, None, wanted, revision)
+        return ModelSource(path, None, wanted, revision, single_turns=_single_turns(path))
     return _adapted_source(path, Path(adapter).expanduser(), wanted, revision)
 
 
@@ -112,7 +112,7 @@ def _run_source(run: RunDir, quantize: Quantize | None, revision: str | None) ->
         # A tokenizer that was saved with the outcome has the template already.
         chat_template=Path(template) if template is not None and tokenizer is None else None,
         system=recipe.data.system,
-        single_turns=_single_turns(info.facts),
+        single_turns=notes_of_facts(info.facts).single_turns,
     )
 
 
@@ -127,10 +127,10 @@ def check_training(run: RunDir) -> RunInfo:
     return info
 
 
-def _single_turns(facts: Mapping[str, Any]) -> bool:
-    """Whether the run's data had conversations, and none with a second question; False where it was not recorded."""
-    data = facts.get("data")
-    return isinstance(data, Mapping) and bool(data.get("conversations")) and data.get("multi_turn") == 0
+def _single_turns(path: str) -> bool:
+    """What the file beside the weights says, where merge or compress wrote one."""
+    directory = Path(path).expanduser()
+    return directory.is_dir() and read_notes(directory).single_turns
 
 
 def _recorded(adapter: Path) -> Quantize | None:

@@ -136,6 +136,7 @@ class LoadedModel:
             "quantization": llm.source.quantize if llm.source is not None else None,
             "is_native": isinstance(model, Decoder),
             "has_chat_template": llm.has_chat_template,
+            "single_turns": llm.source is not None and llm.source.single_turns,
             "load_s": load_s,
         }
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from tunesmith.serve.errors import ApiError, JsonResponse
 from tunesmith.serve.schema.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from tunesmith.serve.state import Adapter, Server
+from tunesmith.serve.state import Server, make_adapter
 
 
 def model_cards(server: Server) -> list[dict[str, Any]]:
@@ -18,9 +18,11 @@ def model_cards(server: Server) -> list[dict[str, Any]]:
     facts = server.engine.facts
     own = {"root": server.engine.options.model, "parent": None, "max_model_len": facts.get("max_model_len")}
     own |= {"embedding_size": facts.get("embedding_size"), "pooling": server.options.pooling}
+    own |= {"single_turns": bool(facts.get("single_turns"))}
     cards = [_card(name, server.created, own) for name in server.options.names]
     for name, adapter in server.adapters.items():
         more = {"root": adapter.path, "parent": server.name, "max_model_len": facts.get("max_model_len")}
+        more |= {"single_turns": adapter.single_turns}
         cards.append(_card(name, adapter.created, more))
     return cards
 
@@ -52,7 +54,7 @@ async def load_adapter(server: Server, request: Request, body: LoadAdapterReques
     if is_taken or body.lora_name in server.options.names:
         raise ApiError(400, f"there is a model called {body.lora_name!r} already", param="lora_name")
     await server.engine.load_adapter(body.lora_name, body.lora_path, bool(body.follow))
-    server.adapters[body.lora_name] = Adapter(body.lora_path, int(time.time()), bool(body.follow))
+    server.adapters[body.lora_name] = make_adapter(body.lora_path, int(time.time()), bool(body.follow))
     return JsonResponse({"status": "loaded", "lora_name": body.lora_name})
 
 

@@ -8,11 +8,13 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 
 from tunesmith.errors import nearest
+from tunesmith.rundir.model_notes import read_notes
 from tunesmith.serve.auth import key_of
 from tunesmith.serve.client import AsyncEngine
 from tunesmith.serve.errors import ApiError, engine_down
@@ -29,11 +31,12 @@ _USUAL_SEQS = 256
 
 @dataclass
 class Adapter:
-    """A LoRA adapter that was loaded while serving."""
+    """A LoRA adapter that was loaded while serving. single_turns: it learnt from single questions only."""
 
     path: str
     created: int
     follow: bool = False
+    single_turns: bool = False
 
 
 @dataclass
@@ -130,10 +133,16 @@ def make_server(options: ServerOptions, engine: AsyncEngine) -> Server:
     metrics.engine.gaps = engine.gaps
     server = Server(options, engine, metrics, Admission(*_places(options, engine.options.max_num_seqs or _USUAL_SEQS)))
     for name, path in options.adapters:
-        server.adapters[name] = Adapter(path, server.created)
+        server.adapters[name] = make_adapter(path, server.created)
     server.has_adapters = not server.adapters
     engine.on_restart = lambda: _reload(server)
     return server
+
+
+def make_adapter(path: str, created: int, follow: bool = False) -> Adapter:
+    """An adapter, and what its run knows of it."""
+    directory = Path(path).expanduser()
+    return Adapter(path, created, follow, directory.is_dir() and read_notes(directory).single_turns)
 
 
 def _places(options: ServerOptions, running: int) -> tuple[int, int]:

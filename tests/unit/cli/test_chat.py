@@ -6,14 +6,18 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
-from tunesmith.cli import console, main
+from tunesmith.cli import chat_server, console, main
 from tunesmith.cli.chat import describe_model, samples
+from tunesmith.compress.merge import merge_to_directory
+from tunesmith.compress.quantize import compress_to_directory
 from tunesmith.engine.source import ModelSource
 from tunesmith.rundir.layout import open_run
 from tunesmith.train.run import train
@@ -77,6 +81,50 @@ def test_a_run_of_single_questions_is_asked_each_alone_and_says_so(runs: dict[st
     assert third["text"] == first["text"]
     assert found["history"] is False and len(found["messages"]) == 6
     assert err.count(SAID) == 1 and "/history on" in err
+
+
+def test_what_is_made_of_such_a_run_is_asked_each_question_alone_too(
+    runs: dict[str, Path], chat: Chat, tmp_path: Path
+) -> None:
+    """The bug: merged or compressed, the model saw all that was said before, and its second answers went wrong."""
+    merge_to_directory(None, runs["single"] / "final", tmp_path / "merged", device="cpu")
+    compress_to_directory(tmp_path / "merged", tmp_path / "small", "int8", device="cpu")
+    for made in ("merged", "small"):
+        found, err = chat(tmp_path / made, "--mode", "chat", stdin="one\ntwo\n")
+        assert found["history"] is False and err.count(SAID) == 1, made
+    merge_to_directory(None, runs["several"] / "final", tmp_path / "long", device="cpu")
+    assert not (tmp_path / "long" / "tunesmith.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "options", "keeps"),
+    [
+        ({"single_turns": True}, [], False),
+        ({"single_turns": True}, ["--history"], True),
+        ({"single_turns": False}, [], True),
+        ({}, [], True),  # another program's server
+    ],
+)
+def test_a_server_says_that_its_model_learnt_from_single_questions(
+    monkeypatch: pytest.MonkeyPatch, chat: Chat, card: dict[str, Any], options: list[str], keeps: bool
+) -> None:
+    """The bug: `chat --server` sent such a model all that was said before."""
+    asked: list[list[Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m", **card}]})
+        if request.url.path == "/tokenize":
+            return httpx.Response(404, json={})
+        asked.append(json.loads(request.content)["messages"])
+        delta = json.dumps({"choices": [{"delta": {"content": "yes"}, "finish_reason": "stop"}]})
+        return httpx.Response(200, text=f"data: {delta}\n\ndata: [DONE]\n\n")
+
+    client = partial(httpx.Client, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(chat_server, "httpx", SimpleNamespace(**{**vars(httpx), "Client": client}))
+    found, err = chat("--server", "http://there", *options, stdin="one\ntwo\n")
+    assert [len(messages) for messages in asked] == [1, 3 if keeps else 1]
+    assert found["history"] is keeps and err.count(SAID) == (0 if keeps else 1)
 
 
 @pytest.mark.parametrize(

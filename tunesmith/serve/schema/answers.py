@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class ErrorFields(BaseModel):
@@ -72,6 +72,9 @@ class ModelAnswer(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    single_turns: bool = Field(
+        description="it learnt from conversations of one question each: clients should send each question alone"
+    )
 
 
 class ModelsAnswer(BaseModel):
