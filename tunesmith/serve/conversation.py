@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tunesmith.errors import RequestError
@@ -24,38 +24,34 @@ def plain_messages(messages: Sequence[ChatMessage], text: ServedText, param: str
     Raises: ApiError (400) for calls whose arguments are no JSON, and for what the template would not show.
     """
     given = [message.model_dump(exclude_none=True) for message in messages]
+    called: set[str] = set()
     for index, message in enumerate(given):
-        _check_shown(given[:index], message, f"{param}[{index}]", text)
+        _check_shown(message, called, f"{param}[{index}]", text)
+        called |= {call["function"]["name"] for call in message.get("tool_calls") or ()}
     try:
         return template_messages(given, text.tokenizer)
     except RequestError as error:
         raise bad_field(param, str(error)) from None
 
 
-def _check_shown(before: Sequence[dict[str, Any]], message: dict[str, Any], place: str, text: ServedText) -> None:
-    """Raises: ApiError (400) for calls, results, names and thoughts that the template would drop in silence."""
+def _check_shown(message: dict[str, Any], called: Collection[str], place: str, text: ServedText) -> None:
+    """Raises: ApiError (400) for calls, results, names and thoughts that the template would drop in silence.
+
+    Args: called: functions that were called before; a tool's result may repeat such a name.
+    """
     role = "system" if message["role"] == "developer" else str(message["role"])
     if role == "tool" and not text.words.shows("tool", "content"):
         raise _not_shown(f"{place}.role", "results of tools")
     if message.get("tool_calls") and not text.words.shows("assistant", "tool_calls"):
         raise _not_shown(f"{place}.tool_calls", "tool calls")
     name = message.get("name")
-    if (
-        name is not None
-        and not _is_callee(name, before if role == "tool" else ())
-        and not text.words.shows(role, "name")
-    ):
+    is_known = name is None or (role == "tool" and name in called)
+    if not is_known and not text.words.shows(role, "name"):
         raise _not_shown(f"{place}.name", f"names of a {role}")
     thought = next((key for key in ("reasoning_content", "reasoning") if message.get(key)), None)
     # Where thoughts are this server's own words they come back with each turn; what the template does with them is its.
     if thought and text.format.reasoning is None and not text.words.shows("assistant", "reasoning_content"):
         raise _not_shown(f"{place}.{thought}", "thoughts")
-
-
-def _is_callee(name: str | None, before: Sequence[dict[str, Any]]) -> bool:
-    """Whether a tool's result only repeats the name of a function that was called."""
-    calls = (call for message in before for call in message.get("tool_calls") or ())
-    return any(call["function"]["name"] == name for call in calls)
 
 
 def _not_shown(param: str, what: str) -> ApiError:

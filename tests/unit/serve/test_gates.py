@@ -266,3 +266,18 @@ async def test_a_client_that_does_not_read_holds_no_place_for_ever(one: Served) 
     async with asyncio.timeout(10):
         await stream({"type": "http"}, receive, send)
     assert left == [True] and loop.time() - begin_s < 5
+
+
+@in_server()
+async def test_a_million_mistakes_are_refused_by_the_first(one: Served) -> None:
+    """All of them were gathered, for ten seconds, while nobody else was answered."""
+    begin_s = time.process_time()
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", {"prompt": [-1] * 300_000}),
+        ("/detokenize", {"tokens": ["x"] * 300_000}),
+        ("/v1/completions", {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(100_000)), "x")}),
+        ("/v1/chat/completions", {"messages": [{"role": "robot"}] * 16_000}),
+    ]
+    for path, body in wrong:
+        assert len(error_of(await one.post(path, **body), 400)["message"]) < 500
+    assert time.process_time() - begin_s < 4

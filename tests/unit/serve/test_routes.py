@@ -157,6 +157,10 @@ async def test_a_response_as_it_comes(one: Served) -> None:
     assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "completed"]
     assert "".join(event["delta"] for event in events if event["type"].endswith(".delta")) == SAYS
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
+
+
+@in_server(step_s=0.1)
+async def test_a_response_that_fails_in_the_middle_says_so(one: Served) -> None:
     failed = data_objects(await one.post("/v1/responses", input="fail later", stream=True))
     assert failed[-1]["type"] == "response.failed" and failed[-1]["response"]["status"] == "failed"
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from tunesmith.serve.errors import bad_field, unsupported
-from tunesmith.serve.schema.common import OFF, WHOLE, Body, Metadata, Name, Sampling, Strict, Text, User
+from tunesmith.serve.schema.common import FIRST_WRONG, OFF, WHOLE, Body, Metadata, Name, Sampling, Strict, Text, User
 
 
 class TextPart(Body):
@@ -27,7 +27,7 @@ class TextPart(Body):
     text: Text
 
 
-Content = Text | list[TextPart]
+Content = Text | Annotated[list[TextPart], FIRST_WRONG]
 
 
 class FunctionCall(Strict):
@@ -68,7 +68,7 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Content | None = None
     name: Name | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST_WRONG] | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
 
@@ -133,19 +133,19 @@ class ChatRequest(Sampling):
         "store": (None, False), "verbosity": OFF, "web_search_options": OFF, "echo": (None, False),
         "chat_template": OFF, "mm_processor_kwargs": OFF, "include_reasoning": (None, True),
     }  # fmt: skip
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16384)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16384), FIRST_WRONG]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128), FIRST_WRONG] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], FIRST_WRONG] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: Metadata | None = Field(None, description="shown in the server's request log")
     safety_identifier: User | None = Field(None, description="the newer name of user")

@@ -26,17 +26,31 @@ def _whole_list(values: Any) -> Any:
     return values
 
 
+def at_most(limit: int) -> BeforeValidator:
+    """A mapping with more entries is refused before any of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"{len(value)} entries; at most {limit} are allowed")
+        return value
+
+    return BeforeValidator(check)
+
+
 WHOLE, WHOLE_LIST = BeforeValidator(_whole), BeforeValidator(_whole_list)
 Text = Annotated[str, Field(max_length=MAX_TEXT_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+# A list is refused by its first item that is wrong: a million complaints take ten seconds to write.
+FIRST_WRONG = Field(fail_fast=True)
 _ABSENT = object()
 OFF: tuple[Any, ...] = (None,)
 
 
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16), at_most(16)
 ]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 # Looked for after every token of an answer.
 StopText = Annotated[str, Field(min_length=1, max_length=512)]
 User = Annotated[str, Field(max_length=512)]
@@ -140,7 +154,7 @@ class StructuredOutputs(Body):
     }  # fmt: skip
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], FIRST_WRONG] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -158,7 +172,7 @@ class Sampling(Body):
     model: Name | None = None
     n: Annotated[int, Field(ge=1, le=128), WHOLE] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
-    stop: StopText | list[StopText] | None = None
+    stop: StopText | Annotated[list[StopText], FIRST_WRONG] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -168,9 +182,9 @@ class Sampling(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024), at_most(1024)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31), WHOLE] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024), WHOLE_LIST] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024), FIRST_WRONG, WHOLE_LIST] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None

@@ -7,13 +7,13 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 
 from tunesmith.serve.errors import unsupported
-from tunesmith.serve.schema.common import OFF, WHOLE, WHOLE_LIST, Sampling, Text, TokenId
+from tunesmith.serve.schema.common import FIRST_WRONG, OFF, WHOLE, WHOLE_LIST, Sampling, Text, TokenId
 
-Ids = Annotated[list[TokenId], Field(min_length=1), WHOLE_LIST]
+Ids = Annotated[list[TokenId], Field(min_length=1), FIRST_WRONG, WHOLE_LIST]
 Prompt = Annotated[Text, Field(min_length=1)]
 Prompts = (
-    Prompt | Ids | Annotated[list[Prompt], Field(min_length=1, max_length=2048)]
-    | Annotated[list[Ids], Field(min_length=1, max_length=2048)]
+    Prompt | Ids | Annotated[list[Prompt], Field(min_length=1, max_length=2048), FIRST_WRONG]
+    | Annotated[list[Ids], Field(min_length=1, max_length=2048), FIRST_WRONG]
 )  # fmt: skip
 
 

@@ -7,7 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tunesmith.serve.errors import unsupported
-from tunesmith.serve.schema.common import OFF, WHOLE, Body, JsonObjectFormat, Metadata, Name, Text, TextFormat, User
+from tunesmith.serve.schema.common import (
+    FIRST_WRONG,
+    OFF,
+    WHOLE,
+    Body,
+    JsonObjectFormat,
+    Metadata,
+    Name,
+    Text,
+    TextFormat,
+    User,
+)
 
 
 class InputText(Body):
@@ -26,7 +37,7 @@ class InputMessage(Body):
     type: Literal["message"] | None = None
     id: Annotated[str, Field(max_length=256)] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[InputText]
+    content: Text | Annotated[list[InputText], FIRST_WRONG]
 
 
 class ResponsesJsonSchema(Body):
@@ -58,13 +69,13 @@ class ResponsesRequest(Body):
         "truncation": (None, "disabled"),
     }  # fmt: skip
     model: Name | None = None
-    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=16384)]
+    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=16384), FIRST_WRONG]
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], FIRST_WRONG] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     stream: bool | None = None

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tunesmith.serve.errors import bad_field
 from tunesmith.serve.schema.chat import ChatMessage, Tool
-from tunesmith.serve.schema.common import WHOLE_LIST, Body, Name, Text, TokenId
+from tunesmith.serve.schema.common import FIRST_WRONG, WHOLE_LIST, Body, Name, Text, TokenId
 
 
 class TokenizeRequest(Body):
@@ -16,13 +16,13 @@ class TokenizeRequest(Body):
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16384)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=16384), FIRST_WRONG] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128), FIRST_WRONG] | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> TokenizeRequest:
@@ -41,4 +41,4 @@ class DetokenizeRequest(Body):
     """Token ids."""
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=2**20), WHOLE_LIST]
+    tokens: Annotated[list[TokenId], Field(max_length=2**20), FIRST_WRONG, WHOLE_LIST]
