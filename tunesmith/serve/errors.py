@@ -9,7 +9,9 @@ from typing import Any
 from starlette.responses import Response
 
 # Made once: `json.dumps` with arguments makes a new one for every call.
-_ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+# What many clients take for the end of a stream's line (httpx does), as JSON escapes.
+_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -63,18 +65,28 @@ class ApiError(Exception):
 
 
 class JsonResponse(Response):
-    """JSON that is always ASCII, so that any text can be sent, and never NaN."""
+    """JSON in UTF-8, and never NaN."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """The body."""
-        return dumps(content).encode("ascii")
+        return to_bytes(dumps(content))
 
 
 def dumps(content: Any) -> str:
-    """Compact JSON in ASCII. Raises ValueError for NaN and infinity."""
-    return _ENCODER.encode(content)
+    """Compact JSON on one line, letters as they are. Raises ValueError for NaN and infinity."""
+    text = _ENCODER.encode(content)
+    if not text.isascii():
+        for character, escape in _LINE_ENDS.items():
+            if character in text:
+                text = text.replace(character, escape)
+    return text
+
+
+def to_bytes(text: str) -> bytes:
+    """JSON in UTF-8; half of a pair of surrogates, which UTF-8 doesn't have, becomes the JSON escape that it is."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.errors import RequestError
 from tunesmith.serve.closed_schema import check_strict, closed
-from tunesmith.serve.errors import ApiError, bad_field, dumps
+from tunesmith.serve.errors import ApiError, bad_field
 from tunesmith.serve.schema.common import (
     JsonObjectFormat,
     JsonSchemaFormat,
@@ -149,6 +150,6 @@ def json_spec(param: str, schema: dict[str, Any], strict: bool | None = None) ->
         if strict:
             check_strict(schema, param)
             schema = closed(schema)
-        return StructuredSpec("json_schema", dumps(schema))
+        return StructuredSpec("json_schema", json.dumps(schema, allow_nan=False, separators=(",", ":")))
     except (ValueError, RecursionError) as error:
         raise bad_field(param, f"{param}: the schema can't be used: {error}") from None

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tunesmith.serve.errors import ApiError, dumps, error_body
+from tunesmith.serve.errors import ApiError, dumps, error_body, to_bytes
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -105,7 +105,7 @@ def named_event(name: str, content: Any) -> str:
 
 
 async def _send_text(send: Send, text: str) -> None:
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+    await send({"type": "http.response.body", "body": to_bytes(text), "more_body": True})
 
 
 async def _gone(receive: Receive) -> None:
