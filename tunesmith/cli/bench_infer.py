@@ -73,7 +73,7 @@ def infer(
     kind = device if device != "auto" else pick_device("auto").type
     own, others = _options(option or [])
     kinds = tuple(_words(measures)) or (("batches",) if kind == "cpu" else ("latency", "throughput", "prefill"))
-    with whole_cells_kept():
+    with whole_cells_kept() as kept:
         result = bench_infer(
             InferBench(
                 model=path,
@@ -108,6 +108,7 @@ def infer(
             ),
             run_dir=output,
             progress=_say_cell,
+            on_run=kept.append,
         )
     page = write_page(result.run_dir, language) if report else None
     console.emit({"run_dir": result.run_dir, "report": page, "rows": result.rows})
@@ -214,14 +215,23 @@ def _pairs(texts: Sequence[str], what: str) -> dict[str, str]:
     return found
 
 
+def _said_rate(measure: str, found: Mapping[str, float]) -> str:
+    """A measure's median rate, and of several samples the smallest and the largest."""
+    median, low, high = (f"{found[key]:,.{0 if found[key] >= 100 else 1}f}" for key in ("median", "min", "max"))
+    span = f" (median of {found['count']}: {low} to {high})" if found["count"] > 1 else ""
+    return f"{measure} {median} output tokens/s{span}"
+
+
 def _say_cell(cell: Mapping[str, Any]) -> None:
-    """A line on stderr for a process that has ended."""
+    """A line on stderr for a process that has ended: the medians that the table gives for this process alone."""
     from rich.markup import escape
 
     how = f"{cell['status']}: {cell['reason']}"
     if cell["status"] == "ok":
-        rates = {s["measure"]: s["output_tokens"] / s["whole_s"] for s in cell["samples"]}
-        how = ", ".join(f"{measure} {rate:,.0f} output tokens/s" for measure, rate in rates.items())
+        from tunesmith.bench.infer.table import make_table
+
+        measures = make_table([cell])[0]["measures"]
+        how = ", ".join(_said_rate(name, found["output_tokens_per_s"]) for name, found in measures.items())
     console.err.print(
         f"round {cell['round'] + 1} {cell['engine']} {cell['format']}: {escape(how)} ({cell['wall_s']:.0f} s)"
     )

@@ -17,8 +17,11 @@ from tunesmith.cli import console
 if TYPE_CHECKING:
     from tunesmith.bench.serve.arrivals import Mode, Point
     from tunesmith.bench.serve.workload import Workload
+    from tunesmith.cli.bench_watch import LoadProgress
 
 HIDDEN = "***"
+QUICK_CONCURRENCY, QUICK_REQUESTS = "1,4", 16
+"""What is sent where no load is named: a look of seconds to minutes, also at a server on a CPU."""
 KEY_VARIABLES = ("TUNESMITH_API_KEY", "OPENAI_API_KEY")
 
 
@@ -35,15 +38,21 @@ def serve(
     api_key: Annotated[str | None, typer.Option(help="else TUNESMITH_API_KEY or OPENAI_API_KEY")] = None,
     workload: Annotated[str, typer.Option(help="synthetic, sharegpt, azure or gsm8k")] = "synthetic",
     data: Annotated[Path | None, typer.Option(help="the data's file or folder, for all but synthetic")] = None,
-    num: Annotated[int, typer.Option(min=1, help="requests of every load")] = 256,
-    prompt_tokens: Annotated[str, typer.Option(help="synthetic: prompt lengths, from..to")] = "100..1024",
+    num: Annotated[
+        int | None, typer.Option(min=1, help="requests of every load; else 256, or 16 if none is named")
+    ] = None,
+    prompt_tokens: Annotated[
+        str | None, typer.Option(help="synthetic: prompt lengths, from..to; else 100..1024, or what the context holds")
+    ] = None,
     output_tokens: Annotated[str | None, typer.Option(help="tokens asked for, from..to; else as the data say")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="leave longer requests out; else as the server says")
     ] = None,
-    num_ids: Annotated[int | None, typer.Option(help="token ids stay below it; else the model's, or 9000")] = None,
+    num_ids: Annotated[int | None, typer.Option(help="token ids stay below it; else what the server takes")] = None,
     rate: Annotated[str | None, typer.Option(help="open loop: requests a second, as 1,2,4,inf (all at once)")] = None,
-    concurrency: Annotated[str | None, typer.Option(help="closed loop: requests in flight, as 1,8,32")] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="closed loop: requests in flight, as 1,8,32; 1,4 if no load is named")
+    ] = None,
     replay: Annotated[str | None, typer.Option(help="the data's own times, this many times as fast, as 1,2")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="no load sends for longer (rate, replay)")] = None,
     slo: Annotated[str, typer.Option(help="what counts as good, as ttft:200ms,tpot:50ms,e2e:10s")] = "",
@@ -62,21 +71,45 @@ def serve(
 ) -> int:
     """Load a server and say what its callers see: TTFT, TPOT, ITL, end to end, throughput, goodput, errors.
 
-    Latencies count from when a request was due, not from when it could be sent. Exit codes: 0 every load had answers,
-    1 at least one had none.
+    Latencies count from when a request was due, not from when it could be sent. Without a load, a short look: 16
+    requests at 1 and at 4 in flight. Exit codes: 0 every load had answers, 1 at least one had none.
     """
     from tunesmith.bench.serve.measures import parse_slo
-    from tunesmith.bench.serve.run import ServeBench, bench_serve
+    from tunesmith.bench.serve.run import ServeBench, Watch, bench_serve
     from tunesmith.bench.serve.target import normal_url
+    from tunesmith.cli.bench_watch import LoadProgress
     from tunesmith.report.strings import words_for
 
     words_for(language)
-    with whole_cells_kept():
+    loads = points(rate, concurrency, replay)
+    is_quick = not loads
+    if is_quick:
+        loads = points(None, QUICK_CONCURRENCY, None)
+        num = num or QUICK_REQUESTS
+
+    def begin(run_dir: Path) -> None:
+        kept.append(run_dir)
+        if is_quick:
+            _say_note(
+                f"no load was named: a short look of {num} requests at 1 and at 4 in flight; for a measurement: "
+                "--concurrency 1,8,32 --num 256, or --rate 1,2,4"
+            )
+
+    progress = LoadProgress()
+    with whole_cells_kept() as kept, progress.running():
         result = bench_serve(
             ServeBench(
-                points=points(rate, concurrency, replay),
+                points=loads,
                 workload=_workload(
-                    workload, data, num, prompt_tokens, output_tokens, seed, _ids(num_ids, model), max_model_len
+                    workload,
+                    data,
+                    num or 256,
+                    is_quick,
+                    prompt_tokens,
+                    output_tokens,
+                    seed,
+                    _ids(num_ids, model),
+                    max_model_len,
                 ),
                 url=None if url is None else normal_url(url),
                 start=_start(model, url, start, serve_args),
@@ -96,25 +129,41 @@ def serve(
                 command=_typed(),
             ),
             run_dir=output,
-            progress=_say_point,
+            watch=Watch(begin, _say_note, progress.begin, lambda cell: _say_ended(progress, cell)),
         )
+    points_found = [_brief(cell) for cell in result.cells]
+    if not result.num_ok:
+        reason = result.cells[0]["reason"]
+        console.err.print(f"tunesmith: error: {reason}; what was sent is in {result.run_dir}", markup=False)
+        console.emit({"error": reason, "run_dir": result.run_dir, "report": None, "points": points_found})
+        return 1
     page = write_page(result.run_dir, language) if report else None
-    console.emit({"run_dir": result.run_dir, "report": page, "points": [_brief(cell) for cell in result.cells]})
+    console.emit({"run_dir": result.run_dir, "report": page, "points": points_found})
     return 0 if result.num_ok == len(result.cells) else 1
 
 
 @contextlib.contextmanager
-def whole_cells_kept() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the processes that were started; what was measured stays in the run directory."""
+def whole_cells_kept() -> Iterator[list[Path]]:
+    """Ctrl-C and SIGTERM end the processes that were started; what was measured stays in the run directory, which the
+    list that this gives is told of."""
     from tunesmith.train.stopping import sigterm_exits
 
+    kept: list[Path] = []
     try:
         with sigterm_exits():
-            yield
+            yield kept
     except (KeyboardInterrupt, SystemExit) as stop:
         code = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
-        message = "what was measured is in the run directory; to see it: tunesmith report RUN"
-        raise console.StoppedError(message, code) from None
+        raise console.StoppedError(_what_is_kept(kept), code) from None
+
+
+def _what_is_kept(runs: list[Path]) -> str:
+    if not runs:
+        return "nothing was measured yet"
+    run = runs[-1]
+    if not any((run / "cells").glob("*.json")):
+        return f"nothing was measured yet; the settings are in {run}"
+    return f"what was measured is kept in {run}; to see it: tunesmith report {run}"
 
 
 def points(rate: str | None, concurrency: str | None, replay: str | None) -> tuple[Point, ...]:
@@ -153,7 +202,8 @@ def _workload(
     kind: str,
     data: Path | None,
     num: int,
-    prompt_tokens: str,
+    is_quick: bool,
+    prompt_tokens: str | None,
     output_tokens: str | None,
     seed: int,
     num_ids: int | None,
@@ -166,7 +216,8 @@ def _workload(
     if found is None:
         raise RecipeError(f"--workload {kind!r} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
     outputs = None if output_tokens is None else span(output_tokens)
-    return Workload(found, data, num, span(prompt_tokens), outputs, seed, num_ids, max_model_len)
+    prompts = None if prompt_tokens is None else span(prompt_tokens)
+    return Workload(found, data, num, prompts, outputs, seed, num_ids, max_model_len, is_quick)
 
 
 def _ids(num_ids: int | None, model: str | None) -> int | None:
@@ -209,6 +260,15 @@ def _brief(cell: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("requests", "completed", "requests_per_s", "output_tokens_per_s", "ttft_s", "tpot_s", "e2e_s", "goodput")
     found = {key: measures[key] for key in keys}
     return {"name": cell["name"], "status": cell["status"], "saturated": client["saturated"], **found}
+
+
+def _say_note(note: str) -> None:
+    console.err.print(note, markup=False)
+
+
+def _say_ended(progress: LoadProgress, cell: Mapping[str, Any]) -> None:
+    progress.end()
+    _say_point(cell)
 
 
 def _say_point(cell: Mapping[str, Any]) -> None:

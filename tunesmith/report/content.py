@@ -17,6 +17,9 @@ from tunesmith.report.tables import environment_items
 from tunesmith.report.training import Training, training_of
 from tunesmith.report.verdict import Sentence, bench_verdict, train_sentence
 
+MEASURING = ("bench", "scale", "serve", "infer")
+"""Kinds of runs that are there to measure: without a cell they say so."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -54,6 +57,8 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
     sections = (*serve_sections(runs, words), *infer_sections(runs, words))
     trains = tuple(run for run in runs if run.metrics)
     headline, sentences = _verdict(benches, scales, sections, trains, evaluations, words)
+    if headline is None:
+        headline = _without_verdict(runs, words)
     return Content(
         words=words,
         name=" · ".join(dict.fromkeys(run.name for run in runs)),
@@ -79,8 +84,8 @@ def _verdict(
     trains: Sequence[Run],
     evaluations: Sequence[Evaluation],
     words: Words,
-) -> tuple[str, list[Sentence]]:
-    """The headline is the first bench's; without one, the first sentence there is."""
+) -> tuple[str | None, list[Sentence]]:
+    """The headline is the first bench's; without one, the first sentence there is; None where nothing is said."""
     verdicts = [bench_verdict(bench.rows, words) for bench in benches]
     sentences = [Sentence(verdict.headline) for verdict in verdicts[1:]]
     sentences += [sentence for verdict in verdicts for sentence in verdict.sentences]
@@ -90,7 +95,14 @@ def _verdict(
     sentences += [Sentence(text) for evaluation in evaluations for text in evaluation.sentences]
     if verdicts:
         return verdicts[0].headline, sentences
-    return (sentences[0].text, sentences[1:]) if sentences else (words("title"), [])
+    return (sentences[0].text, sentences[1:]) if sentences else (None, [])
+
+
+def _without_verdict(runs: Sequence[Run], words: Words) -> str:
+    """The title of a page without a sentence; of runs that should have measured and did not, that."""
+    if any(run.cells or run.kind not in MEASURING for run in runs):
+        return words("title")
+    return words("nothing_measured", status=", ".join(dict.fromkeys(run.status for run in runs if run.status)) or "?")
 
 
 def _device(runs: Sequence[Run]) -> str | None:

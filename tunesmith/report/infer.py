@@ -18,12 +18,14 @@ Show = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a row. path: where it lies; ratio: its name in `ours_is`, where ours is compared by it."""
+    """A number of a row. path: where it lies; ratio: its name in `ours_is`, where ours is compared by it; note: what a
+    plot of it says below its title. A path that ends in `median` has `min`, `max` and `count` beside it."""
 
     name: str
     path: tuple[str, ...]
     show: Show
     ratio: str | None = None
+    note: str = "infer_output_note"
 
 
 def infer_sections(runs: Sequence[Run], words: Words) -> list[Section]:
@@ -42,13 +44,54 @@ def _section(run: Run, words: Words) -> Section:
     return Section(
         name=run.name,
         title=words("infer_table"),
-        note=f"{_key(run)} {words('infer_table_note')} {words('units')}".strip(),
+        note=_note(run, rows, columns, words),
         head=(words("engine"), words("format"), *(column.name for column in columns)),
         rows=tuple(_texts(row, columns, words) for row in rows),
-        sentences=tuple(_sentences(run, rows, columns, words)),
+        sentences=(*_headline(run, rows, words), *_sentences(run, rows, columns, words)),
         figures=tuple(_figures(rows, columns, words)),
         commands=((run.name, command),) if command else (),
     )
+
+
+def _note(run: Run, rows: Sequence[Node], columns: Sequence[Column], words: Words) -> str:
+    """Where the numbers are from, and what marks in the table mean: of the marks that it has."""
+    parts = [_key(run), words("infer_table_note")]
+    if any(_range(row, column) for row in rows for column in columns):
+        parts.append(words("infer_spread_note"))
+    if any(row.get("ours_is") for row in rows):
+        parts.append(words("infer_ratio_note"))
+    if any(row.get("status") != "ok" for row in rows):
+        parts.append(words("infer_missing_note"))
+    return " ".join([*parts, words("units")]).strip()
+
+
+def _headline(run: Run, rows: Sequence[Node], words: Words) -> Iterator[Sentence]:
+    """Ours in one sentence: the most tokens, the time of one, and how it stands beside the others."""
+    ours = [row for row in rows if row.text("engine") == OURS and row.get("status") == "ok"]
+    measured = [(row, name) for row in ours for name in (row.get("measures") or {}) if name != "prefill"]
+    rates = [rate for row, name in measured if (rate := row.number("measures", name, "output_tokens_per_s", "median"))]
+    if not rates:
+        return
+    parts = [words("infer_up_to", value=_rate(max(rates)))]
+    single = [
+        tpot
+        for row, name in measured
+        if name in ("latency", "batch-1") and (tpot := row.number("measures", name, "tpot_s", "median"))
+    ]
+    if single:
+        parts.append(words("infer_one", value=format_seconds(min(single))))
+    ratios = [_worst(rows, name) for name in dict.fromkeys(key for row in rows for key in row.get("ours_is") or {})]
+    if ratios:
+        span = dict.fromkeys((f"{min(ratios):.2f}", f"{max(ratios):.2f}"))
+        parts.append(words("infer_ratios", span="–".join(span)))
+    formats = ", ".join(dict.fromkeys(row.text("format") or "?" for row in ours))
+    model = run.table.text("key", "model") or run.name
+    yield Sentence(words("infer_headline", model=model, formats=formats, parts="; ".join(parts)))
+
+
+def _worst(rows: Sequence[Node], name: str) -> float:
+    """Ours over the best other engine's: the smallest of the ratios."""
+    return min(ratio for row in rows if (ratio := row.number("ours_is", name)) is not None)
 
 
 def _key(run: Run) -> str:
@@ -63,7 +106,9 @@ def _columns(rows: Sequence[Node], words: Words) -> list[Column]:
     found: list[Column] = []
     for name in names:
         found += _measure_columns(name, words)
-    found.append(Column(words("first_token"), ("first_token_s", "median"), format_seconds, "first_token_s"))
+    found.append(
+        Column(words("first_token"), ("first_token_s", "median"), format_seconds, "first_token_s", "infer_start_note")
+    )
     found.append(Column(words("weights_bytes"), ("weights_bytes",), format_bytes))
     found.append(Column(words("peak_device"), ("device_peak_bytes",), format_bytes))
     found.append(Column(words("resident"), ("resident_peak_bytes",), format_bytes))
@@ -71,8 +116,8 @@ def _columns(rows: Sequence[Node], words: Words) -> list[Column]:
 
 
 def _measure_columns(name: str, words: Words) -> list[Column]:
-    def column(title: str, key: str, show: Show) -> Column:
-        return Column(title, ("measures", name, key, "median"), show, f"{name}.{key}")
+    def column(title: str, key: str, show: Show, note: str = "infer_output_note") -> Column:
+        return Column(title, ("measures", name, key, "median"), show, f"{name}.{key}", note)
 
     if name == "throughput":
         return [
@@ -80,11 +125,11 @@ def _measure_columns(name: str, words: Words) -> list[Column]:
             Column(words("total_per_s"), ("measures", name, "total_tokens_per_s", "median"), _rate),
         ]
     if name == "prefill":
-        return [column(words("prefill"), "prompt_tokens_per_s", _rate)]
+        return [column(words("prefill"), "prompt_tokens_per_s", _rate, "infer_prompt_note")]
     if name in ("latency", "batch-1"):
         return [
-            column(words("ttft_one"), "ttft_s", format_seconds),
-            column(words("per_token"), "tpot_s", format_seconds),
+            column(words("ttft_one"), "ttft_s", format_seconds, "infer_ttft_note"),
+            column(words("per_token"), "tpot_s", format_seconds, "infer_token_note"),
         ]
     size = name.removeprefix("batch-")
     return [column(words("batch_n", n=size), "output_tokens_per_s", _rate)]
@@ -106,7 +151,16 @@ def _text(row: Node, column: Column) -> str:
     if value is None:
         return MISSING
     ratio = row.number("ours_is", column.ratio) if column.ratio else None
-    return column.show(value) if ratio is None else f"{column.show(value)} ({ratio:.2f}×)"
+    text = column.show(value) + _range(row, column)
+    return text if ratio is None else f"{text} ({ratio:.2f}×)"
+
+
+def _range(row: Node, column: Column) -> str:
+    """The smallest and the largest sample, where there were several and they differ; else nothing."""
+    if column.path[-1] != "median" or (row.number(*column.path[:-1], "count") or 0) < 2:
+        return ""
+    low, high = (row.number(*column.path[:-1], end) for end in ("min", "max"))
+    return "" if low is None or high is None or low == high else f" [{column.show(low)}–{column.show(high)}]"
 
 
 def _sentences(run: Run, rows: Sequence[Node], columns: Sequence[Column], words: Words) -> Iterator[Sentence]:
@@ -154,9 +208,7 @@ def _figures(rows: Sequence[Node], columns: Sequence[Column], words: Words) -> I
             if (value := row.number(*column.path)) is not None
         ]
         if len(bars) > 1:
-            is_time = column.show is format_seconds
-            note = words("infer_token_note") if is_time else words("infer_output_note")
-            yield Drawn(column.name, note, _drawing(bars, column))
+            yield Drawn(column.name, words(column.note), _drawing(bars, column))
 
 
 def _drawing(bars: Sequence[Bar], column: Column) -> Callable[[str], str | None]:

@@ -62,6 +62,7 @@ class Run:
     kind: str
     name: str
     created_at: str | None = None
+    status: str | None = None
     command: tuple[str, ...] = ()
     manifest: Node = field(default_factory=lambda: Node({}))
     cells: tuple[Node, ...] = ()
@@ -103,6 +104,7 @@ def read_run(path: Path) -> Run:
         kind=info.kind,
         name=info.name,
         created_at=info.created_at,
+        status=info.status,
         command=tuple(map(str, info.command)),
         manifest=Node(dict(info.facts)),
         cells=cells,

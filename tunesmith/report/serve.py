@@ -30,6 +30,7 @@ class Load:
     value: float
     label: str
     numbers: dict[str, float]
+    is_stopped: bool = False
     errors: tuple[tuple[str, int], ...] = ()
     saturated: str | None = None
     reason: str | None = None
@@ -46,9 +47,9 @@ def serve_sections(runs: Sequence[Run], words: Words) -> list[Section]:
             name=" · ".join(dict.fromkeys(run.name for run in found)),
             title=words("serve_table"),
             note=_note(found, words),
-            head=_head(words),
-            rows=tuple(_row(load, words) for load in loads),
-            sentences=tuple(_sentences(loads, words)),
+            head=_head(words, _is_judged(loads)),
+            rows=tuple(_row(load, words, _is_judged(loads)) for load in loads),
+            sentences=(*_sentences(loads, words), *_busy(found, words)),
             figures=tuple(_figures(loads, words)),
             commands=tuple(_commands(found)),
         )
@@ -76,7 +77,11 @@ def _value(cell: Node) -> float:
 
 
 def _load(server: str, mode: str, value: float, cells: Sequence[Node], words: Words) -> Load:
-    done = [cell for cell in cells if cell.get("status") == "ok"]
+    done = [
+        cell
+        for cell in cells
+        if cell.get("status") in ("ok", "interrupted") and cell.number("measures", "completed") != 0
+    ]
     errors: dict[str, int] = {}
     for cell in cells:
         for text, count in (cell.get("measures", "errors") or {}).items():
@@ -87,6 +92,7 @@ def _load(server: str, mode: str, value: float, cells: Sequence[Node], words: Wo
         value=value,
         label=load_label(mode, value, words),
         numbers=_numbers(done),
+        is_stopped=any(cell.get("status") == "interrupted" for cell in cells),
         errors=tuple(errors.items()),
         saturated=next((text for cell in done if (text := cell.text("client", "saturated"))), None),
         reason=None if done else next((cell.text("reason") for cell in cells), None),
@@ -114,24 +120,41 @@ def _numbers(cells: Sequence[Node]) -> dict[str, float]:
     return found
 
 
-def _head(words: Words) -> tuple[str, ...]:
+def _is_judged(loads: Sequence[Load]) -> bool:
+    """Whether there were objectives: else nothing is good or bad."""
+    return any("good_ratio" in load.numbers for load in loads)
+
+
+def _busy(runs: Sequence[Run], words: Words) -> Iterator[Sentence]:
+    """What the machine did before a run, where that was much."""
+    for run in runs:
+        machine = Node(run.manifest.get("machine"))
+        if machine.get("is_busy"):
+            load, cores = machine.number("load_average") or 0.0, int(machine.number("cores") or 0)
+            yield Sentence(words("infer_busy", load=f"{load:.1f}", cores=cores), "warning")
+
+
+def _head(words: Words, is_judged: bool) -> tuple[str, ...]:
     names = ("server", "load", "requests_per_s", "output_per_s")
     pairs = [f"{name} {p}" for name in ("TTFT", "TPOT", "ITL", "E2E") for p in ("p50", "p99")]
-    return (*(words(name) for name in names), *pairs, words("good"), words("errors"))
+    good = (words("good"),) if is_judged else ()
+    return (*(words(name) for name in names), *pairs, *good, words("errors"))
 
 
-def _row(load: Load, words: Words) -> tuple[str, ...]:
+def _row(load: Load, words: Words, is_judged: bool) -> tuple[str, ...]:
     numbers = load.numbers
     latencies = [_seconds(numbers.get(f"{name}.{p}")) for name in LATENCIES for p in ("p50", "p99")]
     good, rate, tokens = (numbers.get(name) for name in ("good_ratio", "requests_per_s", "output_tokens_per_s"))
-    marked = f"{load.label} ({words('client_limit')})" if load.saturated else load.label
+    marks = [words("client_limit")] if load.saturated else []
+    marks += [words("stopped_early")] if load.is_stopped else []
+    marked = f"{load.label} ({', '.join(marks)})" if marks else load.label
     return (
         load.server,
         marked,
         MISSING if rate is None else f"{rate:,.2f}",
         MISSING if tokens is None else f"{tokens:,.0f}",
         *latencies,
-        MISSING if good is None else f"{good * 100:.1f} %",
+        *((MISSING if good is None else f"{good * 100:.1f} %",) if is_judged else ()),
         str(sum(count for _, count in load.errors)),
     )
 
@@ -147,20 +170,29 @@ def _note(runs: Sequence[Run], words: Words) -> str:
     if asked:
         text = ", ".join(f"{name.upper()} ≤ {format_seconds(limit)}" for name, limit in asked.items())
         parts.append(words("good_note", objectives=text))
+    else:
+        parts.append(words("no_slo_note"))
     notes = dict.fromkeys(note for run in runs for cell in run.cells for note in cell.get("notes") or [])
-    return " ".join([*parts, *(f"{note}." for note in notes)])
+    return " ".join([*parts, *(f"{note[:1].upper()}{note[1:]}." for note in notes)])
 
 
 def _sentences(loads: Sequence[Load], words: Words) -> Iterator[Sentence]:
     servers = list(dict.fromkeys(load.server for load in loads))
     if len(servers) > 1:
         yield from _comparisons(loads, servers, words)
+    for load in loads:
+        if load.reason and not load.numbers:
+            yield Sentence(
+                words("serve_nothing", server=load.server, load=load.label, why=load.reason[:200]), "warning"
+            )
     for server in servers:
         mine = [load for load in loads if load.server == server]
         yield from _server_sentences(server, mine, words)
     for load in loads:
         if load.saturated:
             yield Sentence(words("serve_saturated", server=load.server, load=load.label, why=load.saturated), "warning")
+        if load.is_stopped:
+            yield Sentence(words("serve_stopped", server=load.server, load=load.label), "warning")
         if load.errors:
             text, count = max(load.errors, key=lambda pair: pair[1])
             total = sum(number for _, number in load.errors)

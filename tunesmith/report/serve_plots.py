@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,9 +51,29 @@ def _line(axes: Any, line: Line) -> None:
     axes.annotate(line.label.replace("$", r"\$")[-24:], (xs[-1], ys[-1]), color=MUTED, fontsize=11, **note)
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a logarithmic axis, from the last below `low` to the first above `high`: two at least.
+
+    Steps of 1, 2, 5 in a decade; of 1 where those are fewer than three; of 1, 10, 100 where they are more than seven.
+    """
+    for steps in ((1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1,)):
+        decades = range(math.floor(math.log10(low)) - 1, math.floor(math.log10(high)) + 2)
+        known = [step * 10.0**decade for decade in decades for step in steps]
+        first = max(i for i, value in enumerate(known) if value <= low * (1 + 1e-9))
+        last = min(i for i, value in enumerate(known) if value >= high * (1 - 1e-9))
+        found = known[first : max(last, first + 1) + 1]
+        if 3 <= len(found) <= 7:
+            return found
+    return found
+
+
 def _frame(axes: Any, ticks: Sequence[str], axis: str, show: Callable[[float], str], is_log: bool) -> None:
     if is_log:
         axes.set_yscale("log")
+        drawn = [y for line in axes.get_lines() for y in line.get_ydata()]
+        ticks_y = log_ticks(min(drawn), max(drawn))
+        axes.set_ylim(min(ticks_y[0], min(drawn) / 1.1), max(ticks_y[-1], max(drawn) * 1.1))
+        axes.set_yticks(ticks_y)
         axes.tick_params(which="minor", length=0, labelleft=False)
     else:
         axes.set_ylim(bottom=0)

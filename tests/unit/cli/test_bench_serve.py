@@ -11,8 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tunesmith.bench.serve.record import Record
 from tunesmith.cli import bench_serve
+from tunesmith.cli.bench_watch import progress_line
 from tunesmith.cli.main import run
+from tunesmith.report.write import write_report
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
@@ -33,11 +36,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
+HANG_AT_THE_SECOND = """
+        Handler.streams = getattr(Handler, "streams", 0) + bool(asked.get("stream"))
+        if Handler.streams == 2:
+            import pathlib, time
+            pathlib.Path(__file__).with_suffix(".hangs").touch()
+            time.sleep(60)
+"""
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["builtin:tiny"], "name a load"),
         (["--rate", "1"], "name one server"),
         (["builtin:tiny", "--url", "http://x", "--rate", "1"], "name one server"),
         (["--url", "x:8000", "--rate", "1"], "must begin with http"),
@@ -83,19 +93,16 @@ def test_a_server_is_started_loaded_and_ended(
 
 
 def test_a_stop_ends_the_server_too(tmp_path: Path) -> None:
-    """SIGTERM in the middle of a load: the server that was started is gone, the run directory says so."""
+    """SIGTERM in the middle of a load: the server that was started is gone, the run directory says so, and keeps the
+    requests that had ended."""
     script = tmp_path / "server.py"
-    script.write_text(
-        SCRIPT.replace(
-            "self.answer((stream", "import time; time.sleep(60) if asked.get('stream') else 0; self.answer((stream"
-        )
-    )
+    script.write_text(SCRIPT.replace("        event = ", HANG_AT_THE_SECOND + "        event = "))
     command = [sys.executable, "-m", "tunesmith", "bench", "serve", "--start", f"{sys.executable} {script} {{port}}"]
     command += [
         "--concurrency",
         "1",
         "--num",
-        "1",
+        "9",
         "--prompt-tokens",
         "4",
         "--warmup",
@@ -104,15 +111,17 @@ def test_a_stop_ends_the_server_too(tmp_path: Path) -> None:
         str(tmp_path / "run"),
     ]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        requests = tmp_path / "run" / "requests"
-        while process.poll() is None and not (requests.exists() and _children(process.pid)):
+        while process.poll() is None and not script.with_suffix(".hangs").exists():
             time.sleep(0.05)
-        time.sleep(1.0)
         (server,) = _children(process.pid)
         process.terminate()
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 143, said
-    assert "tunesmith report" in said
+    assert f"tunesmith report {tmp_path / 'run'}" in " ".join(said.split())
+    (cell,) = (tmp_path / "run" / "cells").glob("*.json")
+    kept = json.loads(cell.read_text())
+    assert kept["status"] == "interrupted" and kept["measures"]["completed"] == 1
+    assert "stopped early" in write_report([tmp_path / "run"]).markdown.read_text(encoding="utf-8")
     assert not psutil.pid_exists(server)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
 
@@ -127,3 +136,12 @@ def test_loads_and_lengths() -> None:
     ]  # fmt: skip
     assert bench_serve.points(None, None, None) == ()
     assert bench_serve.span("7") == (7, 7) and bench_serve.span("2..9") == (2, 9)
+
+
+def test_how_far_a_load_is() -> None:
+    done = Record(0, 0.0, 0.0, contents_s=[0.1, 0.2], ended_s=0.2, output_tokens=2)
+    failed = Record(1, 0.0, 0.0, error="503: full")
+    assert progress_line("rate-2", 9, [done, failed], 3.0) == (
+        "rate-2: 2 of 9 requests, TTFT p50 100 ms, TPOT p50 100 ms, 1 failed (3 s)"
+    )
+    assert progress_line("rate-2", 9, [], 3.0) == "rate-2: 0 of 9 requests (3 s)"

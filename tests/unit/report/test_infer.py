@@ -41,11 +41,29 @@ def test_engines_side_by_side(tmp_path: Path) -> None:
     assert section.rows[1][2:4] == ("2,000 (1.30×)", "2,000")
     assert section.rows[2][0].startswith("slow (missing") and set(section.rows[2][2:4]) == {"–"}
     texts = [sentence.text for sentence in section.sentences]
-    assert texts[0] == "bf16, output tokens/s: tunesmith 2,600, vllm 2,000: 1.30× as fast."
+    assert texts[0] == "engines with bf16 weights: up to 2,600 output tokens/s; 1.30× as fast as the best other engine."
+    assert texts[1] == "bf16, output tokens/s: tunesmith 2,600, vllm 2,000: 1.30× as fast."
     assert any("machine was busy" in text for text in texts) and "chip A chip" in section.note
     page = write_report([path]).html.read_text(encoding="utf-8")
     assert "<i>here</i>" not in page and "<svg" in page
     assert "2 MB" in write_report([path], language="zh").markdown.read_text(encoding="utf-8")
+
+
+def test_marks_are_explained_where_they_are_and_only_there(tmp_path: Path) -> None:
+    """There was a word about brackets where there were none, and two columns had the name weights."""
+    alone = _run(tmp_path / "alone", _row("tunesmith", 2600.0))
+    (section,) = infer_sections([read_run(alone)], words_for("en"))
+    assert "brackets" not in section.note and "says why" not in section.note
+    assert len(set(section.head)) == len(section.head)
+    row = _row("tunesmith", 15.4)
+    spread = {"median": 15.4, "min": 14.9, "max": 30.1, "count": 3}
+    one = {"ttft_s": {**spread, "median": 0.5}, "tpot_s": {**spread, "median": 0.25}}
+    row["measures"] = {"batch-1": {"output_tokens_per_s": spread, **one}, "batch-4": {"output_tokens_per_s": spread}}
+    (section,) = infer_sections([read_run(_run(tmp_path / "many", row))], words_for("en"))
+    assert "15.4 [14.9–30.1]" in section.rows[0] and "square brackets" in section.note
+    assert section.sentences[0].text == (
+        "engines with bf16 weights: up to 15.4 output tokens/s; one request: 250 ms a token."
+    )
 
 
 def test_a_newer_table_is_refused(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from tunesmith.bench.infer.processes import Heard, run_runner
 from tunesmith.bench.infer.staging import stage_runners
 from tunesmith.bench.infer.table import OURS, SCHEMA, VERSION, key_of, make_table
 from tunesmith.bench.infer.workload import KINDS, InferWorkload, make_job_measures
+from tunesmith.bench.machine import machine_load
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.hardware import cpu_name, usable_cores
+from tunesmith.hardware import cpu_name
 from tunesmith.rundir.io import jsonable, read_json, write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run
 
@@ -48,7 +49,6 @@ CACHES = (
     "FLASHINFER_WORKSPACE_BASE",
 )
 CELL_SCHEMA, CELL_VERSION = f"{SCHEMA}.cell", 1
-BUSY_RATIO = 0.5
 Progress = Callable[[Mapping[str, Any]], None]
 
 
@@ -112,10 +112,12 @@ def bench_infer(
     run_dir: Path | None = None,
     progress: Progress | None = None,
     modules: Mapping[str, str] | None = None,
+    on_run: Callable[[Path], None] = lambda path: None,
 ) -> InferResult:
     """Measure tunesmith and peers in every format, round after round.
 
-    Args: modules: the runners by name, ours included; None: all that there are.
+    Args: modules: the runners by name, ours included; None: all that there are. on_run: is told the run directory
+    before anything is measured.
     Raises: RecipeError for what is not known; ModelError for a model that can't be read; TunesmithError where weights
     could not be written.
     """
@@ -126,8 +128,8 @@ def bench_infer(
     run = create_run(bench, kind="infer", path=run_dir)
     for folder in (run.cells, run.path / "logs"):
         folder.mkdir()
-    load = os.getloadavg()[0]
-    busy = {"load_average": load, "cores": usable_cores(), "is_busy": load > BUSY_RATIO * usable_cores()}
+    on_run(run.path)
+    busy = machine_load()
     run.set_status("running", machine=busy)
     cells: list[dict[str, Any]] = []
     try:

@@ -16,11 +16,9 @@ from typing import Any
 
 import aiohttp
 
-from tunesmith.bench.serve.record import Record
+from tunesmith.bench.serve.record import ERROR_CHARACTERS, Record, in_words
 from tunesmith.bench.serve.sse import DONE, EventReader
 from tunesmith.bench.serve.workload import Item
-
-ERROR_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,9 @@ async def send(
             await _exchange(session, ask, item, record, began)
     except TimeoutError:
         record.error = f"no end within {ask.timeout_s:g} s"
-    except (aiohttp.ClientError, StreamError, OSError) as error:
+    except StreamError as error:
+        record.error = str(error)[:ERROR_CHARACTERS]
+    except (aiohttp.ClientError, OSError) as error:
         record.error = " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_CHARACTERS]
     record.ended_s = time.monotonic() - began
     return record
@@ -105,7 +105,7 @@ async def _exchange(session: aiohttp.ClientSession, ask: Ask, item: Item, record
     async with session.post(ask.url + route, json=body, headers=ask.headers) as response:
         record.status = response.status
         if response.status != 200:
-            raise StreamError((await response.text())[:ERROR_CHARACTERS])
+            raise StreamError(in_words(response.status, await response.text()))
         reader, is_done = EventReader(), False
         async for data in response.content.iter_any():
             now = time.monotonic() - began

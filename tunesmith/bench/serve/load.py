@@ -8,7 +8,7 @@ import gc
 import importlib
 import importlib.util
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from tunesmith.bench.serve.record import Record
 from tunesmith.bench.serve.workload import Item
 
 PROBE_S = 0.01
+Tell = Callable[[Record], None]
+"""Is told every request that has ended, when it has."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ class Sent:
     loop_late_s: float
 
 
-def run_load(ask: Ask, share: Share, began: float) -> Sent:
+def unheard(record: Record) -> None:
+    """Tells nobody."""
+
+
+def run_load(ask: Ask, share: Share, began: float, tell: Tell = unheard) -> Sent:
     """Send a share whose point starts at `began` on time.monotonic(), and wait for all answers."""
     with _no_collection():
-        return _run(_load(ask, share, began))
+        return _run(_load(ask, share, began, tell))
 
 
 async def warm_up(ask: Ask, items: Sequence[Item]) -> list[Record]:
@@ -90,7 +96,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-async def _load(ask: Ask, share: Share, began: float) -> Sent:
+async def _load(ask: Ask, share: Share, began: float, tell: Tell) -> Sent:
     late: list[float] = []
     async with open_session() as session:
         await _sleep_until(began)
@@ -98,31 +104,38 @@ async def _load(ask: Ask, share: Share, began: float) -> Sent:
         probe = asyncio.create_task(_watch(late))
         try:
             sender = _closed if share.times_s is None else _open
-            records = await sender(session, ask, share, began)
+            records = await sender(session, ask, share, began, tell)
         finally:
             probe.cancel()
         cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     return Sent(records, cpu, wall, percentile(late, 99) or 0.0)
 
 
-async def _open(session: aiohttp.ClientSession, ask: Ask, share: Share, began: float) -> list[Record]:
+async def _open(session: aiohttp.ClientSession, ask: Ask, share: Share, began: float, tell: Tell) -> list[Record]:
     """Each request at its time, whatever became of those before."""
     tasks = []
+
+    async def one(item: Item, index: int, due: float) -> Record:
+        record = await send(session, ask, item, index=index, began=began, intended_s=due)
+        tell(record)
+        return record
+
     for item, index, due in zip(share.items, share.indices, share.times_s or (), strict=True):
         await _sleep_until(began + due)
-        sending = send(session, ask, item, index=index, began=began, intended_s=due)
-        tasks.append(asyncio.create_task(sending))
+        tasks.append(asyncio.create_task(one(item, index, due)))
     return list(await asyncio.gather(*tasks))
 
 
-async def _closed(session: aiohttp.ClientSession, ask: Ask, share: Share, began: float) -> list[Record]:
+async def _closed(session: aiohttp.ClientSession, ask: Ask, share: Share, began: float, tell: Tell) -> list[Record]:
     """As many workers as the concurrency says, each with one request in flight."""
     queue = iter(zip(share.items, share.indices, strict=True))
     records: list[Record] = []
 
     async def work() -> None:
         for item, index in queue:
-            records.append(await send(session, ask, item, index=index, began=began))
+            record = await send(session, ask, item, index=index, began=began)
+            records.append(record)
+            tell(record)
 
     await asyncio.gather(*(work() for _ in range(min(share.concurrency, len(share.items)))))
     return records

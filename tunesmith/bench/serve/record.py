@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+ERROR_CHARACTERS = 300
+
+
+def in_words(status: int, text: str) -> str:
+    """An answer's error without its JSON: "400: the prompt is too long"."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = None
+    for key in ("error", "message", "detail"):
+        if isinstance(said, dict) and said.get(key):
+            said = said[key]
+    words = said if isinstance(said, str) else text
+    return f"{status}: {' '.join(words.split())}"[:ERROR_CHARACTERS]
 
 
 @dataclass

@@ -4,6 +4,8 @@
     requests/<point>-<repeat>.jsonl  every request: see record.py
     server.log                       of a server that was started for the run
 
+A load that was stopped is a cell too, of the requests that had ended, with status "interrupted".
+
 A cell: point (mode, value), repeat, status, reason, command, target (model, version, start_s), workload, notes, client
 (cpu_ratio, loop_late_s, send_late_s, processes, saturated), measures (see measures.py), environment.
 """
@@ -21,14 +23,16 @@ from typing import Any
 
 import yaml
 
+from tunesmith.bench.machine import machine_load
 from tunesmith.bench.serve.arrivals import Point, intended_times
 from tunesmith.bench.serve.client import Ask
+from tunesmith.bench.serve.fit import fit
 from tunesmith.bench.serve.load import loop_name, run_warm_up
 from tunesmith.bench.serve.measures import ClientLoad, Objective, summarise
 from tunesmith.bench.serve.record import Record
 from tunesmith.bench.serve.shards import divide, run_shares
 from tunesmith.bench.serve.target import Target, find_target, started
-from tunesmith.bench.serve.workload import Item, Requests, Workload, fresh, make_requests
+from tunesmith.bench.serve.workload import Item, Workload, fresh, make_requests
 from tunesmith.errors import RecipeError
 from tunesmith.rundir.io import jsonable, read_json, write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run
@@ -36,6 +40,24 @@ from tunesmith.rundir.layout import RunDir, create_run
 CELL_SCHEMA, CELL_VERSION = "tunesmith.bench.serve", 1
 Progress = Callable[[Mapping[str, Any]], None]
 WARM_UP_TOKENS = 16
+
+
+def _nothing(*said: Any) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what while a run is measured.
+
+    run: its directory, before anything is measured. note: a sentence about what is sent. load: a load begins: its name,
+    how many requests it has, and the list that every record goes into when it has ended. cell: a load has ended.
+    """
+
+    run: Callable[[Path], None] = _nothing
+    note: Callable[[str], None] = _nothing
+    load: Callable[[str, int, list[Record]], None] = _nothing
+    cell: Progress = _nothing
 
 
 @dataclass(frozen=True)
@@ -85,7 +107,7 @@ class ServeResult:
         return sum(cell["status"] == "ok" for cell in self.cells)
 
 
-def bench_serve(bench: ServeBench, *, run_dir: Path | None = None, progress: Progress | None = None) -> ServeResult:
+def bench_serve(bench: ServeBench, *, run_dir: Path | None = None, watch: Watch | None = None) -> ServeResult:
     """Measure a server at every point.
 
     Raises: RecipeError for settings that can't be; TunesmithError where the server can't be started or reached.
@@ -98,10 +120,12 @@ def bench_serve(bench: ServeBench, *, run_dir: Path | None = None, progress: Pro
     run = create_run(bench, kind="serve", path=run_dir)
     run.cells.mkdir()
     (run.path / "requests").mkdir()
-    run.set_status("running", points=[point.name for point in bench.points])
+    watch = watch or Watch()
+    watch.run(run.path)
+    run.set_status("running", points=[point.name for point in bench.points], machine=machine_load())
     try:
         with _target(bench, run) as target:
-            cells = list(_run_all(bench, run, target, progress or (lambda cell: None)))
+            cells = list(_run_all(bench, run, target, watch))
     except BaseException as error:
         run.set_status(
             "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", error=str(error) or None
@@ -122,25 +146,26 @@ def _target(bench: ServeBench, run: RunDir) -> Iterator[Target]:
         yield target
 
 
-def _run_all(bench: ServeBench, run: RunDir, target: Target, tell: Progress) -> Iterator[dict[str, Any]]:
-    limits = [limit for limit in (bench.workload.max_model_len, target.max_model_len) if limit is not None]
-    workload = dataclasses.replace(bench.workload, max_model_len=min(limits, default=None))
+def _run_all(bench: ServeBench, run: RunDir, target: Target, watch: Watch) -> Iterator[dict[str, Any]]:
+    workload, changes = fit(bench.workload, target, bench.api_key, bench.timeout_s)
     requests = make_requests(workload)
+    notes = [*changes, *requests.notes]
+    for note in notes:
+        watch.note(note)
     environment = read_json(run.environment)
     salt = 0
     for repeat in range(bench.repeats):
         # Every second round backwards: what warms up or wears out the machine hits all loads alike.
         for point in bench.points if repeat % 2 == 0 else tuple(reversed(bench.points)):
             salt += 1
-            cell = {**_start(bench, point, repeat, target, workload, requests), "environment": environment}
-            cell = _run_point(bench, run, target, requests.items, point, cell, salt)
-            write_json_atomic(run.cells / f"{point.name}-{repeat}.json", cell)
-            tell(cell)
+            cell = {**_start(bench, point, repeat, target, workload, notes), "environment": environment}
+            cell = _run_point(bench, run, target, requests.items, point, cell, salt, watch)
+            watch.cell(cell)
             yield cell
 
 
 def _start(
-    bench: ServeBench, point: Point, repeat: int, target: Target, workload: Workload, requests: Requests
+    bench: ServeBench, point: Point, repeat: int, target: Target, workload: Workload, notes: Sequence[str]
 ) -> dict[str, Any]:
     described = dataclasses.asdict(workload)
     return {
@@ -156,7 +181,7 @@ def _start(
         "target": dataclasses.asdict(target),
         "workload": {**described, "data": None if workload.data is None else workload.data.name},
         "sampling": {"temperature": bench.temperature, "ignore_eos": bench.ignore_eos},
-        "notes": list(requests.notes),
+        "notes": list(notes),
     }
 
 
@@ -168,6 +193,7 @@ def _run_point(
     point: Point,
     cell: dict[str, Any],
     salt: int,
+    watch: Watch,
 ) -> dict[str, Any]:
     ask = Ask(target.url, target.model, bench.api_key, bench.temperature, bench.ignore_eos, bench.timeout_s)
     items = fresh(items, salt)
@@ -177,9 +203,30 @@ def _run_point(
         items = items[: len(times)]
     failed = _warm_up(ask, items, bench.warmup, salt)
     concurrency = int(point.value) if point.mode == "closed" else len(items)
-    records, client = run_shares(ask, divide(items, times, concurrency, bench.client_processes))
-    _write_requests(run.path / "requests" / f"{point.name}-{cell['repeat']}.jsonl", records)
-    return {**cell, **_judged(records, client, bench.objectives), "warm_up": {"sent": bench.warmup, "failed": failed}}
+    cell["warm_up"] = {"sent": min(bench.warmup, len(items)), "failed": failed}
+    ended: list[Record] = []
+    watch.load(point.name, len(items), ended)
+    try:
+        records, client = run_shares(ask, divide(items, times, concurrency, bench.client_processes), ended.append)
+    except (KeyboardInterrupt, SystemExit):
+        if ended:
+            _write_cell(run, {**cell, **_stopped(ended, len(items), bench.objectives)}, ended)
+        raise
+    return _write_cell(run, {**cell, **_judged(records, client, bench.objectives)}, records)
+
+
+def _write_cell(run: RunDir, cell: dict[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    name = f"{cell['name']}-{cell['repeat']}"
+    _write_requests(run.path / "requests" / f"{name}.jsonl", records)
+    write_json_atomic(run.cells / f"{name}.json", cell)
+    return cell
+
+
+def _stopped(ended: Sequence[Record], total: int, objectives: Sequence[Objective]) -> dict[str, Any]:
+    """A load that was interrupted: what the requests saw that had ended. Nobody asked how busy the client was."""
+    reason = f"stopped after {len(ended)} of {total} requests"
+    measures = summarise(ended, objectives)
+    return {"status": "interrupted", "reason": reason, "measures": measures, "client": {"saturated": None}}
 
 
 def _warm_up(ask: Ask, items: Sequence[Item], count: int, salt: int) -> int:
@@ -195,6 +242,7 @@ def _judged(records: Sequence[Record], client: ClientLoad, objectives: Sequence[
     if measures["completed"]:
         return {"status": "ok", "reason": None, "measures": measures, "client": busy}
     reason = next(iter(measures["errors"]), "no request was sent")
+    reason += "; --num-ids N sends token ids below N" if "token id" in reason.lower() else ""
     return {"status": "failed", "reason": f"no request was answered: {reason}", "measures": measures, "client": busy}
 
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ PORT, MODEL = "{port}", "{model}"
 class Target:
     """A server that answers. url: without /v1. start_s: from its command to its first good answer; None: it was there.
 
-    max_model_len: by its /v1/models, where that says so (vLLM's and tunesmith's do). version: by its /version.
+    max_model_len, num_ids (of its vocabulary): by its /v1/models, where that says so. version: by its /version.
     """
 
     url: str
@@ -38,6 +38,7 @@ class Target:
     version: str | None = None
     start_s: float | None = None
     command: str | None = None
+    num_ids: int | None = None
 
 
 def normal_url(url: str) -> str:
@@ -65,8 +66,10 @@ def find_target(url: str, model: str | None = None, api_key: str | None = None) 
     if entry is None:
         names = ", ".join(str(one.get("id")) for one in models)
         raise TunesmithError(f"{url} has no model {model!r}; it has: {names or 'none'}")
-    limit = entry.get("max_model_len")
-    return Target(url, str(entry["id"]), limit if isinstance(limit, int) else None, _version(url, api_key))
+    limit, ids = (
+        value if isinstance(value, int) else None for value in map(entry.get, ("max_model_len", "vocab_size"))
+    )
+    return Target(url, str(entry["id"]), limit, _version(url, api_key), num_ids=ids)
 
 
 def _version(url: str, api_key: str | None) -> str | None:
@@ -101,7 +104,7 @@ def started(
         found = find_target(url, model, api_key)
         _wait_until_it_answers(process, found, api_key, log, began + timeout_s)
         start_s = time.monotonic() - began
-        yield Target(url, found.model, found.max_model_len, found.version, start_s, shlex.join(command))
+        yield replace(found, start_s=start_s, command=shlex.join(command))
     finally:
         stop(process)
 

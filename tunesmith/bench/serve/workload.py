@@ -28,6 +28,9 @@ KINDS: tuple[Kind, ...] = ("synthetic", "sharegpt", "azure", "gsm8k")
 FIRST_ID, LAST_ID = 10, 9000
 """Where drawn token ids lie: past the special tokens of most vocabularies, and inside nearly all."""
 QUESTION_TOKENS = 512
+DEFAULT_TOKENS = (100, 1024)
+QUICK_TOKENS, QUICK_OUTPUTS = (32, 256), (16, 64)
+"""Lengths of a short look, of which a CPU answers some in a second."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,29 @@ class Workload:
     """Which requests. data: a file, or the folder it lies in; lengths are bounds, both included; count: None is all.
 
     num_ids: token ids are below it (None: not known, and drawn ids stay below LAST_ID).
-    output_tokens: None: as the data say. max_model_len: longer requests are left out.
+    prompt_tokens: None: DEFAULT_TOKENS. output_tokens: None: as the data say, or as long as prompts; where is_quick,
+    both are short unless they are given. max_model_len: longer requests are left out.
     """
 
     kind: Kind = "synthetic"
     data: Path | None = None
     count: int | None = 256
-    prompt_tokens: tuple[int, int] = (100, 1024)
+    prompt_tokens: tuple[int, int] | None = None
     output_tokens: tuple[int, int] | None = None
     seed: int = 0
     num_ids: int | None = None
     max_model_len: int | None = None
+    is_quick: bool = False
+
+    @property
+    def prompts(self) -> tuple[int, int]:
+        """Bounds of the prompt lengths of a synthetic workload."""
+        return self.prompt_tokens or (QUICK_TOKENS if self.is_quick else DEFAULT_TOKENS)
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """Bounds of the output lengths of a synthetic workload."""
+        return self.output_tokens or (QUICK_OUTPUTS if self.is_quick else self.prompts)
 
 
 @dataclass(frozen=True)
@@ -157,8 +172,8 @@ def draw_ids(rng: random.Random, count: int, num_ids: int | None) -> tuple[int, 
 def _synthetic(workload: Workload) -> Iterator[Item]:
     rng = random.Random(workload.seed)
     count = workload.count or 256
-    lengths = [rng.randint(*workload.prompt_tokens) for _ in range(count)]
-    outputs = [rng.randint(*(workload.output_tokens or workload.prompt_tokens)) for _ in range(count)]
+    lengths = [rng.randint(*workload.prompts) for _ in range(count)]
+    outputs = [rng.randint(*workload.outputs) for _ in range(count)]
     for length, output in zip(lengths, outputs, strict=True):
         yield Item(draw_ids(rng, length, workload.num_ids), output)
 

@@ -17,7 +17,8 @@ class KnownServer:
     """Answers on /v1/completions and /v1/chat/completions: `first_s` until the first content, `gap_s` between chunks.
 
     at_once: requests that are answered at one time, the rest waits (None: all). fail: a status for every request;
-    fail_inside: an error object as the second event. tokens_per_chunk: what usage says beside the chunks.
+    fail_inside: an error object as the second event. vocab_size: what the list of models says; highest_id: prompts with
+    higher ids are refused. tokens_per_chunk: what usage says beside the chunks.
     """
 
     first_s: float = 0.0
@@ -27,6 +28,9 @@ class KnownServer:
     fail_inside: bool = False
     tokens_per_chunk: int = 1
     says_usage: bool = True
+    max_model_len: int = 4000
+    vocab_size: int | None = 9001
+    highest_id: int = 10**9
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -46,13 +50,21 @@ class KnownServer:
 
     async def _respond(self, path: str, body: bytes, writer: asyncio.StreamWriter) -> None:
         if path == "/v1/models":
-            self._plain(writer, 200, {"data": [{"id": "known", "max_model_len": 4000}]})
+            self._plain(
+                writer,
+                200,
+                {"data": [{"id": "known", "max_model_len": self.max_model_len, "vocab_size": self.vocab_size}]},
+            )
         elif path == "/version":
             self._plain(writer, 200, {"version": "1.2.3"})
         elif self.fail is not None:
             self._plain(writer, self.fail, {"error": {"message": "too many requests", "code": self.fail}})
         else:
             request = json.loads(body)
+            if max(request.get("prompt", [0])) > self.highest_id:
+                self._plain(writer, 400, {"error": {"message": f"no token id above {self.highest_id}"}})
+                await writer.drain()
+                return
             self.bodies.append(request)
             if self.at_once is not None and self.gate is None:
                 self.gate = asyncio.Semaphore(self.at_once)
