@@ -196,6 +196,8 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         content = None
     if response.status_code == 401:
+        if "authorization" in response.request.headers:
+            raise RequestError(f"the server doesn't know the API key that was sent: look at {KEY_VARIABLE}")
         raise RequestError(f"the server wants an API key: set {KEY_VARIABLE}")
     if response.status_code >= 400 or not isinstance(content, dict):
         raise RequestError(f"the server answered {response.status_code}: {_reason(content)}")

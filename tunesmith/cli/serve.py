@@ -197,8 +197,8 @@ def run(options: ServerOptions, engine: EngineOptions) -> None:
 
     err.print(f"loading {engine.model} ...", markup=False)
     stopped = run_server(options, engine, lambda news: _announce(options, news))
-    cut = "requests under way were cut off" if stopped.has_cut else "the requests under way were answered"
-    err.print(f"stopped: {cut}")
+    waited = ": the requests under way were answered" if stopped.has_waited else ""
+    err.print(f"stopped{': requests under way were cut off' if stopped.has_cut else waited}")
     emit({"stopped_by": stopped.signal, "has_cut": stopped.has_cut})
 
 

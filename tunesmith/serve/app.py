@@ -138,6 +138,8 @@ def _state_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health", **openapi.route(answers.HealthAnswer, is_open=True))
     async def health() -> Response:
         """200 only while the engine makes progress."""
+        if server.is_draining:
+            raise engine_down("the server is shutting down")
         if server.engine.is_healthy:
             return JsonResponse({"status": "ok"})
         server.engine.check_up()

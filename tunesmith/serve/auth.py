@@ -91,9 +91,12 @@ class Auth:
             return
         key = self.who(scope["headers"])
         if key is None:
+            sent = _token(scope["headers"])
             error = ApiError(
                 401,
-                "this server wants an API key: send the header Authorization: Bearer KEY",
+                "this server wants an API key: send the header Authorization: Bearer KEY"
+                if sent is None
+                else "this API key is not one of the server's: look for a mistake in the header Authorization",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -118,12 +121,17 @@ class Auth:
 
     def who(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
         """The key's short name (no secret), or None. Every key is compared, whichever fits."""
-        token = next((_bearer(value) for name, value in headers if name == b"authorization"), None)
+        token = _token(headers)
         digest = hashlib.sha256(b"" if token is None else token).digest()
         fits = [hmac.compare_digest(digest, known) for known in self.digests]
         if token is None or not any(fits):
             return None
         return self.digests[fits.index(True)].hex()[:8]
+
+
+def _token(headers: Sequence[tuple[bytes, bytes]]) -> bytes | None:
+    """What was sent as a key."""
+    return next((_bearer(value) for name, value in headers if name == b"authorization"), None)
 
 
 def _bearer(value: bytes) -> bytes | None:

@@ -85,7 +85,7 @@ class AsyncEngine:
         self._asked: list[asyncio.Future[dict[str, Any]]] = []
         self._transport: asyncio.Transport | None = None
         self._first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._retry_at_s = 0.0
+        self._retry_at_s = self._down_s = 0.0
         self._supervisor: asyncio.Task[None] | None = None
 
     # -- its life ---------------------------------------------------------------------------------------------------
@@ -136,6 +136,7 @@ class AsyncEngine:
             failures += 1
             self.status, self.trouble = "restarting", reason
             self.num_restarts += 1
+            self._down_s = time.monotonic()
             self._retry_at_s = time.monotonic() + delay_s
             log.error("the engine stopped (%s); it is started again in %.1f s", reason, delay_s)
             await asyncio.sleep(delay_s)
@@ -218,6 +219,7 @@ class AsyncEngine:
                 self.pulse = Pulse()
                 self.pulse.beat({})
                 if self._first.done():
+                    log.warning("the engine is ready again, %.1f s after it stopped", time.monotonic() - self._down_s)
                     self.on_restart()
                 else:
                     self._first.set_result(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -19,19 +20,22 @@ from tunesmith.serve.errors import ApiError, engine_down
 from tunesmith.serve.options import EngineOptions, ServerOptions
 from tunesmith.serve.process import EngineProcess
 
+log = logging.getLogger(__name__)
 Tell = Callable[[dict[str, Any]], None]
 BACKLOG = 2048
 _KEEP_ALIVE_S = 65
 # What uvicorn waits beyond our own grace, in which requests that were ended say so.
 _LAST_WORDS_S = 5
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """Why a server ended: the signal, and whether requests were cut off."""
+    """Why a server ended: the signal, whether requests were cut off, and whether any were waited for."""
 
     signal: int | None
     has_cut: bool
+    has_waited: bool = False
 
 
 def run_server(options: ServerOptions, engine: EngineOptions, tell: Tell) -> Stopped:
@@ -103,7 +107,7 @@ async def _serve(
 
     server = make_server(options, engine)
     http = HttpServer(build_app(server), grace_s=options.grace_s + _LAST_WORDS_S, keep_alive_s=_KEEP_ALIVE_S)
-    stop = _Stop(server, http)
+    stop = Stop(server, http)
     serving = asyncio.create_task(http.serve(sockets=[listening]))
 
     async def load() -> None:
@@ -127,34 +131,54 @@ async def _serve(
         await engine.stop()
         await asyncio.gather(serving, loading, return_exceptions=True)
         stop.remove()
-    return Stopped(stop.number, stop.has_cut)
+    return Stopped(stop.number, stop.has_cut, stop.has_waited)
 
 
-class _Stop:
+class Stop:
     """What signals do: the first ends the server when its requests are answered, the second at once."""
 
     def __init__(self, server: Any, http: Any) -> None:
         self.server, self.http = server, http
         self.number: int | None = None
-        self.has_cut = False
+        self.cut_at_s = 0.0
+        self.has_cut = self.has_waited = False
         self.loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self._begin, int(number))
+            self.loop.add_signal_handler(number, self.begin, int(number))
 
     def remove(self) -> None:
         """Give the signals back."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.remove_signal_handler(number)
 
-    def _begin(self, number: int) -> None:
+    def begin(self, number: int) -> None:
+        """A signal came."""
         if self.number is not None:
-            self.http.force_exit = True
+            self.http.force_exit = self.http.should_exit = True
             self._cut()
             return
         self.number = number
         self.server.is_draining = True
+        grace_s = self.server.options.grace_s
+        if num := self.server.admission.num_taken:
+            answers = "1 answer" if num == 1 else f"{num} answers"
+            log.warning("finishing %s, at most %g s; Ctrl-C or SIGTERM once more ends at once", answers, grace_s)
+            self.has_waited = True
+        self.cut_at_s = self.loop.time() + grace_s
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until the last answer is given or time is over the server listens on, so that /health can say no."""
+        left_s = self.cut_at_s - self.loop.time()
+        if self.server.admission.num_taken and left_s > 0 and not self.http.force_exit:
+            self.loop.call_later(min(_POLL_S, left_s), self._wait)
+            return
+        self.http.config.timeout_graceful_shutdown = max(1, round(max(0.0, left_s) + _LAST_WORDS_S))
         self.http.should_exit = True
-        self.loop.call_later(self.server.options.grace_s, self._cut)
+        if left_s <= 0:
+            self._cut()
+        else:
+            self.loop.call_later(left_s, self._cut)
 
     def _cut(self) -> None:
         self.has_cut = self.has_cut or self.server.engine.is_busy

@@ -139,7 +139,7 @@ async def test_requests_that_outlive_the_grace_are_told(one: Served) -> None:
     await one.until(lambda: one.fake.num_steps > 1)
     one.server.is_draining = True
     assert error_of(await one.chat(), 503) and error_of(await one.client.get("/ready"), 503)
-    assert (await one.client.get("/health")).status_code == 200
+    assert error_of(await one.client.get("/health"), 503)
     one.server.engine.fail_all(engine_down("the server is shutting down"))
     assert "shutting down" in data_objects(await stream)[-2]["error"]["message"]
     await one.until(lambda: not one.fake.running)

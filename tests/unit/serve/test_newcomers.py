@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
+import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
+import pytest
 from serve_fakes import SAYS, Served, error_of, in_server
 
 from tunesmith.rundir.model_notes import ModelNotes, write_notes
 from tunesmith.serve.errors import dumps, to_bytes
+from tunesmith.serve.run import Stop
 
 
 @in_server(allow_adapter_loading=True)
@@ -50,3 +56,33 @@ def test_json_is_one_line_of_utf_8_whatever_the_text_is() -> None:
     assert json.loads(raw) == {"text": text} and "你好 \U0001f600".encode() in raw
     lines = httpx.Response(200, content=b"data: " + raw + b"\n\n").iter_lines()
     assert next(lines) == "data: " + raw.decode()
+
+
+def test_whoever_stops_a_server_is_told_what_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    """The bug: Ctrl-C said nothing for half a minute, then that requests were answered, where there had been none."""
+
+    def stop_with(num: int) -> list[str]:
+        @in_server(step_s=0.01)
+        async def stop(one: Served) -> None:
+            http = SimpleNamespace(should_exit=False, force_exit=False, config=SimpleNamespace())
+            stop = Stop(one.server, http)
+            asked = [asyncio.create_task(one.chat()) for _ in range(num)]
+            await one.until(lambda: one.server.admission.num_taken == num)
+            stop.begin(signal.SIGTERM)
+            assert stop.has_waited is bool(num) and http.should_exit is not bool(num)
+            if num:
+                for path in ("/health", "/ready"):
+                    assert "shutting down" in error_of(await one.client.get(path), 503)["message"]
+            assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * num
+            await one.until(lambda: http.should_exit)
+            stop.remove()
+            assert not stop.has_cut
+
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            stop()
+        return [record.message for record in caplog.records]
+
+    assert stop_with(0) == []
+    (line,) = stop_with(2)
+    assert line.startswith("finishing 2 answers, at most 30 s; ")
