@@ -56,13 +56,13 @@ def log_ticks(low: float, high: float) -> list[float]:
 
     Steps of 1, 2, 5 in a decade; of 1 where those are fewer than three; of 1, 10, 100 where they are more than seven.
     """
-    for steps in ((1, 2, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1,)):
+    for steps, fewest in (((1, 2, 5), 3), ((1, 2, 3, 4, 5, 6, 7, 8, 9), 2), ((1,), 2)):
         decades = range(math.floor(math.log10(low)) - 1, math.floor(math.log10(high)) + 2)
         known = [step * 10.0**decade for decade in decades for step in steps]
         first = max(i for i, value in enumerate(known) if value <= low * (1 + 1e-9))
         last = min(i for i, value in enumerate(known) if value >= high * (1 - 1e-9))
         found = known[first : max(last, first + 1) + 1]
-        if 3 <= len(found) <= 7:
+        if fewest <= len(found) <= 7:
             return found
     return found
 

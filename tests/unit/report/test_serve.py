@@ -9,6 +9,7 @@ import pytest
 
 from tunesmith.report.load import read_run, read_runs
 from tunesmith.report.serve import loads_of, serve_sections
+from tunesmith.report.serve_plots import log_ticks
 from tunesmith.report.strings import words_for
 from tunesmith.report.write import write_report
 from tunesmith.rundir.io import write_json_atomic
@@ -81,3 +82,30 @@ def test_a_load_without_an_answer(serve_run: Any) -> None:
     assert section.rows[0][:4] == ("a", "2 requests/s", "–", "–") and section.rows[0][-1] == "8"
     assert section.figures == ()
     assert write_report([path], language="zh").html.exists()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0032, 0.0084, [0.002, 0.005, 0.01]),
+        (0.066, 0.106, [0.05, 0.1, 0.2]),
+        (0.0061, 0.0064, [0.006, 0.007]),
+        (0.003, 4.0, [0.001, 0.01, 0.1, 1.0, 10.0]),
+    ],
+)
+def test_a_logarithmic_axis_has_labels(low: float, high: float, ticks: list[float]) -> None:
+    """The time per token had an axis without one label."""
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_a_run_that_measured_nothing_says_so(serve_run: Any) -> None:
+    """Its page was called "What it cost, what it gained"."""
+    text = write_report([serve_run("a")]).markdown.read_text(encoding="utf-8")
+    assert text.startswith("# Nothing was measured (the run: finished).")
+
+
+def test_good_is_a_column_only_where_there_were_objectives(serve_run: Any) -> None:
+    judged, free = serve_run("judged", _cell(2, 30, 0.1, 1.0)), serve_run("free", _cell(2, 30, 0.1))
+    (with_slo,), (without,) = (serve_sections([read_run(path)], EN) for path in (judged, free))
+    assert "good" in with_slo.head and "--slo" not in with_slo.note
+    assert "good" not in without.head and "--slo" in without.note and len(without.rows[0]) == len(without.head)
