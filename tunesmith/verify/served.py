@@ -37,6 +37,9 @@ SCHEMA_VERSION = 1
 ENGINE_LIMIT = 0.1
 """Nats, on average: the engine's log-probabilities against those of the same weights in a plain pass."""
 REPORT_NAME = "served.json"
+_DTYPES = ("float32", "bfloat16", "float16")
+_SAME = 0.01
+"""Nats: another weight format whose log-probabilities are all so near is the form that was trained (a QLoRA run)."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,25 @@ class ServedReport:
 
     def line(self) -> str:
         """All of it in one line, for people."""
-        parts = []
+        *_, weights, engine = self.hops
+        parts = [
+            f"on {weights.num_tokens} tokens of {self.rows} the best next token is the same for "
+            f"{weights.agreement_ratio:.1%}, a log-probability differs by {weights.max_dlogprob:.2g} at most "
+            f"(by {engine.max_dlogprob:.2g} more in the engine's own pass)"
+        ]
         if self.prompts is not None:
             dated = ", dates apart" if self.prompts.dated else ""
             if self.prompts.num_straddling:
                 dated += f", {self.prompts.num_straddling} rows with a token across the answer's start left out"
             parts.append(f"{self.prompts.num_equal} of {self.prompts.num_prompts} prompts the same ids{dated}")
-        for hop in self.hops:
-            kl = "" if hop.kl_mean is None else f"KL {hop.kl_mean:.1e}, "
-            parts.append(
-                f"{hop.name}: {kl}|dlogprob| <= {hop.max_dlogprob:.2g}, best token the same {hop.agreement_ratio:.1%}"
-            )
-        verdict = "served = trained" if not self.problems() else "served != trained"
-        return f"{verdict} on {self.rows} ({self.form}): " + "; ".join(parts)
+        return f"{self._verdict(weights)}: " + "; ".join(parts)
+
+    def _verdict(self, weights: Hop) -> str:
+        if self.problems():
+            return f"served != trained, in {self.form}"
+        if self.form in _DTYPES or weights.max_dlogprob <= _SAME:
+            return f"served = trained, in {self.form}"
+        return f"served in {self.form}, near what was trained"
 
     def problems(self) -> list[str]:
         """What is broken, in words."""

@@ -53,7 +53,9 @@ def load(run: RunDir, **options: str) -> dict[str, object]:
 
 def test_a_run_says_in_one_line_that_it_is_served_as_trained(run: RunDir) -> None:
     facts = load(run)
-    assert str(facts["served"]).startswith("served = trained on the run's first rows (float32): 1 of 1 prompts")
+    line = str(facts["served"])
+    assert line.startswith("served = trained, in float32: on ") and "1 of 1 prompts the same ids" in line
+    assert "the best next token is the same for 100.0%" in line
     assert json.loads((run.path / "served.json").read_text(encoding="utf-8"))["passed"]
     assert "served" not in load(run, served_check="off")
 
@@ -117,5 +119,5 @@ def test_a_model_that_processes_share_is_compared_by_all_of_them(run: RunDir, qu
         finally:
             model.close()
     for line in lines:
-        assert line.startswith("served = trained") and f"weights as served ({quantization or 'float32'})" in line
+        assert line.startswith(f"served in {quantization}, near" if quantization else "served = trained, in float32")
     assert torch.allclose(*vectors, atol=1e-3 if quantization else 1e-5)
