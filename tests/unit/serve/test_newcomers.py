@@ -86,3 +86,19 @@ def test_whoever_stops_a_server_is_told_what_it_waits_for(caplog: pytest.LogCapt
     assert stop_with(0) == []
     (line,) = stop_with(2)
     assert line.startswith("finishing 2 answers, at most 30 s; ")
+
+
+@in_server()
+async def test_a_field_that_is_unknown_is_told_where_it_belongs(one: Served) -> None:
+    """The bug: `foo` was told to be `tools`, and `prompt` in a chat `prompt_logprobs`."""
+
+    async def said(path: str, **body: object) -> str:
+        return str(error_of(await one.post(path, **body), 400)["message"])
+
+    talk = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert "did you mean" not in await said("/v1/chat/completions", **talk, foo=1)
+    assert "belongs to /v1/completions" in await said("/v1/chat/completions", **talk, prompt="Hi")
+    assert "belongs to /v1/chat/completions" in await said("/v1/completions", prompt="Hi", **talk)
+    assert "did you mean 'max_tokens'?" in await said("/v1/chat/completions", **talk, max_token=1)
+    root = error_of(await one.client.get("/"), 404)["message"]
+    assert "/v1" in root and "/openapi.json" in root

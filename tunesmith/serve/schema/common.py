@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from tunesmith.errors import nearest
 from tunesmith.serve.errors import unsupported
 
 INT64 = 2**63
@@ -44,6 +44,13 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 # A list is refused by its first item that is wrong: a million complaints take ten seconds to write.
 FIRST_WRONG = Field(fail_fast=True)
 _ABSENT = object()
+_NEAR_RATIO = 0.75
+# Where those who send it to another route want to go.
+_ROUTES = {
+    "prompt": "/v1/completions",
+    "messages": "/v1/chat/completions",
+    "input": "/v1/responses and /v1/embeddings",
+}
 OFF: tuple[Any, ...] = (None,)
 
 
@@ -83,9 +90,17 @@ class Body(Strict):
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for name in data:
             if name not in known and name not in cls.only:
-                text = f"unknown field {_shown(name)}{nearest(str(name), known)}; every field is honoured or refused"
+                text = f"unknown field {_shown(name)}{_hint(str(name), known)}; every field is honoured or refused"
                 raise _custom("unknown_parameter", str(name), text)
         return {name: value for name, value in data.items() if name not in cls.only}
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """The field that was probably meant, or the route that has this one."""
+    if name in _ROUTES:
+        return f": it belongs to {_ROUTES[name]}"
+    close = difflib.get_close_matches(name[:64], known, n=1, cutoff=_NEAR_RATIO)
+    return f", did you mean '{close[0]}'?" if close else ""
 
 
 def _custom(code: str, field: str, text: str) -> PydanticCustomError:
