@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from tunesmith.checkpoint.held_save import save_held
 from tunesmith.checkpoint.inference import load_for_inference
@@ -31,6 +30,7 @@ from tunesmith.model.held import HeldLinear
 from tunesmith.model.language_model import logits
 from tunesmith.model.weight_formats import WeightFormat
 from tunesmith.parallel.mesh import Place
+from tunesmith.watch.memory import LiveStorages
 
 Ranks = Callable[..., list[Any]]
 # Half of the MLP is three groups of 32, and tears one of 64 and one of 128.
@@ -239,18 +239,10 @@ def test_what_can_not_be_divided_says_what_would_work(ranks: Ranks, tiny_model_d
 def peak_bytes(directory: str, quantize: str | None) -> tuple[int, int, int]:
     """The most that loading a share allocated at once, what it holds afterwards, and its largest tensor in float32."""
     source = SharedSource(directory, quantize=quantize)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with LiveStorages() as live:
         decoder = load_share(source, mesh())
-    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
-    mapped = (Path(directory) / "model.safetensors").stat().st_size  # counted too, as if it were read at once
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events = [event for event in events if abs(event.nbytes()) != mapped]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
     held = {t.data_ptr(): t.nbytes for t in [*decoder.parameters(), *decoder.buffers()]}
-    return peak, sum(held.values()), max(SIZES["intermediate_size"] * SIZES["hidden_size"] * 4, 272 * 64 * 4)
+    return live.peak_bytes, sum(held.values()), max(SIZES["intermediate_size"] * SIZES["hidden_size"] * 4, 272 * 64 * 4)
 
 
 def test_no_process_ever_holds_the_whole(ranks: Ranks, tiny_model_dir: Callable[..., Path]) -> None:
