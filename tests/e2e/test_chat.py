@@ -87,8 +87,8 @@ def test_resetting_forgets(run: Run, model_dir: Path) -> None:
 
 
 def test_mistakes_are_one_line_and_exit_2(run: Run, model_dir: Path) -> None:
-    code, _, err = run("chat", model_dir, stdin="/rest\n")
-    assert code == 2
+    code, out, err = run("chat", model_dir, "--max-tokens", 2, "--json", stdin="/rest\none\n")
+    assert code == 1 and len(last_json(out)["answers"]) == 1, "a mistyped command ended the session"
     assert "no command /rest, did you mean '/reset'?" in err
     assert run("chat", model_dir, "--mode", "chatt", "--prompt", "x")[0] == 2
     assert run("chat", model_dir, "--temperature", -1, "--prompt", "x")[0] == 2

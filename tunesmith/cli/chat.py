@@ -74,7 +74,10 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens; by default the model's")] = None,
 ) -> None:
-    """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /quit leaves; from a pipe every line is a turn."""
+    """Talk to a model. Ctrl-C stops an answer, Ctrl-D or /quit leaves; from a pipe every line is a turn.
+
+    Exit codes: 0 all was answered, 1 a command from a pipe went wrong, 2 a mistake of use.
+    """
     if mode not in MODES:
         raise RequestError(f"--mode must be auto, chat or complete, got {mode!r}{nearest(mode, MODES)}")
     if server is not None:
@@ -94,6 +97,8 @@ def chat(
         talk.follow(read_turns(lines_of_stdin()))
     said = talk.conversation
     emit({"messages": said.messages(), "mode": said.mode, "history": said.history, "answers": talk.answers})
+    if talk.num_mistakes and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
 def _load(asked: dict[str, Any]) -> Talk:
@@ -179,6 +184,7 @@ class Talk:
             "/exit": ("leave (so do /quit and Ctrl-D)", self._exit),
         }
         self.left = False
+        self.num_mistakes = 0
 
     def interactive(self) -> None:
         """Read turns from the terminal until the person leaves."""
@@ -198,9 +204,12 @@ class Talk:
                 err.print("\n(Ctrl-D or /quit leaves)", style="dim")
 
     def follow(self, turns: Iterator[str]) -> None:
-        """Take turns from a pipe; a mistake ends it."""
+        """Take turns from a pipe. A command that goes wrong is told and counted, a question that does ends it."""
         for turn in turns:
-            self._take(turn)
+            if turn.startswith("/"):
+                self._take_safely(turn)
+            else:
+                self._take(turn)
             if self.left:
                 return
 
@@ -214,6 +223,7 @@ class Talk:
             self._take(turn)
         except TunesmithError as error:
             err.print(f"error: {error}", style="red", markup=False)
+            self.num_mistakes += 1
 
     def _take(self, turn: str) -> None:
         if not turn.startswith("/"):

@@ -209,9 +209,7 @@ def _handle_errors(app: FastAPI) -> None:
 
 def _http_message(request: Request, error: HTTPException) -> str:
     if error.status_code == 404 and request.url.path == "/":
-        return (
-            "nothing is here: the routes begin with /v1 (/v1/models names the model), and /openapi.json has all"
-        )
+        return "nothing is here: the routes begin with /v1 (/v1/models names the model), and /openapi.json has all"
     if error.status_code == 404:
         return f"there is no route {request.url.path[:200]}; /openapi.json has all"
     if error.status_code == 405:
