@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from tunesmith.bench.serve.measures import summarise
 from tunesmith.bench.serve.record import Record
+from tunesmith.bench.serve.run import ServeBench, ServeResult
 from tunesmith.cli import bench_serve
 from tunesmith.cli.bench_watch import progress_line
 from tunesmith.cli.main import run
@@ -145,3 +148,24 @@ def test_how_far_a_load_is() -> None:
         "rate-2: 2 of 9 requests, TTFT p50 100 ms, TPOT p50 100 ms, 1 failed (3 s)"
     )
     assert progress_line("rate-2", 9, [], 3.0) == "rate-2: 0 of 9 requests (3 s)"
+
+
+def test_loads_without_one_answer_are_an_error_and_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's title was the JSON that the server had refused every request with."""
+    asked: list[ServeBench] = []
+    refused = Record(0, 0.0, 0.0, error="400: the prompt is too long")
+
+    def fail(bench: ServeBench, **_: Any) -> ServeResult:
+        asked.append(bench)
+        reason = f"no request was answered: {refused.error}"
+        cell = {"name": "concurrency-1", "status": "failed", "reason": reason, "client": {"saturated": None}}
+        return ServeResult(tmp_path / "run", ({**cell, "measures": summarise([refused])},))
+
+    monkeypatch.setattr("tunesmith.bench.serve.run.bench_serve", fail)
+    assert run(["bench", "serve", "--url", "http://127.0.0.1:9"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "error: no request was answered: 400: the prompt is too long" in said and str(tmp_path / "run") in said
+    assert [point.name for point in asked[0].points] == ["concurrency-1", "concurrency-4"]
+    assert asked[0].workload.count == 16 and asked[0].workload.is_quick

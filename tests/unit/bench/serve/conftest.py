@@ -91,7 +91,7 @@ class KnownServer:
                 self._event(writer, {"error": {"message": "the engine died"}})
             delta = {"delta": {"content": " é"}} if is_chat else {"text": " é"}
             self._event(writer, {"choices": [{"index": 0, **delta, "finish_reason": None}]})
-        end = {"delta": {}} if is_chat else {"text": ""}
+        end: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         self._event(writer, {"choices": [{"index": 0, **end, "finish_reason": "length"}]})
         if self.says_usage:
             usage = {"prompt_tokens": 7, "completion_tokens": request["max_tokens"]}
