@@ -12,6 +12,7 @@ import typer
 from tunesmith.cli.console import emit, err, is_debug
 from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import RequestError, nearest
+from tunesmith.rundir.layout import is_run
 from tunesmith.serve.auth import check_address, read_keys
 from tunesmith.serve.options import EngineOptions, ServerOptions
 from tunesmith.units import format_seconds
@@ -30,7 +31,8 @@ def serve(
     port: Annotated[int, typer.Option(help="the port; 0: any that is free", min=0, max=65535)] = 8000,
     uds: Annotated[Path | None, typer.Option(help="listen on this Unix socket instead")] = None,
     served_model_name: Annotated[
-        list[str] | None, typer.Option(help="what the model is called in requests (repeat for several names)")
+        list[str] | None,
+        typer.Option(help="what the model is called in requests (repeat for several names); a run: its folder's name"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="hold the weights in int8, int4, fp8, nf4, ...")] = None,
@@ -138,7 +140,7 @@ def serve(
         chat_template=None if chat_template is None else str(chat_template),
     )
     options = ServerOptions(
-        names=tuple(served_model_name or [model]),
+        names=tuple(served_model_name or default_names(model)),
         host=host,
         port=port,
         uds=None if uds is None else str(uds),
@@ -162,6 +164,13 @@ def serve(
         access_log=access_log,
     )
     run(options, engine)
+
+
+def default_names(model: str) -> list[str]:
+    """What a model is called: as it was typed; a run by the name of its folder first."""
+    path = Path(model).expanduser()
+    run = next((p for p in (path, path.resolve().parent) if path.is_dir() and is_run(p)), None)
+    return list(dict.fromkeys([run.resolve().name, model])) if run is not None else [model]
 
 
 def _lora(is_enabled: bool, max_loras: int, max_lora_rank: int) -> dict[str, Any]:
