@@ -123,3 +123,9 @@ def _show(report: CompressReport) -> None:
         f"{100 * report.same_best_token_ratio:.2f} %.  Try it: tunesmith chat {report.output}",
         markup=False,
     )
+    if report.kl_text == "random tokens":
+        console.err.print(
+            "(Random tokens are a hard test: no next token is likely there, so small changes make another one the "
+            "best. How it does on your text: --calibration-text FILE measures on a part of it.)",
+            markup=False,
+        )
