@@ -18,7 +18,8 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="bad_json")
     own = [error for error in errors if error["type"] in _OWN]
     # Of a union's variants each complains; what we say ourselves says more than that a list is no text.
-    kept = own or list(errors)
+    empty = {_path(error["loc"]) for error in errors if _is_empty(error)}
+    kept = own or [error for error in errors if _is_empty(error) or _path(error["loc"]) not in empty]
     said = list(dict.fromkeys(_sentence(error) for error in kept))
     more = f" (and {len(said) - _SHOWN} more)" if len(said) > _SHOWN else ""
     code = kept[0]["type"] if own else "invalid_value"
@@ -29,9 +30,13 @@ def _sentence(error: Any) -> str:
     if error["type"] in _OWN:
         place, text = _path(error["loc"]), error["ctx"]["text"]
         return f"{place}: {text}" if place else str(text)
-    text = str(error["msg"])
+    text = "the text is empty" if _is_empty(error) else str(error["msg"])
     sentence = f"{_path(error['loc']) or 'the body'}: {text[:1].lower()}{text[1:]}"
     return sentence.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _is_empty(error: Any) -> bool:
+    return error["type"] == "string_too_short" and error.get("input") == ""
 
 
 def _place(error: Any) -> str:

@@ -38,9 +38,9 @@ async def test_letters_are_sent_as_they_are(one: Served) -> None:
     for more in ({}, {"stream": True}, {"logprobs": 1}, {"stream": True, "logprobs": 1}):
         raw = (await one.post("/v1/completions", **prompt, **more)).content
         assert "你".encode() in raw and "ï".encode() in raw and b"\\u" not in raw, more
-    for more in ({}, {"stream": True}):
-        raw = (await one.chat(**more)).content
-        assert "你".encode() in raw and b"\\u" not in raw, more
+    for stream in (False, True):
+        raw = (await one.chat(stream=stream)).content
+        assert "你".encode() in raw and b"\\u" not in raw, stream
     assert SAYS in (await one.post("/v1/responses", input="Hi")).content.decode()
     assert "没有" in (await one.chat(model="没有")).content.decode()
     answer = await one.client.post(
@@ -102,3 +102,11 @@ async def test_a_field_that_is_unknown_is_told_where_it_belongs(one: Served) -> 
     assert "did you mean 'max_tokens'?" in await said("/v1/chat/completions", **talk, max_token=1)
     root = error_of(await one.client.get("/"), 404)["message"]
     assert "/v1" in root and "/openapi.json" in root
+
+
+@in_server()
+async def test_an_empty_text_is_called_so(one: Served) -> None:
+    """The bug: "input: string should have at least 1 character; input: input should be a valid list"."""
+    assert error_of(await one.post("/v1/embeddings", input=""), 400)["message"] == "input: the text is empty"
+    both = error_of(await one.post("/v1/completions", prompt="", n=0), 400)["message"]
+    assert "prompt: the text is empty" in both and "n: " in both
