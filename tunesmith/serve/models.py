@@ -18,11 +18,11 @@ def model_cards(server: Server) -> list[dict[str, Any]]:
     facts = server.engine.facts
     own = {"root": server.engine.options.model, "parent": None, "max_model_len": facts.get("max_model_len")}
     own |= {"embedding_size": facts.get("embedding_size"), "pooling": server.options.pooling}
-    own |= {"single_turns": bool(facts.get("single_turns"))}
+    own |= {"single_turns": bool(facts.get("single_turns")), "vocab_size": facts.get("vocab_size")}
     cards = [_card(name, server.created, own) for name in server.options.names]
     for name, adapter in server.adapters.items():
         more = {"root": adapter.path, "parent": server.name, "max_model_len": facts.get("max_model_len")}
-        more |= {"single_turns": adapter.single_turns}
+        more |= {"single_turns": adapter.single_turns, "vocab_size": facts.get("vocab_size")}
         cards.append(_card(name, adapter.created, more))
     return cards
 

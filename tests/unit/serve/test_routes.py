@@ -214,6 +214,7 @@ async def test_tokens_there_and_back(one: Served) -> None:
 async def test_models_and_adapters(one: Served) -> None:
     models = (await one.client.get("/v1/models")).json()["data"]
     assert [model["id"] for model in models] == ["tiny", "other-name"] and models[0]["max_model_len"] == 256
+    assert models[0]["vocab_size"] == one.server.engine.facts["vocab_size"] > 256
     assert (await one.client.get("/v1/models/tiny")).json()["id"] == "tiny"
     assert error_of(await one.client.get("/v1/models/none"), 404)["code"] == "model_not_found"
     load = {"lora_name": "mine", "lora_path": "/somewhere"}

@@ -75,6 +75,7 @@ class ModelAnswer(BaseModel):
     single_turns: bool = Field(
         description="it learnt from conversations of one question each: clients should send each question alone"
     )
+    vocab_size: int = Field(description="token ids are from 0 to one below it")
 
 
 class ModelsAnswer(BaseModel):
