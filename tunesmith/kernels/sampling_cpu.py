@@ -9,6 +9,9 @@ cost a third of torch's.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -75,12 +78,11 @@ class _Rows:
         best = torch.from_numpy(self._best(*self._at_least(limit))[1])
         limit = (best - MOST_NOISE) * self.temperatures
         limit = limit if thresholds_B is None else limit.maximum(thresholds_B)
-        rows, tokens = self._at_least(limit)
-        if len(rows) > MOST_SHARE * self.logits.numel():
-            # Noise of at least best - highest / temperature is wanted, and -log(1 - u) is at least u.
-            reach = (highest / self.temperatures - best).double().exp_() * 2.0**32 * WORD_SLACK + 1
-            rows, tokens = self._with_small_words(reach.tolist(), limit)
-        return self._best(rows, tokens)[0]
+        if int((self.logits >= limit[:, None]).sum()) <= MOST_SHARE * self.logits.numel():
+            return self._best(*self._at_least(limit))[0]
+        # Noise of at least best - highest / temperature is wanted, and -log(1 - u) is at least u.
+        reach = (highest / self.temperatures - best).double().exp_() * 2.0**32 * WORD_SLACK + 1
+        return self._best(*self._with_small_words(reach.tolist(), limit))[0]
 
     def _best_of_all(self, thresholds_B: Tensor | None) -> Places:
         """The token of each row, every logit with its noise."""
@@ -103,11 +105,16 @@ class _Rows:
     def _with_small_words(self, reach: list[float], limit_B: Tensor) -> tuple[Places, Places]:
         """Rows and tokens whose words are small enough to win: words of the whole vocabulary, and few numbers left."""
         columns = np.arange(self.strip, dtype=np.uint64)
-        limits, found = limit_B.tolist(), []
-        for row, most in enumerate(reach):
+        limits = limit_B.tolist()
+
+        def small(row: int) -> Places:
             words = words_of(columns, self.positions[row : row + 1], self.seeds[row : row + 1])
-            tokens = np.flatnonzero(words.reshape(-1)[: self.logits.shape[1]] <= np.uint64(min(most, int(_MASK))))
-            found.append(tokens[self.logits[row].numpy()[tokens] >= limits[row]])
+            most = np.uint64(min(reach[row], int(_MASK)))
+            tokens = np.flatnonzero(words.reshape(-1)[: self.logits.shape[1]] <= most)
+            return tokens[self.logits[row].numpy()[tokens] >= limits[row]]
+
+        # numpy lets go of the interpreter while it computes on arrays as long as these.
+        found = list(_threads().map(small, range(len(reach)))) if len(reach) > 1 else [small(0)]
         return np.repeat(np.arange(len(found)), [len(tokens) for tokens in found]), np.concatenate(found)
 
     def _best(self, rows: Places, tokens: Places) -> tuple[Places, NDArray[np.float32]]:
@@ -122,6 +129,11 @@ class _Rows:
         ends = [*starts[1:], len(rows)]
         won = [start + int(scores[start:end].argmax()) for start, end in zip(starts, ends, strict=True)]
         return tokens[won], scores[won]
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), "sampling")
 
 
 def words_of(columns: Words, positions: Words, seeds: Words) -> Words:
