@@ -70,7 +70,8 @@ def _outcome(agent: _Agent, plan: Plan) -> int:
     if verdict is None or verdict.exit_code not in STOPPED:
         line = "the processes ended" if verdict is None else verdict.line
         is_tried_out = verdict is not None and verdict.restart and plan.max_restarts > 0
-        tries = f" (the last of {plan.max_restarts} restarts)" if is_tried_out else ""
+        last = "the only restart" if plan.max_restarts == 1 else f"the last of {plan.max_restarts} restarts"
+        tries = f" ({last})" if is_tried_out else ""
         raise GroupError(f"{line}{tries}; the logs of all ranks: {plan.logs}", verdict)
     return verdict.exit_code
 

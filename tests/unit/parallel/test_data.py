@@ -80,16 +80,19 @@ CASES = [
     ("full", "zero1", "fused", "none"),
     ("full", "zero2", "eager", "none"),
     ("full", "zero3", "fused", "none"),
-    ("full", "zero3", "eager", "none"),
     ("full", "zero3", "fused", "selective"),
-    ("full", "zero3", "fused", "block"),
     ("lora", "ddp", "fused", "none"),
     ("lora", "zero3", "fused", "none"),
     ("dora", "zero3", "fused", "none"),
     ("qlora", "ddp", "fused", "none"),
     ("qlora", "zero3", "fused", "none"),
+]
+MORE_CASES = [
+    ("full", "zero3", "eager", "none"),
+    ("full", "zero3", "fused", "block"),
     ("qlora", "zero2", "fused", "none"),
 ]
+"""Of `make test-long`: each strategy, method and form of block is among the others too."""
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,10 @@ def one_rank(
     return alone
 
 
-@pytest.mark.parametrize(("method", "strategy", "blocks", "checkpointing"), CASES)
+@pytest.mark.parametrize(
+    ("method", "strategy", "blocks", "checkpointing"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE_CASES)],
+)
 def test_two_ranks_train_as_one(
     ranks: Callable[..., list[Any]],
     tiny_model_dir: Callable[..., Path],
