@@ -134,9 +134,12 @@ class Terminal:
         self.master, slave = pty.openpty()
         command = [str(Path(sys.executable).with_name("tunesmith")), *map(str, arguments)]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40", "PYTHONUTF8": "1"}
+        # Tests that a shell started in the background ignore Ctrl-C, and so would what they start.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, cwd=cwd, env=environment, start_new_session=True
         )
+        signal.signal(signal.SIGINT, before)
         os.close(slave)
         self.screen = ""
 

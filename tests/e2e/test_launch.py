@@ -80,6 +80,7 @@ def _launch(
     return cli("launch", *map(str, options), script, *arguments, timeout=110)
 
 
+@pytest.mark.long  # as does every run of tests/long/test_rank_kills.py, two of whose kills `make test` has
 def test_a_killed_rank_starts_the_group_again(tunesmith_cli: CLI, script: Path, tmp_path: Path) -> None:
     done = _launch(tunesmith_cli, script, "kill", "1")
     assert done.returncode == 0, done.stderr
@@ -125,6 +126,7 @@ def test_a_rank_that_hangs_is_named(how: str, rank: int, tunesmith_cli: CLI, scr
         assert f"rank {rank} does not answer" in line
 
 
+@pytest.mark.long
 def test_a_slow_rank_is_let_be(tunesmith_cli: CLI, script: Path) -> None:
     done = _launch(tunesmith_cli, script, "slow", "1")
     assert done.returncode == 0, done.stderr

@@ -88,11 +88,10 @@ def assert_same(made: Path, expected: Path) -> None:
         ("gpt2", "full"),
         ("mixtral", "full"),
         ("qwen2", "freeze"),
-        ("gpt2", "freeze"),
         ("qwen2", "lora"),
         ("llama", "dora"),
-        ("gpt2", "lora"),
         ("qwen2", "qlora"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("gpt2", "freeze"), ("gpt2", "lora"))),
     ],
 )
 def test_it_is_what_the_run_wrote_itself(
@@ -141,7 +140,7 @@ def cut_over(state: TrainingState, rank: int, size: int) -> list[Shard]:
     return shards
 
 
-@pytest.mark.parametrize(("family", "method"), [("qwen2", "full"), ("gpt2", "full"), ("qwen2", "lora")])
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "full"), ("qwen2", "lora")])
 def test_of_a_state_that_several_processes_wrote(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], family: str, method: str
 ) -> None:

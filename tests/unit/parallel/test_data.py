@@ -80,14 +80,14 @@ CASES = [
     ("full", "zero1", "fused", "none"),
     ("full", "zero2", "eager", "none"),
     ("full", "zero3", "fused", "none"),
-    ("full", "zero3", "fused", "selective"),
     ("lora", "ddp", "fused", "none"),
     ("lora", "zero3", "fused", "none"),
-    ("dora", "zero3", "fused", "none"),
-    ("qlora", "ddp", "fused", "none"),
     ("qlora", "zero3", "fused", "none"),
 ]
 MORE_CASES = [
+    ("full", "zero3", "fused", "selective"),
+    ("dora", "zero3", "fused", "none"),
+    ("qlora", "ddp", "fused", "none"),
     ("full", "zero3", "eager", "none"),
     ("full", "zero3", "fused", "block"),
     ("qlora", "zero2", "fused", "none"),

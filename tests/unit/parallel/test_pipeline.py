@@ -196,14 +196,16 @@ TWO_STAGES = [
     Case("full", blocks="eager", steps=SHORT),
     Case("full", checkpointing="block", steps=SHORT),
     Case("full", checkpointing="selective", steps=SHORT),
-    Case("full", blocks="eager", checkpointing="selective", steps=SHORT),
-    Case("dora", steps=SHORT),
     Case("fp8", steps=SHORT),
     Case("full", packs=(1, 4, 3), has_tails=False, steps=SHORT),
 ]
 
 
-@pytest.mark.parametrize("case", TWO_STAGES, ids=str)
+MORE = [Case("full", blocks="eager", checkpointing="selective", steps=SHORT), Case("dora", steps=SHORT)]
+"""Of `make test-long`."""
+
+
+@pytest.mark.parametrize("case", [*TWO_STAGES, *(pytest.param(case, marks=pytest.mark.long) for case in MORE)], ids=str)
 def test_two_stages_train_as_one_process(ranks: Ranks, tiny_model_dir: Callable[..., Path], case: Case) -> None:
     folder = tiny_model_dir("qwen2", num_hidden_layers=4)
     first, last = _check(ranks, folder, replace(case, pipeline=2), 2)

@@ -18,6 +18,7 @@ class _Cycle:
 
 @pytest.fixture(autouse=True)
 def _collector_as_it_was() -> Iterator[None]:
+    gc.unfreeze()  # what an engine of another test may have left
     yield
     gc.unfreeze()
     gc.enable()

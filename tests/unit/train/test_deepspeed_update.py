@@ -146,12 +146,12 @@ CASES: list[Case] = [
     ("full", "zero2", "cpu", "eager", "none"),
     ("full", "zero3", "cpu", "fused", "none"),
     ("lora", "zero3", "none", "fused", "none"),
-    ("dora", "zero3", "none", "fused", "none"),
-    ("qlora", "zero2", "cpu", "fused", "none"),
     ("qlora", "zero3", "none", "fused", "none"),
 ]
-"""Every stage, offload, method and form of block in one of them at least; `make test-long` has the rest."""
+"""Every stage, offload and form of block in one of them at least; `make test-long` has the rest."""
 MORE_CASES: list[Case] = [
+    ("dora", "zero3", "none", "fused", "none"),
+    ("qlora", "zero2", "cpu", "fused", "none"),
     ("full", "zero3", "none", "eager", "none"),
     ("full", "zero3", "none", "fused", "block"),
     ("full", "zero1", "cpu", "fused", "none"),
@@ -186,10 +186,10 @@ def test_two_ranks_train_as_one(
 @pytest.mark.parametrize(
     ("method", "chain"),
     [
-        ("full", ("zero1", "zero3")),
+        pytest.param("full", ("zero1", "zero3"), marks=pytest.mark.long),
         ("full", (None, "zero2")),
         ("full", ("zero3-cpu", "zero3")),
-        ("lora", ("zero3", None)),
+        pytest.param("lora", ("zero3", None), marks=pytest.mark.long),
         ("lora", ("zero3-cpu", "zero3")),
     ],
 )
@@ -214,7 +214,9 @@ def test_a_state_goes_from_engine_to_engine(
     np.testing.assert_allclose(losses, alone["losses"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "strategy", [*(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2")), "zero3"]
+)
 def test_a_resumed_run_has_the_same_bits(
     ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], tmp_path: Path, strategy: str
 ) -> None:
@@ -298,7 +300,10 @@ def narrow(model_dir: str, method: str, strategy: Strategy | None, precision: st
     return losses
 
 
-@pytest.mark.parametrize(("method", "strategy"), [("full", "zero1"), ("full", "zero3"), ("qlora", "zero3")])
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [pytest.param("full", "zero1", marks=pytest.mark.long), ("full", "zero3"), ("qlora", "zero3")],
+)
 def test_bfloat16_with_float32_masters_trains_as_one_does(
     ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], method: str, strategy: str
 ) -> None:
@@ -318,7 +323,7 @@ def digits(strategy: Strategy | None) -> dict[str, float]:
     return example.train(ParallelSection(engine=engine, strategy=strategy or "auto"), "cpu", 25)
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=pytest.mark.long), "zero3"])
 def test_any_module_trains_under_either_engine(ranks: Callable[..., list[Any]], strategy: Strategy) -> None:
     alone = digits(None)
     for rank in ranks(digits, 2, strategy):

@@ -83,15 +83,16 @@ def run(recipe: dict[str, Any], resume: str | None = None, stop_after: int | Non
 CASES = [
     ("full", "zero3", {}),
     ("lora", "ddp", {}),
-    ("qlora", "zero3", {}),
-    ("full", "auto", {"tensor": 2}),
     ("lora", "auto", {"tensor": 2}),
-    ("full", "auto", {"pipeline": 2}),
     ("qlora", "auto", {"pipeline": 2}),
 ]
+MORE_CASES = [("qlora", "zero3", {}), ("full", "auto", {"tensor": 2}), ("full", "auto", {"pipeline": 2})]
+"""Of `make test-long`."""
 
 
-@pytest.mark.parametrize(("kind", "strategy", "parallel"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "strategy", "parallel"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE_CASES)]
+)
 def test_two_processes_make_the_run_of_one(
     ranks: Callable[..., list[Any]],
     tiny_model_dir: Callable[..., Path],
