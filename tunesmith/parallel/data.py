@@ -58,6 +58,22 @@ class Replicated:
             **_no_buffers(DistributedDataParallel),
         )
         self._engine.register_comm_hook(mesh.group("dp"), _sum_bucket)
+        if not finds_unused:
+            self._lay_buckets_out()
+
+    def _lay_buckets_out(self) -> None:
+        """A backward pass of zeros: DDP lays its buckets out anew after its first, in the order gradients came in.
+
+        A number's place in its bucket decides in which order processes add it up, so the last bits of a resumed run's
+        first step would differ from those of the unbroken run (from three processes on).
+        """
+        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
+
+        def zero(module: nn.Module, batch: None) -> Tensor:
+            return torch.stack([parameter.flatten()[:1].sum().float() * 0 for parameter in trained]).sum()
+
+        self._engine(zero, None).backward()
+        self.clear()
 
     def pieces(self) -> list[Piece]:
         """The trained parameters, whole; the first process writes them."""

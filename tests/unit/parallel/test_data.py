@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import apply_method
 from tunesmith.parallel.apply import spread_out, strategy_of
-from tunesmith.parallel.mesh import joined
+from tunesmith.parallel.mesh import Mesh, joined
 from tunesmith.recipe.parallel import ParallelSection
 from tunesmith.recipe.schema import DataSection, MethodSection, TrainSection
 from tunesmith.train.batches import MicroBatch, RandomTokens, build_micro_batch
@@ -142,6 +143,49 @@ def test_four_ranks_train_as_one(
     alone = one_rank(method, "fused")
     for rank in ranks(train, 4, str(tiny_model_dir("qwen2")), method, strategy, "fused"):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-5)
+
+
+def sums_of_a_second_start(model_dir: str, strategy: str, method: str) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The weights after six steps: of one start, and of a second start that takes the weights of step 3."""
+    settings = ParallelSection(strategy=strategy)  # type: ignore[arg-type]
+    recipe = TrainSection(learning_rate=0.1, schedule="constant", warmup_ratio=0.0, optimizer="sgd")
+
+    def begin(mesh: Mesh) -> Updater:
+        model = load_decoder(Path(model_dir), quantize=METHODS[method].quantisation)
+        apply_method(model, METHODS[method], seed=0)
+        assert isinstance(model, Decoder)
+        return Updater(model, recipe, STEPS, spread_out(model.train(), mesh, settings))
+
+    def go_on(mesh: Mesh, updater: Updater, steps: range) -> None:
+        for step in steps:
+            window = _window(step, mesh.index("dp"), mesh.size("dp"))
+            loss = partial(language_model_loss, chunk_tokens=64)
+            updater.step(step, window, loss, denominator=_trained_tokens(step), describe=lambda batch: "a batch")
+
+    with joined(settings, "cpu") as mesh:
+        updater = begin(mesh)
+        go_on(mesh, updater, range(3))
+        held = [piece.local.detach().clone() for piece in updater.pieces]
+        go_on(mesh, updater, range(3, 6))
+        second = begin(mesh)
+        with torch.no_grad():
+            for piece, value in zip(second.pieces, held, strict=True):
+                piece.local.copy_(value)
+        go_on(mesh, second, range(3, 6))
+        return _bits(updater), _bits(second)
+
+
+def _bits(updater: Updater) -> dict[str, bytes]:
+    return {piece.name: piece.local.detach().numpy().tobytes() for piece in updater.pieces}
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("lora", "ddp"), ("full", "ddp"), ("full", "zero2")])
+def test_a_second_start_sums_as_the_first_did(
+    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], method: str, strategy: str
+) -> None:
+    """The bug: DDP lays its buckets out anew after the first step; from three processes on, sums go by the place."""
+    for whole, again in ranks(sums_of_a_second_start, 4, str(tiny_model_dir("qwen2")), strategy, method):
+        assert whole == again
 
 
 def test_auto_is_ddp_for_adapters_and_zero3_else() -> None:
