@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,6 +60,12 @@ def is_json() -> bool:
 def is_debug() -> bool:
     """Whether the caller asked for tracebacks and debug logs."""
     return mode.debug
+
+
+def launched_rank() -> int:
+    """This process's rank by its launcher's environment; 0 alone. The mesh reads it again, and checks it."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 def emit(result: Mapping[str, Any]) -> None:

@@ -7,12 +7,11 @@ LOGS/rank-N.log (rank 0's to the screen too), and how it ended to LOGS/rank-N.en
 from __future__ import annotations
 
 import faulthandler
-import os
 import runpy
 import sys
 from pathlib import Path
 
-from tunesmith.cli import main
+from tunesmith.cli import console, main
 from tunesmith.errors import ParallelError
 from tunesmith.launch.causes import ending_path, write_ending
 from tunesmith.launch.output import die_with_parent, send_to_log
@@ -23,7 +22,7 @@ from tunesmith.parallel.told import ON_HANG
 def run_rank(logs: Path, arguments: list[str]) -> int:
     """Run the verb or the script as one rank. Returns its exit code; nothing escapes."""
     die_with_parent()
-    rank = _rank()
+    rank = console.launched_rank()
     send_to_log(logs, rank)
     faulthandler.enable()
     ON_HANG.append(lambda line: write_ending(ending_path(logs, rank), rank, 1, ParallelError(line)))
@@ -53,12 +52,6 @@ def run_script(arguments: list[str], seen: list[BaseException]) -> int:
         seen.append(error)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
-
-
-def _rank() -> int:
-    """The rank by the launcher's environment; 0 alone. The mesh reads it again, and checks it."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,9 @@ def train(
         from tunesmith.text.tokenise import refuse_pairs
 
         refuse_pairs(recipe.data)  # before a run directory, and the certificate's "mask shown", are made of them
+    if console.launched_rank() == 0:  # the first line comes before torch does
+        first = "first a check that training is correct here" if verify else "loading"
+        console.err.print(f"{recipe.method.kind} on {recipe.model.path}: {first} ...", style="dim", markup=False)
     from tunesmith.checkpoint.read_ahead import read_ahead
     from tunesmith.verify.cuda_start import start_cuda
     from tunesmith.verify.warm_up import start_compiling

@@ -13,7 +13,7 @@ from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import AdapterError, RunDirError
 from tunesmith.recipe.load import load_recipe
 from tunesmith.rundir.layout import RunDir, RunInfo, is_run, open_run
-from tunesmith.rundir.model_notes import notes_of_facts, read_notes
+from tunesmith.rundir.model_notes import ModelNotes, notes_of_facts, read_notes
 
 Quantize = Literal["nf4", "nf4-double", "fp8", "fp8-inner"]
 _OUTCOMES = ("final", "adapter", "model")
@@ -59,7 +59,7 @@ def find_source(path: str, adapter: str | Path | None, quantize: str | None, rev
             )
         return _run_source(run, wanted, revision)
     if adapter is None:
-        return ModelSource(path, None, wanted, revision, single_turns=_single_turns(path))
+        return _plain_source(path, wanted, revision)
     return _adapted_source(path, Path(adapter).expanduser(), wanted, revision)
 
 
@@ -127,10 +127,18 @@ def check_training(run: RunDir) -> RunInfo:
     return info
 
 
-def _single_turns(path: str) -> bool:
-    """What the file beside the weights says, where merge or compress wrote one."""
+def _plain_source(path: str, quantize: Quantize | None, revision: str | None) -> ModelSource:
+    """A model by itself, and what the file beside its weights says, where merge or compress wrote one."""
     directory = Path(path).expanduser()
-    return directory.is_dir() and read_notes(directory).single_turns
+    notes = read_notes(directory) if directory.is_dir() else ModelNotes()
+    return ModelSource(
+        path,
+        quantize=quantize,
+        revision=revision,
+        template_arguments=notes.template_arguments or None,
+        system=notes.system,
+        single_turns=notes.single_turns,
+    )
 
 
 def _recorded(adapter: Path) -> Quantize | None:

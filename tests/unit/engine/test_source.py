@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import apply_method
 from tunesmith.recipe.schema import DataSection, MethodSection, ModelSection, Recipe
 from tunesmith.rundir.layout import RunDir, create_run
+from tunesmith.rundir.model_notes import ModelNotes, write_notes
 from tunesmith.text.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -175,6 +177,17 @@ def test_whether_its_conversations_had_one_question_each(base: Path, tmp_path: P
     save_adapter(trained(base, LORA), run.final, str(base))
     run.set_status("finished", data=data)
     assert find_source(str(run.path), None, None, None).single_turns is single
+
+
+def test_a_model_made_from_a_run_is_asked_as_it_was_trained(base: Path, tmp_path: Path) -> None:
+    """The bug: a merged model lost the run's system message and the switches of its template."""
+    model = tmp_path / "merged"
+    shutil.copytree(base, model)
+    assert not find_source(str(model), None, None, None).is_tuned
+    write_notes(model, ModelNotes(system="be brief", template_arguments={"enable_thinking": False}))
+    source = find_source(str(model), None, None, None)
+    assert (source.system, source.template_arguments) == ("be brief", {"enable_thinking": False})
+    assert source.is_tuned and source.tokenizer is None
 
 
 def test_a_folder_of_runs_names_them(base: Path, tmp_path: Path) -> None:
