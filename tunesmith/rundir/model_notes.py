@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, RunDirError
 from tunesmith.rundir.io import read_json, write_json_atomic
 from tunesmith.rundir.layout import RunDir, is_run, open_run
 
@@ -40,7 +40,8 @@ class ModelNotes:
 def read_notes(directory: Path) -> ModelNotes:
     """What is known of a model directory, or of an adapter's: by its own file, or by the run that it lies in.
 
-    Raises: ModelError for a file that is newer than this program; RunDirError for such a run, and where JSON is broken.
+    Raises: ModelError for a file that is newer than this program; RunDirError for such a run, and where JSON or a
+    recipe is broken.
     """
     file = directory / NAME
     if file.is_file():
@@ -66,7 +67,10 @@ def notes_of_facts(facts: Mapping[str, Any]) -> ModelNotes:
 
 def _of_run(run: RunDir) -> ModelNotes:
     known = notes_of_facts(run.info().facts)
-    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) if run.recipe.is_file() else None
+    try:
+        recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) if run.recipe.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunDirError(f"{run.recipe} can't be read: {' '.join(str(error).split())}") from error
     data = recipe.get("data") if isinstance(recipe, dict) else None
     return replace(known, **_how_asked(data)) if isinstance(data, dict) else known
 

@@ -40,6 +40,10 @@ def test_a_run_says_how_its_model_is_asked(tmp_path: Path) -> None:
     assert known == ModelNotes(True, "答得简短", {"enable_thinking": False})
     write_notes(tmp_path, known)
     assert read_notes(tmp_path) == known
+    for broken in (b"data: [", b"\xff\xfe"):
+        run.recipe.write_bytes(broken)
+        with pytest.raises(RunDirError, match=r"recipe.yaml can't be read"):
+            read_notes(run.path)
     run.recipe.unlink()
     assert read_notes(run.path) == ModelNotes(True)
 
