@@ -186,7 +186,8 @@ class TimedPending:
 def ahead(setting: Setting, batch: int, host: list[float], clock: dict[str, float]) -> list[float]:
     """Milliseconds of the engine's steps while all requests decode, a step ahead; the last steps are left out.
 
-    host: is given the milliseconds of each step that were not spent waiting; clock: what `Waits.on_device` says.
+    host: is given the milliseconds of each of these steps that were not spent waiting; clock: what `Waits.on_device`
+    says.
     """
     waits = Waits(setting.runner)
     engine = Engine(cast(Any, waits), config=setting.config)
@@ -206,6 +207,7 @@ def ahead(setting: Setting, batch: int, host: list[float], clock: dict[str, floa
             times.append(1000 * (time.perf_counter() - began_s))
             host.append(times[-1] - waits.waited_ms)
             clock |= waits.on_device() if len(times) == setting.steps - WARM_UP else {}
+    host[:] = host[WARM_UP:-1]
     return times[WARM_UP:-1]
 
 
