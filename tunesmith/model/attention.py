@@ -28,6 +28,10 @@ from tunesmith.model.uncompiled import import_uncompiled
 
 AttendLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+REACH = 2**31 - 1
+"""Elements that one tensor may span for a kernel that is not ours. cuDNN does not say that its offsets have more than
+32 bits, and FlashAttention 2's sums of the queries' gradient have none in versions that torch has shipped."""
+
 
 class Attend(Protocol):
     """Attention for every layer of a decoder."""
@@ -91,7 +95,7 @@ class PackedAttention:
         lengths = self.pack.lengths
         window = None if window is None or window >= self.pack.max_length else window
         if isinstance(self.pack, BoundedPack):
-            return _attend_varlen(query, key, value, self.pack, window)
+            return within_reach(lambda q, k, v: _attend_varlen(q, k, v, self.pack, window), query, key, value)
         kernels = {
             "varlen": lambda q, k, v: _attend_varlen(q, k, v, self.pack, window),
             "dense-cudnn": lambda q, k, v: _attend_dense(q, k, v, lengths[0], SDPBackend.CUDNN_ATTENTION),
@@ -99,7 +103,29 @@ class PackedAttention:
             "each-cudnn": lambda q, k, v: _attend_each_dense(q, k, v, lengths, SDPBackend.CUDNN_ATTENTION),
         }
         shape = shape_of(query, key.shape[1], lengths, window is not None)
-        return choose(shape, kernels, query, key, value)(query, key, value)
+        return within_reach(choose(shape, kernels, query, key, value), query, key, value)
+
+
+def within_reach(kernel: AttendLayer, query: Tensor, key: Tensor, value: Tensor, most: int = REACH) -> Tensor:
+    """kernel(query_TNH, key_TKH, value_TKH), given no tensor that spans more than `most` elements.
+
+    A view of a wider activation becomes a tensor of its own; where that is not enough, heads go through in groups,
+    each with the keys it reads.
+    """
+    tensors = (query, key, value)
+    if all(_span(tensor) <= most for tensor in tensors):
+        return kernel(query, key, value)
+    num_kv_heads = key.shape[1]
+    divisors = (n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0)
+    parts = next((n for n in divisors if query.numel() // n <= most), num_kv_heads)
+    groups = zip(*(tensor.chunk(parts, dim=1) for tensor in tensors), strict=True)
+    outs = [kernel(*(tensor.contiguous() for tensor in group)) for group in groups]
+    return outs[0] if parts == 1 else torch.cat(outs, dim=1)
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements from the first to the last that a tensor reads."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _attend_dense(query: Tensor, key: Tensor, value: Tensor, length: int, backend: SDPBackend | None = None) -> Tensor:

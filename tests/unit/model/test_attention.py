@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.arch import ModelConfig
-from tunesmith.model.attention import PackedAttention, attend_one, causal_mask, fits_varlen
+from tunesmith.model.attention import REACH, PackedAttention, attend_one, causal_mask, fits_varlen, within_reach
 from tunesmith.model.packed import pack_documents
 
 CONFIG = ModelConfig(
@@ -98,3 +98,27 @@ def test_where_the_variable_length_kernel_runs(
 ) -> None:
     """A GPU before sm_80, or heads that FlashAttention does not take, once ended in the kernel's own error."""
     assert fits_varlen(torch.empty(2, 1, head_dim, dtype=dtype), capability) is fits
+
+
+@pytest.mark.parametrize(("most", "calls"), [(REACH, [(4, 16)]), (6 * 4 * 8, [(4, 4)]), (6 * 4 * 8 - 1, [(2, 2)] * 2)])
+def test_views_that_reach_too_far_become_tensors_of_their_own(most: int, calls: list[tuple[int, int]]) -> None:
+    """Outputs and gradients stay; a kernel sees all heads as they are, copied, or in groups with their keys.
+
+    calls: query heads, and heads from one token to the next, of each.
+    """
+    torch.manual_seed(0)
+    fused = torch.randn(6, 16, 8, requires_grad=True)
+    tensors = fused[:, :4], fused[:, 4:6], fused[:, 6:8]  # the rest: a projection wider than its heads
+    seen = []
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append((query.shape[1], query.stride(0) // 8))
+        return attend_one(query, key, value, None)
+
+    out = within_reach(kernel, *tensors, most=most)
+    grad = torch.randn_like(out)
+    expected = attend_one(*tensors, None)
+    assert seen == calls
+    torch.testing.assert_close(out, expected)
+    ours, theirs = (torch.autograd.grad(x, fused, grad, retain_graph=True)[0] for x in (out, expected))
+    torch.testing.assert_close(ours, theirs)
