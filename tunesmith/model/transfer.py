@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from collections.abc import Iterable
@@ -82,9 +83,8 @@ def pinned_memory(num_bytes: int, advice: str) -> Tensor:
     Whole pages of its own: of a page that two buffers share, the driver would register one only. The storage begins
     with the first of them: torch asks the driver about a storage's first byte, whatever part of it a tensor is.
     """
+    buffer = touched_memory(num_bytes)
     pages_bytes = _PAGE_BYTES * ceil_div(num_bytes, _PAGE_BYTES)
-    pages = mmap.mmap(-1, pages_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes)
     runtime, address = torch.cuda.cudart(), buffer.data_ptr()
     code = int(runtime.cudaHostRegister(address, pages_bytes, _PORTABLE))
     if code != 0:
@@ -92,4 +92,18 @@ def pinned_memory(num_bytes: int, advice: str) -> Tensor:
             f"the driver could not pin {format_bytes(num_bytes)} of host memory (CUDA error {code}): {advice}"
         )
     weakref.finalize(buffer, runtime.cudaHostUnregister, address).atexit = False
+    return buffer
+
+
+def touched_memory(num_bytes: int) -> Tensor:
+    """Whole pages of ordinary memory which the kernel has really given, uint8 [num_bytes], zeros.
+
+    All of torch's threads ask for them, and for large ones: left to the driver, one thread waits for page after page.
+    """
+    pages_bytes = _PAGE_BYTES * ceil_div(num_bytes, _PAGE_BYTES)
+    pages = mmap.mmap(-1, pages_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    buffer = torch.frombuffer(pages, dtype=torch.uint8, count=num_bytes)
+    buffer[::_PAGE_BYTES].zero_()
     return buffer

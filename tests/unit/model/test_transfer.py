@@ -10,7 +10,8 @@ import torch
 
 from tunesmith.errors import DeviceError
 from tunesmith.model import transfer
-from tunesmith.model.transfer import CudaTransfer
+from tunesmith.model.transfer import CudaTransfer, touched_memory
+from tunesmith.watch.memory import resident_bytes
 
 PAGE = 4096
 
@@ -85,3 +86,13 @@ def test_nothing_is_pinned_while_a_graph_is_recorded(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match="while a CUDA graph is recorded"):
         _transfer(monkeypatch, driver, is_capturing=True).allocate(10)
     assert driver.ranges == {}
+
+
+def test_touched_memory_has_been_given() -> None:
+    """Pages count as the process's own before anything is written to them; of zeros, down to the last byte."""
+    num_bytes = 64 * 2**20 + 1
+    before = resident_bytes()
+    buffer = touched_memory(num_bytes)
+    assert resident_bytes() - before > 0.9 * num_bytes
+    assert buffer.numel() == num_bytes
+    assert buffer[-1] == 0
