@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.arch import ModelConfig, read_config
+from tunesmith.checkpoint.arrival import Arrival, TakesBlocks
 from tunesmith.checkpoint.bnb import BnbFiles, check_bnb_config
 from tunesmith.checkpoint.files import WeightFiles
 from tunesmith.checkpoint.names import LAYOUTS, TensorName, tensor_names
@@ -99,12 +100,14 @@ def load_language_model(
     seed: int = 0,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    taker: TakesBlocks | None = None,
 ) -> LanguageModel:
     """The model of a recipe, on the native decoder, or on transformers where the family is not known natively.
 
     The choice is announced by a warning, and recorded in the model's `backend`.
     mesh: where its processes share tensors, each loads its part (adapters are cut afterwards, by
     `parallel.tensor.shard_tensors`), and only the native decoder will do.
+    taker: gets the blocks of a native decoder one by one, see `Arrival`.
     """
     _check_choice("quantize", quantize, (None, *get_args(Quantize)))
     directory = resolve_model(model.path, model.revision)
@@ -120,6 +123,7 @@ def load_language_model(
             seed=seed,
             progress=progress,
             mesh=mesh,
+            taker=taker,
         )
     except UnsupportedModelError as reason:
         if model.backend == "native":
@@ -146,11 +150,12 @@ def load_decoder(
     seed: int = 0,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    taker: TakesBlocks | None = None,
 ) -> Decoder:
     """The native decoder of a model directory, its weights in `dtype` (None: the checkpoint's) on `device`.
 
     Random weights are normal(0, initializer_range), drawn on the device. `progress(done, total)` counts tensors.
-    mesh: its tensor-parallel processes hold a part each, its pipeline's stages some blocks each.
+    mesh: its tensor-parallel processes hold a part each, its pipeline's stages some blocks each. taker: see `Arrival`.
     Raises: ModelError for tensors that are missing, unexpected or of another shape; UnsupportedModelError for a family
     or a quantisation that the decoder does not have.
     """
@@ -162,7 +167,7 @@ def load_decoder(
         source = BnbWeights(BnbFiles(directory, device), config)
     else:
         source = CheckpointWeights(WeightFiles(directory, device), config)
-    return fill_decoder(config, source, dtype or source.dtype, device, quantize, progress, mesh)
+    return fill_decoder(config, source, dtype or source.dtype, device, quantize, progress, mesh, taker)
 
 
 def fill_decoder(
@@ -173,6 +178,7 @@ def fill_decoder(
     quantize: Quantize | None = None,
     progress: Progress | None = None,
     mesh: Mesh | None = None,
+    taker: TakesBlocks | None = None,
 ) -> Decoder:
     """A decoder in `dtype` on `device`, filled from `source` one projection at a time; of those of a mesh whose
     processes share tensors or blocks, this process's part."""
@@ -192,7 +198,7 @@ def fill_decoder(
     held = {(item.module, item.part) for item in tensor_names(decoder)}
     if not isinstance(source, RandomWeights):  # these come in turn, whoever takes them
         wanted = [item for item in wanted if (item.module, item.part) in held]
-    _give_storage(decoder, device)
+    arrival = Arrival(decoder, device, taker)
     done = 0
     with source.reading_ahead(wanted):
         if torch.device(device).type == "cuda":
@@ -202,6 +208,7 @@ def fill_decoder(
             done += len(tensors)
             if (path, part) not in held:
                 continue
+            arrival.before(path)
             module = decoder.get_submodule(path)
             if part is not None and is_cut(module):
                 load_part(module, part, tensors["weight"], tensors.get("bias"), path in doubles)
@@ -209,12 +216,8 @@ def fill_decoder(
                 _put(module, part, tensors)
             if progress is not None:
                 progress(done, len(wanted))
+        arrival.finish()
     return decoder
-
-
-def _give_storage(module: nn.Module, device: torch.device | str) -> None:
-    """`module.to_empty(device)`, which for tensors on the meta device imports torch's symbolic shapes, and sympy."""
-    cast(Any, module)._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 @torch.no_grad()

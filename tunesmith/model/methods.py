@@ -77,9 +77,52 @@ def apply_method(model: LanguageModel, method: MethodSection, *, seed: int) -> M
         if method.quantisation is not None:
             quantise_model(model, method.quantisation)
             set_compute(module, "fp8" if method.uses_fp8 else "weights")
-        options = AdapterOptions(method.rank, method.alpha, method.dropout, method.rslora, method.dora)
+        options = _adapter_options(method)
         adapted = add_adapters(model, choose_targets(model, method.targets), lambda _: options, seed=seed)
     return summarise(model, adapted)
+
+
+class GradualMethod:
+    """`apply_method`, for a native decoder whose blocks get their weights one after the other.
+
+    Made while the decoder is on the meta device, its linears quantised there; raises what `apply_method` raises.
+    """
+
+    def __init__(self, model: LanguageModel, method: MethodSection, *, seed: int) -> None:
+        self._model, self._method, self._seed = model, method, seed
+        self._chosen: dict[str, list[str]] = {}
+        self._adapted: tuple[str, ...] = ()
+        if method.kind in ("full", "freeze"):
+            self._base = apply_method(model, method, seed=seed)
+            return
+        _module(model).requires_grad_(False)
+        self._base = summarise(model)
+        self._chosen = choose_targets(model, method.targets)
+
+    def block(self, layer: int) -> None:
+        """What the method does to a block whose weights are there now."""
+        if not self._chosen:
+            return
+        method, block = self._method, _blocks(_module(self._model))[layer]
+        if method.quantisation is not None and not method.quantisation.startswith("fp8"):
+            quantise_blocks(block, method.quantisation)  # what a checkpoint holds quantised in part only
+        if method.quantisation is not None:
+            set_compute(block, "fp8" if method.uses_fp8 else "weights")
+        targets = list(_linears_below(block, f"blocks.{layer}", None))
+        options = _adapter_options(method)
+        self._adapted += _put_adapters(targets, self._chosen, lambda _: options, self._seed)
+
+    def summary(self) -> MethodSummary:
+        """As `apply_method` returns it, once all blocks were there."""
+        if not self._chosen:
+            return self._base
+        trained = {name: p.numel() for name, p in _module(self._model).named_parameters() if p.requires_grad}
+        count = sum(trained.values())
+        return MethodSummary(count, self._base.total_parameters + count, self._adapted, tuple(trained))
+
+
+def _adapter_options(method: MethodSection) -> AdapterOptions:
+    return AdapterOptions(method.rank, method.alpha, method.dropout, method.rslora, method.dora)
 
 
 def summarise(model: LanguageModel, adapted: tuple[str, ...] = ()) -> MethodSummary:
@@ -155,8 +198,14 @@ def add_adapters(
     Returns: the names of the projections.
     """
     _module(model).requires_grad_(False)
+    return _put_adapters(block_linears(model), chosen, options, seed)
+
+
+def _put_adapters(
+    targets: list[Target], chosen: Mapping[str, list[str]], options: Callable[[str], AdapterOptions], seed: int
+) -> tuple[str, ...]:
     names = []
-    for target in block_linears(model):
+    for target in targets:
         parts = chosen.get(target.path, [])
         if not parts:
             continue

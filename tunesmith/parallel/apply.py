@@ -10,7 +10,8 @@ from torch import nn
 from tunesmith.errors import ParallelError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear
-from tunesmith.parallel.data import Precision, Replicated, Sharded
+from tunesmith.parallel.data import Replicated, Sharded
+from tunesmith.parallel.full_shard import FullShard, Precision
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.pipeline import Piped
 from tunesmith.parallel.spread import Alone, Spread
@@ -54,15 +55,23 @@ def _spread_data(module: nn.Module, mesh: Mesh, settings: ParallelSection, compu
     adapters = [
         p for child in module.modules() if isinstance(child, AdaptedLinear) for p in child.adapters.parameters()
     ]
-    kind = resolve_strategy(settings, has_adapters=bool(adapters))
-    if kind == "ddp":
+    cut = full_shard(mesh, settings, compute_dtype, has_adapters=bool(adapters))
+    if cut is None:
         return Replicated(module, mesh, finds_unused=_may_leave_unused(module))
     _refuse_what_can_not_shard(module)
-    precision = Precision(compute_dtype) if not adapters and compute_dtype is not None else None
-    offloads = settings.offload == "cpu"
-    return Sharded(
-        module, mesh, kind, blocks=blocks_of(module), replicated=adapters, precision=precision, offloads=offloads
-    )
+    return Sharded(module, cut, blocks=blocks_of(module), replicated=adapters)
+
+
+def full_shard(
+    mesh: Mesh, settings: ParallelSection, compute_dtype: torch.dtype | None, *, has_adapters: bool
+) -> FullShard | None:
+    """How data-parallel processes share weights, which a block may be subject to before the next is loaded; None where
+    each of them holds all. Args: compute_dtype: see `spread_out`."""
+    kind = resolve_strategy(settings, has_adapters=has_adapters)
+    if mesh.size("dp") == 1 or kind == "ddp":
+        return None
+    precision = Precision(None if has_adapters else compute_dtype)
+    return FullShard(mesh, kind, precision, offloads=settings.offload == "cpu")
 
 
 def _piped(module: nn.Module, mesh: Mesh, settings: ParallelSection) -> Piped:

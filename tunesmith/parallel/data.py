@@ -5,8 +5,8 @@
     zero2   as zero1, and gradients are scattered in every micro-batch
     zero3   as zero2, and a block's weights are gathered for its forward and again for its backward pass only
 
-A frozen base is sharded too, quantised ones included: codes and scales become frozen parameters, which FSDP2 gathers as
-bytes. Adapters are small: every process holds them, and their gradients are summed in one go.
+A frozen base is sharded too, see `full_shard.py`. Adapters are small: every process holds them, and their gradients are
+summed in one go.
 Source: torch.distributed.fsdp.fully_shard; ZeRO: arXiv 1910.02054.
 """
 
@@ -15,18 +15,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.model.fp8 import Fp8Linear
-from tunesmith.model.quant import NF4Linear
+from tunesmith.parallel.full_shard import FullShard
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.spread import Batch, Loss, Piece, accumulate, squared_norm, whole_pieces
-
-Sharding = Literal["zero1", "zero2", "zero3"]
 
 
 class _Called(nn.Module):
@@ -114,37 +110,27 @@ class Replicated:
         return self.mesh.device
 
 
-@dataclass(frozen=True)
-class Precision:
-    """compute: what gathered weights are cast to; None: as held. reduce: what gradients are summed in; None: theirs."""
-
-    compute: torch.dtype | None = None
-    reduce: torch.dtype | None = None
-
-
 class Sharded:
     """`zero1`, `zero2`, `zero3`: torch's FSDP2 on every block and on the rest."""
 
     def __init__(
         self,
         module: nn.Module,
-        mesh: Mesh,
-        kind: Sharding,
+        cut: FullShard,
         *,
         blocks: Sequence[nn.Module],
         replicated: Sequence[nn.Parameter] = (),
-        precision: Precision | None = None,
-        offloads: bool = False,
     ) -> None:
-        """Shard `module` in place, each of `blocks` by itself.
+        """Shard `module` in place as `cut` says, each of `blocks` by itself where that was not done before.
 
-        Args: replicated: parameters that every process keeps whole (adapters). offloads: shards wait on the host.
+        Args: replicated: parameters that every process keeps whole (adapters).
         """
-        self.module, self.mesh, self.kind = module, mesh, kind
-        self.num_data = mesh.size("dp")
+        self.module, self.mesh, self.kind = module, cut.mesh, cut.kind
+        self.num_data = self.mesh.size("dp")
         self._replicated = [parameter for parameter in replicated if parameter.requires_grad]
-        hold_codes_as_parameters(module)
-        _fully_shard(module, mesh, kind, blocks, set(replicated), precision or Precision(), offloads)
+        for block in blocks:
+            cut.block(block, replicated)
+        cut.rest(module, replicated)
         self._local: dict[nn.Parameter, nn.Parameter] = {}
         self._names = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
@@ -214,52 +200,6 @@ class Sharded:
     def device(self) -> torch.device:
         """This process's own."""
         return self.mesh.device
-
-
-def _fully_shard(
-    module: nn.Module,
-    mesh: Mesh,
-    kind: Sharding,
-    blocks: Sequence[nn.Module],
-    ignored: set[nn.Parameter],
-    precision: Precision,
-    offloads: bool,
-) -> None:
-    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy(
-        param_dtype=precision.compute, reduce_dtype=precision.reduce, cast_forward_inputs=False
-    )
-    options: dict[str, Any] = {
-        "mesh": mesh.submesh("dp"),
-        "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
-        "reshard_after_forward": kind == "zero3",
-        "ignored_params": ignored,
-    }
-    for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(module, **{**options, "reshard_after_forward": False})
-    for child in module.modules():
-        if isinstance(child, FSDPModule):
-            child.set_gradient_divide_factor(1.0)
-            child.set_force_sum_reduction_for_comms(True)
-
-
-def hold_codes_as_parameters(module: nn.Module) -> None:
-    """Make codes and scales of quantised linears frozen parameters, which FSDP2 shards: it leaves buffers whole.
-
-    Doubly quantised scales become plain float32 ones, which say the same values: their second level straddles rows.
-    """
-    for child in module.modules():
-        if isinstance(child, NF4Linear):
-            child.hold_plain_scales()
-        if isinstance(child, NF4Linear | Fp8Linear):
-            for name, buffer in list(child.named_buffers(recurse=False)):
-                delattr(child, name)
-                # As a floating-point dtype of the same size: torch 2.11 can't shard others. Only bytes are moved.
-                held = buffer.view(torch.float8_e4m3fn) if buffer.dtype == torch.uint8 else buffer
-                child.register_parameter(name, nn.Parameter(held, requires_grad=False))
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], mesh: Mesh) -> None:

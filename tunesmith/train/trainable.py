@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
+from torch import nn
 
 from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.load import load_language_model
@@ -19,6 +21,7 @@ from tunesmith.parallel.tensor import shard_tensors
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import randomness
 from tunesmith.train.activations import prepare_activations
+from tunesmith.train.block_by_block import BlockByBlock, block_by_block, settle_dtypes
 from tunesmith.train.resolve import DTYPES, trained_dtype
 from tunesmith.watch.start_up import StartUp
 
@@ -31,21 +34,25 @@ def load_trainable(
 ) -> tuple[LanguageModel, MethodSummary]:
     """The model of a resolved recipe with its method applied: what training begins with.
 
-    mesh: the processes of the run; where some share tensors, this one has its part of them.
+    mesh: the processes of the run; where some share tensors, this one has its part of them, and where they share
+    weights by FSDP2, its shares of the blocks.
     """
     watch = StartUp() if start_up is None else start_up
+    taker = block_by_block(recipe, mesh)
     with watch.part("weights"):
         randomness.seed_everything(recipe.train.seed)
-        model = _load_model(recipe, progress, mesh)
+        model = _load_model(recipe, progress, mesh, taker)
     with watch.part("method"):
-        summary = _apply_method(model, recipe)
+        summary = _apply_method(model, recipe, taker)
         prepare_activations(model, recipe)
         if mesh is not None and isinstance(model, Decoder):
             shard_tensors(model, mesh)
     return model, summary
 
 
-def _load_model(recipe: Recipe, progress: Progress | None, mesh: Mesh | None) -> LanguageModel:
+def _load_model(
+    recipe: Recipe, progress: Progress | None, mesh: Mesh | None, taker: BlockByBlock | None
+) -> LanguageModel:
     # Frozen layers: loaded wide, so that what stays trained loses nothing; the rest is narrowed afterwards.
     dtype = trained_dtype(recipe.train) if recipe.method.kind == "freeze" else DTYPES[recipe.model.dtype]
     model = load_language_model(
@@ -56,6 +63,7 @@ def _load_model(recipe: Recipe, progress: Progress | None, mesh: Mesh | None) ->
         seed=recipe.train.seed,
         progress=None if progress is None else partial(progress, "loading weights"),
         mesh=mesh,
+        taker=taker,
     )
     model.compute_dtype = DTYPES[recipe.train.precision]
     model.checkpointing = recipe.train.checkpointing
@@ -79,16 +87,13 @@ def _captured_blocks(recipe: Recipe) -> CapturedBlocks | None:
     return captured
 
 
-def _apply_method(model: LanguageModel, recipe: Recipe) -> MethodSummary:
-    summary = apply_method(model, recipe.method, seed=recipe.train.seed)
+def _apply_method(model: LanguageModel, recipe: Recipe, taker: BlockByBlock | None) -> MethodSummary:
+    gradual = taker if taker is not None and taker.has_taken else None
+    summary = apply_method(model, recipe.method, seed=recipe.train.seed) if gradual is None else gradual.finish()
     if recipe.method.adapter is not None:
         base = resolve_model(recipe.model.path, recipe.model.revision)
         seed = recipe.train.seed if recipe.model.weights == "random" else None
         load_adapter(model, recipe.method.adapter, trainable=True, base_directory=base, random_seed=seed)
-    wide, narrow = trained_dtype(recipe.train), DTYPES[recipe.train.precision]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(wide)
-        elif recipe.method.kind == "freeze" and parameter.is_floating_point():
-            parameter.data = parameter.data.to(narrow)
+    if gradual is None:
+        settle_dtypes(cast(nn.Module, model), recipe)
     return summary

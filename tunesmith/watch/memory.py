@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -174,6 +174,10 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def _see(self, tensor: torch.Tensor) -> None:
+        if is_traceable_wrapper_subclass(tensor):  # a shard's own storage is a shell with the size of the whole
+            inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+            self.track(value for value in inner if isinstance(value, torch.Tensor))
+            return
         if tensor.device.type != self._device_type:
             return
         storage = tensor.untyped_storage()
