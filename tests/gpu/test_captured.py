@@ -49,7 +49,7 @@ def _accumulated(decoder: Decoder, packs: list[PackedTokens]) -> tuple[list[Tens
     return outs, {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective", "selective-qkv"])
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_graphs_repeat_what_launches_do(kind: str, checkpointing: str, tiny_model_dir: Make) -> None:
     """Two models of the same weights."""

@@ -115,7 +115,7 @@ def test_equals_the_eager_blocks(family: str, method: str, tiny_model_dir: Make)
     _assert_close(_results(decoder, [_pack(RAGGED)]), found, 1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective", "selective-qkv"])
 @pytest.mark.parametrize("method", METHODS)
 def test_graphs_repeat_what_launches_do(method: str, checkpointing: Any, tiny_model_dir: Make) -> None:
     """Seeds drawn outside a recording reach it: every micro-batch has masks of its own, the same both ways."""

@@ -16,7 +16,7 @@ from tunesmith.arch import ModelConfig
 from tunesmith.cost.params import TrainedParts, trained_parts
 from tunesmith.cost.shapes import LinearShape, Method, block_linears
 
-Checkpointing = Literal["none", "block", "selective", "offload", "offload-block"]
+Checkpointing = Literal["none", "block", "selective", "selective-qkv", "offload", "offload-block"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def training_flops(
 
     The head is applied to `trained_tokens` only (None: all), as the loss does. "block" recomputes every block that the
     gradient passes; "selective" holds products and attention, so it recomputes nothing that is counted here;
-    "offload" recomputes the product into a dense MLP; "offload-block" is as "block".
+    "offload" recomputes the product into a dense MLP, "selective-qkv" that and query, key and value; "offload-block" is
+    as "block".
     """
     head_tokens = length if trained_tokens is None else trained_tokens
     parts = trained_parts(config, method)
@@ -104,11 +105,13 @@ def training_flops(
 
 
 def _recomputed(config: ModelConfig, layer: int, length: int, checkpointing: Checkpointing, whole: int) -> int:
-    """Operations that one block computes twice; adapters are left out with "offload"."""
-    if checkpointing != "offload":
+    """Operations that one block computes twice; adapters are left out with "offload" and "selective-qkv"."""
+    if checkpointing not in ("offload", "selective-qkv"):
         return whole if checkpointing in ("block", "offload-block") else 0
-    first = next((linear for linear in block_linears(config, layer) if linear.owner == "mlp"), None)
-    return 0 if first is None else linear_flops(first, length)
+    linears = block_linears(config, layer)
+    first = [linear for linear in linears if linear.owner == "mlp"][:1]
+    again = [*first, *(linears[:1] if checkpointing == "selective-qkv" else [])]
+    return sum(linear_flops(linear, length) for linear in again)
 
 
 def _norms_reach(parts: TrainedParts, layer: int) -> bool:

@@ -111,15 +111,21 @@ def optimizer_bytes(num_trained: int, optimizer: Optimizer, width: int) -> int:
 
 
 def offloaded_bytes(
-    config: ModelConfig, method: Method, num_tokens: int, dtype: DTypeName, inputs_only: bool = False
+    config: ModelConfig,
+    method: Method,
+    num_tokens: int,
+    dtype: DTypeName,
+    inputs_only: bool = False,
+    num_spared: int = 0,
 ) -> int:
     """Host bytes of checkpointing "offload": what every block but the last saves for its backward pass, on a GPU.
 
-    inputs_only: of "offload-block", where that is a block's input.
+    inputs_only: of "offload-block", where that is a block's input. num_spared: the last so many blocks stay on the
+    device (`checkpointing_skip_last`); the very last one always does.
 
     Storages under a mebibyte stay on the device. All blocks count, also those that a method's gradient never reaches.
     """
-    blocks = range(config.num_hidden_layers - 1)
+    blocks = range(config.num_hidden_layers - max(1, num_spared))
     if inputs_only:
         return len(blocks) * num_tokens * config.hidden_size * FORMATS[dtype].bytes_for(1)
     sizes = (num_tokens * size for layer in blocks for size in _saved_bytes(config, method, layer, dtype))

@@ -17,16 +17,23 @@ from tunesmith.model.block import Block, Rope
 from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.checkpointing import run_checkpointed
 from tunesmith.model.final_norm import final_norm
-from tunesmith.model.fused_block import FusedBlocks, FusedRope
+from tunesmith.model.fused_block import NOTHING, Again, FusedBlocks, FusedRope
 from tunesmith.model.layers import Linear, make_norm, rope_frequencies, rope_tables
 from tunesmith.model.offload import OffloadedPass, Offloader
 from tunesmith.model.packed import PackedTokens
 from tunesmith.model.stream import WHOLE, Stream
 from tunesmith.model.transfer import CudaTransfer
 
-Checkpointing = Literal["none", "block", "selective", "offload", "offload-block"]
-_ON_DEVICE: dict[str, Checkpointing] = {"offload": "selective", "offload-block": "block"}
-"""Kinds that move what is held to the host, and the same without moving it."""
+Checkpointing = Literal["none", "block", "selective", "selective-qkv", "offload", "offload-block"]
+_EAGER: dict[str, Checkpointing] = {"offload": "selective", "offload-block": "block", "selective-qkv": "selective"}
+"""Kinds that only the written-out blocks have, and what the eager blocks do instead."""
+_OFFLOADS = ("offload", "offload-block")
+_AGAIN = {
+    "selective": Again(gate_up=True),
+    "selective-qkv": Again(gate_up=True, qkv=True),
+    "offload": Again(gate_up=True),
+}
+"""What the written-out blocks make again in the backward pass."""
 
 
 class Decoder(nn.Module):
@@ -34,10 +41,11 @@ class Decoder(nn.Module):
 
     Weights may be held in any dtype; the stream runs in `compute_dtype` (the dtype of the embedding unless set).
     With `is_fused` the blocks run in their written-out form (model/fused.py), where they have one; with `captured` too,
-    that is recorded as CUDA graphs while training. There, checkpointing "offload" is "selective" with what is held
-    moved to the host, and `mlp_tile_tokens` are how many tokens the MLP goes through at a time; the eager blocks, which
-    are the reference, move nothing and know no tiles. `has_same_weights` promises that no parameter
-    was written since the last forward pass (a step of several micro-batches): what depends on them alone is kept.
+    that is recorded as CUDA graphs while training. There, checkpointing "selective-qkv" makes query, key and value
+    again too, "offload" is "selective" with what is held moved to the host, and `mlp_tile_tokens` are how many tokens
+    the MLP goes through at a time; the eager blocks, which are the reference, know none of that. `has_same_weights`
+    promises that no parameter was written since the last forward pass (a step of several micro-batches): what depends
+    on them alone is kept.
     A stage of a pipeline holds some of the blocks; `incoming` is the stream out of the blocks before them, which takes
     the place of the embeddings.
     """
@@ -84,7 +92,7 @@ class Decoder(nn.Module):
 
     def _run_eager(self, hidden: Tensor, positions_T: Tensor, attend: Attend, kind: Checkpointing) -> Tensor:
         rope = self.rope(positions_T, hidden.dtype)
-        kind = _ON_DEVICE.get(kind, kind)
+        kind = _EAGER.get(kind, kind)
         for layer, block in enumerate(self.blocks):
             if isinstance(block, Block):
                 hidden = run_checkpointed(self._kind_of(layer, kind), block, hidden, rope, attend[layer])
@@ -108,20 +116,20 @@ class Decoder(nn.Module):
         for block in blocks:
             layer = block.layer
             kind = self._kind_of(layer, recipe_kind)
-            if kind == "selective" and block.up is None:
+            again = _AGAIN.get(kind, NOTHING)
+            if kind in ("selective", "selective-qkv") and block.up is None:
                 # Selective checkpointing goes by operators, and the written-out parts write over theirs.
                 tables = None if rope is None else rope.eager(hidden.dtype)
-                hidden = run_checkpointed(kind, block.block, hidden, tables, attend[layer])
+                hidden = run_checkpointed("selective", block.block, hidden, tables, attend[layer])
             elif offloaded is not None:
-                fixed, is_last = block.fixed(rope), block is blocks[-1]
-                whole, again = kind == "offload-block", kind == "offload"
+                fixed, is_last = block.fixed(rope), kind == "none" or block is blocks[-1]
+                whole = kind == "offload-block"
                 run = partial(run_checkpointed, "block", block, is_random=not block.is_whole) if whole else block
                 hidden = offloaded.run(
                     run, hidden, rope, attend[layer], again, tile, noise, kept=fixed, is_last=is_last
                 )
             else:
                 outer = "block" if kind == "block" else "none"
-                again = kind == "selective"
                 hidden = run_checkpointed(
                     outer, block, hidden, rope, attend[layer], again, tile, noise, is_random=not block.is_whole
                 )
@@ -129,10 +137,10 @@ class Decoder(nn.Module):
 
     def _kind_of(self, layer: int, kind: Checkpointing) -> Checkpointing:
         """How one block is checkpointed: the last `skip_last` hold everything, for a moment only."""
-        return "none" if kind not in _ON_DEVICE and layer >= len(self.blocks) - self.skip_last else kind
+        return "none" if layer >= len(self.blocks) - self.skip_last else kind
 
     def _begin_offloading(self, kind: Checkpointing, device: torch.device) -> OffloadedPass | None:
-        if kind not in _ON_DEVICE or not torch.is_grad_enabled():
+        if kind not in _OFFLOADS or not torch.is_grad_enabled():
             return None
         if self.offloader is None:
             self.offloader = Offloader(CudaTransfer(device))

@@ -1,8 +1,9 @@
 """A block as four written-out functions: norm and projection, the mixer, projection and stream, and the whole MLP.
 
 Between them nothing is held that is cheap to make again: of a norm, its input and one number a row; of the MLP, the
-gate-up activation (or not even that: `again`), never the activation's output. The stream's gradient is added inside
-the norm's backward pass. The sums are those of `decoder.Block`, whose eager form stays the reference.
+gate-up activation (or not even that: `again`), never the activation's output; query, key and value by attention (or
+made again too: `remade`). The stream's gradient is added inside the norm's backward pass. The sums are those of
+`decoder.Block`, whose eager form stays the reference.
 
 Where processes share the linears, x, the stream and their gradients are a process's own rows [P, D], and what lies
 between a norm and a sum is of all tokens: a normed input is gathered again in the backward pass, not held.
@@ -11,6 +12,7 @@ between a norm and a sum is of all tokens: a normed input is gathered again in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +25,7 @@ from tunesmith.model.fused_parts import activation_grads, adapter_grads
 from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
 from tunesmith.model.projection import Projection
+from tunesmith.model.remade import Made, RemadeHeads
 
 
 class NormQkv(torch.autograd.Function):
@@ -41,14 +44,20 @@ class NormQkv(torch.autograd.Function):
         heads: Heads,
         rope: HalfRope | None,
         noise: Noise | None,
+        remade: RemadeHeads | None,
         *trained: Tensor,
     ) -> tuple[Tensor, ...]:
         y, rstd = rms_norm(x_TD, norm_weight, eps)
         qkv, low, free = projection.forward(projection.stream.gather(y), noise=noise)
-        query, key, value, held = heads.prepare(qkv, (query_weight, key_weight), rope)
+        weights = (query_weight, key_weight)
+        query, key, value, held = heads.prepare(qkv, weights, rope)
+        if remade is not None:
+            norm = (x_TD.detach(), norm_weight, rstd)
+            remade.made_by(partial(_heads_again, norm, weights, projection, heads, rope, noise))
+            held = (None, None, None)
         tables = rope or (None, None)
-        ctx.save_for_backward(x_TD, norm_weight, rstd, low, free, query_weight, key_weight, *held, *tables)
-        ctx.projection, ctx.heads, ctx.noise = projection, heads, noise
+        ctx.save_for_backward(x_TD, norm_weight, rstd, low, free, *weights, *held, *tables)
+        ctx.projection, ctx.heads, ctx.noise, ctx.remade = projection, heads, noise, remade
         return query, key, value, x_TD.view_as(x_TD)
 
     @staticmethod
@@ -58,10 +67,25 @@ class NormQkv(torch.autograd.Function):
         wants_weights = any(ctx.needs_input_grad[2:4])
         rope = None if cos is None else (cos, sin)
         weights = (query_weight, key_weight)
-        g, *dweights = ctx.heads.backward((query, key, value), weights, tuple(held), rope, wants_weights)
+        known = tuple(held) if ctx.remade is None else ctx.remade.take()
+        g, *dweights = ctx.heads.backward((query, key, value), weights, known, rope, wants_weights)
+        del known
         dx, dnorm, dtrained = _through_norm(ctx, g, (x, norm_weight, rstd, low, free), grad_stream)
         dheads = [None if d is None else d.to(w.dtype) for d, w in zip(dweights, weights, strict=True)]
-        return dx, dnorm, *dheads, None, None, None, None, None, *dtrained
+        return dx, dnorm, *dheads, None, None, None, None, None, None, *dtrained
+
+
+def _heads_again(
+    norm: tuple[Tensor, Tensor, Tensor],
+    weights: tuple[Tensor | None, Tensor | None],
+    projection: Projection,
+    heads: Heads,
+    rope: HalfRope | None,
+    noise: Noise | None,
+) -> Made:
+    """What `NormQkv` made. norm: its input, its weight, and one number a row."""
+    y = projection.stream.gather(rms_norm_again(*norm))
+    return heads.prepare(projection.forward(y, noise=noise)[0], weights, rope)
 
 
 class AddProjection(torch.autograd.Function):
@@ -174,10 +198,12 @@ def norm_qkv(
     head_norms: tuple[RMSNorm, RMSNorm] | None = None,
     rope: HalfRope | None = None,
     noise: Noise | None = None,
+    remade: RemadeHeads | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """query_TNH, key_TKH, value_TKH and the stream, see `NormQkv`. head_norms: of queries and of keys."""
+    """query_TNH, key_TKH, value_TKH and the stream, see `NormQkv`. head_norms: of queries and of keys. remade: is told
+    how they are made again."""
     weights = (None, None) if head_norms is None else (head_norms[0].weight, head_norms[1].weight)
-    arguments = (norm.eps, projection, heads, rope, noise, *projection.trained)
+    arguments = (norm.eps, projection, heads, rope, noise, remade, *projection.trained)
     return cast(Any, NormQkv.apply(x_TD, norm.weight, *weights, *arguments))
 
 

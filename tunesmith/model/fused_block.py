@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -23,6 +24,7 @@ from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.low_rank import refresh
 from tunesmith.model.projection import Projection
 from tunesmith.model.projections import projection_of
+from tunesmith.model.remade import RemadeHeads
 from tunesmith.model.row_scale import RowScale, refresh_ratios
 from tunesmith.model.tiled import tiled_mlp
 
@@ -45,6 +47,17 @@ class FusedRope:
         """cos and sin, each [T, 1, H] in `dtype`, as `layers.apply_rope` takes them."""
         cos, sin = (torch.cat((table, table), dim=-1)[:, None, :].to(dtype) for table in self.half)
         return cos, sin
+
+
+@dataclass(frozen=True)
+class Again:
+    """What of a block is made again in the backward pass: the gate-up activation; query, key and value."""
+
+    gate_up: bool = False
+    qkv: bool = False
+
+
+NOTHING = Again()
 
 
 class FusedBlock:
@@ -101,13 +114,13 @@ class FusedBlock:
         x_TD: Tensor,
         rope: FusedRope | None,
         attend: AttendLayer,
-        again: bool,
+        again: Again = NOTHING,
         tile_tokens: int | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
         """The block's output.
 
-        Args: again: the gate-up activation is made again in the backward pass. tile_tokens: the same, and the MLP
+        Args: again: what is made again in the backward pass. tile_tokens: the gate-up activation is, and the MLP
         goes through so many tokens at a time. noise: what the adapters' dropout is drawn from; None: none is dropped.
         """
         written = partial(self._run, rope=rope, attend=attend, again=again, tile_tokens=tile_tokens, noise=noise)
@@ -118,12 +131,16 @@ class FusedBlock:
         x_TD: Tensor,
         rope: FusedRope | None,
         attend: AttendLayer,
-        again: bool,
+        again: Again,
         tile_tokens: int | None,
         noise: Noise | None,
     ) -> Tensor:
-        query, key, value, stream = self._project(x_TD, rope, noise)
-        mixed = attend(query, key, value).flatten(1)
+        remade = RemadeHeads() if again.qkv else None
+        query, key, value, stream = self._project(x_TD, rope, noise, remade)
+        with nullcontext() if remade is None else remade.not_held(query, key, value):
+            mixed = attend(query, key, value)
+        del query, key, value
+        mixed = mixed.flatten(1)
         stream = self._add_output(stream, mixed, noise)
         if self.up is None or self.down is None:
             return self.block.feed_forward(stream)
@@ -131,10 +148,10 @@ class FusedBlock:
         assert isinstance(norm, RMSNorm)
         if tile_tokens is not None:
             return tiled_mlp(stream, norm, self.up, self.down, tile_tokens, noise)
-        return norm_mlp(stream, norm, self.up, self.down, again, noise)
+        return norm_mlp(stream, norm, self.up, self.down, again.gate_up, noise)
 
     def _project(
-        self, x_TD: Tensor, rope: FusedRope | None, noise: Noise | None
+        self, x_TD: Tensor, rope: FusedRope | None, noise: Noise | None, remade: RemadeHeads | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         attention, norm = self.block.attention, self.block.attention_norm
         if self.qkv is None:
@@ -143,7 +160,7 @@ class FusedBlock:
             return query, key, value, x_TD
         assert isinstance(norm, RMSNorm)
         tables = None if rope is None else rope.half
-        return norm_qkv(x_TD, norm, self.qkv, self.heads, self.head_norms, tables, noise)
+        return norm_qkv(x_TD, norm, self.qkv, self.heads, self.head_norms, tables, noise, remade)
 
     def _add_output(self, stream_TD: Tensor, mixed_TF: Tensor, noise: Noise | None) -> Tensor:
         if self.output is None:

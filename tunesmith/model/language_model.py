@@ -16,7 +16,7 @@ class LanguageModel(Protocol):
 
     backend: Literal["native", "transformers"]
     compute_dtype: torch.dtype | None
-    checkpointing: Literal["none", "block", "selective", "offload", "offload-block"]
+    checkpointing: Literal["none", "block", "selective", "selective-qkv", "offload", "offload-block"]
     noise_alpha: float
     training: bool
 

@@ -21,7 +21,7 @@ from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.model.packed import PackedTokens, pack_documents
 from tunesmith.rundir.io import read_json, system_errors, write_json_atomic
 
-Checkpointing = Literal["none", "block", "selective", "offload", "offload-block"]
+Checkpointing = Literal["none", "block", "selective", "selective-qkv", "offload", "offload-block"]
 _PROBE = ([5, 3, 8, 1, 7, 2, 6, 4], [9, 2, 4], [1, 6, 3, 5, 2])
 
 
@@ -85,7 +85,7 @@ class TransformersModel(nn.Module):
 
     @checkpointing.setter
     def checkpointing(self, kind: Checkpointing) -> None:
-        if kind in ("selective", "offload", "offload-block"):
+        if kind not in ("none", "block"):
             raise UnsupportedModelError(
                 f"train.checkpointing {kind!r} needs the native decoder; the transformers backend has none and block"
             )

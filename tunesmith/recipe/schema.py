@@ -181,6 +181,11 @@ class TrainSection(Section):
             "memory; needs accumulation 1 and max_grad_norm 0"
         ),
     )
+    offload_optimizer: bool = Field(
+        False,
+        description="AdamW's moments wait in pinned host memory and come to the GPU for the update, piece by piece, "
+        "with the same results (a process alone; of several, see parallel.offload)",
+    )
     beta1: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="AdamW: how long gradients are remembered")
     beta2: Annotated[Number, Field(ge=0, lt=1)] = Field(0.999, description="AdamW: how long their squares are")
     eps: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = Field(
@@ -196,11 +201,12 @@ class TrainSection(Section):
         "auto",
         description="dtype of trained weights and their states; compute: as precision (pure bfloat16); auto: float32",
     )
-    checkpointing: Literal["none", "block", "selective", "offload", "offload-block"] = Field(
+    checkpointing: Literal["none", "block", "selective", "selective-qkv", "offload", "offload-block"] = Field(
         "none",
         description=(
             "gradient checkpointing: hold everything, recompute every block, or recompute all but products and "
-            "attention; offload, offload-block: as selective or block, what is held waits on the host (fused, on a GPU)"
+            "attention (fused: the widest product too; selective-qkv: and query, key, value); offload, offload-block: "
+            "as selective or block, what is held waits on the host (fused, on a GPU)"
         ),
     )
     mlp_tile_tokens: PositiveInt | None = Field(
@@ -230,23 +236,26 @@ class TrainSection(Section):
     )
     neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
     loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
+    device_memory_gb: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="GPU memory that torch may take in each process, in 10^9 bytes; none: all that is free"
+    )
     seed: NonNegativeInt = Field(0, description="of everything random: another one gives another run")
     deterministic: bool = Field(False, description="deterministic kernels on a GPU (a CPU always is)")
     detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
 
     @model_validator(mode="after")
     def _spares_what_is_checkpointed(self) -> TrainSection:
-        if self.checkpointing_skip_last and self.checkpointing not in ("block", "selective"):
+        if self.checkpointing_skip_last and self.checkpointing == "none":
             raise ValueError(
-                f"train.checkpointing_skip_last goes with train.checkpointing block or selective, "
-                f"not with {self.checkpointing}"
+                "train.checkpointing_skip_last spares blocks of a checkpointing, and train.checkpointing is none"
             )
         return self
 
     @model_validator(mode="after")
     def _needs_fused_blocks(self) -> TrainSection:
         wants = {
-            f"checkpointing '{self.checkpointing}'": "offload" in self.checkpointing,
+            f"checkpointing '{self.checkpointing}'": self.checkpointing
+            in ("selective-qkv", "offload", "offload-block"),
             "mlp_tile_tokens": self.mlp_tile_tokens,
         }
         for name, is_wanted in wants.items():
@@ -311,7 +320,7 @@ class BenchSection(Section):
     grid: dict[str, list[Any]] = Field(
         default_factory=dict, description="dotted recipe keys and their values, for matrix: grid"
     )
-    checkpointing: Literal["selective", "block", "offload", "all"] = Field(
+    checkpointing: Literal["selective", "selective-qkv", "block", "offload", "all"] = Field(
         "selective",
         description="what `+ checkpointing` cells do; all: selective, and block in cells of its own",
     )

@@ -42,7 +42,8 @@ def _check_host(model: Decoder, recipe: Recipe) -> None:
     assert train.micro_batch_tokens is not None
     assert train.precision != "auto"
     inputs_only = train.checkpointing == "offload-block"
-    need = offloaded_bytes(model.config, recipe.method, train.micro_batch_tokens, train.precision, inputs_only)
+    spared = train.checkpointing_skip_last
+    need = offloaded_bytes(model.config, recipe.method, train.micro_batch_tokens, train.precision, inputs_only, spared)
     free = available_memory_bytes()
     said = f"train.checkpointing '{train.checkpointing}' takes {format_bytes(need)} of pinned host memory"
     if need > free:

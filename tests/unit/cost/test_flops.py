@@ -62,6 +62,9 @@ def test_recompute_is_apart_from_model_flops() -> None:
     assert block.recompute == forward_flops(config(), 5, head_tokens=0)
     assert block.hardware == block.model + block.recompute
     assert training_flops(config(), MethodShape("full"), 5, checkpointing="selective").recompute == 0
+    moved = training_flops(config(), MethodShape("full"), 5, checkpointing="offload").recompute
+    with_qkv = training_flops(config(), MethodShape("full"), 5, checkpointing="selective-qkv").recompute
+    assert with_qkv - moved == 2 * 5 * 2 * 8 * (8 + 4 + 4)  # both blocks' qkv
     offload = training_flops(config(), MethodShape("full"), 5, checkpointing="offload")
     assert offload.recompute == 2 * 5 * 2 * 8 * 24  # gate and up of two layers
 

@@ -72,14 +72,14 @@ def test_hidden_states_and_gradients_are_the_eager_ones(family: str, method: str
     _assert_equal(grads, fused_grads, 2e-5)
 
 
-@pytest.mark.parametrize("kind", ["block", "selective"])
+@pytest.mark.parametrize("kind", ["block", "selective", "selective-qkv"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
 def test_checkpointing_changes_no_gradient(family: str, kind: Any, tiny_model_dir: Make) -> None:
     decoder = _decoder(tiny_model_dir(family), METHODS["lora"])
     hidden, grads = _gradients(decoder, True)
     decoder.checkpointing = kind
     again, again_grads = _gradients(decoder, True)
-    if family == "qwen3_moe" and kind == "selective":  # eager blocks stand in
+    if family == "qwen3_moe" and kind != "block":  # eager blocks stand in
         torch.testing.assert_close(again, hidden, rtol=1e-5, atol=1e-5)
         _assert_equal(grads, again_grads, 2e-5)
         return
@@ -87,8 +87,18 @@ def test_checkpointing_changes_no_gradient(family: str, kind: Any, tiny_model_di
     assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_query_key_and_value_made_again_are_what_they_were(method: str, tiny_model_dir: Make) -> None:
+    decoder = _decoder(tiny_model_dir("qwen3"), METHODS[method])
+    hidden, grads = _gradients(decoder, True)
+    decoder.checkpointing = "selective-qkv"
+    again, again_grads = _gradients(decoder, True)
+    assert torch.equal(hidden, again)
+    assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
+
+
 @pytest.mark.parametrize("is_fused", [True, False])
-@pytest.mark.parametrize("kind", ["block", "selective"])
+@pytest.mark.parametrize("kind", ["block", "selective", "selective-qkv"])
 def test_the_last_blocks_can_be_spared(kind: Any, is_fused: bool, tiny_model_dir: Make) -> None:
     decoder = _decoder(tiny_model_dir("qwen2", num_hidden_layers=3), METHODS["lora"])
     _, grads = _gradients(decoder, is_fused)
@@ -152,11 +162,15 @@ def test_adapters_exchanged_in_place_are_seen(tiny_model_dir: Make) -> None:
 def test_less_is_held_than_by_the_eager_blocks(tiny_model_dir: Make) -> None:
     """Bytes that wait for the backward pass."""
     decoder = _decoder(tiny_model_dir("llama"), METHODS["lora"])
-    held = {}
-    for kind, is_fused in (("eager", False), ("fused", True), ("selective", True)):
-        decoder.checkpointing = "selective" if kind == "selective" else "none"
-        held[kind] = _held_bytes(decoder, is_fused)
+    held = {"eager": _held_bytes(decoder, False), "fused": _held_bytes(decoder, True)}
+    kinds: tuple[Any, ...] = ("selective", "selective-qkv")
+    for decoder.checkpointing in kinds:
+        held[decoder.checkpointing] = _held_bytes(decoder, True)
     assert held["selective"] < held["fused"] < 0.7 * held["eager"]
+    config = decoder.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    qkv = 4 * len(list(range(1, 50)) * 2) * 4 * heads * config.head_dim * config.num_hidden_layers
+    assert held["selective"] - held["selective-qkv"] >= qkv
 
 
 def _held_bytes(decoder: Decoder, is_fused: bool) -> int:

@@ -156,6 +156,23 @@ def test_blocks_made_again_from_offloaded_inputs(method: str, tile_tokens: int |
     assert offloader.host.leased_bytes == 0
 
 
+@pytest.mark.parametrize("kind", ["offload", "offload-block"])
+def test_spared_blocks_stay_on_the_device(kind: Any, tiny_model_dir: Make) -> None:
+    """The same gradients, and what the spared blocks save does not move."""
+    decoder = _decoder(tiny_model_dir, "lora")
+    expected = _gradients(decoder, times=2)
+    for decoder.skip_last in range(NUM_BLOCKS + 1):
+        transfer, offloader = _offloading(decoder, kind=kind)
+        _assert_same(expected, _gradients(decoder, times=2))
+        assert len(transfer.sent) == 2 * (NUM_BLOCKS - max(1, decoder.skip_last))
+        assert len(transfer.fetched) == len(transfer.sent)
+        tokens = sum(map(len, DOCUMENTS))
+        if kind == "offload-block":
+            held = offloaded_bytes(decoder.config, MethodSection(), tokens, "float32", True, decoder.skip_last)
+            assert offloader.host.total_bytes == held
+        assert offloader.host.leased_bytes == 0
+
+
 def test_every_storage_moves_once_and_what_is_small_or_fixed_stays(tiny_model_dir: Make) -> None:
     """Query, key and value are three views of one storage; the low-rank activation of gate and up is too small."""
     decoder = _decoder(tiny_model_dir, "lora")
