@@ -60,6 +60,10 @@ def make_config(parallel: ParallelSection, train: TrainSection, facts: RunFacts)
     if train.optimizer == "adamw8bit" or train.optimizer_in_backward:
         key = "optimizer adamw8bit" if train.optimizer == "adamw8bit" else "optimizer_in_backward"
         raise RecipeError(f"train.{key} is for parallel.engine native: DeepSpeed shards torch's optimisers only")
+    if train.offload_optimizer:
+        raise RecipeError(
+            "train.offload_optimizer is for parallel.engine native: set it to false, and parallel.offload to cpu"
+        )
     if parallel.deepspeed_config is None:
         return _resolved(JsonFile(Path("the recipe"), _from_recipe(parallel, train, facts)), parallel, train, facts)
     file = read_commented_json(Path(parallel.deepspeed_config))

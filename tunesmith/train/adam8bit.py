@@ -36,7 +36,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for parameter, group in chosen:
             state = self.state[parameter]
             if not state:
-                state.update(_initial_state(parameter))
+                state.update(initial_state(parameter))
             state["step"] += 1
             self._update(parameter, group)
 
@@ -59,7 +59,8 @@ class AdamW8bit(torch.optim.Optimizer):
         return one, torch.zeros((), device=device) if stopped is None else stopped
 
 
-def _initial_state(parameter: Tensor) -> dict[str, Any]:
+def initial_state(parameter: Tensor) -> dict[str, Any]:
+    """Both moments zero, in 8 bits where the parameter is large."""
     count, device = parameter.numel(), parameter.device
     if count < SMALLEST_QUANTISED:
         zeros = torch.zeros(count, dtype=torch.float32, device=device)

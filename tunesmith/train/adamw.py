@@ -49,7 +49,7 @@ class AdamW(torch.optim.AdamW):
             if parameter.grad is None:
                 continue
             if not self.state[parameter]:
-                self.state[parameter] = _initial_state(parameter)
+                self.state[parameter] = initial_state(parameter)
             if _takes_kernel(parameter, self.state[parameter]):
                 large[parameter.device].append(parameter)
             else:
@@ -119,7 +119,7 @@ def _gradient(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-def _initial_state(parameter: Tensor) -> dict[str, Any]:
+def initial_state(parameter: Tensor) -> dict[str, Any]:
     """As torch's fused AdamW begins."""
     return {
         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -9,8 +9,9 @@ import sys
 
 import torch
 
+from tunesmith.errors import DeviceError
 from tunesmith.rundir.environment import ALLOCATOR_VARIABLES, HOST_ALLOCATOR, HOST_ALLOCATOR_VARIABLES
-from tunesmith.units import GIB, MIB
+from tunesmith.units import GB, GIB, MIB
 
 SETTINGS = "expandable_segments:True"
 # The numbers of glibc's <malloc.h>: both are part of its binary interface.
@@ -40,6 +41,28 @@ def prepare_allocator(device: str) -> None:
     unset = not any(name in os.environ for name in ALLOCATOR_VARIABLES)
     if unset and not torch.cuda.is_initialized():
         os.environ[ALLOCATOR_VARIABLES[0]] = SETTINGS
+
+
+def cap_device_memory(device: torch.device, most_gb: float | None) -> None:
+    """Let torch take so many 10^9 bytes of a GPU in this process, until it is told otherwise; None: as it was told.
+
+    What the driver and its libraries take for themselves, some hundreds of megabytes, comes on top.
+    Raises: DeviceError where there is no GPU, or it has less.
+    """
+    if most_gb is None:
+        return
+    if device.type != "cuda":
+        raise DeviceError(
+            f"train.device_memory_gb is for a GPU, and the device is {device}: use --set train.device_memory_gb=null"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    most = most_gb * GB
+    if most > total:
+        raise DeviceError(
+            f"train.device_memory_gb is {most_gb:g}, and {device} has {total / GB:.1f}: use "
+            f"--set train.device_memory_gb={total // GB}, or null"
+        )
+    torch.cuda.set_per_process_memory_fraction(most / total, device)
 
 
 def _keep_host_memory() -> None:

@@ -13,6 +13,7 @@ from tunesmith.errors import RecipeError
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.model.uncompiled import spare_compiler
 from tunesmith.recipe.schema import TrainSection
+from tunesmith.train import adam8bit, adamw
 from tunesmith.train.adam8bit import AdamW8bit
 from tunesmith.train.adamw import AdamW
 from tunesmith.train.schedules import peak_learning_rate
@@ -60,6 +61,14 @@ def make_optimizer(parameters: Iterable[Named], settings: TrainSection) -> torch
         return AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps)
     # Fused is one pass in place, and the only kind that takes its guard from the device.
     return _AdamW(groups, lr=peak_learning_rate(settings), betas=betas, eps=settings.eps, fused=True)
+
+
+def initial_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The states with which the first update of a parameter begins, on its device; none for plain SGD."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return {}
+    kind = adam8bit if isinstance(optimizer, AdamW8bit) else adamw
+    return kind.initial_state(parameter)
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, stopped: Tensor) -> None:

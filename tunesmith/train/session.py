@@ -28,7 +28,7 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.text.packing import plan_epoch
 from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.train import randomness
-from tunesmith.train.allocator import prepare_allocator
+from tunesmith.train.allocator import cap_device_memory, prepare_allocator
 from tunesmith.train.batches import Dataset, MicroBatch, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
 from tunesmith.train.deepspeed_update import DeepSpeedUpdater
@@ -349,6 +349,7 @@ def build_session(
         prepare_allocator(recipe.model.device)
         resolved = resolve_recipe(recipe, 1 if mesh is None else mesh.world_size)
         set_determinism(resolved)
+        cap_device_memory(torch.device(resolved.model.device), resolved.train.device_memory_gb)
         directory = resolve_model(resolved.model.path, resolved.model.revision)
     with (
         watch.part("threads beside"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, NonFiniteError
 from tunesmith.train import randomness
+from tunesmith.train.host_states import HostStates
 from tunesmith.train.update import Updater
 
 
@@ -76,18 +77,24 @@ def restore_weights(state: TrainingState, weights: Mapping[str, Tensor]) -> None
 
 def _optimizer_states(updater: Updater) -> dict[str, dict[str, Any]]:
     names: dict[Tensor, str] = {piece.local: piece.name for piece in updater.pieces}
+    if isinstance(updater.optimizer, HostStates):
+        updater.optimizer.settle()
     return {names[parameter]: values for parameter, values in updater.optimizer.state.items()}
 
 
 def _restore_optimizer(state: TrainingState, updater: Updater) -> None:
-    parameters = {piece.name: piece.local for piece in updater.pieces}
+    parameters, optimizer = {piece.name: piece.local for piece in updater.pieces}, updater.optimizer
+    if isinstance(optimizer, HostStates):
+        optimizer.forget()
     values: dict[str, dict[str, Any]] = {name: dict(scalars) for name, scalars in state.facts["optimizer"].items()}
     for full_name in _under(state.tensors, "optimizer."):
         name, _, key = full_name.rpartition(".")
-        values.setdefault(name, {})[key] = state.tensors[f"optimizer.{full_name}"].to(parameters[name].device)
-    updater.optimizer.state.clear()
+        tensor, parameter = state.tensors[f"optimizer.{full_name}"], parameters[name]
+        here = optimizer.placed(parameter, tensor) if isinstance(optimizer, HostStates) else tensor.to(parameter.device)
+        values.setdefault(name, {})[key] = here
+    optimizer.state.clear()
     for name, entries in values.items():
-        updater.optimizer.state[parameters[name]] = entries
+        optimizer.state[parameters[name]] = entries
 
 
 def _under(names: Iterable[str], prefix: str) -> list[str]:

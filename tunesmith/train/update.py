@@ -19,6 +19,7 @@ from tunesmith.parallel.spread import Alone, Spread
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.guard import Guard, gradient_divisor
 from tunesmith.train.in_backward import UpdatesInBackward
+from tunesmith.train.optimizer_offload import states_on_host
 from tunesmith.train.optimizers import guarded_step, make_optimizer, take_back_step
 from tunesmith.train.pending import HostCopy, Pending, reads_late
 from tunesmith.train.scaler import LossScaler
@@ -85,6 +86,8 @@ class Updater:
         self.spread: Spread = Alone(module) if spread is None else spread
         self.pieces = self.spread.pieces()
         self.optimizer = make_optimizer(((piece.name, piece.local) for piece in self.pieces), settings)
+        if settings.offload_optimizer:
+            self.optimizer = states_on_host(self.optimizer, settings, self.spread.device)
         self.scaler = LossScaler() if settings.precision == "float16" else None
         self.device = self.spread.device
         wake_autograd(self.device)

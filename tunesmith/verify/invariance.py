@@ -47,9 +47,8 @@ def accumulation_invariance(subject: Subject, device: torch.device) -> Outcome:
     model = subject.make(device, most)
     model.compute_dtype = torch.float32
     model.checkpointing = subject.recipe.train.checkpointing
-    train = subject.recipe.train.model_copy(
-        update={"max_grad_norm": 0.0, "precision": "float32", "optimizer": "sgd", "optimizer_in_backward": False}
-    )
+    plain = {"optimizer": "sgd", "optimizer_in_backward": False, "offload_optimizer": False}
+    train = subject.recipe.train.model_copy(update={"max_grad_norm": 0.0, "precision": "float32", **plain})
     documents = Documents(LENGTHS, vocab_size_of(model))
     reference, *others = [_gradient(model, documents, cut, subject.recipe.data, train, device) for cut in CUTS]
     scale = float(_norm(reference))

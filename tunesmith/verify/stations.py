@@ -72,6 +72,7 @@ def resume_recipe(recipe: Recipe) -> Recipe:
         update={
             "precision": "float32",
             "master_weights": "float32",
+            "offload_optimizer": False,
             "micro_batch_tokens": 64,
             "accumulation": min(recipe.train.accumulation, 2),
             "max_steps": 2 * STEPS,

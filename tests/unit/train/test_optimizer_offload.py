@@ -1,0 +1,291 @@
+"""Optimiser states on the host, with copies that a CPU makes as late as allowed: the same bits as without it."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tunesmith.checkpoint.state import load_state, save_state
+from tunesmith.errors import DeviceError, NonFiniteError, RecipeError
+from tunesmith.recipe.load import recipe_from_mapping
+from tunesmith.recipe.schema import Recipe, TrainSection
+from tunesmith.train import optimizer_offload, resolve
+from tunesmith.train.adamw import LARGE_BYTES
+from tunesmith.train.host_states import AHEAD, HostStates
+from tunesmith.train.host_states import PIECE_BYTES as HOST_PIECE_BYTES
+from tunesmith.train.resolve import resolve_recipe
+from tunesmith.train.session import Session, build_session
+from tunesmith.train.states import capture_state, restore_state
+from tunesmith.train.update import Updater
+
+CPU = torch.device("cpu")
+SETTINGS: dict[str, Any] = {"learning_rate": 0.05, "weight_decay": 0.01, "warmup_ratio": 0.5}
+WITHIN: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
+PIECE_BYTES = 2 * 4 * 2048
+
+
+class LateTransfer:
+    """Copies when they are waited for; a target holds rubbish until then. Counts what is on the device at once."""
+
+    def __init__(self, to_host: bool, alive: list[weakref.ref[Tensor]]) -> None:
+        self.to_host, self.alive = to_host, alive
+        self.pending: dict[int, list[tuple[weakref.ref[Tensor], Tensor]]] = {}
+        self.number = self.most_values = 0
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
+        self.number += 1
+        self.pending[self.number] = []
+        for target, source in pairs:
+            target.fill_(255 if target.dtype == torch.uint8 else math.nan)
+            device, host = (source, target) if self.to_host else (target, source)
+            self.pending[self.number].append((weakref.ref(device), host))
+            if not self.to_host:
+                self.alive.append(weakref.ref(device))
+        held = [tensor for reference in self.alive if (tensor := reference()) is not None]
+        self.most_values = max(self.most_values, sum(tensor.numel() for tensor in held))
+        return self.number
+
+    def wait(self, ticket: int) -> None:
+        for reference, host in self.pending.pop(ticket):
+            device = reference()
+            assert device is not None, "freed while it was copied"
+            target, source = (host, device) if self.to_host else (device, host)
+            target.copy_(source)
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        raise AssertionError("states take memory from elsewhere")
+
+
+Lanes = list[tuple[LateTransfer, LateTransfer]]
+
+
+@pytest.fixture
+def lanes(monkeypatch: pytest.MonkeyPatch) -> Lanes:
+    """The copies of every optimiser that is made from now on, as if a CPU's tensors were a GPU's."""
+    made: Lanes = []
+
+    def copies(device: torch.device) -> tuple[LateTransfer, LateTransfer]:
+        alive: list[weakref.ref[Tensor]] = []
+        made.append((LateTransfer(False, alive), LateTransfer(True, alive)))
+        return made[-1]
+
+    small = partial(HostStates, piece_bytes=PIECE_BYTES, least_bytes=1024)
+    monkeypatch.setattr(optimizer_offload, "copies", copies)
+    monkeypatch.setattr(optimizer_offload, "require_gpu", lambda device: None)
+    monkeypatch.setattr(resolve, "require_gpu", lambda device: None)
+    monkeypatch.setattr(optimizer_offload, "HostStates", small)
+    monkeypatch.setattr(optimizer_offload, "pinned_memory", lambda n, advice: torch.full((n,), 9, dtype=torch.uint8))
+    return made
+
+
+class Model(nn.Module):
+    """A tied weight at both ends that is cut into parts, the last of another length; small ones; one left unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(61, 100)
+        self.layers = nn.ModuleList(nn.Linear(100, 100) for _ in range(3))
+        self.unused = nn.Linear(100, 100)
+        self.norm = nn.LayerNorm(100)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        for layer in self.layers:
+            hidden = hidden + torch.relu(layer(hidden))
+        return self.norm(hidden) @ self.embedding.weight.t()
+
+
+def _loss(module: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
+    loss = nn.functional.cross_entropy(module(tokens), tokens.flip(0), reduction="sum")
+    return loss * (math.nan if int(tokens[0]) == 60 else 1.0), len(tokens)
+
+
+def _updater(offloads: bool, **settings: Any) -> Updater:
+    return Updater(Model(), TrainSection(**{**SETTINGS, **settings, "offload_optimizer": offloads}), 8)
+
+
+def _train(updater: Updater, steps: Iterable[int]) -> list[float]:
+    found = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        number = 1 if updater.settings.optimizer_in_backward else 2
+        window = [torch.randint(0, 60, (20,), generator=generator) for _ in range(number)]
+        if step == 2:
+            window[0][0] = 60
+            with pytest.raises(NonFiniteError):
+                updater.step(step, window, _loss, denominator=20 * number, describe=str)
+        else:
+            done = updater.step(step, window, _loss, denominator=20 * number, describe=str)
+            found += [done.loss, done.grad_norm]
+    return found
+
+
+def _assert_same(one: Updater, other: Updater) -> None:
+    for updater in (one, other):
+        if isinstance(updater.optimizer, HostStates):
+            updater.optimizer.settle()
+    for (name, weight), same in zip(one.module.named_parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(weight, same), name
+        states, others = one.optimizer.state.get(weight, {}), other.optimizer.state.get(same, {})
+        assert sorted(states) == sorted(others)
+        for key, value in states.items():
+            equal = torch.equal(value, others[key]) if isinstance(value, Tensor) else value == others[key]
+            assert equal, (name, key)
+            assert not isinstance(value, Tensor) or value.dtype == others[key].dtype
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("more", [{"max_grad_norm": 0.5}, WITHIN], ids=["after", "within"])
+def test_the_same_bits(optimizer: str, more: dict[str, Any], lanes: Lanes) -> None:
+    """Clipped, accumulated, over a step that is not finite; or each parameter updated in the backward pass."""
+    plain, moved = (_updater(flag, optimizer=optimizer, **more) for flag in (False, True))
+    assert _train(plain, range(6)) == _train(moved, range(6))
+    _assert_same(plain, moved)
+    assert isinstance(moved.optimizer, HostStates)
+    assert all(transfer.pending == {} for transfer in lanes[0])
+    assert lanes[0][0].number > 20
+    assert moved.optimizer.inner.state == {}
+    assert not moved.optimizer.state[moved.module.get_parameter("unused.weight")]
+
+
+def test_float16_overflow_takes_steps_back(lanes: Lanes) -> None:
+    """8-bit AdamW counts on the host: a part's count must not outlive a step that did not happen."""
+    pair = [_updater(flag, optimizer="adamw8bit", precision="float16") for flag in (False, True)]
+    for updater in pair:
+        assert updater.scaler is not None
+        updater.scaler.scale = 2.0**127
+        for step in range(3):
+            updater.step(step, [torch.arange(20)], _loss, denominator=20, describe=str)
+            updater.scaler.scale = 1.0
+    _assert_same(*pair)
+    assert pair[1].optimizer.state[pair[1].module.get_parameter("embedding.weight")]["step"] == 2
+
+
+def test_three_pieces_at_most_are_on_the_device(lanes: Lanes) -> None:
+    updater = _updater(True)
+    _train(updater, range(2))
+    values = PIECE_BYTES // 4
+    assert 2 * values < max(transfer.most_values for transfer in lanes[0]) <= 3 * values
+    assert all(reference() is None for reference in lanes[0][0].alive)
+    assert HOST_PIECE_BYTES // 4 > LARGE_BYTES  # a part of a large weight is updated by the large weights' kernel
+
+
+def test_states_are_under_way_before_their_gradients(lanes: Lanes) -> None:
+    """Parameters that are updated one by one come in the order of the step before."""
+    updater = _updater(True, **WITHIN)
+    ahead: list[int] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        assert isinstance(optimizer, HostStates)
+        ahead.append(len(optimizer._coming))
+
+    _train(updater, range(2))  # the second learns what comes after the first's last
+    before = [transfer.number for transfer in lanes[0]]
+    updater.optimizer.register_step_pre_hook(look)
+    _train(updater, [3])
+    assert set(ahead) == {AHEAD}
+    fetched, sent = (transfer.number - number for transfer, number in zip(lanes[0], before, strict=True))
+    assert fetched == sent == before[1] / 2  # nothing for nothing
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("on_first", [True, False])
+@pytest.mark.parametrize("more", [{}, WITHIN], ids=["after", "within"])
+def test_a_checkpoint_goes_on_with_and_without(
+    optimizer: str, on_first: bool, more: dict[str, Any], tmp_path: Path, lanes: Lanes
+) -> None:
+    straight = _updater(on_first, optimizer=optimizer, **more)
+    _train(straight, range(2))
+    weights = dict(straight.module.named_parameters())
+    state = load_state(save_state(tmp_path, capture_state(2, weights, straight, CPU, {}), keep=1))
+    expected = _train(straight, range(3, 6))
+    other = _updater(not on_first, optimizer=optimizer, **more)
+    _train(other, range(1))  # with states of its own, which go
+    restore_state(state, dict(other.module.named_parameters()), other, CPU)
+    assert _train(other, range(3, 6)) == expected
+    _assert_same(straight, other)
+
+
+def test_an_update_that_breaks_off_leaves_nothing_under_way(lanes: Lanes) -> None:
+    updater = _updater(True)
+    assert isinstance(updater.optimizer, HostStates)
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ArithmeticError("out of something")
+
+    handle = updater.optimizer.inner.register_step_pre_hook(fail)
+    with pytest.raises(ArithmeticError):
+        _train(updater, [0])
+    handle.remove()
+    assert all(transfer.pending == {} for transfer in lanes[0])
+    _train(updater, [1])
+    assert all(transfer.pending == {} for transfer in lanes[0])
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A model's shape."""
+    sizes = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", **sizes, **heads}), encoding="utf-8")
+    return tmp_path
+
+
+def _recipe(directory: Path, train: dict[str, Any], **sections: Any) -> Recipe:
+    return recipe_from_mapping(
+        {
+            "model": {"path": str(directory), "device": "cpu", "weights": "random"},
+            "method": {"kind": "full"},
+            "data": {"format": "tokens", "max_length": 32, "max_rows": 8},
+            "train": {"max_steps": 3, "micro_batch_tokens": 64, "accumulation": 2, **train},
+            **sections,
+        }
+    )
+
+
+def _run(recipe: Recipe) -> tuple[Session, list[float]]:
+    session = build_session(recipe)
+    losses = [session.step().loss for _ in range(3)]
+    session.close()
+    return session, losses
+
+
+def test_a_recipe_trains_the_same(directory: Path, lanes: Lanes) -> None:
+    (plain, expected), (moved, losses) = (_run(_recipe(directory, {"offload_optimizer": on})) for on in (False, True))
+    assert losses == expected
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.trained_weights().values(), moved.trained_weights().values(), strict=True)
+    )
+    assert lanes[0][0].number > 10
+
+
+def test_what_can_not_be_had_is_one_line(directory: Path, monkeypatch: pytest.MonkeyPatch, lanes: Lanes) -> None:
+    with pytest.raises(RecipeError, match=r"sgd has no states: use --set train.offload_optimizer=false"):
+        _updater(True, optimizer="sgd")
+    with pytest.raises(RecipeError, match=r"for a process alone, and there are 2: .* parallel.offload cpu"):
+        resolve_recipe(_recipe(directory, {"offload_optimizer": True}), world_size=2)
+    monkeypatch.setattr(optimizer_offload, "available_memory_bytes", lambda: 100_000)
+    with pytest.raises(
+        DeviceError, match=r"takes 3\d\d kB of pinned host memory, and 100 kB are free: .*adamw8bit, or"
+    ):
+        _updater(True)
+    monkeypatch.undo()
+    with pytest.raises(DeviceError, match=r"the device is cpu: use --set train\.offload_optimizer=false"):
+        build_session(_recipe(directory, {"offload_optimizer": True}))
+    with pytest.raises(DeviceError, match=r"device_memory_gb is for a GPU, and the device is cpu"):
+        build_session(_recipe(directory, {"device_memory_gb": 1}))
