@@ -8,8 +8,9 @@
    blocks, so four of them say what is fixed, what a block adds, what a token adds, and what both together add.
    (Of one block alone nothing is offloaded, so two and four.) With `--refinements` again near the predicted end.
 3. Prediction: the most tokens whose peak stays under the cap, and whose offloaded inputs fit into the host's memory.
-4. Check, at that length: attention beside the formula, and a step of one block and the head. Its peak and its time
-   correct the prediction; where it fails, on 95 % of the length, and so on, up to `--tries` times.
+4. Check, at that length: attention beside the formula (a kernel that fails is left out from then on), and a step of one
+   block and the head. Its peak and its time correct the prediction; where it fails, on 95 % of the length, and so on,
+   up to `--tries` times.
 5. Step: the whole model on one document of that length, under `torch.cuda.set_per_process_memory_fraction`; where that
    does not fit, on 95 % of it, and so on, up to `--tries` times.
 
@@ -30,6 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from tunesmith.bench.host_fill import HostFill
@@ -49,6 +51,7 @@ from tunesmith.bench.long_step import (
 from tunesmith.cost.memory import offloaded_bytes
 from tunesmith.errors import DeviceError
 from tunesmith.hardware import available_memory_bytes
+from tunesmith.model.attention_choice import choices, leave_out
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.environment import environment_fingerprint
@@ -197,6 +200,7 @@ def find(
         "nothing was taken" if taken is None else f"{taken.tokens} tokens, stopped by {stopped_by}",
         stopped_by=stopped_by,
         steps=[asdict(step) for step in steps],
+        attention_kernels=choices(),
         tokens=None if taken is None else taken.tokens,
         predicted_peak_bytes=None if taken is None else peaks.bytes_for(blocks, taken.tokens),
     )
@@ -239,11 +243,9 @@ def _checked(
     tokens, stopped_by = first
     blocks = config_of(recipe).num_hidden_layers
     for _ in range(tries):
-        right = _attention(recipe, tokens)
-        said = f"check: attention of {tokens} tokens ({right.kernel}) is off by {right.worst:.1e} at most"
-        answer.note(f"{said}, {right.seconds:.1f} s", attention_check=asdict(right))
-        if not right.is_right:
-            tokens, stopped_by = _shrunk(tokens), "attention is wrong"
+        wrong = _wrong_attention(recipe, tokens, answer)
+        if wrong is not None:
+            tokens, stopped_by = _shrunk(tokens), wrong
             continue
         with with_blocks(recipe, 1) as small:
             step = tried(of_length(small, tokens), limits.cap_bytes)
@@ -280,6 +282,24 @@ def _within_time(
     return fewer, "--seconds"
 
 
+def _wrong_attention(recipe: Recipe, tokens: int, answer: Answer) -> str | None:
+    """What is wrong with every kernel of attention that was tried; None: one is right, and the step will take it."""
+    checks: list[AttentionCheck] = []
+    while True:
+        try:
+            checks.append(_attention(recipe, tokens))
+        except (torch.OutOfMemoryError, MemoryError):
+            return "device memory"
+        last = checks[-1]
+        said = f"check: attention of {tokens} tokens ({last.kernel}) is off by {last.worst:.1e} at most"
+        said = said if last.error is None else f"check: attention ({last.kernel}) failed: {last.error}"
+        answer.note(f"{said}, {last.seconds:.1f} s", attention_checks=[asdict(check) for check in checks])
+        if last.is_right:
+            return None
+        if last.kernel is None or not leave_out(last.kernel):
+            return "attention is wrong"
+
+
 def _attention(recipe: Recipe, tokens: int) -> AttentionCheck:
     forget()
     precision: Any = recipe.train.precision
@@ -301,7 +321,8 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    answer = Answer(options.out)
+    # Importing counts, too: whoever waits has waited since the process began.
+    answer = Answer(options.out, time.perf_counter() - (time.time() - psutil.Process().create_time()))
     fill = None if options.fill_host is None else HostFill(int(options.fill_host * GB))
     short, long = sorted(int(part) for part in options.lengths.split(","))
     given = load_recipe(options.recipe, options.overrides)

@@ -27,7 +27,10 @@ _NAMES = ("output", "grad_query", "grad_key", "grad_value")
 
 @dataclass(frozen=True)
 class AttentionCheck:
-    """Norms of what was off, each relative to the norm of the truth; kernel: None where there is one only."""
+    """Norms of what was off, each relative to the norm of the truth; kernel: None where there is one only.
+
+    error: why there is no output; the norms are NaN then.
+    """
 
     tokens: int
     kernel: str | None
@@ -36,6 +39,7 @@ class AttentionCheck:
     grad_key: float
     grad_value: float
     seconds: float
+    error: str | None = None
 
     @property
     def worst(self) -> float:
@@ -57,21 +61,42 @@ def check_attention(
     rows: the last queries, which are compared.
     """
     began = time.perf_counter()
-    heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     fused, weight = _random(config, tokens, device, dtype), _random_rows(config, rows, device, dtype)
-    query, key, value = (tensor.detach().requires_grad_() for tensor in heads.split(fused))
-    pack = packed(torch.zeros(tokens, dtype=torch.int64, device=device), (tokens,))
-    out = PackedAttention(config, pack)[0](query, key, value)
-    wanted = torch.zeros_like(out)
-    wanted[-rows:] = weight
-    ours = (out[-rows:].detach().clone(), *torch.autograd.grad(out, (query, key, value), wanted))
-    del out, wanted
-    off, length = _compared(ours, (query.detach(), key.detach(), value.detach()), weight)
-    output, grad_query, grad_key, grad_value = (off / length).sqrt().tolist()
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    query, key, value = heads.split(fused)
+    error, errors = None, [math.nan] * len(_NAMES)
+    try:
+        ours = _attended(config, (query, key, value), weight)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as failure:
+        error = str(failure)
+    else:
+        off, length = _compared(ours, (query, key, value), weight)
+        errors = (off / length).sqrt().tolist()
     names = [str(known["kernel"]) for known in choices() if known["num_tokens"] == tokens]
-    kernel = names[-1] if names else None
-    seconds = time.perf_counter() - began
-    return AttentionCheck(tokens, kernel, output, grad_query, grad_key, grad_value, seconds)
+    output, grad_query, grad_key, grad_value = errors
+    return AttentionCheck(
+        tokens=tokens,
+        kernel=names[-1] if names else None,
+        output=output,
+        grad_query=grad_query,
+        grad_key=grad_key,
+        grad_value=grad_value,
+        seconds=time.perf_counter() - began,
+        error=error,
+    )
+
+
+def _attended(config: ModelConfig, held: tuple[Tensor, Tensor, Tensor], weight_RNH: Tensor) -> tuple[Tensor, ...]:
+    """The last rows of the output, and the gradients of all queries, keys and values, by training's own attention."""
+    rows, tokens = len(weight_RNH), len(held[0])
+    tensors = [tensor.detach().requires_grad_() for tensor in held]
+    pack = packed(torch.zeros(tokens, dtype=torch.int64, device=weight_RNH.device), (tokens,))
+    out = PackedAttention(config, pack)[0](*tensors)
+    wanted = torch.zeros_like(out)
+    wanted[-rows:] = weight_RNH
+    return out[-rows:].detach().clone(), *torch.autograd.grad(out, tensors, wanted)
 
 
 def _random(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -53,6 +53,7 @@ class AttentionShape:
 
 
 _chosen: dict[AttentionShape, tuple[str, dict[str, float]]] = {}
+_left_out: set[str] = set()
 
 
 def shape_of(query_TNH: Tensor, num_kv_heads: int, lengths: tuple[int, ...], has_window: bool) -> AttentionShape:
@@ -82,7 +83,8 @@ def choose(
     A kernel that fails on the shape is left out; the first candidate is the one that always runs. Where determinism is
     asked for nothing is measured: a clock may choose otherwise the next time.
     """
-    candidates = [name for name in shape.candidates if name in kernels]
+    known_right = [name for name in shape.candidates if name in kernels and name not in _left_out]
+    candidates = known_right or [name for name in shape.candidates if name in kernels]
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         _chosen.setdefault(shape, (candidates[0], {}))
         return kernels[candidates[0]]
@@ -96,6 +98,24 @@ def choose(
         fastest = min(known, key=lambda name: known[name]) if known else candidates[0]
         _chosen[shape] = (fastest, known)
     return kernels[_chosen[shape][0]]
+
+
+def leave_out(kernel: str) -> bool:
+    """Choose this kernel no more in this process, since it was found to be wrong for a shape. False: it was out.
+
+    Where it was chosen, the fastest that was measured beside it stands in.
+    """
+    was_in = kernel not in _left_out
+    _left_out.add(kernel)
+    for shape, (chosen, times) in list(_chosen.items()):
+        others = {name: duration for name, duration in times.items() if name not in _left_out}
+        if chosen != kernel:
+            continue
+        if others:
+            _chosen[shape] = (min(others, key=lambda name: others[name]), others)
+        else:
+            del _chosen[shape]
+    return was_in
 
 
 def _of_fewer_tokens(shape: AttentionShape) -> str | None:

@@ -52,3 +52,12 @@ def test_wrong_rows_are_seen(spoil: Spoil, monkeypatch: pytest.MonkeyPatch) -> N
     right = PackedAttention.__getitem__
     monkeypatch.setattr(PackedAttention, "__getitem__", lambda self, i: lambda *qkv: right(self, i)(*spoil(*qkv)))
     assert not _check().is_right
+
+
+def test_a_kernel_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Tensor) -> Tensor:
+        raise RuntimeError("no plan for this shape")
+
+    monkeypatch.setattr(PackedAttention, "__getitem__", lambda self, i: fails)
+    check = _check()
+    assert (check.error, check.is_right) == ("no plan for this shape", False)

@@ -85,7 +85,7 @@ def test_the_longest_step_is_found_and_taken(
     assert found["tokens"] >= 256
     assert found["steps"][-1]["peak_bytes"] <= cap
     assert found["predicted_peak_bytes"] == pytest.approx(found["steps"][-1]["peak_bytes"], rel=0.1)
-    assert found["check"]["tokens"] == found["attention_check"]["tokens"] >= found["tokens"]
+    assert found["check"]["tokens"] == found["attention_checks"][0]["tokens"] >= found["tokens"]
     assert found["check_predicted_bytes"] == pytest.approx(found["check"]["peak_bytes"], rel=0.1)
     longer = bench.take_step(bench.of_length(recipe, found["tokens"] * 17 // 16))
     assert longer.peak_bytes > cap * 0.95
@@ -127,7 +127,9 @@ def check(bench: ModuleType, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     def run(steps: list[Any], attention: Sequence[float] = (1e-3,), seconds: float | None = None) -> Any:
         errors, taken = iter(attention), iter(steps)
-        monkeypatch.setattr(bench, "_attention", lambda r, t: _attention_check(t, next(errors)))
+        kernels, was_in = iter(["dense-cudnn", "varlen", "varlen", "varlen"]), iter([True, True, False, False])
+        monkeypatch.setattr(bench, "leave_out", lambda name: next(was_in))
+        monkeypatch.setattr(bench, "_attention", lambda r, t: _attention_check(t, next(kernels), next(errors)))
         monkeypatch.setattr(bench, "tried", lambda r, cap: next(taken)(int(r.data.max_length)))
         peaks = bench.Peaks(1000.0, 0.0, 10.0, 5.0)  # six blocks: 40 a token
         limits = bench.Limits(10**6, 10**6, seconds=seconds)
@@ -136,8 +138,8 @@ def check(bench: ModuleType, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> Ca
     return run
 
 
-def _attention_check(tokens: int, error: float) -> AttentionCheck:
-    return AttentionCheck(tokens, "each-cudnn", 0.0, 0.0, error, 0.0, 1.0)
+def _attention_check(tokens: int, kernel: str, error: float) -> AttentionCheck:
+    return AttentionCheck(tokens, kernel, 0.0, 0.0, error, 0.0, 1.0)
 
 
 def _step(peak_bytes: int, seconds: float = 2.28) -> Callable[[int], Step]:
@@ -155,8 +157,9 @@ def test_more_memory_than_predicted_is_less_tokens(check: Callable[..., Any]) ->
 
 def test_a_check_that_fails_is_made_again_on_fewer(check: Callable[..., Any]) -> None:
     assert check([lambda t: Step(t, error="device memory"), _step(9)], (0.0, 0.0)) == (1152, "device memory")
-    assert check([_step(9)], (0.5, 0.0)) == (1152, "attention is wrong")
-    assert check([], (float("nan"), 0.5)) == (0, "attention is wrong")
+    assert check([_step(9)], (0.5, 0.0)) == (1280, "host memory")  # by another kernel
+    assert check([_step(9)], (0.5, 0.5, 0.5, 0.0)) == (1152, "attention is wrong")
+    assert check([], (float("nan"), 0.5, 0.5, 0.5)) == (0, "attention is wrong")
 
 
 def test_the_time_that_is_left_is_enough_for_fewer(check: Callable[..., Any]) -> None:
