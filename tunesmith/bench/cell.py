@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tunesmith.bench.counting import count_live_bytes
-from tunesmith.bench.owners import owner_bytes, with_activations
+from tunesmith.bench.owners import host_state_bytes, owner_bytes, with_activations
 from tunesmith.bench.schema import Status
 from tunesmith.errors import is_out_of_memory
 from tunesmith.hardware import describe_device
@@ -89,6 +89,7 @@ def _measure_session(session: Session, start_bytes: int) -> dict[str, Any]:
             "resident_peak_bytes": reading.resident_peak_bytes,
             "resident_source": reading.resident_source,
             "resident_start_bytes": start_bytes,
+            "optimizer_host_bytes": host_state_bytes(session.optimizer),
         },
         "owners": with_activations(owners, allocated),
         "losses": {

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.model.lora import Adapter
+from tunesmith.train.host_states import HostStates
 
 
 def owner_bytes(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of weights (buffers such as NF4 codes included), adapters, gradients and optimiser states.
+    """Bytes on the device of weights (buffers such as NF4 codes included), adapters, gradients and optimiser states.
 
     A gradient has the dtype and shape of its parameter, and all of them are alive together at the end of a backward
     pass, whether or not they are at this moment.
@@ -33,8 +34,16 @@ def adapter_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors of an optimiser's state."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    """The tensors of an optimiser's state, but for those that were moved to host memory."""
+    held = [(p, value) for p, state in optimizer.state.items() for value in state.values() if isinstance(value, Tensor)]
+    if isinstance(optimizer, HostStates):
+        return [value for parameter, value in held if not optimizer.is_on_host(parameter, value)]
+    return [value for _, value in held]
+
+
+def host_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimiser's states that were moved to host memory (`train.offload_optimizer`)."""
+    return optimizer.host_bytes if isinstance(optimizer, HostStates) else 0
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -9,7 +9,8 @@
                                     epoch_estimate_s
     throughput (median step)        tokens_per_s, trained_tokens_per_s, samples_per_s, model_flops_per_s, mfu_ratio
     memory                          allocated_peak_bytes and its source (cuda, live storages), reserved_peak_bytes,
-                                    device_peak_bytes, resident_peak_bytes, resident_start_bytes
+                                    device_peak_bytes, resident_peak_bytes, resident_start_bytes,
+                                    optimizer_host_bytes (states that train.offload_optimizer keeps on the host)
     owners                          weights_bytes, adapters_bytes, gradients_bytes, optimizer_bytes, activations_bytes
     losses                          training (every step), validation
     parameters                      trainable, total

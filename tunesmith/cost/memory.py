@@ -6,7 +6,7 @@ are offloaded, whose place on the host is asked for in advance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.arch import ModelConfig
@@ -18,22 +18,25 @@ from tunesmith.units import MIB, ceil_div
 Optimizer = Literal["adamw", "adamw8bit", "sgd"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 _LEAST_BLOCKS = 3  # of fewer, an fp8 base holds all in fp8
+LEAST_MOVED_BYTES = MIB
+"""Of a trained tensor, for its optimiser states to wait on the host: smaller ones are not worth a copy."""
 BLOCK_SIZE = 256  # values that share one scale in 8-bit optimiser states
 
 
 @dataclass(frozen=True)
 class OwnerBytes:
-    """Bytes by owner."""
+    """Bytes by owner on the device; `optimizer_host`: those of the optimiser's states that wait in host memory."""
 
     weights: int
     adapters: int
     gradients: int
     optimizer: int
+    optimizer_host: int = 0
 
     @property
     def total(self) -> int:
-        """All owners together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """All owners together, on the device."""
+        return self.weights + self.adapters + self.gradients + self.optimizer
 
 
 def state_bytes(
@@ -43,19 +46,24 @@ def state_bytes(
     weight_dtype: DTypeName,
     master_dtype: DTypeName = "float32",
     optimizer: Optimizer = "adamw",
+    offload_optimizer: bool = False,
 ) -> OwnerBytes:
     """Bytes of weights, adapters, gradients and optimiser states.
 
     Args: `weight_dtype` holds frozen weights, `master_dtype` trained ones, their gradients and AdamW's two moments.
+    offload_optimizer: the moments wait in host memory, all of them: the few of tensors under `LEAST_MOVED_BYTES`, which
+    stay on the device, are not told apart.
     """
     master = FORMATS[master_dtype].bytes_for(1)
     adapters = adapter_parameters(config, method)
     trained = trained_base_parameters(config, method)
+    states = optimizer_bytes(adapters + trained, optimizer, master)
     return OwnerBytes(
         weights=frozen_weight_bytes(config, method, weight_dtype) + trained * master,
         adapters=adapters * master,
         gradients=(adapters + trained) * master,
-        optimizer=optimizer_bytes(adapters + trained, optimizer, master),
+        optimizer=0 if offload_optimizer else states,
+        optimizer_host=states if offload_optimizer else 0,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.cost.memory import LEAST_MOVED_BYTES
 from tunesmith.kernels.adam8bit_moments import BLOCK
 from tunesmith.model.transfer import Transfer
 from tunesmith.train.optimizers import guarded_step, initial_state
@@ -27,8 +28,6 @@ from tunesmith.units import MIB, ceil_div
 PIECE_BYTES = 256 * MIB
 """Of states that travel together. Parts of a weight must stay larger than `adamw.LARGE_BYTES`: others are updated by
 another kernel."""
-LEAST_BYTES = MIB
-"""The states of smaller parameters stay on the device."""
 AHEAD = 4
 """Pieces that are fetched before the gradients they are for are known, where parameters are updated one by one."""
 _STEP_OF_PARTS = 2048
@@ -54,10 +53,6 @@ class _Part:
 
     def is_same(self, other: _Part) -> bool:
         return self.parameter is other.parameter and (self.start, self.stop) == (other.start, other.stop)
-
-    def moves(self, state: Any) -> bool:
-        """Whether a state waits on the host: not a step counter."""
-        return self.is_moved and isinstance(state, Tensor) and state.ndim > 0
 
     def view(self) -> Tensor:
         """What is updated; its gradient is the part's."""
@@ -119,7 +114,7 @@ class HostStates(torch.optim.Optimizer):
         *,
         one_by_one: bool = False,
         piece_bytes: int = PIECE_BYTES,
-        least_bytes: int = LEAST_BYTES,
+        least_bytes: int = LEAST_MOVED_BYTES,
     ) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
@@ -170,7 +165,7 @@ class HostStates(torch.optim.Optimizer):
         """A value of a parameter's state, where it waits."""
         if not isinstance(value, Tensor):
             return value
-        if value.ndim == 0 or not self.is_moved(parameter):
+        if not self.is_on_host(parameter, value):
             return value.to(parameter.device)
         buffer = self._allocate(value.nbytes)
         self._buffers.append(buffer)  # memory is pinned for as long as the buffer itself is there: not for its views
@@ -179,6 +174,15 @@ class HostStates(torch.optim.Optimizer):
     def is_moved(self, parameter: Tensor) -> bool:
         """Whether the states of a parameter wait on the host."""
         return parameter.nbytes >= self._least_bytes
+
+    def is_on_host(self, parameter: Tensor, value: Any) -> bool:
+        """Whether a value of the parameter's state waits there: no step counter does."""
+        return self.is_moved(parameter) and isinstance(value, Tensor) and value.ndim > 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that the states have taken."""
+        return sum(buffer.numel() for buffer in self._buffers)
 
     def _pieces(self, parameters: Sequence[Tensor]) -> Iterator[list[_Part]]:
         """All parts of parameters, in pieces of about `piece_bytes`; what stays on the device weighs nothing."""
@@ -250,7 +254,8 @@ class HostStates(torch.optim.Optimizer):
             self._release(keep=len(self._leaving) - 1)
         flight, pairs = _Flight(piece), []
         for part in piece:
-            moved = {name: part.of(value) for name, value in self._held(part.parameter).items() if part.moves(value)}
+            held = self._held(part.parameter)
+            moved = {name: part.of(value) for name, value in held.items() if self.is_on_host(part.parameter, value)}
             arriving = {name: torch.empty_like(value, device=part.parameter.device) for name, value in moved.items()}
             pairs += [(arriving[name], value) for name, value in moved.items()]
             flight.arriving.append(arriving)

@@ -34,6 +34,12 @@ def test_pure_bfloat16_is_eight_bytes_a_parameter() -> None:
     assert owned.total == 8 * TOTAL
 
 
+def test_offloaded_states_are_on_the_host() -> None:
+    dtypes = {"weight_dtype": "bfloat16", "master_dtype": "bfloat16"}
+    owned = state_bytes(CONFIG, MethodShape("full"), **dtypes, offload_optimizer=True)  # type: ignore[arg-type]
+    assert (owned.total, owned.optimizer, owned.optimizer_host) == (4 * TOTAL, 0, 4 * TOTAL)
+
+
 def test_lora_holds_frozen_weights_once() -> None:
     method = MethodShape("lora", rank=4)
     adapters = adapter_parameters(CONFIG, method)

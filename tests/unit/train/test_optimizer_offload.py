@@ -8,12 +8,13 @@ import weakref
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tunesmith.bench.owners import host_state_bytes, owner_bytes
 from tunesmith.checkpoint.state import load_state, save_state
 from tunesmith.errors import DeviceError, NonFiniteError, RecipeError
 from tunesmith.recipe.load import recipe_from_mapping
@@ -272,6 +273,13 @@ def test_a_recipe_trains_the_same(directory: Path, lanes: Lanes) -> None:
         for a, b in zip(plain.trained_weights().values(), moved.trained_weights().values(), strict=True)
     )
     assert lanes[0][0].number > 10
+    states, large = moved.optimizer, [p for p in moved.trained_weights().values() if p.nbytes >= 1024]
+    small = [p for p in moved.trained_weights().values() if p.nbytes < 1024]
+    assert host_state_bytes(states) == optimizer_offload.moved_bytes(cast(HostStates, states), moved.recipe.train)
+    assert host_state_bytes(states) == sum(2 * p.nbytes for p in large)
+    counters = 4 * (len(small) + len(large))
+    assert owner_bytes(moved.module, states)["optimizer_bytes"] == sum(2 * p.nbytes for p in small) + counters
+    assert host_state_bytes(plain.optimizer) == 0
 
 
 def test_what_can_not_be_had_is_one_line(directory: Path, monkeypatch: pytest.MonkeyPatch, lanes: Lanes) -> None:
