@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.arch import read_config
 from tunesmith.cli.main import run
+from tunesmith.cost.shards import Formats, Layout, rank_states
 from tunesmith.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -55,7 +57,23 @@ def test_the_recipe_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
         ["parallel.strategy=ddp"],
         ["parallel.engine=deepspeed"],
         ["model.path=recipes/configs/llama-3.1-8b", "name=scale-llama-3.1-8b"],
-        ["method.kind=qlora", "parallel.strategy=zero3", "train.checkpointing=block", "train.micro_batch_tokens=4096"],
+        ["train.checkpointing_skip_last=5"],
     )
     for overrides in variants:
         load_recipe(ROOT / "recipes" / "scale-qwen2.5-7b.yaml", overrides)
+
+
+def test_a_70b_shape_fits_by_formula_as_its_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "recipes" / "scale-llama-3.1-70b-qlora.yaml"
+    recipe, config = load_recipe(path), read_config(ROOT / "recipes" / "configs" / "llama-3.1-70b")
+    tokens, cap = recipe.train.micro_batch_tokens, recipe.train.device_memory_gb
+    assert tokens is not None and cap is not None
+    states = rank_states(config, recipe.method, Layout("zero3", 2), Formats())
+    inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers
+    said = (states.held.weights, states.held.total - states.held.weights, states.gathered, states.most, inputs)
+    header = path.read_text(encoding="utf-8").partition("version:")[0]
+    assert [f"{size / 1e9:.2f}" in header for size in said] == [True] * len(said)
+    assert states.most + inputs < 0.85 * cap * 1e9
+    alone = rank_states(config, recipe.method, Layout(), Formats())
+    assert alone.held.total > cap * 1e9

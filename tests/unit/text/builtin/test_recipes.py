@@ -44,6 +44,7 @@ def test_recipe_is_valid(path):
         ("configs/qwen2.5-7b", 7.62),
         ("configs/llama-3.2-3b", 3.21),
         ("configs/llama-3.1-8b", 8.03),
+        ("configs/llama-3.1-70b", 70.6),
     ],
 )
 def test_shapes_have_the_parameters_they_are_named_after(folder, billions):
