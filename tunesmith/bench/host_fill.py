@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ from tunesmith.model.transfer import touched_memory
 from tunesmith.units import GIB
 
 PIECE_BYTES = GIB
-# What is left free at any time, and how long more is waited for where less is.
-RESERVE_BYTES = 8 * GIB
+# What is left free at any time, and how long more is waited for where less is; then the smaller reserve holds, since
+# some machines grow only when they are as short as that.
+RESERVES_BYTES = (8 * GIB, 3 * GIB)
 PATIENCE_S = 5.0
 _LOOK_S = 0.1
 
@@ -42,11 +43,11 @@ class HostFill:
         most_bytes: int,
         *,
         piece_bytes: int = PIECE_BYTES,
-        reserve_bytes: int = RESERVE_BYTES,
+        reserves_bytes: Sequence[int] = RESERVES_BYTES,
         patience_s: float = PATIENCE_S,
         available: Callable[[], int] = available_memory_bytes,
     ) -> None:
-        self._most, self._piece, self._reserve = most_bytes, piece_bytes, reserve_bytes
+        self._most, self._piece, self._reserves = most_bytes, piece_bytes, list(reserves_bytes)
         self._patience_s, self._available = patience_s, available
         self._made: list[Filled] = []
         self._error: BaseException | None = None
@@ -77,10 +78,12 @@ class HostFill:
         return Filled(before, held, self._available(), time.perf_counter() - began)
 
     def _comes(self) -> bool:
-        """Whether a piece and the reserve are free, within the time that growing may take."""
-        until = time.perf_counter() + self._patience_s
-        while self._available() < self._piece + self._reserve:
-            if time.perf_counter() > until:
-                return False
-            time.sleep(_LOOK_S)
-        return True
+        """Whether a piece and a reserve are free, within the time that growing may take."""
+        while self._reserves:
+            until = time.perf_counter() + self._patience_s
+            while time.perf_counter() <= until:
+                if self._available() >= self._piece + self._reserves[0]:
+                    return True
+                time.sleep(_LOOK_S)
+            self._reserves.pop(0)
+        return False

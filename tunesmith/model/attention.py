@@ -106,12 +106,13 @@ class PackedAttention:
         return within_reach(choose(shape, kernels, query, key, value), query, key, value)
 
 
-def within_reach(kernel: AttendLayer, query: Tensor, key: Tensor, value: Tensor, most: int = REACH) -> Tensor:
-    """kernel(query_TNH, key_TKH, value_TKH), given no tensor that spans more than `most` elements.
+def within_reach(kernel: AttendLayer, query: Tensor, key: Tensor, value: Tensor, most: int | None = None) -> Tensor:
+    """kernel(query_TNH, key_TKH, value_TKH), given no tensor that spans more than `most` elements (None: REACH).
 
     A view of a wider activation becomes a tensor of its own; where that is not enough, heads go through in groups,
     each with the keys it reads.
     """
+    most = REACH if most is None else most
     tensors = (query, key, value)
     if all(_span(tensor) <= most for tensor in tensors):
         return kernel(query, key, value)

@@ -9,20 +9,21 @@ from tunesmith.units import MIB
 
 
 class Machine:
-    """Says what is free: so many bytes, less a piece at every second look, and more when it has waited."""
+    """Says what is free, and has more once it was asked often enough while less than `short` was."""
 
-    def __init__(self, free: int, grows_after: int | None = None) -> None:
-        self.free, self.looks, self.grows_after = free, 0, grows_after
+    def __init__(self, free: int, short: int = 0) -> None:
+        self.free, self.short, self.looks = free, short, 0
 
     def available(self) -> int:
-        self.looks += 1
-        if self.looks == self.grows_after:
-            self.free += 100 * MIB
+        if self.free < self.short:
+            self.looks += 1
+            self.free += 100 * MIB if self.looks == 2 else 0
         return self.free
 
 
-def _fill(machine: Machine, most: int, patience_s: float = 0.0) -> HostFill:
-    return HostFill(most, piece_bytes=MIB, reserve_bytes=2 * MIB, patience_s=patience_s, available=machine.available)
+def _fill(machine: Machine, most: int) -> HostFill:
+    reserves = (4 * MIB, 2 * MIB)
+    return HostFill(most, piece_bytes=MIB, reserves_bytes=reserves, patience_s=0.15, available=machine.available)
 
 
 def test_as_much_as_was_asked_for() -> None:
@@ -32,13 +33,14 @@ def test_as_much_as_was_asked_for() -> None:
     assert filled.seconds > 0
 
 
-def test_no_more_than_leaves_the_reserve() -> None:
+def test_no_more_than_leaves_the_smaller_reserve() -> None:
     assert _fill(Machine(3 * MIB - 1), 10 * MIB).wait().held_bytes == 0
+    assert _fill(Machine(3 * MIB), 10 * MIB).wait().held_bytes == 10 * MIB
 
 
 def test_a_machine_that_grows_is_waited_for() -> None:
-    filled = _fill(Machine(3 * MIB - 1, grows_after=3), 10 * MIB, patience_s=10.0).wait()
-    assert (filled.before_bytes, filled.held_bytes) == (3 * MIB - 1, 10 * MIB)
+    filled = _fill(Machine(3 * MIB, short=5 * MIB), 10 * MIB).wait()
+    assert (filled.held_bytes, filled.after_bytes) == (10 * MIB, 103 * MIB)
 
 
 def test_what_broke_is_raised_to_who_waits() -> None:
