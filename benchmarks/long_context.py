@@ -137,7 +137,8 @@ def host_bytes_per_token(recipe: Recipe) -> float | None:
     if kind not in ("offload", "offload-block"):
         return None
     precision: Any = recipe.train.precision
-    return offloaded_bytes(config_of(recipe), recipe.method, 2**20, precision, kind == "offload-block") / 2**20
+    spared, inputs_only = recipe.train.checkpointing_skip_last, kind == "offload-block"
+    return offloaded_bytes(config_of(recipe), recipe.method, 2**20, precision, inputs_only, spared) / 2**20
 
 
 def host_tokens(recipe: Recipe, share: float = HOST_SHARE) -> int | None:
