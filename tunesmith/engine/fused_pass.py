@@ -73,7 +73,7 @@ class FusedPass:
             query, key, value, _ = self.heads.prepare(qkv_TF, weights, rope)
             return attend[layer](query, key, value).flatten(1)
         cos, sin = (None, None) if rope is None else rope
-        layout = HeadsLayout(self.heads.num_heads, self.heads.num_kv_heads, *weights, eps, cos, sin)
+        layout = HeadsLayout(self.heads.num_heads, self.heads.num_kv_heads, *weights, eps, cos, sin, attend.invariant)
         keys, values = attend.pages(layer)
         query = heads_to_pages(qkv_TF, layout, keys, values, attend.batch.slots_T)
         return attend.over_pages(layer, query).flatten(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.engine.request import TokenLogprobs
+from tunesmith.kernels.log_normaliser import log_normaliser
 
 CHUNK_BYTES = 64 * 2**20
 """Float32 logits that exist at once while a prompt is scored."""
@@ -58,12 +59,11 @@ def chosen_and_top(logits_MV: Tensor, chosen_M: Tensor, num_top: int) -> Logprob
 
     Args: chosen_M: int64; what is below zero (no token) counts as token 0. num_top: 0 gives empty `top` tensors.
     """
-    logits = logits_MV.float()
-    normaliser = logits.logsumexp(-1, keepdim=True)
+    normaliser = log_normaliser(logits_MV)[:, None]
     chosen = chosen_M.clamp(min=0)
-    own = logits.gather(-1, chosen[:, None]) - normaliser
-    values, ids = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
-    return LogprobTensors(chosen, own[:, 0], ids, values - normaliser)
+    own = logits_MV.gather(-1, chosen[:, None]).float() - normaliser
+    values, ids = logits_MV.topk(min(num_top, logits_MV.shape[-1]), dim=-1)
+    return LogprobTensors(chosen, own[:, 0], ids, values.float() - normaliser)
 
 
 def score_prompt(

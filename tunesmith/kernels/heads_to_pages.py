@@ -26,6 +26,7 @@ class HeadsLayout:
 
     query_weight, key_weight: [H] of the norms of heads, with `eps`; None where heads are not normed.
     cos_TH2, sin_TH2: float32 [T, H/2]; None where positions are not rotated.
+    invariant: a token's result does not depend on how many there are.
     """
 
     num_heads: int
@@ -35,6 +36,7 @@ class HeadsLayout:
     eps: float = 0.0
     cos_TH2: Tensor | None = None
     sin_TH2: Tensor | None = None
+    invariant: bool = False
 
 
 def heads_to_pages(
@@ -60,6 +62,7 @@ def heads_to_pages(
             keys_PSKH,
             values_PSKH,
             slots_T,
+            layout.invariant,
         )
         return query_TNH
     return heads_to_pages_reference(qkv_TF, layout, keys_PSKH, values_PSKH, slots_T)

@@ -30,13 +30,17 @@ def heads_to_pages_operator(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
+    invariant: bool,
 ) -> Tensor:
-    """query [T, N, H]; keys and values are written into their slots of the pages."""
+    """query [T, N, H]; keys and values are written into their slots of the pages.
+
+    invariant: always one token a program. Several lie in threads otherwise, and the sum of a head's norm is another.
+    """
     num_tokens, head_dim = qkv.shape[0], keys.shape[-1]
     query = qkv.new_empty(num_tokens, num_heads, head_dim)
     if not num_tokens:
         return query
-    tokens = tokens_of_a_program(num_tokens)
+    tokens = 1 if invariant else tokens_of_a_program(num_tokens)
     columns = 1 << max((head_dim + 1) // 2 - 1, 0).bit_length()
     with current(qkv.device):
         _heads_to_pages_kernel[(ceil_div(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
@@ -77,6 +81,7 @@ def _heads_to_pages_fake(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
+    invariant: bool,
 ) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_heads, keys.shape[-1])
 

@@ -122,12 +122,12 @@ class _Launch:
         found = self.query.new_empty(num_held, tiles.padded(self.query.shape[2]), dtype=torch.float32)
         statistics = self.query.new_empty(num_held, 2, dtype=torch.float32)
         cut = {"FIXED": tiles.INVARIANT_SPLIT if invariant else 0, "LEAST": tiles.LEAST_SPLIT}
-        grid = (self.num_kv_heads, self.num_requests, parts)
+        programs = self.num_kv_heads * self.num_requests
         held = (found, statistics, parts, held_rows)
-        self._attend(grid, tile, held, {**cut, "DECODE": True, "SMALL": 0, "SPLIT": parts > 1}, invariant)
+        self._attend((programs, parts), tile, held, {**cut, "DECODE": True, "SMALL": 0, "SPLIT": parts > 1}, invariant)
         if parts == 1:
             return
-        join_kernel[(self.num_kv_heads * held_rows, self.num_requests)](
+        join_kernel[(programs, held_rows)](
             found,
             statistics,
             self.starts,

@@ -72,7 +72,7 @@ def join_kernel(
     WINDOW: tl.constexpr,
 ) -> None:
     # A program for one row of a request: what its parts found becomes its output.
-    head, row, request = tl.program_id(0) // held_rows, tl.program_id(0) % held_rows, tl.program_id(1)
+    row, head, request = tl.program_id(1), tl.program_id(0) % NUM_HEADS, tl.program_id(0) // NUM_HEADS
     start = tl.load(starts + request)
     count = tl.load(starts + request + 1) - start
     num_rows = count * GROUP

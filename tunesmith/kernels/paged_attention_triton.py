@@ -225,7 +225,8 @@ def attend_kernel(
     # DECODE: a program for each request with at most ROWS rows, key head and part. Else for each tile of rows of the
     # requests with more than SMALL rows, and key head: request r has its tiles from starts[r] * GROUP // ROWS + r on.
     if DECODE:
-        head, request, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        # Requests lie in the first dimension of the grid: the others end at 65,535.
+        head, request, part = tl.program_id(0) % NUM_HEADS, tl.program_id(0) // NUM_HEADS, tl.program_id(1)
         first_row = 0
     else:
         tile, head, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), 0

@@ -31,7 +31,9 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):  # the 
         tables = rope_tables_half(torch.rand(width // 2), torch.arange(tokens) + 3) if rotated else (None, None)
         layout = HeadsLayout(heads, kv_heads, *weights, 1e-6, *tables)
         wanted = heads_to_pages_reference(qkv, layout, *pages[:2], slots)
-        found = module.heads_to_pages_operator(qkv, heads, kv_heads, *weights, 1e-6, *tables, *pages[2:], slots)
+        given = (qkv, heads, kv_heads, *weights, 1e-6, *tables, *pages[2:], slots)
+        module.heads_to_pages_operator(*given, True)
+        found = module.heads_to_pages_operator(*given, False)
         for a, b in ((found, wanted), (pages[2], pages[0]), (pages[3], pages[1])):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 """

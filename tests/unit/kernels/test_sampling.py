@@ -235,6 +235,17 @@ for masks in (None, allowed):
     with kernels_on("cpu"):
         found = change_logits(logits, slots, seen, masks)
     assert torch.equal(found, change_logits_reference(logits, slots, seen, masks))
+
+from tunesmith.kernels import log_normaliser_triton
+from tunesmith.kernels.log_normaliser import log_normaliser, log_normaliser_reference
+
+log_normaliser_triton._COLUMNS = 64
+logits = torch.randn(5, 150) * 9
+logits[1, 3:], logits[2], logits[3, 5], logits[4, 70] = -inf, -inf, float("nan"), inf
+for given in (logits, logits[:1, 1:], logits[:3].bfloat16()):
+    with kernels_on("cpu"):
+        found = log_normaliser(given)
+    torch.testing.assert_close(found, log_normaliser_reference(given), rtol=1e-6, atol=1e-6, equal_nan=True)
 """
 
 

@@ -14,7 +14,7 @@ SHARED_BYTES = 48 * 1024
 
 def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Every kernel with its arguments' types, its constants and its warps, for a vocabulary of 151936."""
-    from tunesmith.kernels import decode_inputs_triton, sampling_logits_triton, sampling_triton
+    from tunesmith.kernels import decode_inputs_triton, log_normaliser_triton, sampling_logits_triton, sampling_triton
     from tunesmith.kernels import sampling_thresholds_triton as thresholds
     from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, SITE, quarter
 
@@ -66,11 +66,17 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
             8,
         ),
         "change": (sampling_logits_triton.change_kernel, change, {"HAS_MASKS": True, "COLUMNS": 2048}, 8),
+        "normaliser": (
+            log_normaliser_triton._normaliser_kernel,
+            {"logits": "*bf16", "found": numbers},
+            {"VOCAB": 151_936, "COLUMNS": 4096},
+            8,
+        ),
         "load": (decode_inputs_triton._load_kernel, load, {"PAGE": 16, "COLUMNS": 256}, 2),
     }
 
 
-NAMES = ["draw", "plain draw", "reduce", "maxima", "measure", "gather", "search", "change", "load"]
+NAMES = ["draw", "plain draw", "reduce", "maxima", "measure", "gather", "search", "change", "normaliser", "load"]
 
 
 # One chip always, all of them where there is time.
