@@ -26,10 +26,11 @@ from tunesmith.train.optimizers import guarded_step, initial_state
 from tunesmith.units import MIB, ceil_div
 
 PIECE_BYTES = 256 * MIB
-"""Of states that travel together. Parts of a weight must stay larger than `adamw.LARGE_BYTES`: others are updated by
-another kernel."""
-AHEAD = 4
-"""Pieces that are fetched before the gradients they are for are known, where parameters are updated one by one."""
+"""Of states that travel together. A part of a weight has an eighth of so many bytes at least, which must stay above
+`adamw.LARGE_BYTES`: what is smaller another kernel updates, to other bits."""
+AHEAD = 6
+"""Pieces that may be under way in a direction where parameters are updated one by one: gradients come several at a
+time, with products between them."""
 _STEP_OF_PARTS = 2048
 """Parts begin at multiples of so many values: at blocks of 8-bit states, and where kernels load widest."""
 
@@ -137,7 +138,7 @@ class HostStates(torch.optim.Optimizer):
             for number, piece in enumerate(pieces):
                 self._note_order(piece)
                 flight = self._arrived(piece)
-                self._release(keep=1)
+                self._release(keep=AHEAD if self._one_by_one else 1)
                 self._fetch_ahead(piece, pieces[number + 1 :])
                 self._update(flight, groups)
                 self._leaving.append(flight)
@@ -205,7 +206,10 @@ class HostStates(torch.optim.Optimizer):
         if wanted < 2 or not parameter.is_contiguous():
             return [whole]
         size = _STEP_OF_PARTS * ceil_div(count, wanted * _STEP_OF_PARTS)
-        return [_Part(parameter, start, min(start + size, count), True) for start in range(0, count, size)]
+        starts = list(range(0, count, size))
+        if 2 * (count - starts[-1]) < size:
+            starts.pop()  # the optimiser may update a short part otherwise than a long one
+        return [_Part(parameter, start, stop, True) for start, stop in zip(starts, [*starts[1:], count], strict=True)]
 
     def _moved_bytes(self, part: _Part) -> int:
         """Two moments in the parameter's dtype, or less."""

@@ -21,6 +21,7 @@ def test_there_are_recipes():
         "demo",
         "demo-quality",
         "qwen2.5-7b-matrix",
+        "qwen2.5-14b-full-offload",
         "llama-3.2-3b-matrix",
         "llama-3.2-3b-text-matrix",
         "llama-3.1-8b-long-context",
@@ -42,6 +43,7 @@ def test_recipe_is_valid(path):
     [
         ("probe-30m", 0.030),
         ("configs/qwen2.5-7b", 7.62),
+        ("configs/qwen2.5-14b", 14.77),
         ("configs/llama-3.2-3b", 3.21),
         ("configs/llama-3.1-8b", 8.03),
         ("configs/llama-3.1-70b", 70.6),
