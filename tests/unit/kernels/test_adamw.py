@@ -153,6 +153,15 @@ for sizes, (of_weight, of_grad, of_moments) in itertools.product([(1, 200), (17 
         assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True))
         weights, means, squares = mine
 
+# Parts of a weight, as `train.offload_optimizer` hands them over, get the bits of the whole.
+held = [torch.randn(3 * BLOCK + 48, generator=generator).to(brain) for _ in range(2)]
+held += [torch.zeros(3 * BLOCK + 48, dtype=brain) for _ in range(2)]
+apart = [tensor.clone() for tensor in held]
+for part in (slice(None),), (slice(0, BLOCK), slice(BLOCK, None)):
+    weights, grads, means, squares = zip(*([t[s] for t in (held if len(part) == 1 else apart)] for s in part))
+    update_by_kernel(Updated(weights, grads, means, squares, [torch.ones(())] * len(part)), settings, divisor, go)
+assert all(torch.equal(a, b) for a, b in zip(held, apart, strict=True))
+
 values = lambda: [torch.randn(300), torch.randn(7)]
 moments = lambda: [torch.zeros(300), torch.zeros(7)]
 arguments = (values(), values(), moments(), moments(), [torch.ones(()), torch.ones(())], torch.ones(()), go)
@@ -163,53 +172,6 @@ torch.library.opcheck(update_operator, arguments, test_utils=("test_schema", "te
 
 def test_kernel_equals_the_reference_under_tritons_interpreter(check_interpreted: Callable[[str], None]) -> None:
     check_interpreted(KERNEL)
-
-
-IN_PARTS = """
-import torch
-from tunesmith.kernels.nf4 import kernels_on
-from tunesmith.recipe.schema import TrainSection
-from tunesmith.train import adamw
-from tunesmith.train.host_states import HostStates
-from tunesmith.train.optimizers import make_optimizer
-
-
-class Now:
-    def copy(self, pairs):
-        for target, source in pairs:
-            target.copy_(source)
-        return 0
-
-    def wait(self, ticket):
-        pass
-
-
-def trained(moves):
-    torch.manual_seed(0)
-    weights = [torch.nn.Parameter(torch.randn(n).to(torch.bfloat16)) for n in (4 * 4096 + 100, 5000, 12)]
-    settings = TrainSection(learning_rate=1e-2, weight_decay=0.1)
-    optimizer = make_optimizer([(str(i), weight) for i, weight in enumerate(weights)], settings)
-    if moves:
-        take = lambda n: torch.empty(n, dtype=torch.uint8)
-        optimizer = HostStates(optimizer, Now(), Now(), take, piece_bytes=4 * 4096, least_bytes=1024)
-    for step in range(3):
-        for weight in weights:
-            weight.grad = torch.randn(weight.shape).to(weight.dtype)
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.5), torch.tensor(float(step == 1))
-        optimizer.step()
-    states = [value for weight in weights for _, value in sorted(optimizer.state[weight].items())]
-    return [weight.detach() for weight in weights] + [torch.as_tensor(value) for value in states]
-
-
-adamw.LARGE_BYTES = 4096
-with kernels_on("cpu"):
-    assert all(torch.equal(a, b) for a, b in zip(trained(False), trained(True), strict=True))
-"""
-
-
-def test_parts_of_a_weight_are_updated_to_the_bits_of_the_whole(check_interpreted: Callable[[str], None]) -> None:
-    """States on the host come in parts, none so small that torch's own update would take it."""
-    check_interpreted(IN_PARTS)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
