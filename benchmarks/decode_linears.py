@@ -1,9 +1,11 @@
 """Products of few tokens in every weight format: time, bandwidth, and share of the floor, beside cuBLAS in bfloat16.
 
     python benchmarks/decode_linears.py --models qwen2.5-7b --tokens 1,16 > decode_linears.jsonl
+    python benchmarks/decode_linears.py --table --tokens 1,16 --seconds 20
     python benchmarks/decode_linears.py --sweep --models qwen2.5-7b --tokens 1,2,4,16,64,256
 
-The second tries every kernel that has the product, with several tiles: a line for each, with its error against float64.
+The second prints the same as a table, and what all blocks of a model take together. The third tries every kernel that
+has the product, with several tiles: a line for each, with its error against float64.
 
 A line of JSON for each format, linear and number of tokens. The floor is the bytes of the weight as held over the
 bandwidth that a copy reaches here, measured first. Weights are cycled through, so that none comes from the cache.
@@ -27,21 +29,35 @@ from torch import Tensor
 
 from tunesmith.kernels import gemv, gemv_dot_triton, gemv_triton
 from tunesmith.kernels import gemv_quads_triton as fragments
-from tunesmith.kernels.fp8 import dequantize_rows, fp8_product, has_fp8, quantize_fp8_weight, quantize_rows_fp8
-from tunesmith.kernels.int4 import dequantize_int4, empty_int4, quantize_int4
+from tunesmith.kernels.fp8 import FP8, dequantize_rows, fp8_product, has_fp8, quantize_fp8_weight, quantize_rows_fp8
+from tunesmith.kernels.int4 import Int4Weight, dequantize_int4, empty_int4, quantize_int4
 from tunesmith.kernels.int8 import dequantize_int8, int8_integer_product, quantize_int8
 from tunesmith.kernels.launch import num_processors
-from tunesmith.kernels.nf4 import quantize_nf4
+from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from tunesmith.kernels.warm_up import compile_all, taken_down
+from tunesmith.model.decode_linears import FP8_WEIGHT_TOKENS
 
 LINEARS = {
     "qwen2.5-7b": {"qkv": (4608, 3584), "output": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
     "qwen3-0.6b": {"qkv": (4096, 1024), "output": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},
 }
-FORMATS = ("bf16", "int8", "w8a8", "fp8", "fp8-products", "int4", "int4-dense", "nf4")
-FORMAT_IDS = {"int8": 1, "fp8": 2, "int4": 3}
+FORMATS = ("bf16", "int8", "w8a8", "fp8", "fp8-products", "int4", "nf4")
+NUM_BLOCKS = 28  # of both models
+FORMAT_IDS = {"bf16": 0, "int8": 1, "fp8": 2, "int4": 3}
 CYCLED_BYTES = 2**28
 Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight in a format: what the kernels take, in what it is stored, and what it stands for."""
+
+    codes: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    num_bytes: int
+    dequantised: Callable[[Tensor, torch.dtype], Tensor]
+    whole: Int4Weight | NF4Weight | None = None
 
 
 def copy_bandwidth() -> float:
@@ -70,26 +86,21 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
     return best
 
 
-def products(name: str, weight_FD: Tensor) -> tuple[Product, int]:
-    """The product in a format, and the bytes of the weight as held."""
-    if name == "bf16":
-        return lambda x: gemv.float_product(x, weight_FD, None), weight_FD.nbytes
+def product_of(name: str, held: Held, codes: Tensor) -> Product:
+    """The product with a copy of a weight's codes, by the kernel that an engine takes for a number of tokens."""
+    scales, whole = cast(Tensor, held.scales), held.whole
+    if name == "int4":
+        return lambda x: gemv.int4_product(x, replace(cast(Int4Weight, whole), words=codes), None)
+    if name == "nf4":
+        return lambda x: gemv.nf4_product(x, [replace(cast(NF4Weight, whole), codes=codes)], None)
     if name in ("int8", "w8a8"):
-        int8 = quantize_int8(weight_FD)
         run = gemv.int8_product if name == "int8" else int8_integer_product
-        return lambda x: run(x, int8.codes, int8.scale, None), int8.num_bytes
-    if name in ("fp8", "fp8-products"):
-        fp8 = quantize_fp8_weight(weight_FD)
-        if name == "fp8":
-            return lambda x: gemv.fp8_weight_product(x, fp8.codes, fp8.scale, None), fp8.num_bytes
-        return lambda x: fp8_product(*quantize_rows_fp8(x), fp8.codes, fp8.scale, None, x.dtype), fp8.num_bytes
-    if name in ("int4", "int4-dense"):
-        int4 = quantize_int4(weight_FD, 128, clips=(1.0,))
-        if name == "int4":
-            return lambda x: gemv.int4_product(x, int4, None), int4.num_bytes
-        return lambda x: gemv.dense_product(x, dequantize_int4(int4, x.dtype), None), int4.num_bytes
-    nf4 = quantize_nf4(weight_FD, double=False)
-    return lambda x: gemv.nf4_product(x, [nf4], None), nf4.num_bytes
+        return lambda x: run(x, codes, scales, None)
+    if name == "bf16":
+        return lambda x: gemv.float_product(x, codes, None)
+    few = FP8_WEIGHT_TOKENS if name == "fp8" else 0
+    widened = partial(gemv.fp8_weight_product, codes_FD=codes.view(FP8), scale_F=scales, bias_F=None)
+    return lambda x: widened(x) if x.shape[0] <= few else in_fp8(x, codes, scales)
 
 
 def time_of(makers: list[Product], x_TD: Tensor) -> float:
@@ -107,19 +118,19 @@ def rows_of(arguments: argparse.Namespace, bandwidth: float, deadline: float) ->
     left_out = []
     for model in arguments.models.split(","):
         for linear, (rows, width) in LINEARS[model].items():
-            copies = min(24, -(-CYCLED_BYTES // (rows * width // 2)))
             for name in arguments.formats.split(","):
                 if name == "fp8-products" and not has_fp8("cuda"):
                     continue
                 if time.monotonic() > deadline:
                     left_out.append(f"{model} {linear} {name}")
                     continue
-                weights = [torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(copies)]
-                made = [products(name, weight) for weight in weights]
-                dense: list[Product] = [partial(torch.nn.functional.linear, weight=weight) for weight in weights]
+                weight = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) * 0.02
+                held = hold(name, weight)
+                made = [product_of(name, held, codes) for codes in cycled(held.codes)]
+                dense: list[Product] = [partial(torch.nn.functional.linear, weight=copy) for copy in cycled(weight)]
                 for tokens in map(int, arguments.tokens.split(",")):
                     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
-                    ours = time_of([product for product, _ in made], x)
+                    ours = time_of(made, x)
                     yield {
                         "model": model,
                         "linear": linear,
@@ -128,25 +139,31 @@ def rows_of(arguments: argparse.Namespace, bandwidth: float, deadline: float) ->
                         "format": name,
                         "tokens": tokens,
                         "time_us": round(ours * 1e6, 2),
-                        "weight_bytes": made[0][1],
-                        "gb_per_s": round(made[0][1] / ours / 1e9, 1),
-                        "floor_share_percent": round(100 * made[0][1] / bandwidth / ours, 1),
+                        "weight_bytes": held.num_bytes,
+                        "gb_per_s": round(held.num_bytes / ours / 1e9, 1),
+                        "floor_share_percent": round(100 * held.num_bytes / bandwidth / ours, 1),
                         "cublas_bf16_us": round(time_of(dense, x) * 1e6, 2),
                     }
-                del weights, made, dense
+                del weight, held, made, dense
     if left_out:
         yield {"left_out_for_time": left_out}
 
 
-@dataclass(frozen=True)
-class Held:
-    """A weight in a format: what the kernels take, in what it is stored, and what it stands for."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    num_bytes: int
-    dequantised: Callable[[Tensor, torch.dtype], Tensor]
+def table(rows: Iterator[dict[str, object]]) -> Iterator[str]:
+    """The rows as lines of text; then of each model, format and number of tokens what its blocks take, in ms."""
+    totals: dict[tuple[object, object, object], list[float]] = {}
+    for row in rows:
+        if "time_us" not in row:
+            yield json.dumps(row)
+            continue
+        mine, theirs = cast(float, row["time_us"]), cast(float, row["cublas_bf16_us"])
+        key = (row["model"], row["format"], row["tokens"])
+        sums = totals.setdefault(key, [0.0, 0.0])
+        sums[0], sums[1] = sums[0] + mine, sums[1] + theirs
+        yield f"{row['linear']!s:8} {key!s:36} {mine:8.2f} us  cuBLAS in bfloat16 {theirs:8.2f}  {row['gb_per_s']} GB/s"
+    for (model, name, tokens), sums in totals.items():
+        mine, theirs = (each * NUM_BLOCKS / 1000 for each in sums)
+        yield f"all blocks {(model, name, tokens)!s:36} {mine:8.3f} ms  cuBLAS in bfloat16 {theirs:8.3f}"
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,8 @@ def sweep(arguments: argparse.Namespace, bandwidth: float, deadline: float) -> I
                 continue
             weight = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) * 0.02
             held = hold(name, weight)
-            copies, wide = cycled(held.codes), cycled(weight)
+            copies = cycled(held.codes)
+            wide = copies if held.codes is weight else cycled(weight)
             dense = held.dequantised(held.codes, torch.float32).double().t()
             for tokens in counts:
                 x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
@@ -235,7 +253,7 @@ def candidates(name: str, held: Held, copies: list[Tensor], wide: list[Tensor], 
     for kernel, tile in tiles(format_id, rows, width, tokens, num_processors(wide[0].device)):
         yield Candidate(kernel, tile, copies, partial(RUNS[kernel], format_id, rest, tile))
     yield Candidate("cublas-bf16", (), wide, lambda x, weight, out: torch.nn.functional.linear(x, weight), False)
-    if tokens >= 16:
+    if tokens >= 16 and format_id:
         yield Candidate(
             "dequantised",
             (),
@@ -243,7 +261,8 @@ def candidates(name: str, held: Held, copies: list[Tensor], wide: list[Tensor], 
             lambda x, codes, out: torch.nn.functional.linear(x, held.dequantised(codes, x.dtype)),
         )
     if name == "fp8" and tokens > 1 and has_fp8("cuda"):
-        yield Candidate("fp8-products", (), copies, lambda x, codes, out: in_fp8(x, codes, held.scales))
+        scales = cast(Tensor, held.scales)
+        yield Candidate("fp8-products", (), copies, lambda x, codes, out: in_fp8(x, codes, scales))
 
 
 def in_fp8(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
@@ -254,25 +273,35 @@ def in_fp8(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
 def tiles(format_id: int, rows: int, width: int, tokens: int, processors: int) -> list[tuple[str, tuple[int, ...]]]:
     """Kernels of ours and their tiles; of each kernel the one that it takes now comes first."""
     found: list[tuple[str, tuple[int, ...]]] = []
-    if tokens <= 64 and width % fragments.COLUMNS[format_id] == 0:
-        now = fragments.shape_of(format_id, rows, width, processors)
-        others = [(count, warps) for count in (1, 2) for warps in (2, 4, 8, 16) if count * warps <= 16]
-        found += [("fragments", tile) for tile in dict.fromkeys((now, *others))]
+    if tokens <= fragments.MOST_TOKENS[format_id] and width % fragments.COLUMNS[format_id] == 0:
+        now = fragments.shape_of(format_id, rows, width, processors, tokens)
+        found += [("fragments", tile) for tile in dict.fromkeys((now, *near(now, format_id)))]
+    if format_id == 0:
+        return found
     if tokens == 1:
-        found += [("one", tile) for tile in dict.fromkeys((gemv_triton.SHAPES[format_id], (4, 4), (8, 2), (16, 4)))]
+        found += [("one", gemv_triton.SHAPES[format_id])]
     elif tokens <= 64:
-        _, step, _, _ = now_tile = gemv_dot_triton.SHAPES[format_id]
-        found += [("dot", tile) for tile in dict.fromkeys((now_tile, (128, step, 8, 3), (64, 2 * step, 4, 3)))]
+        found += [("dot", gemv_dot_triton.SHAPES[format_id])]
     return found
 
 
-Rest = tuple[Tensor, Tensor | None, Tensor | None]
+def near(now: fragments.Shape, format_id: int) -> list[fragments.Shape]:
+    """Shapes around one: other warps, rows, and steps under way, as far as registers go."""
+    rows, warps, ahead = now
+    fewer, more = max(2, warps // 2), min(16, 2 * warps)
+    wanted = [(rows, warps, 3 - min(ahead, 2)), (rows, fewer, 2), (rows, fewer, 4), (rows, warps, 4), (8, warps, 2)]
+    wanted += [(8, more, 2), (8, warps, 4), (16, more, 1), (16, fewer, 1), (32, warps, 1)]
+    most = 32 if format_id == 3 else 64  # rows times steps whose words a thread holds
+    return [shape for shape in wanted if shape[0] * shape[2] <= most]
+
+
+Rest = tuple[Tensor | None, Tensor | None, Tensor | None]
 Tile = tuple[int, ...]
 
 
 def run_fragments(format_id: int, rest: Rest, tile: Tile, x: Tensor, codes: Tensor, out: Tensor) -> Tensor:
     """Raises: RuntimeError where its result is not to be trusted."""
-    if not fragments.quads(format_id, x, codes, *rest, out, shape=cast(tuple[int, int], tile)):
+    if not fragments.quads(format_id, x, codes, *rest, out, shape=cast(fragments.Shape, tile)):
         raise RuntimeError("this Triton moves the loop's values between threads")
     return out
 
@@ -310,6 +339,8 @@ def compiled(formats: list[str], shapes: set[tuple[int, int]], counts: list[int]
 
 def unfilled(name: str, rows: int, width: int) -> tuple[Tensor, Rest]:
     """Codes; scales, zero points and no bias: of a weight without storage."""
+    if name == "bf16":
+        return torch.empty(rows, width, dtype=torch.bfloat16, device="meta"), (None, None, None)
     if name == "int4":
         held = empty_int4((rows, width), torch.bfloat16, 128, False, device="meta")
         return held.words, (held.scales, held.zeros, None)
@@ -324,28 +355,24 @@ def cycled(weight: Tensor) -> list[Tensor]:
 
 def hold(name: str, weight_FD: Tensor) -> Held:
     """A weight in a format."""
-    if name == "int8":
+    if name == "bf16":
+        return Held(weight_FD, None, None, weight_FD.nbytes, lambda codes, dtype: codes.to(dtype))
+    if name in ("int8", "w8a8"):
         int8 = quantize_int8(weight_FD)
-        widen = partial(with_scale, dequantize_int8, int8.scale)
+        widen = lambda c, d: dequantize_int8(c, int8.scale, d)  # noqa: E731
         return Held(int8.codes, int8.scale, None, int8.num_bytes, widen)
-    if name == "fp8":
+    if name in ("fp8", "fp8-products"):
         fp8 = quantize_fp8_weight(weight_FD)
-        widen = partial(with_scale, fp8_rows, fp8.scale)
+        widen = lambda c, d: dequantize_rows(c.view(FP8), fp8.scale, d)  # noqa: E731
         return Held(fp8.codes.view(torch.int8), fp8.scale, None, fp8.num_bytes, widen)
+    if name == "nf4":
+        nf4 = quantize_nf4(weight_FD, double=False)
+        return Held(nf4.codes, None, None, nf4.num_bytes, lambda c, d: dequantize_nf4([replace(nf4, codes=c)], d), nf4)
     int4 = quantize_int4(weight_FD, 128, clips=(1.0,))
-    return Held(
+    of = Held(
         int4.words, int4.scales, int4.zeros, int4.num_bytes, lambda c, d: dequantize_int4(replace(int4, words=c), d)
     )
-
-
-def with_scale(dequantise: Callable[..., Tensor], scale_F: Tensor, codes_FD: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes * scale in a dtype."""
-    return dequantise(codes_FD, scale_F, dtype)
-
-
-def fp8_rows(codes_FD: Tensor, scale_F: Tensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize_rows` of codes that are held as bytes."""
-    return dequantize_rows(codes_FD.view(torch.float8_e4m3fn), scale_F, dtype)
+    return replace(of, whole=int4)
 
 
 def main() -> None:
@@ -356,13 +383,15 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,2,4,8,16,32,64,256")
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--sweep", action="store_true", help="try kernels and their tiles instead")
+    parser.add_argument("--table", action="store_true", help="lines of text, and sums over a model's blocks")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile for --sweep")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     bandwidth = copy_bandwidth()
     print(json.dumps({"device": torch.cuda.get_device_name(), "copy_gb_per_s": round(bandwidth / 1e9, 1)}), flush=True)
-    for row in (sweep if arguments.sweep else rows_of)(arguments, bandwidth, deadline):
-        print(json.dumps(row), flush=True)
+    rows = (sweep if arguments.sweep else rows_of)(arguments, bandwidth, deadline)
+    for line in table(rows) if arguments.table else map(json.dumps, rows):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

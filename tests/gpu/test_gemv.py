@@ -68,10 +68,10 @@ def test_products_can_be_recorded() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 31, 64])
-@pytest.mark.parametrize("shape", [(1, 2), (1, 16), (2, 4)])
+@pytest.mark.parametrize("shape", [(8, 16, 2), (16, 2, 1), (16, 16, 1), (16, 4, 4), (32, 4, 1), (32, 2, 2)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fragments_are_right_in_every_tile_and_repeat_their_bits(
-    tokens: int, shape: tuple[int, int], dtype: torch.dtype
+    tokens: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     """Steps of a width that no number of warps divides, rows that no tile divides, an output full of NaN before."""
     from tunesmith.kernels.gemv_quads_triton import quads
@@ -83,6 +83,7 @@ def test_fragments_are_right_in_every_tile_and_repeat_their_bits(
     bias = torch.randn(rows, device="cuda", generator=generator).to(dtype)
     int8, fp8, int4 = quantize_int8(weight), quantize_fp8_weight(weight), quantize_int4(weight, 64)
     cases = [
+        (0, weight.to(dtype), None, None, 1, weight.to(dtype)),
         (1, int8.codes, int8.scale, None, 1, dequantize_int8(int8.codes, int8.scale, torch.float32)),
         (2, fp8.codes.view(torch.int8), fp8.scale, None, 1, dequantize_fp8_weight(fp8, torch.float32)),
         (3, int4.words, int4.scales, int4.zeros, 2, dequantize_int4(int4, torch.float32)),

@@ -48,7 +48,11 @@ def _mma_of(kind: str) -> str:
 
 # Weights pass through once: they leave the first cache to the input.
 LOAD_WEIGHT = tl.constexpr(_loads("weight", "L1::no_allocate.L2::128B."))
+# What is an operand as it is must be 0 where it is not there: times 0 an infinity would not be.
+LOAD_WEIGHT_OR_ZEROS = tl.constexpr(_loads("weight", "L1::no_allocate.L2::128B.", zeros=True))
+LOAD_OPERANDS = tl.constexpr(_loads("weight", zeros=True))
 LOAD_BYTES, LOAD_PLANES = tl.constexpr(_loads("bytes", zeros=True)), tl.constexpr(_loads("planes", vector=2))
+WAIT = tl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
 EIGHT, SIXTEEN = (tl.constexpr(",".join(["=r"] * count + ["l", "r"])) for count in (8, 16))
 MMA_HALF, MMA_BF16 = tl.constexpr(_mma_of("f16")), tl.constexpr(_mma_of("bf16"))
 # Two bfloat16 values times 2^60 (0x5D80), minus zero, which keeps zeros as they are.
@@ -72,11 +76,11 @@ UNDER = tl.constexpr(
 
 
 @triton.jit
-def load_weight(pointer, wanted, BY_HAND: tl.constexpr):
-    # Four words, and four that lie 16 on; where they are not wanted, any.
+def _eight(TEXT: tl.constexpr, pointer, wanted, BY_HAND: tl.constexpr):
+    # Four words, and four that lie 16 on.
     if BY_HAND:
         return tl.inline_asm_elementwise(
-            LOAD_WEIGHT,
+            TEXT,
             EIGHT,
             [pointer.to(tl.int64), wanted.to(tl.int32)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
@@ -87,6 +91,24 @@ def load_weight(pointer, wanted, BY_HAND: tl.constexpr):
     for i in tl.static_range(8):
         words = words + (tl.load(pointer + (i // 4 * 16 + i % 4), mask=wanted, other=0),)
     return words
+
+
+@triton.jit
+def load_weight(pointer, wanted, ZEROS: tl.constexpr, BY_HAND: tl.constexpr):
+    """Four words, and four that lie 16 on; where they are not wanted, any (ZEROS: 0)."""
+    return _eight(LOAD_WEIGHT_OR_ZEROS if ZEROS else LOAD_WEIGHT, pointer, wanted, BY_HAND)
+
+
+@triton.jit
+def load_operands(pointer, wanted, BY_HAND: tl.constexpr):
+    """The same of an input, which others read too; 0 where they are not wanted."""
+    return _eight(LOAD_OPERANDS, pointer, wanted, BY_HAND)
+
+
+@triton.jit
+def when_earlier_is_through(place):
+    """`place`, once the kernel launched before is through and its results can be read: what depends on it waits."""
+    return tl.inline_asm_elementwise(WAIT, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -125,7 +147,7 @@ def side_by_side(p, q, HIGH: tl.constexpr, BY_HAND: tl.constexpr):
 
 
 @triton.jit
-def _halves(word, HALF: tl.constexpr):
+def halves(word, HALF: tl.constexpr):
     # The two values of a word, in float32.
     if HALF:
         low = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -137,7 +159,7 @@ def _halves(word, HALF: tl.constexpr):
 def times_2_to_60(word, BY_HAND: tl.constexpr):
     if BY_HAND:
         return tl.inline_asm_elementwise(TIMES, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
-    low, high = _halves(word, False)
+    low, high = halves(word, False)
     low, high = low * 1152921504606846976.0, high * 1152921504606846976.0
     return ((low.to(tl.int32, bitcast=True) >> 16) & 65535) | (high.to(tl.int32, bitcast=True) & -65536)
 
@@ -145,8 +167,8 @@ def times_2_to_60(word, BY_HAND: tl.constexpr):
 @triton.jit
 def _products(a, b, WARPS: tl.constexpr, HALF: tl.constexpr):
     # sums[w, g, n] of the two values in the words of lanes (g, t) of the one and (n, t) of the other, over t
-    a_low, a_high = _halves(a, HALF)
-    b_low, b_high = _halves(b, HALF)
+    a_low, a_high = halves(a, HALF)
+    b_low, b_high = halves(b, HALF)
     rows: tl.constexpr = [WARPS, 8, 1, 4]
     columns: tl.constexpr = [WARPS, 1, 8, 4]
     low = tl.reshape(a_low, rows) * tl.reshape(b_low, columns)

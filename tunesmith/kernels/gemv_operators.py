@@ -28,7 +28,7 @@ def _run(
     x = x_TD.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     is_done = False
-    if scales is not None and takes_quads(format_id, x):
+    if takes_quads(format_id, x) and (scales is not None or weight.dtype == x.dtype):
         is_done = quads(format_id, x, weight, scales, zeros, bias_F, out, per_block=per_block)
     if is_done:
         return out

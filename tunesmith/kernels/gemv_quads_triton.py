@@ -1,4 +1,4 @@
-"""The Triton kernel of products of 1 to 64 tokens with an int8, fp8 or int4 weight, by the tensor cores' own fragments.
+"""The Triton kernel of products of 1 to 64 tokens with a weight in any format, by the tensor cores' own fragments.
 
 A thread is written out: every tensor of the loop has one element for each thread, and the only layout that Triton has
 for it gives element i to thread i. So the fragments of `mma.m16n8k16` are filled straight from 16-byte loads, and
@@ -18,8 +18,14 @@ What that adds is taken off again by sums in float32:
     fp8    sign, exponent and mantissa where x's dtype has them, the exponent 2^120 (bfloat16) or 2^8 (float16) too
            small; of the 2^120 the input takes 2^60, the result the rest
 
-The warps of a program take every so many-th step of columns of the same rows (int4 256, else 128 columns), and are
-added up at the end, in one order. Imported only where Triton is installed.
+Weights of 16 bits are operands as they are. A program of 8 rows has them twice in its fragments, and stores them once.
+
+The warps of a program take every so many-th step of columns of the same rows (`COLUMNS`), and are added up at the end,
+in one order. A warp has the weights (and int4's scales and zero points) of its next AHEAD steps under way, loaded into
+registers of their own, while it multiplies: what a small weight costs is how often the memory's latency is waited for.
+
+OVERLAP: a launch begins while the kernel before it ends (programmatic dependent launch). The first steps' weights are
+asked for at once, the input only when that kernel is through. Imported only where Triton is installed.
 """
 
 # Triton's decorator and its kernels' arguments have no types.
@@ -38,144 +44,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.gemv_fragments_triton import (
-    load_input,
-    load_weight,
-    low_bits,
-    mma,
-    pair_of,
-    plane_of,
-    side_by_side,
-    sign_bits,
-    times_2_to_60,
-)
-from tunesmith.kernels.gemv_triton import FP8, INT4
-from tunesmith.kernels.launch import current, num_processors
+from tunesmith.kernels.gemv_fragments_triton import when_earlier_is_through
+from tunesmith.kernels.gemv_steps_triton import byte_step, float_step, int4_step, of_step
+from tunesmith.kernels.gemv_triton import FLOAT, FP8, INT4
+from tunesmith.kernels.launch import current, num_processors, overlaps
 from tunesmith.units import ceil_div
 
 # Tokens by format. A program has 16 at most; others with the same rows run beside it and find them in the second cache.
-MOST_TOKENS = {1: 32, 2: 32, 3: 64}
-# Columns of a step by format (int8, fp8, int4): widths are multiples of them.
-COLUMNS = {1: 128, 2: 128, 3: 256}
+MOST_TOKENS = {0: 16, 1: 32, 2: 32, 3: 64}
+# Columns of a step by format (16 bits, int8, fp8, int4): widths are multiples of them.
+COLUMNS = {0: 64, 1: 128, 2: 128, 3: 256}
+# By format: warps of a processor that run at once, by their registers: with 1 to 8 tokens, with more.
+_WARPS_HELD = {0: (24, 16), 1: (28, 16), 2: (28, 16), 3: (20, 8)}
+_WARPS_WANTED = 12
+_STEPS_WANTED = 10
 _log = logging.getLogger(__name__)
-
-
-@triton.jit
-def _weights(w, held, column, wanted, STRIDE: tl.constexpr, TILES: tl.constexpr, BY_HAND: tl.constexpr):
-    # Of every tile's two rows the words at `column` and 16 words on.
-    words = ()
-    for i in tl.static_range(2 * TILES):
-        words = words + (load_weight(w + held[i] * STRIDE + column, wanted, BY_HAND),)
-    return words
-
-
-@triton.jit
-def _int4_step(acc, words, x, tokens, scales, zeros, held, step, wanted, place, zero, ones, S: tl.constexpr):
-    """Two blocks of 128 columns: a group of columns after the other."""
-    WIDTH: tl.constexpr = S[0]
-    PER_BLOCK: tl.constexpr = S[1]
-    ZEROS: tl.constexpr = S[2]
-    TILES: tl.constexpr = S[3]
-    TOKEN_TILES: tl.constexpr = S[4]
-    WARPS: tl.constexpr = S[5]
-    HALF: tl.constexpr = S[6]
-    BY_HAND: tl.constexpr = S[7]
-    GROUPS: tl.constexpr = WIDTH // 128 * PER_BLOCK
-    added: tl.constexpr = 1024.0 if HALF else 128.0
-    STEPS: tl.constexpr = WIDTH // 256
-    # Behind the last step scales are 0, and the input is one that exists.
-    always = tl.full([32 * WARPS], True, tl.int1)
-    none = (zero, zero, zero, zero)
-    for block in tl.static_range(2):
-        values = ()
-        for n in tl.static_range(TOKEN_TILES):
-            at = x + tokens[n] + tl.minimum(step, STEPS - 1) * 128 + block * 64 + place * 2
-            values = values + (load_input(at, always, True, BY_HAND),)
-        pairs = ()
-        for i in tl.static_range(2 * TILES):
-            for half in tl.static_range(2):
-                for e in tl.static_range(2):
-                    p, q = words[i][4 * block + 2 * e], words[i][4 * block + 2 * e + 1]
-                    pairs = pairs + (side_by_side(p, q, half, BY_HAND),)
-        for part in tl.static_range(PER_BLOCK):
-            sums = ()
-            for _i in tl.static_range(TILES * TOKEN_TILES):
-                sums = sums + (none,)
-            inputs = ()
-            for _i in tl.static_range(TOKEN_TILES):
-                inputs = inputs + (none,)
-            for plane in tl.static_range(part * 8 // PER_BLOCK, (part + 1) * 8 // PER_BLOCK):
-                new, totals = (), ()
-                for i in tl.static_range(TILES):
-                    a0 = plane_of(pairs[8 * i + plane // 4 * 2], plane, HALF, BY_HAND)
-                    a1 = plane_of(pairs[8 * i + 4 + plane // 4 * 2], plane, HALF, BY_HAND)
-                    a2 = plane_of(pairs[8 * i + plane // 4 * 2 + 1], plane, HALF, BY_HAND)
-                    a3 = plane_of(pairs[8 * i + 4 + plane // 4 * 2 + 1], plane, HALF, BY_HAND)
-                    for n in tl.static_range(TOKEN_TILES):
-                        b0, b1 = values[n][2 * plane], values[n][2 * plane + 1]
-                        if i == 0:
-                            one = mma(inputs[n], ones, ones, ones, ones, b0, b1, WARPS, HALF, BY_HAND)
-                            totals = totals + (one,)
-                        d = sums[i * TOKEN_TILES + n]
-                        new = new + (mma(d, a0, a1, a2, a3, b0, b1, WARPS, HALF, BY_HAND),)
-                sums, inputs = new, totals
-            group = (step * 2 + block) * PER_BLOCK + part
-            out = ()
-            for i in tl.static_range(TILES):
-                above, below = held[2 * i] * GROUPS + group, held[2 * i + 1] * GROUPS + group
-                upper = tl.load(scales + above, mask=wanted, other=0.0).to(tl.float32)
-                lower = tl.load(scales + below, mask=wanted, other=0.0).to(tl.float32)
-                upper_zero, lower_zero = added + 8.0, added + 8.0
-                if ZEROS:
-                    upper_zero = tl.load(zeros + above, mask=wanted, other=0).to(tl.float32) + added
-                    lower_zero = tl.load(zeros + below, mask=wanted, other=0).to(tl.float32) + added
-                for n in tl.static_range(TOKEN_TILES):
-                    d, old, total = sums[i * TOKEN_TILES + n], acc[i * TOKEN_TILES + n], inputs[n]
-                    d0, d1 = d[0] - upper_zero * total[0], d[1] - upper_zero * total[1]
-                    d2, d3 = d[2] - lower_zero * total[2], d[3] - lower_zero * total[3]
-                    out = out + ((old[0] + upper * d0, old[1] + upper * d1, old[2] + lower * d2, old[3] + lower * d3),)
-            acc = out
-    return acc
-
-
-@triton.jit
-def _byte_step(acc, words, x, tokens, step, wanted, place, S: tl.constexpr, IS_FP8: tl.constexpr):
-    """128 columns: a word of codes, four columns, at a time."""
-    TILES: tl.constexpr = S[3]
-    TOKEN_TILES: tl.constexpr = S[4]
-    WARPS: tl.constexpr = S[5]
-    HALF: tl.constexpr = S[6]
-    BY_HAND: tl.constexpr = S[7]
-    up: tl.constexpr = 7 if HALF else 4
-    kept: tl.constexpr = -0x407F4080 if HALF else -0x780F7810  # 0xBF80BF80, 0x87F087F0
-    values = ()
-    for n in tl.static_range(TOKEN_TILES):
-        value = load_input(x + tokens[n] + step * 64 + place * 8, wanted, False, BY_HAND)
-        if IS_FP8 and not HALF:
-            scaled = ()
-            for i in tl.static_range(16):
-                scaled = scaled + (times_2_to_60(value[i], BY_HAND),)
-            value = scaled
-        values = values + (value,)
-    for word in tl.static_range(8):
-        new = ()
-        for i in tl.static_range(TILES):
-            upper, lower = words[2 * i][word], words[2 * i + 1][word]
-            p0, p1 = pair_of(upper, 0, IS_FP8, BY_HAND), pair_of(lower, 0, IS_FP8, BY_HAND)
-            p2, p3 = pair_of(upper, 1, IS_FP8, BY_HAND), pair_of(lower, 1, IS_FP8, BY_HAND)
-            for n in tl.static_range(TOKEN_TILES):
-                b0, b1, d = values[n][2 * word], values[n][2 * word + 1], acc[i * TOKEN_TILES + n]
-                if IS_FP8:
-                    a0, a1, a2, a3 = (p0 << up) & kept, (p1 << up) & kept, (p2 << up) & kept, (p3 << up) & kept
-                else:
-                    a0, a1 = low_bits(p0, HALF, BY_HAND), low_bits(p1, HALF, BY_HAND)
-                    a2, a3 = low_bits(p2, HALF, BY_HAND), low_bits(p3, HALF, BY_HAND)
-                    s0, s1 = sign_bits(p0, HALF, BY_HAND), sign_bits(p1, HALF, BY_HAND)
-                    s2, s3 = sign_bits(p2, HALF, BY_HAND), sign_bits(p3, HALF, BY_HAND)
-                    d = mma(d, s0, s1, s2, s3, b0, b1, WARPS, HALF, BY_HAND)
-                new = new + (mma(d, a0, a1, a2, a3, b0, b1, WARPS, HALF, BY_HAND),)
-        acc = new
-    return acc
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -193,28 +76,33 @@ def quad_kernel(
     PER_BLOCK: tl.constexpr,
     ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
-    TILES: tl.constexpr,
+    SCALE_HALF: tl.constexpr,
+    ROWS: tl.constexpr,
     TOKEN_TILES: tl.constexpr,
     WARPS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BY_HAND: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]), x and w as int32 words.
+    """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]); x, w and int4's scales as int32 words, its zero points as int16.
 
-    A program has 16 TILES rows of w and 8 TOKEN_TILES tokens.
+    A program has ROWS (8, 16 or 32) rows of w and 8 TOKEN_TILES tokens.
     Rows and tokens that are not there are others once more, and are not stored.
     """
     HALF: tl.constexpr = out.dtype.element_ty == tl.float16
-    S: tl.constexpr = (WIDTH, PER_BLOCK, ZEROS, TILES, TOKEN_TILES, WARPS, HALF, BY_HAND)
-    IS_INT4: tl.constexpr = FORMAT == INT4
-    WORDS: tl.constexpr = WIDTH // 8 if IS_INT4 else WIDTH // 4  # of a row
-    STEPS: tl.constexpr = WORDS // 32
+    OCTETS: tl.constexpr = ROWS // 8
+    TILES: tl.constexpr = (OCTETS + 1) // 2
+    S: tl.constexpr = (
+        WIDTH, PER_BLOCK, ZEROS, OCTETS, TOKEN_TILES, WARPS, HALF, BY_HAND, FORMAT, SCALE_HALF,
+    )  # fmt: skip
+    STEPS: tl.constexpr = WIDTH // (256 if FORMAT == INT4 else (64 if FORMAT == FLOAT else 128))
     thread = tl.arange(0, 32 * WARPS)
     warp, quad, place = thread // 32, thread % 32 // 4, thread % 4
     zero = tl.zeros([32 * WARPS], tl.float32)
     ones = tl.full([32 * WARPS], 0x3C003C00 if HALF else 0x3F803F80, tl.int32)
-    first_token, first = tl.program_id(0) * 8 * TOKEN_TILES, tl.program_id(1) * 16 * TILES
+    first_token, first = tl.program_id(0) * 8 * TOKEN_TILES, tl.program_id(1) * ROWS
     held = ()
-    for i in tl.static_range(2 * TILES):
+    for i in tl.static_range(OCTETS):
         held = held + (tl.minimum(first + 8 * i + quad, num_rows - 1).to(tl.int64),)
     tokens = ()
     for n in tl.static_range(TOKEN_TILES):
@@ -222,38 +110,51 @@ def quad_kernel(
     acc = ()
     for _i in tl.static_range(TILES * TOKEN_TILES):
         acc = acc + ((zero, zero, zero, zero),)
-    words = _weights(w, held, warp * 32 + place * 4, warp < STEPS, WORDS, TILES, BY_HAND)
-    for start in range(0, STEPS, WARPS):
-        step = start + warp
-        # The next step's weights are under way while this one's are multiplied.
-        next_step = step + WARPS
-        following = _weights(w, held, next_step * 32 + place * 4, next_step < STEPS, WORDS, TILES, BY_HAND)
-        wanted = step < STEPS
-        if IS_INT4:
-            acc = _int4_step(acc, words, x, tokens, scales, zeros, held, step, wanted, place, zero, ones, S)
-        else:
-            acc = _byte_step(acc, words, x, tokens, step, wanted, place, S, FORMAT == FP8)
-        words = following
-    lane = tl.arange(0, 32)
+    ahead = ()
+    for j in tl.static_range(AHEAD):
+        ahead = ahead + (of_step(w, scales, zeros, held, j * WARPS + warp, place, S),)
+    here = place
+    if OVERLAP:
+        here = when_earlier_is_through(place)
+    for start in range(0, STEPS, WARPS * AHEAD):
+        following = ()
+        for j in tl.static_range(AHEAD):
+            step = start + j * WARPS + warp
+            now = ahead[j]
+            if STEPS > WARPS * AHEAD:
+                # Asked for while this step's are multiplied, and those of AHEAD - 1 steps between.
+                now_following = of_step(w, scales, zeros, held, step + WARPS * AHEAD, place, S)
+                following = following + (now_following,)
+            else:
+                following = following + (now,)
+            wanted = step < STEPS
+            if FORMAT == INT4:
+                acc = int4_step(acc, now, x, tokens, step, here, zero, ones, S)
+            elif FORMAT == FLOAT:
+                acc = float_step(acc, now[0], x, tokens, step, wanted, here, S)
+            else:
+                acc = byte_step(acc, now[0], x, tokens, step, wanted, here, S, FORMAT == FP8)
+        ahead = following
+    lane = tl.arange(0, 32)[:, None, None]
+    lower, odd = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
     for i in tl.static_range(TILES):
-        for lower in tl.static_range(2):
-            row = first + 16 * i + 8 * lower + lane // 4
-            inside = row < num_rows
-            factor = tl.full([32], 1.0, tl.float32)
-            added = tl.zeros([32], tl.float32)
-            if not IS_INT4:
-                factor = tl.load(scales + row, mask=inside, other=0.0)
-                if FORMAT == FP8:
-                    factor *= 256.0 if HALF else 1152921504606846976.0
-            if BIAS:
-                added = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
-            for n in tl.static_range(TOKEN_TILES):
-                for odd in tl.static_range(2):
-                    d = acc[i * TOKEN_TILES + n][2 * lower + odd]
-                    y = tl.sum(tl.reshape(d, [WARPS, 32]), axis=0) * factor + added
-                    token = first_token + 8 * n + lane % 4 * 2 + odd
-                    at = out + token * num_rows + row
-                    tl.store(at, y.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
+        row = first + 16 * i + 8 * lower + lane // 4
+        inside = (row < num_rows) & (row < first + ROWS)
+        factor = tl.full([32, 2, 1], 1.0, tl.float32)
+        added = tl.zeros([32, 2, 1], tl.float32)
+        if FORMAT != INT4 and FORMAT != FLOAT:
+            factor = tl.load(scales + row, mask=inside, other=0.0)
+            if FORMAT == FP8:
+                factor *= 256.0 if HALF else 1152921504606846976.0
+        if BIAS:
+            added = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+        for n in tl.static_range(TOKEN_TILES):
+            d = acc[i * TOKEN_TILES + n]
+            # [lane, lower, odd] of every warp, added up over the warps in one go.
+            d = tl.join(tl.join(d[0], d[2]), tl.join(d[1], d[3]))
+            y = tl.sum(tl.reshape(d, [WARPS, 32, 2, 2]), axis=0) * factor + added
+            token = first_token + 8 * n + lane % 4 * 2 + odd
+            tl.store(out + token * num_rows + row, y.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
 
 def takes_quads(format_id: int, x_TD: Tensor) -> bool:
@@ -275,47 +176,63 @@ def _has_fragments(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def shape_of(format_id: int, num_rows: int, width: int, processors: int) -> tuple[int, int]:
-    """Tiles of 16 rows and warps of a program.
+Shape = tuple[int, int, int]
+"""Of a program: rows of the weight, warps, and the steps that each warp has under way."""
 
-    Two tiles share what is loaded of the input, where there are rows enough. Warps until every processor has 12 of
-    them, so that bytes enough are under way: a warp has 2 KiB of each tile's weight before it, and 2 KiB on its way.
+
+def shape_of(format_id: int, num_rows: int, width: int, processors: int, num_tokens: int = 1) -> Shape:
+    """A program's shape for a weight and a number of tokens.
+
+    16 rows; 32 where more than 8 tokens of int4 are to share what is unpacked; of 16 bits 8 where there would be fewer
+    programs than processors. Warps, a power of two: until every processor has `_WARPS_WANTED`, and none has more than
+    `_STEPS_WANTED` steps one after the other, but no more than run at once (`_WARPS_HELD`): a rest of programs that
+    waits for the others to end costs as much as they did.
     """
-    tiles = 2 if num_rows >= 64 * processors else 1
-    programs, steps = ceil_div(num_rows, 16 * tiles), width // COLUMNS[format_id]
+    is_many = num_tokens > 8
+    rows = 32 if is_many and format_id == 3 else 16
+    if format_id == 0 and num_rows <= 8 * processors:
+        rows = 8
+    programs = ceil_div(num_rows, rows) * ceil_div(num_tokens, 16)
+    steps, held = width // COLUMNS[format_id], _WARPS_HELD[format_id][is_many] * processors
     warps = 2
-    while warps < 16 and 2 * warps <= steps and programs * warps < 12 * processors:
+    while warps < 16 and 2 * warps <= max(2, steps):
+        wanted = programs * warps < _WARPS_WANTED * processors or steps > _STEPS_WANTED * warps
+        runs_at_once = programs * 2 * warps <= held or programs > held // 2
+        if not (wanted and runs_at_once):
+            break
         warps *= 2
-    return tiles, warps
+    return rows, warps, 2 if format_id == 0 else 1
 
 
 def quads(
     format_id: int,
     x_TD: Tensor,
     weight: Tensor,
-    scales: Tensor,
+    scales: Tensor | None,
     zeros: Tensor | None,
     bias_F: Tensor | None,
     out_TF: Tensor,
     *,
     per_block: int = 1,
-    shape: tuple[int, int] | None = None,
+    shape: Shape | None = None,
 ) -> bool:
     """Launch the kernel: a few tokens' product into `out_TF`, of what `takes_quads`. x contiguous.
 
-    shape: tiles and warps of a program (None: by `shape_of`).
+    shape: a program's (None: by `shape_of`).
     Returns: whether the result is right. Not where a version of Triton moves the loop's values between threads.
     """
     num_tokens, num_rows = out_TF.shape
     width = x_TD.shape[1]
-    tiles, warps = shape or shape_of(format_id, num_rows, width, num_processors(x_TD.device))
+    rows, warps, ahead = shape or shape_of(format_id, num_rows, width, num_processors(x_TD.device), num_tokens)
     token_tiles = 1 if num_tokens <= 8 else 2
+    is_int4 = format_id == 3
+    overlap = {"launch_pdl": True} if overlaps(x_TD.device) else {}
     with current(x_TD.device):
-        compiled = quad_kernel[(ceil_div(num_tokens, 8 * token_tiles), ceil_div(num_rows, 16 * tiles))](
+        compiled = quad_kernel[(ceil_div(num_tokens, 8 * token_tiles), ceil_div(num_rows, rows))](
             x_TD.view(torch.int32),
             weight.view(torch.int32),
-            scales,
-            out_TF if zeros is None else zeros,
+            out_TF if scales is None else scales.view(torch.int32) if is_int4 else scales,
+            out_TF if zeros is None else zeros.view(torch.int16),
             out_TF if bias_F is None else bias_F,
             out_TF,
             num_rows,
@@ -325,13 +242,17 @@ def quads(
             PER_BLOCK=per_block,
             ZEROS=zeros is not None,
             BIAS=bias_F is not None,
-            TILES=tiles,
+            SCALE_HALF=is_int4 and scales is not None and scales.dtype == torch.float16,
+            ROWS=rows,
             TOKEN_TILES=token_tiles,
             WARPS=warps,
+            AHEAD=ahead,
             BY_HAND=x_TD.device.type != "cpu",  # Triton's interpreter has no assembler
+            OVERLAP=bool(overlap),
             num_warps=warps,
             num_stages=1,
             enable_fp_fusion=True,
+            **overlap,
         )
     return compiled is None or _stays_in_threads(compiled)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 # Values of one tile where rows are narrow: enough 16-byte loads in flight, few enough registers.
 TILE = 2048
 _VALUES_PER_WARP = 512
+# The first generation whose kernels may begin while the one before them ends.
+_FIRST_OVERLAP = (9, 0)
+_overlapping: ContextVar[bool] = ContextVar("overlapping", default=False)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
@@ -41,3 +46,26 @@ def tile(width: int) -> tuple[int, int, int]:
 def num_processors(device: torch.device) -> int:
     """The GPU's streaming multiprocessors; for Triton's interpreter a small number."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@contextmanager
+def overlapped() -> Iterator[None]:
+    """Launches in here may begin while the kernel before them ends, where a kernel knows how (`overlaps`).
+
+    Such a kernel asks for its weights before it waits, so nothing in here may write weights.
+    """
+    token = _overlapping.set(True)
+    try:
+        yield
+    finally:
+        _overlapping.reset(token)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel launched now is to wait for the one before it by itself (programmatic dependent launch)."""
+    return _overlapping.get() and device.type == "cuda" and _has_overlap(device)
+
+
+@cache
+def _has_overlap(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= _FIRST_OVERLAP

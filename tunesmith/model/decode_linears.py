@@ -1,17 +1,17 @@
 """A model's linears in the forms that answer fastest: the same weights, other kernels where there are few tokens.
 
-What is held does not change, so this is done after loading, and for any model whose linears are ours. Weights of 16
-bits stay as they are: cuBLAS reads them at 4.0 TB/s for one token on an H200, where our kernel reached 2.9
-(benchmarks/decode_linears.py).
+What is held does not change, so this is done after loading, and for any model whose linears are ours. Of weights of 16
+bits only small ones have a kernel of ours (`kernels/gemv.py`, FLOAT_BYTES); cuBLAS reads the others as fast as a copy.
 """
 
 from __future__ import annotations
 
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.gemv import fp8_weight_product, nf4_product, takes
+from tunesmith.kernels.gemv import FLOAT_BYTES, float_product, fp8_weight_product, nf4_product, takes, takes_float
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.fp8 import Fp8Linear
@@ -21,10 +21,22 @@ from tunesmith.model.layers import Linear
 from tunesmith.model.quant import NF4Linear
 
 # Up to so many tokens fp8 weights are widened, which is exact and saves quantising the input; more are products in fp8.
-# Measured on an H200, qkv, output, gate and up, down of Qwen2.5-7B, us: one token widened 11, 10, 58, 36, in fp8 14,
-# 14, 48, 58; sixteen widened 16, 16, 58, 70, in fp8 14, 14, 47, 52.
-FP8_WEIGHT_TOKENS = 1
+# Measured on an H200, qkv, output, gate and up, down of Qwen2.5-7B together, us: one token widened 75, in fp8 129;
+# sixteen widened 97, in fp8 126; sixty-four widened 191, in fp8 128.
+FP8_WEIGHT_TOKENS = 16
 Module = TypeVar("Module", bound=nn.Module)
+
+
+class DecodeLinear(Linear):
+    """A `Linear` whose product with few tokens reads a small weight by our kernel, where nothing wants gradients."""
+
+    def product(self, x_TD: Tensor) -> Tensor:
+        """y_TF = x @ weight.T + bias in the dtype of x."""
+        flat = x_TD.flatten(0, -2)
+        wants_gradients = torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad)
+        if wants_gradients or not takes("float", flat) or not takes_float(flat, self.weight):
+            return super().product(x_TD)
+        return float_product(flat, self.weight, self.bias).view(*x_TD.shape[:-1], self.out_features)
 
 
 class DecodeNF4Linear(NF4Linear):
@@ -80,7 +92,11 @@ def adopted(form: type[Module], linear: nn.Module) -> Module:
 
 
 def _form(linear: nn.Module) -> type[nn.Module] | None:
-    if isinstance(linear, HeldLinear):
+    if isinstance(linear, HeldLinear) or (type(linear) is Linear and linear.weight.nbytes > FLOAT_BYTES):
         return None
-    forms: dict[type[nn.Module], type[nn.Module]] = {NF4Linear: DecodeNF4Linear, Fp8Linear: DecodeFp8Linear}
+    forms: dict[type[nn.Module], type[nn.Module]] = {
+        Linear: DecodeLinear,
+        NF4Linear: DecodeNF4Linear,
+        Fp8Linear: DecodeFp8Linear,
+    }
     return forms.get(type(linear))

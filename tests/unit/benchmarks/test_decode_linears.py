@@ -41,13 +41,13 @@ def test_every_kernel_is_compiled_before_it_is_timed(script: ModuleType, monkeyp
     monkeypatch.setattr(script, "compile_all", compile_all)
     monkeypatch.setattr(script, "num_processors", lambda _: 132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    line = script.compiled(["int8", "fp8", "int4"], {(37888, 3584)}, [1, 16, 64], 1)
+    line = script.compiled(["bf16", "int8", "fp8", "int4"], {(37888, 3584)}, [1, 16, 64], 1)
     assert line["compiled"] == len(found)
     names = {launch.name for launch in found}
     assert names == {"quad_kernel", "gemv_kernel", "dot_kernel"}
     assert all(launch.options["BY_HAND"] for launch in found if "BY_HAND" in launch.options)
-    wanted = {(format_id, tiles) for format_id in (1, 2, 3) for tiles in (1, 2)}
-    assert {(job.options["FORMAT"], job.options["TILES"]) for job in found if job.name == "quad_kernel"} == wanted
+    wanted = {(format_id, rows) for format_id in range(4) for rows in (8, 16, 32)}
+    assert {(job.options["FORMAT"], job.options["ROWS"]) for job in found if job.name == "quad_kernel"} == wanted
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
@@ -71,6 +71,18 @@ def test_each_candidate_is_compared_and_one_that_fails_is_a_line(
     assert "error" in lines["fragments"]
     assert lines["dequantised"]["is_right"]
     assert lines["dequantised"]["gb_per_s"] == round(held.num_bytes / 0.5e-3 / 1e9, 1)
+    # The table has what it is given.
+    row = {
+        "model": "m",
+        "linear": "qkv",
+        "format": name,
+        "tokens": 1,
+        "time_us": 2.5,
+        "cublas_bf16_us": 5,
+        "gb_per_s": 1,
+    }
+    lines_of_text = list(script.table(iter([row, {"left_out_for_time": []}])))
+    assert f"{2.5 * script.NUM_BLOCKS / 1000:.3f} ms" in lines_of_text[-1]
     # What is not quantised is another weight, of other bytes.
     assert "max_error" not in lines["cublas-bf16"]
     assert lines["cublas-bf16"]["gb_per_s"] == round(weight.nbytes / 1e-3 / 1e9, 1)

@@ -10,7 +10,7 @@ import torch
 from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.compress.divergence import divergence, prompt_logits
 from tunesmith.errors import ModelError, UnsupportedModelError
-from tunesmith.model.decode_linears import DecodeFp8Linear, DecodeNF4Linear, adopted
+from tunesmith.model.decode_linears import DecodeFp8Linear, DecodeLinear, DecodeNF4Linear, adopted
 from tunesmith.model.fp8 import Fp8Linear, quantised_fp8
 from tunesmith.model.held import HeldLinear
 from tunesmith.model.int8 import Int8Linear
@@ -88,6 +88,7 @@ def test_decode_forms_share_what_they_replace() -> None:
     torch.nn.init.normal_(linear.weight)
     x = torch.randn(1, 64)
     cases: list[tuple[type[Any], Any]] = [
+        (DecodeLinear, linear),
         (DecodeNF4Linear, quantised(linear, True)),
         (DecodeFp8Linear, quantised_fp8(linear)),
     ]

@@ -56,12 +56,16 @@ for rows, width, tokens in ((21, 192, 1), (70, 320, 3), (5, 4288, 1)):
 bfloat16 = torch.bfloat16
 for dtype, rows, width, tokens, what in (
     (bfloat16, 9, 256, 1, "int4"), (float16, 20, 128, 2, "int8"), (bfloat16, 5, 256, 17, "fp8"),
+    (bfloat16, 20, 192, 3, "float"),
 ):
     weight, bias, x = torch.randn(rows, width) * 0.1, torch.randn(rows), torch.randn(tokens, width).to(dtype)
     unit = 2.0**-8 if dtype == bfloat16 else 2.0**-10
     if what == "int4":
         int4 = quantize_int4(weight, 64)
         mine, dense = ops.int4_operator(x, int4.words, int4.scales, int4.zeros, bias), dequantize_int4(int4, float32)
+    elif what == "float":
+        dense = weight.to(dtype)
+        mine = ops.float_operator(x, dense, bias.to(dtype))
     elif what == "int8":
         int8 = quantize_int8(weight)
         mine = ops.int8_operator(x, int8.codes, int8.scale, bias)
@@ -73,6 +77,18 @@ for dtype, rows, width, tokens, what in (
     size = x.double().abs() @ dense.double().abs().t() + bias.double().abs()
     error = float(((mine.double() - truth).abs() / size).max())
     assert mine.dtype == dtype and error < unit, ("fragments", what, error)
+# Programs of 8 and of 32 rows, steps ahead that go around once and several times, the last not whole.
+from tunesmith.kernels.gemv_quads_triton import quads
+x, weight = torch.randn(2, 768).to(float16), torch.randn(40, 768) * 0.1
+int4 = quantize_int4(weight, 32)
+int4 = type(int4)(int4.words, int4.scales.to(float16), int4.zeros, int4.shape, int4.dtype)
+cases = [(0, weight.to(float16), None, None, 1, (8, 2, 4), weight.to(float16)),
+         (3, int4.words, int4.scales, int4.zeros, 4, (32, 2, 2), dequantize_int4(int4, float32))]
+for format_id, codes, scales, zeros, per_block, shape, dense in cases:
+    out = torch.full((2, 40), float("nan"), dtype=float16)
+    assert quads(format_id, x, codes, scales, zeros, None, out, per_block=per_block, shape=shape)
+    truth, size = x.double() @ dense.double().t(), x.double().abs() @ dense.double().abs().t()
+    assert ((out.double() - truth).abs() / size).max() < 2.0**-10, format_id
 from tunesmith.kernels.int4 import dequantize_reference as int4_truth
 from tunesmith.kernels.int4_triton import int4_dequantize_operator, int8_dequantize_operator
 for group, symmetric in ((128, True), (64, False), (32, False)):
@@ -128,8 +144,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
                 stages,
             )
         if format_id in quads.COLUMNS:
-            words = {**types, "x": "*i32", "w": "*i32", "num_tokens": "i32"}
-            sizes = {**constants, "WIDTH": 3584, "TILES": 1, "TOKEN_TILES": 2, "WARPS": 4, "BY_HAND": 1}
+            words = {**types, "x": "*i32", "w": "*i32", "zeros": "*i16", "num_tokens": "i32"}
+            words["scales"] = "*i32" if format_id == 3 else "*fp32"
+            sizes = {**constants, "WIDTH": 3584, "SCALE_HALF": False, "ROWS": 16, "TOKEN_TILES": 2, "WARPS": 4}
+            sizes |= {"AHEAD": 2, "BY_HAND": 1, "OVERLAP": 0}
             found[f"fragments, {format_id}"] = (quads.quad_kernel, words, sizes, 4, 1)
     many = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": "*bf16", "num_words": "i32", "width": "i32"}
     sizes = {"PER_BLOCK": 1, "ZEROS": 1, "WORDS": dense.WORDS_AT_ONCE}
@@ -141,7 +159,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
 
 DENSE = ["int4 dequantised", "int8 dequantised"]
 NAMES = [*DENSE, *[f"one token, {i}" for i in range(5)], *[f"few tokens, {i}" for i in range(4)]]
-NAMES += [f"fragments, {i}" for i in (1, 2, 3)]
+NAMES += [f"fragments, {i}" for i in range(4)]
 QUICK = [*[(name, 90) for name in DENSE], ("one token, 2", 80), ("few tokens, 1", 90)]
 QUICK += [("fragments, 3", 90)]
 OTHERS = [pytest.param(n, c, marks=pytest.mark.long) for n in NAMES for c in CHIPS if (n, c) not in QUICK]

@@ -79,10 +79,11 @@ def test_bytes_and_halves_are_moved_where_products_want_them() -> None:
 
 def test_loads_reach_the_words_that_the_interpreter_reads() -> None:
     """Byte offsets of the vectors, beside the words by which Triton's own loads go."""
-    from tunesmith.kernels.gemv_fragments_triton import LOAD_BYTES, LOAD_PLANES, LOAD_WEIGHT
+    from tunesmith.kernels.gemv_fragments_triton import LOAD_BYTES, LOAD_OPERANDS, LOAD_PLANES, LOAD_WEIGHT
 
     wanted = {
         LOAD_WEIGHT: [i // 4 * 16 + i % 4 for i in range(8)],
+        LOAD_OPERANDS: [i // 4 * 16 + i % 4 for i in range(8)],
         LOAD_BYTES: [i // 8 * 32 + i % 8 for i in range(16)],
         LOAD_PLANES: [i // 2 * 8 + i % 2 for i in range(16)],
     }

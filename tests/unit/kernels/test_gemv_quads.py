@@ -19,7 +19,9 @@ LOOP = "%0 = tt.get_program_id\n scf.for %i {\n%1 = tt.elementwise_inline_asm mm
         (1, torch.float16, 32, 896, True),
         (2, torch.bfloat16, 33, 896, False),
         (2, torch.float32, 1, 3584, False),
-        (0, torch.bfloat16, 1, 3584, False),
+        (0, torch.bfloat16, 16, 1024, True),
+        (0, torch.bfloat16, 1, 1000, False),
+        (0, torch.float32, 1, 1024, False),
         (4, torch.bfloat16, 1, 3584, False),
     ],
 )
@@ -29,15 +31,33 @@ def test_what_is_taken(format_id: int, dtype: torch.dtype, tokens: int, width: i
     assert takes_quads(format_id, torch.empty(tokens, width, dtype=dtype)) == wanted
 
 
-@pytest.mark.parametrize("format_id", [1, 2, 3])
-@pytest.mark.parametrize(("rows", "width"), [(4608, 3584), (37888, 3584), (3584, 18944), (152064, 3584), (16, 256)])
-def test_every_processor_has_work_and_no_warp_is_without_a_step(format_id: int, rows: int, width: int) -> None:
-    from tunesmith.kernels.gemv_quads_triton import COLUMNS, shape_of
+@pytest.mark.parametrize("format_id", [0, 1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+@pytest.mark.parametrize("rows", [4608, 37888, 3584, 152064, 1024, 16])
+def test_no_warp_is_without_a_step_and_no_rest_of_programs_waits(format_id: int, tokens: int, rows: int) -> None:
+    from tunesmith.kernels.gemv_quads_triton import _WARPS_HELD, COLUMNS, shape_of
 
-    tiles, warps = shape_of(format_id, rows, width, 132)
-    steps = width // COLUMNS[format_id]
-    assert warps <= max(2, steps)
-    assert -(-rows // (16 * tiles)) * warps >= 12 * 132 or warps == 16 or 2 * warps > steps
+    for width in (256, 1024, 3584, 18944):
+        height, warps, _ = shape_of(format_id, rows, width, 132, tokens)
+        programs, steps = -(-rows // height) * -(-tokens // 16), width // COLUMNS[format_id]
+        held = _WARPS_HELD[format_id][tokens > 8] * 132
+        assert height in (8, 16, 32)
+        assert warps <= max(2, steps)
+        # All run at once, or there are so many that the last of them cost little.
+        assert programs * warps <= held or programs > held // 2 or warps == 2
+
+
+def test_the_shapes_that_were_fastest() -> None:
+    """Qwen2.5-7B's qkv, output, gate and up, down on an H200, one token and sixteen."""
+    from tunesmith.kernels.gemv_quads_triton import shape_of
+
+    shapes = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
+    for format_id, tokens, wanted in (
+        (2, 1, [(16, 8), (16, 8), (16, 4), (16, 16)]),
+        (2, 16, [(16, 4), (16, 8), (16, 4), (16, 8)]),
+        (3, 1, [(16, 8), (16, 8), (16, 2), (16, 8)]),
+    ):
+        assert [shape_of(format_id, *shape, 132, tokens)[:2] for shape in shapes] == wanted
 
 
 def test_values_that_change_threads_are_not_trusted() -> None:
