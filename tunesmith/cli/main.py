@@ -164,6 +164,8 @@ def _explain(error: Exception) -> int:
     if is_out_of_memory(error):
         reason = str(error).split("DefaultCPUAllocator: ")[-1].split("\n")[0]
         advice = "lower train.micro_batch_tokens, or set train.checkpointing=block or method.kind=qlora"
+        if type(error).__name__ == "OutOfMemoryError":  # a GPU's
+            advice += "; where all weights are trained, train.offload_optimizer=true"
         return _fail(f"out of memory: {reason or 'no more to be had'}; {advice}", 1)
     hint = "" if console.is_debug() else "; run again with --debug for the traceback"
     return _fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}{hint}", 1)

@@ -12,19 +12,27 @@ from tunesmith.cost.memory import optimizer_bytes
 from tunesmith.errors import DeviceError, RecipeError
 from tunesmith.hardware import available_memory_bytes
 from tunesmith.model.transfer import CudaTransfer, Transfer, pinned_memory
+from tunesmith.parallel.spread import Alone, Spread
 from tunesmith.recipe.schema import TrainSection
 from tunesmith.train.host_states import HostStates
 from tunesmith.units import format_bytes
 
+ONE_PROCESS = (
+    "train.offload_optimizer is for a process alone: of several, set it to false, and use parallel.offload=cpu (with "
+    "parallel.strategy=zero3) where shares of the states do not fit either"
+)
 _log = logging.getLogger(__name__)
 
 
-def states_on_host(optimizer: torch.optim.Optimizer, train: TrainSection, device: torch.device) -> HostStates:
+def states_on_host(optimizer: torch.optim.Optimizer, train: TrainSection, spread: Spread) -> HostStates:
     """`optimizer`, its states in pinned host memory, which is taken at the first update.
 
-    Says how much that is. Raises: RecipeError where there are no states; DeviceError where there is no GPU that they
-    could leave, or too little host memory.
+    Says how much that is. Raises: RecipeError where there are no states, or several processes; DeviceError where there
+    is no GPU that they could leave, or too little host memory.
     """
+    device = spread.device
+    if not isinstance(spread, Alone):
+        raise RecipeError(ONE_PROCESS)
     if train.optimizer == "sgd":
         raise RecipeError("train.optimizer sgd has no states: use --set train.offload_optimizer=false")
     require_gpu(device)

@@ -15,7 +15,7 @@ from tunesmith.kernels.fp8 import require_fp8
 from tunesmith.parallel.apply import resolve_strategy
 from tunesmith.parallel.mesh import mesh_shape
 from tunesmith.recipe.schema import MethodSection, Recipe, TrainSection
-from tunesmith.train.optimizer_offload import require_gpu
+from tunesmith.train.optimizer_offload import ONE_PROCESS, require_gpu
 from tunesmith.units import ceil_div
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,10 +50,7 @@ def _resolve_parallel(recipe: Recipe, world_size: int) -> Recipe:
             "parallel.strategy zero3 to save memory"
         )
     if train.offload_optimizer:
-        raise RecipeError(
-            f"train.offload_optimizer is for a process alone, and there are {world_size}: set it to false, and use "
-            "parallel.offload cpu (parallel.strategy zero3) where shares of the states do not fit either"
-        )
+        raise RecipeError(ONE_PROCESS)
     _, data, _ = mesh_shape(parallel, world_size)
     settled: dict[str, object] = {"micro_batches": parallel.micro_batches or train.accumulation * data}
     if parallel.engine == "native":  # a ds_config.json may name the stage, too

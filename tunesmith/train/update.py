@@ -87,7 +87,7 @@ class Updater:
         self.pieces = self.spread.pieces()
         self.optimizer = make_optimizer(((piece.name, piece.local) for piece in self.pieces), settings)
         if settings.offload_optimizer:
-            self.optimizer = states_on_host(self.optimizer, settings, self.spread.device)
+            self.optimizer = states_on_host(self.optimizer, settings, self.spread)
         self.scaler = LossScaler() if settings.precision == "float16" else None
         self.device = self.spread.device
         wake_autograd(self.device)

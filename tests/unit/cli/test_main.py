@@ -96,6 +96,11 @@ def test_what_a_verb_returns_is_the_exit_code(verb: Verb) -> None:
             "tunesmith: error: out of memory: can't allocate memory: you tried to allocate 8; lower "
             "train.micro_batch_tokens, or set train.checkpointing=block or method.kind=qlora\n",
         ),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA's"),  # torch's, by its name
+            1,
+            "method.kind=qlora; where all weights are trained, train.offload_optimizer=true\n",
+        ),
         (KeyboardInterrupt(), 130, "tunesmith: interrupted\n"),
         (typer.Abort(), 130, "tunesmith: interrupted\n"),
         (ZeroDivisionError("a\nb"), 1, "tunesmith: error: unexpected ZeroDivisionError: a b; run again with --debug"),
