@@ -60,10 +60,11 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [3.0, 0.05])
 @pytest.mark.parametrize("num", [1, 7, 200])
-def test_tokens_equal_the_references(num: int, dtype: torch.dtype) -> None:
+def test_tokens_equal_the_references(num: int, scale: float, dtype: torch.dtype) -> None:
     """But for a logarithm's last bit, which now and then decides between two tokens."""
-    logits = make_logits(num, dtype)
+    logits = make_logits(num, dtype, scale=scale)
     if num > 1:
         logits[1, 77] = float("nan")
     temperatures = torch.linspace(0, 2, num, device="cuda")

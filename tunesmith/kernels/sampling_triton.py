@@ -15,8 +15,8 @@ from tunesmith.kernels.philox import ROUNDS
 from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, SITE, quarter
 from tunesmith.units import ceil_div
 
-# Columns of each of a program's four strips: 16 bytes a thread in 16-bit formats.
-_COLUMNS = 1024
+# Columns of each of a program's four strips. Few: what one token can win is given noise in all of them.
+_COLUMNS = 512
 _WARPS = 4
 _PROGRAMS_PER_PROCESSOR = 4
 
@@ -107,6 +107,25 @@ def _gumbel(word, SERIES_BELOW: tl.constexpr):
     return -tl.log(tl.where(u < SERIES_BELOW, series, -tl.log(1 - u)))
 
 
+@triton.jit
+def _value(source, column, strip, threshold, VOCAB: tl.constexpr, QUARTER: tl.constexpr, HAS_THRESHOLDS: tl.constexpr):
+    """The tokens of one strip and their logits: minus infinity where there is none, or none that may be drawn."""
+    at = column + strip * QUARTER
+    mask = (column < QUARTER) & (at < VOCAB)
+    value = tl.load(source + at, mask=mask, other=float("-inf")).to(tl.float32)
+    if HAS_THRESHOLDS:
+        value = tl.where(value < threshold, float("-inf"), value)
+    return at, value
+
+
+@triton.jit
+def _better(top, token, value, score, at):
+    """The best of each lane, with one more token; a logit that is not a number beats all."""
+    score = tl.where(value != value, float("inf"), score)
+    is_better = (score > top) | ((score == top) & (at < token))
+    return tl.where(is_better, score, top), tl.where(is_better, at, token)
+
+
 @triton.jit(do_not_specialize=["splits"])
 def _best_kernel(
     logits,
@@ -127,7 +146,11 @@ def _best_kernel(
     SERIES_BELOW: tl.constexpr,
     ROUNDS: tl.constexpr,
 ) -> None:
-    """The best token of one program's share of a row: blocks split, split + splits, ... of the row's quarter."""
+    """The best token of one program's share of a row: blocks split, split + splits, ... of the row's quarter.
+
+    A block in which no token can reach the best so far is given no noise: noise is -log(e) with e >= u, the uniform
+    number of the word, so a token needs u <= exp(logit / temperature - best). Two logarithms are saved for it.
+    """
     row, split = tl.program_id(0), tl.program_id(1)
     source = logits + row.to(tl.int64) * row_stride
     slot = tl.load(slots + row)
@@ -138,28 +161,36 @@ def _best_kernel(
         threshold = tl.load(thresholds + row)
     top = tl.full((COLUMNS,), float("-inf"), tl.float32)
     token = tl.full((COLUMNS,), VOCAB, tl.int32)
-    for block in range(split, (QUARTER + COLUMNS - 1) // COLUMNS, splits):
-        column = block * COLUMNS + tl.arange(0, COLUMNS)
-        zero = column * 0
-        none = zero.to(tl.uint32)
-        word_0, word_1, word_2, word_3 = none, none, none, none
-        if temperature > 0:
+    if temperature > 0:
+        reached = float("-inf")
+        in_log2 = 1.4426950408889634 / temperature
+        for block in range(split, (QUARTER + COLUMNS - 1) // COLUMNS, splits):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            zero = column * 0
             # Word w of the counter at `column` belongs to token column + w * QUARTER.
-            word_0, word_1, word_2, word_3 = tl.philox(seed, column, zero + position, zero + SITE, zero, ROUNDS)
-        words = (word_0, word_1, word_2, word_3)
-        for strip in tl.static_range(4):
-            at = column + strip * QUARTER
-            mask = (column < QUARTER) & (at < VOCAB)
-            value = tl.load(source + at, mask=mask, other=float("-inf")).to(tl.float32)
-            score = value
-            if temperature > 0:
-                score = value / temperature + _gumbel(words[strip], SERIES_BELOW)
-            if HAS_THRESHOLDS:
-                score = tl.where(value < threshold, float("-inf"), score)
-            score = tl.where(value != value, float("inf"), score)
-            better = (score > top) | ((score == top) & (at < token))
-            top = tl.where(better, score, top)
-            token = tl.where(better, at, token)
+            words = tl.philox(seed, column, zero + position, zero + SITE, zero, ROUNDS)
+            # The slack is more than rounding can make of a difference of scores. First every logit can win.
+            below = 0.02 + 4e-6 * tl.abs(reached) - reached * 1.4426950408889634
+            below = tl.where(reached == float("-inf"), 3.4e38, below)
+            loses = column >= 0
+            for strip in tl.static_range(4):
+                _, value = _value(source, column, strip, threshold, VOCAB, QUARTER, HAS_THRESHOLDS)
+                # 1 + u from the word's upper bits: not above the u that noise is made of.
+                least = ((words[strip] >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+                # What is not a number does not lose.
+                loses &= least > 1 + tl.exp2(value * in_log2 + below)
+            if tl.min(loses.to(tl.int32), 0) == 0:
+                for strip in tl.static_range(4):
+                    at, value = _value(source, column, strip, threshold, VOCAB, QUARTER, HAS_THRESHOLDS)
+                    score = value / temperature + _gumbel(words[strip], SERIES_BELOW)
+                    top, token = _better(top, token, value, score, at)
+                reached = tl.max(top, 0)
+    else:
+        for block in range(split, (QUARTER + COLUMNS - 1) // COLUMNS, splits):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            for strip in tl.static_range(4):
+                at, value = _value(source, column, strip, threshold, VOCAB, QUARTER, HAS_THRESHOLDS)
+                top, token = _better(top, token, value, value, at)
     highest = tl.max(top, 0)
     tl.store(scores + row * splits + split, highest)
     tl.store(best + row * splits + split, tl.min(tl.where(top == highest, token, VOCAB), 0))

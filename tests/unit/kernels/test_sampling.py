@@ -169,6 +169,16 @@ def test_noise_is_never_above_its_bound() -> None:
     assert MOST_NOISE - 0.2 < -float(least.log()) < MOST_NOISE - 0.1
 
 
+def test_noise_is_never_above_what_the_upper_bits_of_its_word_allow() -> None:
+    """What a GPU leaves tokens out by: -log(u) of the word's 23 upper bits."""
+    words = torch.randint(0, 2**32, (100_000,), generator=torch.Generator().manual_seed(0)) >> (
+        torch.arange(100_000) % 20
+    )
+    words = torch.cat([words, torch.tensor([0, 1, 511, 512, 2**26 - 1, 2**26, 2**32 - 513, 2**32 - 1])])
+    least = ((words >> 9).double() * 2.0**-23).log()
+    assert bool((-exponential(words).log().double() <= 1e-5 - least).all())
+
+
 def test_tokens_that_equal_the_threshold_stay_together() -> None:
     logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0, -math.inf]])
     one = torch.ones(1)
@@ -210,6 +220,19 @@ for rows, vocab, dtype in ((6, 50, torch.float32), (1, 4500, torch.bfloat16)):
         assert torch.equal(found, choose_reference(*given, lasts[2], thresholds)), (found, dtype)
         assert torch.equal(greedy, choose_greedily(logits, slots, lasts[3]))
         assert torch.equal(lasts[0], lasts[2]) and torch.equal(lasts[1], lasts[3])
+
+# A program goes over six blocks, and leaves out those in which no token can reach the best so far.
+from tunesmith.kernels import sampling_triton
+
+sampling_triton._COLUMNS, sampling_triton.num_splits = 128, lambda *_: 1
+logits = torch.randn(4, 2600) * torch.tensor([0.01, 1.0, 8.0, 0.5])[:, None]
+logits[1, :2000], logits[3, 2500] = -inf, float("nan")
+temperatures, slots = torch.tensor([1.0, 0.6, 0.05, 1.0]), torch.arange(4)
+for rows, thresholds in ((4, None), (1, logits[:1].quantile(0.9, dim=-1))):
+    given = (logits[:rows], temperatures, slots * 7, slots[:rows], slots[:rows] + 3)
+    with kernels_on("cpu"):
+        found = choose(*given, torch.zeros(4, dtype=torch.int64), thresholds)
+    assert torch.equal(found, choose_reference(*given, torch.zeros(4, dtype=torch.int64), thresholds)), found
 
 wanted = ((0.7, 0, 1.0, 0.0), (1.0, 5, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.5, 0, 1.0, 0.05), (0.6, 20, 0.8, 0.0),
           (1.0, 7, 0.9, 0.1), (0.3, 0, 0.6, 0.02), (2.0, 50000, 0.5, 0.0), (0.0, 3, 0.5, 0.0))

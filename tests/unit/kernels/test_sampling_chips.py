@@ -21,7 +21,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     numbers, ids, short_ids = "*fp32", "*i64", "*i32"
     draw = {"temperatures": numbers, "seeds": ids, "slots": ids, "positions": ids, "thresholds": numbers}
     draw |= {"scores": numbers, "best": short_ids, "row_stride": "i32", "splits": "i32"}
-    shape = {"VOCAB": 151_936, "QUARTER": quarter(151_936), "COLUMNS": 1024, "SITE": SITE}
+    shape = {"VOCAB": 151_936, "QUARTER": quarter(151_936), "COLUMNS": sampling_triton._COLUMNS, "SITE": SITE}
     shape |= {"SERIES_BELOW": SERIES_BELOW, "ROUNDS": 7}
     reduce = {"scores": numbers, "best": short_ids, "slots": ids, "tokens": ids, "last_tokens": ids, "splits": "i32"}
     place = {"stride": "i32", "vocab_size": "i32", "chunks": "i32"}
