@@ -25,6 +25,7 @@ from tunesmith.train import optimizer_offload, resolve
 from tunesmith.train.adamw import LARGE_BYTES
 from tunesmith.train.host_states import AHEAD, HostStates
 from tunesmith.train.host_states import PIECE_BYTES as HOST_PIECE_BYTES
+from tunesmith.train.optimizers import make_optimizer
 from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session import Session, build_session
 from tunesmith.train.states import capture_state, restore_state
@@ -90,6 +91,34 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> Lanes:
     monkeypatch.setattr(optimizer_offload, "HostStates", small)
     monkeypatch.setattr(optimizer_offload, "pinned_memory", lambda n, advice: torch.full((n,), 9, dtype=torch.uint8))
     return made
+
+
+class Clock:
+    """What a GPU's computation is at, in values that a copy would have moved meanwhile."""
+
+    now = 0.0
+
+
+class TimedTransfer:
+    """Copies that take time on a stream of their own, as `CudaTransfer` ties it to the computation."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.free_at, self.moved = clock, 0.0, 0
+
+    def copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+        values = 0
+        for target, source in pairs:
+            target.copy_(source)
+            values += source.numel()
+        self.moved += values
+        self.free_at = max(self.free_at, self.clock.now) + values
+        return self.free_at
+
+    def wait(self, ticket: float) -> None:
+        self.clock.now = max(self.clock.now, ticket)
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 class Model(nn.Module):
@@ -201,6 +230,53 @@ def test_states_are_under_way_before_their_gradients(lanes: Lanes) -> None:
     assert set(ahead) == {AHEAD}
     fetched, sent = (transfer.number - number for transfer, number in zip(lanes[0], before, strict=True))
     assert fetched == sent == before[1] / 2  # nothing for nothing
+
+
+def _timed(clock: Clock, one_by_one: bool) -> tuple[HostStates, list[nn.Parameter], TimedTransfer]:
+    weights = [nn.Parameter(torch.zeros(4096 * (1 + number % 3))) for number in range(40)]
+    settings = TrainSection(learning_rate=1e-3)
+    inner = make_optimizer([(str(number), weight) for number, weight in enumerate(weights)], settings)
+    incoming, outgoing = TimedTransfer(clock), TimedTransfer(clock)
+    states = HostStates(
+        inner, incoming, outgoing, incoming.allocate, one_by_one=one_by_one, piece_bytes=2 * 4 * 4096, least_bytes=1
+    )
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    return states, weights, incoming
+
+
+def _ahead(states: HostStates) -> int:
+    """Values that were fetched for the step after."""
+    return sum(
+        value.numel() for flight in states._coming for arriving in flight.arriving for value in arriving.values()
+    )
+
+
+def test_both_directions_move_at_once() -> None:
+    """An update takes as long as the states take one way, and little more: a piece at either end."""
+    clock = Clock()
+    states, _, incoming = _timed(clock, one_by_one=False)
+    states.step()
+    assert incoming.moved <= clock.now <= 1.05 * incoming.moved
+
+
+def test_copies_pass_beside_the_backward_pass() -> None:
+    """Gradients come three at a time, after products that take a little longer than the states of all three."""
+    clock = Clock()
+    states, weights, incoming = _timed(clock, one_by_one=True)
+    products = 0.0
+    for step in range(3):
+        began, products = clock.now, 0.0
+        for number, weight in enumerate(weights):
+            if number % 3 == 0:
+                work = 1.2 * sum(2 * w.numel() for w in weights[number : number + 3])
+                clock.now, products = clock.now + work, products + work
+            states.param_groups = [{**states.inner.param_groups[0], "params": [weight]}]
+            states.step()
+        took = clock.now - began
+        assert step > 0 or took > 1.5 * products  # the first does not know what comes next
+    assert took <= 1.05 * products
+    assert incoming.moved == 3 * sum(2 * weight.numel() for weight in weights) + _ahead(states)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
