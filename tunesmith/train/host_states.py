@@ -141,7 +141,8 @@ class HostStates(torch.optim.Optimizer):
                 self._release(keep=AHEAD if self._one_by_one else 1)
                 self._fetch_ahead(piece, pieces[number + 1 :])
                 self._update(flight, groups)
-                self._leaving.append(flight)
+                if flight.ticket is not None:
+                    self._leaving.append(flight)
             if not self._one_by_one:
                 self._release(keep=0)
         except BaseException:
