@@ -15,6 +15,7 @@ Every batch and mode prints one JSON line with ms per step:
 On CUDA, `device_ms` is a step from its first launch to its last on the device's own clock, and `idle_ms` what lies
 between two steps (the copy of the next one's tensors too): where idle_ms is small, the host is hidden, however long it
 waits, and what device_ms has beyond the kernels' own time (--operators) lies between kernels.
+`slowest`, of mode ahead, are the slowest of these steps: where their time went on the host (engine/step_clock.py).
 `floor_ratio` is the time that the step's bytes (weights once, the requests' keys and values) take at the data sheet's
 bandwidth, or at --bandwidth GB/s, over the time measured. The first line tells the start: seconds to make the model, to
 warm up and to record, and the memory that graphs took.
@@ -50,6 +51,7 @@ from tunesmith.model.decoder import Decoder
 
 WARM_UP = 3
 PROFILED = 3
+SLOWEST = 2
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,11 @@ class TimedPending:
         return result
 
 
-def ahead(setting: Setting, batch: int, host: list[float], clock: dict[str, float]) -> list[float]:
+def ahead(setting: Setting, batch: int, host: list[float], clock: dict[str, Any]) -> list[float]:
     """Milliseconds of the engine's steps while all requests decode, a step ahead; the last steps are left out.
 
     host: is given the milliseconds of each of these steps that were not spent waiting; clock: what `Waits.on_device`
-    says.
+    says, and the slowest steps.
     """
     waits = Waits(setting.runner)
     engine = Engine(cast(Any, waits), config=setting.config)
@@ -204,9 +206,11 @@ def ahead(setting: Setting, batch: int, host: list[float], clock: dict[str, floa
         if len(running) == batch and all(sequence.num_missing == 1 for sequence in running):
             if not times:
                 del waits.spans[:-1]
+                engine.clock.clear()
             times.append(1000 * (time.perf_counter() - began_s))
             host.append(times[-1] - waits.waited_ms)
             clock |= waits.on_device() if len(times) == setting.steps - WARM_UP else {}
+    clock["slowest"] = [{"kind": slow.kind, **slow.phases_ms} for slow in engine.clock.slowest()[:SLOWEST]]
     host[:] = host[WARM_UP:-1]
     return times[WARM_UP:-1]
 
@@ -249,7 +253,7 @@ def measure(setting: Setting, batch: int) -> None:
     if graphs is not None:
         modes["graph"] = lambda: milliseconds(step, setting.steps)
     host: list[float] = []
-    clock: dict[str, float] = {}
+    clock: dict[str, Any] = {}
     modes["ahead"] = lambda: ahead(setting, batch, host, clock)
     for mode, run in modes.items():
         times = run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from tunesmith.engine.batch import StepResult
@@ -9,6 +10,8 @@ from tunesmith.engine.request import Completion, FinishReason, StepOutput, Timin
 from tunesmith.engine.scheduler import Scheduled
 from tunesmith.engine.sequence import Sequence
 from tunesmith.errors import RequestError
+
+log = logging.getLogger(__name__)
 
 
 def advance(part: Scheduled, result: StepResult, row: int, scored: int) -> StepOutput | None:
@@ -111,3 +114,12 @@ def complete(sequence: Sequence, reason: FinishReason, error: str | None = None)
         stop_reason=sequence.stop_reason,
         error=error,
     )
+
+
+def rest(sequence: Sequence) -> str:
+    """The rest of an answer's text that ends early; what can't be told any more is left out."""
+    try:
+        return sequence.text.finish()
+    except Exception:
+        log.warning("the rest of an answer has no text", exc_info=True)
+        return ""

@@ -10,12 +10,11 @@ theirs for their mask: their pass is launched ahead all the same, and only the c
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from tunesmith.engine.answers import advance, complete
+from tunesmith.engine.answers import advance, complete, rest
 from tunesmith.engine.batching import BatchBuilder
 from tunesmith.engine.collection import FrozenWhileBusy
 from tunesmith.engine.config import EngineConfig, EngineStats
@@ -28,10 +27,10 @@ from tunesmith.engine.request import Completion, Request, SamplingParams, StepOu
 from tunesmith.engine.sampling import draw_seed
 from tunesmith.engine.scheduler import Scheduled, Scheduler
 from tunesmith.engine.sequence import Sequence as Running
+from tunesmith.engine.step_clock import StepClock
 from tunesmith.engine.text import AnswerText, TextDecoder
 from tunesmith.errors import RequestError
 
-log = logging.getLogger(__name__)
 WAIT_S = 0.0005
 MakeDecoder = Callable[[Request], TextDecoder]
 
@@ -82,6 +81,7 @@ class Engine:
         self.counts = {"steps": 0, "prompt_tokens": 0, "generation_tokens": 0, "num_finished": 0, "num_failed": 0}
         self.counts |= {"drafted_tokens": 0, "accepted_tokens": 0}
         self.last_step_s = 0.0
+        self.clock = StepClock()
 
     # Requests
 
@@ -157,7 +157,7 @@ class Engine:
             return None
         had_begun = sequence.was_admitted
         self._finish(sequence)
-        _rest(sequence)
+        rest(sequence)
         return complete(sequence, "abort") if had_begun else None
 
     def _finish(self, sequence: Running) -> None:
@@ -198,13 +198,13 @@ class Engine:
         An exception that belongs to one request ends that request alone (finish_reason "error"). Any other, and an
         interruption, leaves caches and answers out of step, so what was running then is dropped.
         """
-        began_s = time.perf_counter()
+        self.clock.begin()
         try:
             outputs = self._step()
         except BaseException:
             self._drop_running()
             raise
-        self.last_step_s = time.perf_counter() - began_s
+        self.last_step_s = self.clock.end()
         return outputs
 
     def _step(self) -> list[StepOutput]:
@@ -215,18 +215,22 @@ class Engine:
         plan = self.scheduler.plan()
         self._release_slots()
         self._count_admitted()
+        self.clock.mark("plan")
         if not plan:
             if self.launched is None and self.unready and not outputs:
                 time.sleep(WAIT_S)  # for a thread that compiles a grammar or loads an adapter
             return outputs + self._read()
         batch, rows = self.builder.build(plan, self.runner.fixed_rows)
+        self.clock.mark("build")
         self.runner.forward(batch)
+        self.clock.launch(batch)
         has_grammars = any(row.has_grammar for row in rows)
         if has_grammars:
             outputs += self._read()
         masks, failed = grammar_masks(plan.scheduled, self.runner.vocab_size) if has_grammars else (None, [])
         before, self.launched = self.launched, Launched(plan.scheduled, self.runner.sample(batch, rows, masks))
         self.counts["steps"] += 1
+        self.clock.mark("sample")
         if has_grammars:  # a request may have ended after its rows were planned, and was drawn for all the same
             self.scheduler.left_slots += {row.slot for row in rows}.intersection(self.scheduler.free_slots)
             self._release_slots()
@@ -295,6 +299,7 @@ class Engine:
         if launched is None:
             return []
         result = launched.pending.wait()
+        self.clock.mark("wait")
         outputs: list[StepOutput] = []
         row = scored = num_sampled = 0
         for part in launched.parts:
@@ -332,7 +337,7 @@ class Engine:
         self.counts["num_failed"] += 1
         self._finish(sequence)
         said = str(error) or type(error).__name__
-        return StepOutput(sequence.request.id, [], _rest(sequence), complete(sequence, "error", error=said))
+        return StepOutput(sequence.request.id, [], rest(sequence), complete(sequence, "error", error=said))
 
     def _drop_running(self) -> None:
         self.launched = None
@@ -387,12 +392,3 @@ class Engine:
             kv_reserved_bytes=pages.num_used * page_bytes,
             **self.counts,
         )
-
-
-def _rest(sequence: Running) -> str:
-    """The rest of an answer's text that ends early; what can't be told any more is left out."""
-    try:
-        return sequence.text.finish()
-    except Exception:
-        log.warning("the rest of an answer has no text", exc_info=True)
-        return ""
