@@ -1,7 +1,8 @@
 """What a thread does in `gemv_quads_triton`: loads of its words, codes made operands, products by the tensor cores.
 
 Each is an instruction or a few in PTX (BY_HAND), and beside it the same in Triton, which its interpreter runs.
-Source: PTX ISA, ld.global.nc, prmt, lop3, fma, and matrix fragments for mma.m16n8k16 with floating point type.
+Source: PTX ISA, ld, griddepcontrol, bar.warp.sync, prmt, lop3, fma, and matrix fragments for mma.m16n8k16 with floating
+point type.
 """
 
 # Triton's decorator and its kernels' arguments have no types.
@@ -22,14 +23,15 @@ _OFFSETS = {"weight": (0, 64), "bytes": (0, 16, 128, 144), "planes": tuple(range
 def _loads(kind: str, how: str = "", vector: int = 4, *, zeros: bool = False) -> str:
     """PTX that loads a vector of words at each offset from one address, unless the last operand is 0.
 
-    What is not loaded is whatever it is; zeros: it is 0.
+    What is not loaded is whatever it is; zeros: it is 0. Not ld.global.nc: such loads are moved past barriers, and an
+    input's even before the end of the kernel that writes it (seen in the machine code of `when_earlier_is_through`).
     """
     count = vector * len(_OFFSETS[kind])
     names = [f"${i}" for i in range(count)]
     lines = [f"mov.b32 {name}, 0;" for name in names] if zeros else []
     for i, offset in enumerate(_OFFSETS[kind]):
         some = ", ".join(names[vector * i : vector * (i + 1)])
-        lines.append(f"@p ld.global.nc.{how}v{vector}.b32 {{{some}}}, [${count} + {offset}];")
+        lines.append(f"@p ld.global.{how}v{vector}.b32 {{{some}}}, [${count} + {offset}];")
     return f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {' '.join(lines)} }}"
 
 
@@ -53,6 +55,7 @@ LOAD_WEIGHT_OR_ZEROS = tl.constexpr(_loads("weight", "L1::no_allocate.L2::128B."
 LOAD_OPERANDS = tl.constexpr(_loads("weight", zeros=True))
 LOAD_BYTES, LOAD_PLANES = tl.constexpr(_loads("bytes", zeros=True)), tl.constexpr(_loads("planes", vector=2))
 WAIT = tl.constexpr("griddepcontrol.wait; mov.b32 $0, $1;")
+SETTLED = tl.constexpr("bar.warp.sync 0xffffffff; mov.b32 $0, $1;")
 EIGHT, SIXTEEN = (tl.constexpr(",".join(["=r"] * count + ["l", "r"])) for count in (8, 16))
 MMA_HALF, MMA_BF16 = tl.constexpr(_mma_of("f16")), tl.constexpr(_mma_of("bf16"))
 # Two bfloat16 values times 2^60 (0x5D80), minus zero, which keeps zeros as they are.
@@ -84,7 +87,8 @@ def _eight(TEXT: tl.constexpr, pointer, wanted, BY_HAND: tl.constexpr):
             EIGHT,
             [pointer.to(tl.int64), wanted.to(tl.int32)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
+            # Not pure: what is, is moved down to where it is used, and waited for there.
+            is_pure=False,
             pack=1,
         )
     words = ()
@@ -103,6 +107,17 @@ def load_weight(pointer, wanted, ZEROS: tl.constexpr, BY_HAND: tl.constexpr):
 def load_operands(pointer, wanted, BY_HAND: tl.constexpr):
     """The same of an input, which others read too; 0 where they are not wanted."""
     return _eight(LOAD_OPERANDS, pointer, wanted, BY_HAND)
+
+
+@triton.jit
+def once_asked_for(place, BY_HAND: tl.constexpr):
+    """`place`, behind all loads before it: they are under way before anything is waited for.
+
+    Without that the assembler moves a load down to where its words are multiplied, to save registers.
+    """
+    if BY_HAND:
+        return tl.inline_asm_elementwise(SETTLED, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1)
+    return place
 
 
 @triton.jit

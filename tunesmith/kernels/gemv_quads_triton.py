@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.gemv_fragments_triton import when_earlier_is_through
+from tunesmith.kernels.gemv_fragments_triton import once_asked_for, when_earlier_is_through
 from tunesmith.kernels.gemv_steps_triton import byte_step, float_step, int4_step, of_step
 from tunesmith.kernels.gemv_triton import FLOAT, FP8, INT4
 from tunesmith.kernels.launch import current, num_processors, overlaps
@@ -113,9 +113,22 @@ def quad_kernel(
     ahead = ()
     for j in tl.static_range(AHEAD):
         ahead = ahead + (of_step(w, scales, zeros, held, j * WARPS + warp, place, S),)
-    here = place
+    lane = tl.arange(0, 32)[:, None, None]
+    lower, odd = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
+    factors, biases = (), ()
+    for i in tl.static_range(TILES):
+        row = first + 16 * i + 8 * lower + lane // 4
+        inside = (row < num_rows) & (row < first + ROWS)
+        factor = tl.full([32, 2, 1], 1.0, tl.float32)
+        added = tl.zeros([32, 2, 1], tl.float32)
+        if FORMAT != INT4 and FORMAT != FLOAT:
+            factor = tl.load(scales + row, mask=inside, other=0.0)
+        if BIAS:
+            added = tl.load(bias + row, mask=inside, other=0.0)
+        factors, biases = factors + (factor,), biases + (added,)
+    here = once_asked_for(place, BY_HAND)  # of what is loaded above, nothing is used above
     if OVERLAP:
-        here = when_earlier_is_through(place)
+        here = when_earlier_is_through(here)
     for start in range(0, STEPS, WARPS * AHEAD):
         following = ()
         for j in tl.static_range(AHEAD):
@@ -125,6 +138,7 @@ def quad_kernel(
                 # Asked for while this step's are multiplied, and those of AHEAD - 1 steps between.
                 now_following = of_step(w, scales, zeros, held, step + WARPS * AHEAD, place, S)
                 following = following + (now_following,)
+                here = once_asked_for(here, BY_HAND)
             else:
                 following = following + (now,)
             wanted = step < STEPS
@@ -135,24 +149,17 @@ def quad_kernel(
             else:
                 acc = byte_step(acc, now[0], x, tokens, step, wanted, here, S, FORMAT == FP8)
         ahead = following
-    lane = tl.arange(0, 32)[:, None, None]
-    lower, odd = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
     for i in tl.static_range(TILES):
         row = first + 16 * i + 8 * lower + lane // 4
         inside = (row < num_rows) & (row < first + ROWS)
-        factor = tl.full([32, 2, 1], 1.0, tl.float32)
-        added = tl.zeros([32, 2, 1], tl.float32)
-        if FORMAT != INT4 and FORMAT != FLOAT:
-            factor = tl.load(scales + row, mask=inside, other=0.0)
-            if FORMAT == FP8:
-                factor *= 256.0 if HALF else 1152921504606846976.0
-        if BIAS:
-            added = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
         for n in tl.static_range(TOKEN_TILES):
             d = acc[i * TOKEN_TILES + n]
             # [lane, lower, odd] of every warp, added up over the warps in one go.
             d = tl.join(tl.join(d[0], d[2]), tl.join(d[1], d[3]))
-            y = tl.sum(tl.reshape(d, [WARPS, 32, 2, 2]), axis=0) * factor + added
+            y = tl.sum(tl.reshape(d, [WARPS, 32, 2, 2]), axis=0)
+            if FORMAT == FP8:
+                y *= 256.0 if HALF else 1152921504606846976.0
+            y = y * factors[i] + biases[i].to(tl.float32)
             token = first_token + 8 * n + lane % 4 * 2 + odd
             tl.store(out + token * num_rows + row, y.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
