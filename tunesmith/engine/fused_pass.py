@@ -17,6 +17,7 @@ from tunesmith.engine.attend import PagedAttention
 from tunesmith.kernels.add_rms_norm import add_rms_norm_
 from tunesmith.kernels.direct import direct
 from tunesmith.kernels.heads_to_pages import HeadsLayout, heads_to_pages
+from tunesmith.kernels.launch import overlapped
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm
 from tunesmith.kernels.rope import rope_tables_half
@@ -42,6 +43,10 @@ class FusedPass:
         self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
 
     def __call__(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
+        with overlapped():
+            return self._hidden(tokens_T, positions_T, attend)
+
+    def _hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
         decoder = self.decoder
         stream = decoder.stream.own(decoder.embed(tokens_T, positions_T))
         rope = None

@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.launch import current
+from tunesmith.kernels.launch import current, overlaps
+
+# Who is launched next may begin (and ask for its weights); what was launched before has written what is read here.
+_EARLY = tl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
 
 _VALUES_PER_WARP = 512
 
@@ -22,6 +25,7 @@ def add_rms_norm_operator(stream: Tensor, delta: Tensor, weight: Tensor, eps: fl
     y = torch.empty_like(stream)
     if num_rows:
         columns, warps = row_launch(width)
+        overlap = {"launch_pdl": True} if overlaps(stream.device) else {}
         with current(stream.device):
             _add_rms_norm_kernel[(num_rows,)](
                 stream,
@@ -31,8 +35,10 @@ def add_rms_norm_operator(stream: Tensor, delta: Tensor, weight: Tensor, eps: fl
                 eps,
                 WIDTH=width,
                 COLUMNS=columns,
+                OVERLAP=bool(overlap),
                 num_warps=warps,
                 enable_fp_fusion=False,  # rounds as plain torch does
+                **overlap,
             )
     return y
 
@@ -57,8 +63,11 @@ def _add_rms_norm_kernel(
     eps,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     column = tl.arange(0, COLUMNS)
+    if OVERLAP:
+        column = tl.inline_asm_elementwise(_EARLY, "=r,r", [column], dtype=tl.int32, is_pure=False, pack=1)
     mask = column < WIDTH
     at = tl.program_id(0).to(tl.int64) * WIDTH + column
     dtype = y.dtype.element_ty

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from tunesmith.kernels import launch
 from tunesmith.kernels.add_rms_norm import add_rms_norm_
 from tunesmith.model.layers import RMSNorm
 
@@ -40,3 +42,37 @@ def test_has_the_bits_of_sum_and_norm_apart(dtype: torch.dtype) -> None:
 
 def test_the_kernel_equals_the_reference(check_interpreted: Callable[[str], None]) -> None:
     check_interpreted(KERNEL)
+
+
+def test_it_waits_for_what_it_reads_where_it_may_begin_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the machine's instructions is the assembler's; the one handed to it is checked."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tunesmith.kernels.add_rms_norm_triton import _add_rms_norm_kernel as kernel
+
+    if not hasattr(kernel, "cache_key"):
+        pytest.skip("Triton interprets here (TRITON_INTERPRET): nothing is compiled")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    names = list(kernel.arg_names)
+    constants = {"WIDTH": 1024, "COLUMNS": 1024, "OVERLAP": True}
+    types = {**dict.fromkeys(("stream", "delta", "weight", "y"), "*bf16"), "eps": "fp32"}
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in names}, fixed, {})
+    ptx = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2, "enable_fp_fusion": False}
+    ).asm["ptx"]
+    assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+
+
+def test_launches_overlap_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_has_overlap", lambda _: True)
+    gpu = torch.device("cuda", 0)
+    for value, wanted in (("1", True), ("0", False)):
+        monkeypatch.setenv("TUNESMITH_OVERLAP", value)
+        assert not launch.overlaps(gpu)
+        with launch.overlapped():
+            assert launch.overlaps(gpu) is wanted
+            assert not launch.overlaps(torch.device("cpu"))
+        assert not launch.overlaps(gpu)
