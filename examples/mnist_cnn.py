@@ -1,8 +1,11 @@
 """Train a small CNN on MNIST's idx files with the loop that trains language models, evaluate it, draw a prediction.
 
-    python examples/mnist_cnn.py FOLDER [--out runs/mnist] [--steps 300]
+    python examples/mnist_cnn.py FOLDER [--out runs/mnist] [--steps 300]            one process
+    torchrun --nproc-per-node 2 examples/mnist_cnn.py FOLDER [--strategy zero3]     two, by torchrun
+    tunesmith launch --cpu --nproc 2 examples/mnist_cnn.py FOLDER                   two, started again if one dies
 
-FOLDER holds MNIST's idx files, gzipped or not; the 10,000 test images alone are enough: they are split.
+FOLDER holds MNIST's idx files, gzipped or not; the 10,000 test images alone are enough: they are split. Any number of
+processes makes the same steps, of two batches each.
 Run it again on the same --out after a kill, and it goes on where it stopped.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +24,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tunesmith.parallel.mesh import place_from
+from tunesmith.recipe.parallel import ParallelSection, Strategy
 from tunesmith.recipe.schema import CheckpointSection, TrainSection
 from tunesmith.rundir.io import write_json_atomic
 from tunesmith.train.module_session import fit
 
 Batch = tuple[Tensor, Tensor]
 HELD_OUT = 2000
-BATCH_SIZE = 100
+BATCH_SIZE, BATCHES_OF_A_STEP = 50, 2
 
 
 class Cnn(nn.Module):
@@ -117,8 +123,8 @@ def draw(model: nn.Module, image: Tensor, label: int, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def run(folder: Path, out: Path, steps: int) -> Result:
-    """Train, save, load, evaluate, draw."""
+def run(folder: Path, out: Path, steps: int, strategy: Strategy = "ddp") -> Result | None:
+    """Train, save, load, evaluate, draw; of several processes the first does all but training, and has the result."""
     images, labels = load_mnist(folder)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
@@ -131,6 +137,7 @@ def run(folder: Path, out: Path, steps: int) -> Result:
 
     torch.manual_seed(0)
     model = Cnn()
+    parallel = ParallelSection(strategy=strategy, micro_batches=BATCHES_OF_A_STEP)
     settings = TrainSection(max_steps=steps, learning_rate=5e-3, weight_decay=0.01)
     done = fit(
         model,
@@ -140,7 +147,10 @@ def run(folder: Path, out: Path, steps: int) -> Result:
         settings=settings,
         validation=held_out,
         checkpoint=CheckpointSection(every_steps=100),
+        parallel=parallel,
     )
+    if place_from(os.environ).rank:
+        return None
     return evaluate_saved(out, model, done.steps, held_out)
 
 
@@ -162,9 +172,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/mnist"))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--strategy", choices=["ddp", "zero2", "zero3"], default="ddp")
     arguments = parser.parse_args()
-    result = run(arguments.folder, arguments.out, arguments.steps)
-    print(json.dumps({"steps": result.steps, "test_accuracy": result.accuracy, "picture": str(result.picture)}))
+    result = run(arguments.folder, arguments.out, arguments.steps, arguments.strategy)
+    if result is not None:
+        print(json.dumps({"steps": result.steps, "test_accuracy": result.accuracy, "picture": str(result.picture)}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +48,22 @@ def test_a_cnn_is_trained_saved_evaluated_and_a_prediction_drawn(
     again = example.run(mnist, tmp_path, steps=100)  # nothing is left to do: the checkpoint is what is evaluated
     assert again.accuracy == result.accuracy
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == len(rows)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_processes_by_torchrun_train_it_too(mnist: Path, tmp_path: Path, strategy: str) -> None:
+    """Stopped after 60 steps and gone on with; the first process alone evaluates, draws and prints."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
+    for steps in ("60", "100"):
+        options = [str(mnist), "--out", str(tmp_path), "--strategy", strategy, "--steps", steps]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([*start, *options], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stdout.splitlines()
+    assert json.loads(line)["test_accuracy"] > 0.9
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if row["event"] == "step"] == [*range(1, 101)]
+    assert (tmp_path / "ranks" / "rank-1" / "metrics.jsonl").is_file()
 
 
 def test_idx_files_are_read(example: ModuleType, mnist: Path) -> None:

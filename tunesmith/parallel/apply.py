@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -58,8 +59,9 @@ def _spread_data(module: nn.Module, mesh: Mesh, settings: ParallelSection, compu
     cut = full_shard(mesh, settings, compute_dtype, has_adapters=bool(adapters))
     if cut is None:
         return Replicated(module, mesh, finds_unused=_may_leave_unused(module))
-    _refuse_what_can_not_shard(module)
-    return Sharded(module, cut, blocks=blocks_of(module), replicated=adapters)
+    blocks = blocks_of(module)
+    _refuse_what_can_not_shard(module, blocks)
+    return Sharded(module, cut, blocks=blocks, replicated=adapters)
 
 
 def full_shard(
@@ -115,7 +117,15 @@ def _may_leave_unused(module: nn.Module) -> bool:
     return isinstance(module, Decoder) and cast(Any, config).moe is not None
 
 
-def _refuse_what_can_not_shard(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
+def _refuse_what_can_not_shard(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    paths = [f"{path}." for path, child in module.named_modules(remove_duplicate=False) if child in blocks]
+    homes: dict[nn.Parameter, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.ndim == 0:
             raise ParallelError(f"{name} has no dimension, so it can't be sharded: use parallel.strategy ddp")
+        home = next((path for path in paths if name.startswith(path)), "")
+        if homes.setdefault(parameter, home) != home:
+            raise ParallelError(
+                f"{name} is a parameter of {homes[parameter] or 'the rest.'}* too, and each block's are gathered by "
+                f"themselves: use parallel.strategy ddp"
+            )

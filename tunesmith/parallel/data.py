@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tunesmith.errors import ParallelError
 from tunesmith.parallel.full_shard import FullShard
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.spread import Batch, Loss, Piece, accumulate, squared_norm, whole_pieces
@@ -45,6 +46,7 @@ class Replicated:
         self.module, self.mesh = module, mesh
         self.num_data = mesh.size("dp")
         self._parameters = list(module.parameters())
+        self._is_checked = finds_unused
         self._engine = DistributedDataParallel(
             _Called(module),
             process_group=mesh.group("dp"),
@@ -84,7 +86,16 @@ class Replicated:
         return nullcontext() if is_last else cast(AbstractContextManager[None], self._engine.no_sync())
 
     def collect(self) -> None:
-        """DDP has summed them."""
+        """DDP has summed them. Raises: ParallelError where it could not, seen in the first step."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                raise ParallelError(
+                    f"{name} got no gradient, and parallel.strategy ddp sums those of all trained parameters: freeze "
+                    f"it by requires_grad_(False), or set parallel.strategy zero2"
+                )
 
     def clear(self) -> None:
         """Let the gradients go."""
@@ -149,7 +160,7 @@ class Sharded:
         if parameter not in self._local:
             self._local[parameter] = nn.Parameter(parameter.to_local().detach())
         local, shape = self._local[parameter], tuple(parameter.shape)
-        start = _first_row(shape[0], self.num_data, self.mesh.index("dp"))
+        start = first_row(shape[0], self.num_data, self.mesh.index("dp"))
         rows = (start, start + local.shape[0])
         return Piece(name, local, shape, (rows, *((0, size) for size in shape[1:])))
 
@@ -250,6 +261,6 @@ def _no_buffers(engine: type) -> dict[str, Any]:
     return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
-def _first_row(rows: int, parts: int, index: int) -> int:
+def first_row(rows: int, parts: int, index: int) -> int:
     """Where a share of FSDP2's split by rows begins: chunks of the ceiling, the last ones short or empty."""
     return min(-(-rows // parts) * index, rows)

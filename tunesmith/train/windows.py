@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, cast
 
 import torch
 
@@ -20,10 +20,26 @@ from tunesmith.units import ceil_div
 
 
 @dataclass(frozen=True)
-class BatchWindow(Generic[Batch]):
-    """The batches of one step, and where in the run it is, in epochs."""
+class Filler(Generic[Batch]):
+    """A batch that goes through the module and counts nothing: where another process has one more."""
 
-    batches: tuple[Batch, ...]
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of the processes that see other batches this is. width: batches of a step, of all; None: accumulation."""
+
+    index: int = 0
+    count: int = 1
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class BatchWindow(Generic[Batch]):
+    """The batches of one step that are this process's, and where in the run it is, in epochs."""
+
+    batches: tuple[Batch | Filler[Batch], ...]
     epoch_position: float
     ends_epoch: bool
 
@@ -32,15 +48,24 @@ class BatchWindows(Generic[Batch]):
     """The windows of every step.
 
     `batches` is called in the thread that takes windows, with every global generator seeded for its epoch and put
-    back afterwards: what it draws depends on seed and epoch alone, so that a resumed run draws the same.
+    back afterwards: what it draws depends on seed and epoch alone, so that a resumed run draws the same, and so does
+    every process. Of several, each takes every so-maniest batch of a window, and asks for no other.
     """
 
-    def __init__(self, batches: Callable[[int], Sequence[Batch]], settings: TrainSection, device: torch.device) -> None:
+    def __init__(
+        self,
+        batches: Callable[[int], Sequence[Batch]],
+        settings: TrainSection,
+        device: torch.device,
+        part: Part | None = None,
+    ) -> None:
         self._make, self._settings, self._device = batches, settings, device
+        self._part = part or Part()
+        self.width = self._part.width or settings.accumulation
         self._epoch, self._batches = 0, self._draw(0)
         if len(self._batches) == 0:
             raise DataError("there is no batch to train on: `batches` is empty")
-        self._steps_per_epoch = ceil_div(len(self._batches), settings.accumulation)
+        self._steps_per_epoch = ceil_div(len(self._batches), self.width)
         self.total_steps = settings.max_steps or math.ceil(
             auto_epochs(settings, self._steps_per_epoch) * self._steps_per_epoch
         )
@@ -75,9 +100,19 @@ class BatchWindows(Generic[Batch]):
 
     def _window(self, step: int) -> BatchWindow[Batch]:
         epoch, index = divmod(step, self._steps_per_epoch)
-        width, batches = self._settings.accumulation, self._batches
-        # Sliced by index: a sequence that makes its batches on demand need not know slices.
+        width, batches = self.width, self._batches
         chosen = range(index * width, min((index + 1) * width, len(batches)))
         ends = index + 1 == self._steps_per_epoch
         position = epoch + (index + 1) / self._steps_per_epoch
-        return BatchWindow(tuple(batches[i] for i in chosen), position, ends)
+        return BatchWindow(own_batches(batches, chosen, self._part), position, ends)
+
+
+def own_batches(batches: Sequence[Batch], chosen: range, part: Part) -> tuple[Batch | Filler[Batch], ...]:
+    """This process's of the batches of a step or a validation, and fillers up to as many as any process has.
+
+    Taken by index: a sequence that makes its batches on demand need not know slices.
+    """
+    own: list[Batch | Filler[Batch]] = [batches[i] for i in chosen[part.index :: part.count]]
+    missing = ceil_div(len(chosen), part.count) - len(own)
+    last = own[-1] if own else batches[chosen[0]] if missing else None
+    return (*own, *(Filler(cast(Batch, last)) for _ in range(missing)))
