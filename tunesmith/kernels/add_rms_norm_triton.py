@@ -65,11 +65,12 @@ def _add_rms_norm_kernel(
     COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    column = tl.arange(0, COLUMNS)
+    column, row = tl.arange(0, COLUMNS), tl.program_id(0)
     if OVERLAP:
-        column = tl.inline_asm_elementwise(_EARLY, "=r,r", [column], dtype=tl.int32, is_pure=False, pack=1)
+        # Of the row, not of the columns: what is known of those is what lets them be loaded 16 bytes at a time.
+        row = tl.inline_asm_elementwise(_EARLY, "=r,r", [row], dtype=tl.int32, is_pure=False, pack=1)
     mask = column < WIDTH
-    at = tl.program_id(0).to(tl.int64) * WIDTH + column
+    at = row.to(tl.int64) * WIDTH + column
     dtype = y.dtype.element_ty
     old = tl.load(stream + at, mask=mask, other=0.0).to(tl.float32)
     new = (old + tl.load(delta + at, mask=mask, other=0.0).to(tl.float32)).to(dtype)

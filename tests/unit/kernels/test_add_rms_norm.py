@@ -59,11 +59,13 @@ def test_it_waits_for_what_it_reads_where_it_may_begin_early(tmp_path: Path, mon
     constants = {"WIDTH": 1024, "COLUMNS": 1024, "OVERLAP": True}
     types = {**dict.fromkeys(("stream", "delta", "weight", "y"), "*bf16"), "eps": "fp32"}
     fixed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in names}, fixed, {})
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name != "eps"}
+    source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in names}, fixed, aligned)
     ptx = triton.compile(
         source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2, "enable_fp_fusion": False}
     ).asm["ptx"]
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+    assert "ld.global.v4" in ptx
 
 
 def test_launches_overlap_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
