@@ -175,13 +175,13 @@ def resumed_with_another_width(folder: str) -> str:
     return str(caught.value)
 
 
-def refusals() -> list[str]:
+def refusals(folder: str) -> list[str]:
     """What several processes can't do, said."""
     messages = []
 
     def ask(module: nn.Module, kind: type[Exception], settings: TrainSection = SETTINGS, **more: Any) -> None:
         with pytest.raises(kind) as caught:
-            fit(module, Made(0, []), more.pop("loss", _loss), run_dir=Path("nowhere"), settings=settings, **more)
+            fit(module, Made(0, []), more.pop("loss", _loss), run_dir=Path(folder), settings=settings, **more)
         messages.append(str(caught.value))
 
     unused = _network()
@@ -214,7 +214,7 @@ def test_what_can_not_be_done_is_said(ranks: Callable[..., list[Any]], tmp_path:
     (message, _) = ranks(resumed_with_another_width, 2, str(tmp_path))
     assert "started with 3 batches a step" in message
     assert "go on with 2: set parallel.micro_batches" in message
-    for said in ranks(refusals, 2):
+    for said in ranks(refusals, 2, str(tmp_path / "refused")):
         for words, text in zip(
             (
                 "1 is a BatchNorm1d",
