@@ -32,7 +32,7 @@ from tunesmith.kernels import gemv_quads_triton as fragments
 from tunesmith.kernels.fp8 import FP8, dequantize_rows, fp8_product, has_fp8, quantize_fp8_weight, quantize_rows_fp8
 from tunesmith.kernels.int4 import Int4Weight, dequantize_int4, empty_int4, quantize_int4
 from tunesmith.kernels.int8 import dequantize_int8, int8_integer_product, quantize_int8
-from tunesmith.kernels.launch import num_processors
+from tunesmith.kernels.launch import num_processors, overlapped
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from tunesmith.kernels.warm_up import compile_all, taken_down
 from tunesmith.model.decode_linears import FP8_WEIGHT_TOKENS
@@ -262,12 +262,13 @@ def candidates(name: str, held: Held, copies: list[Tensor], wide: list[Tensor], 
         )
     if name == "fp8" and tokens > 1 and has_fp8("cuda"):
         scales = cast(Tensor, held.scales)
-        yield Candidate("fp8-products", (), copies, lambda x, codes, out: in_fp8(x, codes, scales))
+        yield Candidate("fp8-products", (), copies, lambda x, codes, out: in_fp8(x, codes, scales, fp8_product))
+        yield Candidate("fp8-parts", (), copies, lambda x, codes, out: in_fp8(x, codes, scales))
 
 
-def in_fp8(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor) -> Tensor:
-    """The input quantised by rows, and a product of fp8 with fp8."""
-    return fp8_product(*quantize_rows_fp8(x_TD), codes_FD.view(torch.float8_e4m3fn), scale_F, None, x_TD.dtype)
+def in_fp8(x: Tensor, codes: Tensor, scale: Tensor, product: Callable[..., Tensor] = gemv.fp8_few_product) -> Tensor:
+    """The input quantised by rows, and a product of fp8 with fp8: by default the one that an engine takes."""
+    return product(*quantize_rows_fp8(x), codes.view(FP8), scale, None, x.dtype)
 
 
 def tiles(format_id: int, rows: int, width: int, tokens: int, processors: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -390,8 +391,9 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(json.dumps({"device": torch.cuda.get_device_name(), "copy_gb_per_s": round(bandwidth / 1e9, 1)}), flush=True)
     rows = (sweep if arguments.sweep else rows_of)(arguments, bandwidth, deadline)
-    for line in table(rows) if arguments.table else map(json.dumps, rows):
-        print(line, flush=True)
+    with overlapped():  # where TUNESMITH_OVERLAP=1, as inside an engine's pass
+        for line in table(rows) if arguments.table else map(json.dumps, rows):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

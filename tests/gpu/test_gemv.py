@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from tunesmith.kernels import gemv
-from tunesmith.kernels.fp8 import dequantize_fp8_weight, quantize_fp8_weight
+from tunesmith.kernels.add_rms_norm import add_rms_norm_
+from tunesmith.kernels.fp8 import (
+    dequantize_fp8_weight,
+    product_reference,
+    quantize_fp8_weight,
+    quantize_rows_fp8,
+)
+from tunesmith.kernels.fp8_split_triton import num_parts
 from tunesmith.kernels.int4 import dequantize_int4, quantize_int4
 from tunesmith.kernels.int8 import dequantize_int8, int8_integer_product, quantize_int8
+from tunesmith.kernels.launch import num_processors, overlapped
 from tunesmith.kernels.nf4 import dequantize_nf4, quantize_nf4
 
 pytestmark = pytest.mark.gpu
@@ -96,3 +104,50 @@ def test_fragments_are_right_in_every_tile_and_repeat_their_bits(
             check(out, x, dense, bias, unit)
             found.append(out)
         assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("tokens", [17, 64, 100, 129, 256])
+def test_fp8_products_in_parts_are_those_of_torch(tokens: int) -> None:
+    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    fp8 = quantize_fp8_weight(torch.randn(3584, 4096, device="cuda") * 0.05)
+    bias = torch.randn(3584, device="cuda", dtype=torch.bfloat16)
+    codes = quantize_rows_fp8(x)
+    parts = num_parts(tokens, 3584, 4096, num_processors(x.device))
+    assert parts > 1
+    for b in (None, bias):
+        mine = gemv.fp8_few_product(*codes, fp8.codes, fp8.scale, b, x.dtype)
+        truth = product_reference(*codes, fp8.codes, fp8.scale, b, torch.float32)
+        # Hopper keeps some 14 bits of a sum inside its products.
+        assert float((mine.float() - truth).abs().max() / truth.abs().max()) < 2.0**-7
+        assert torch.equal(mine, gemv.fp8_few_product(*codes, fp8.codes, fp8.scale, b, x.dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_norm_and_a_product_that_begin_early_have_the_same_bits(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded chain of blocks, replayed: what is read early must be what the kernel before has written."""
+    monkeypatch.setenv("TUNESMITH_OVERLAP", "1")
+    generator = torch.Generator("cuda").manual_seed(2)
+    width = 2048
+    weights = [torch.randn(width, width, device="cuda", generator=generator).bfloat16() * 0.02 for _ in range(8)]
+    int4 = [quantize_int4(weight, 128, clips=(1.0,)) for weight in weights]
+    first = torch.randn(tokens, width, device="cuda", generator=generator).bfloat16()
+    ones = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+
+    def chain() -> torch.Tensor:
+        stream, y = first.clone(), first
+        for weight, held in zip(weights, int4, strict=True):
+            y = add_rms_norm_(stream, gemv.float_product(y, weight, None), ones, 1e-6)
+            y = add_rms_norm_(stream, gemv.int4_product(y, held, None), ones, 1e-6)
+        return y
+
+    with torch.inference_mode():
+        truth = chain()
+        with overlapped():
+            chain()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = chain()
+        for _ in range(50):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, truth)

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tunesmith.kernels.fp8 import dequantize_rows
+from tunesmith.kernels.fp8 import dequantize_rows, fp8_product
 from tunesmith.kernels.int4 import Int4Weight, dequantize_int4
 from tunesmith.kernels.int4_cpu import CpuInt4, cpu_product
 from tunesmith.kernels.int8 import dequantize_int8, int8_split_product
+from tunesmith.kernels.launch import num_processors
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, use_kernel
 
 Format = Literal["float", "int8", "fp8", "int4", "nf4"]
@@ -108,6 +109,24 @@ def fp8_weight_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: 
 
         return fp8_operator(x_TD, codes_FD, scale_F, bias_F)
     return dense_product(x_TD, dequantize_rows(codes_FD, scale_F, dense_dtype(x_TD)), bias_F)
+
+
+def fp8_few_product(
+    x_codes_TD: Tensor, x_scale_T1: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`fp8_product` of a GPU, which cuts a sum into parts where tiles are too few to fill the chip.
+
+    On an H200 torch's product of 64 tokens with [3584, 18944] took 53 us, what its bytes take being 16.
+    """
+    parts = 1
+    if use_kernel(x_codes_TD.device):
+        from tunesmith.kernels.fp8_split_triton import num_parts, split_product_operator
+
+        num_rows, width = codes_FD.shape
+        parts = num_parts(x_codes_TD.shape[0], num_rows, width, num_processors(x_codes_TD.device))
+    if parts == 1:
+        return fp8_product(x_codes_TD, x_scale_T1, codes_FD, scale_F, bias_F, dtype)
+    return split_product_operator(x_codes_TD, x_scale_T1, codes_FD, scale_F, bias_F, parts).to(dtype)
 
 
 def nf4_product(x_TD: Tensor, parts: list[NF4Weight], bias_F: Tensor | None) -> Tensor:

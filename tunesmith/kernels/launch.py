@@ -65,9 +65,11 @@ def overlapped() -> Iterator[None]:
 
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel launched now is to wait for the one before it by itself (programmatic dependent launch)."""
-    return _overlapping.get() and device.type == "cuda" and _has_overlap(device)
+    return _overlapping.get() and device.type in ("cuda", "meta") and _has_overlap(device)
 
 
 @cache
 def _has_overlap(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= _FIRST_OVERLAP
+    # What is recorded on the meta device is compiled for the GPU that is there.
+    gpu = device if device.type == "cuda" else None
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(gpu) >= _FIRST_OVERLAP

@@ -11,7 +11,16 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from tunesmith.kernels.gemv import FLOAT_BYTES, float_product, fp8_weight_product, nf4_product, takes, takes_float
+from tunesmith.kernels.fp8 import quantize_rows_fp8
+from tunesmith.kernels.gemv import (
+    FLOAT_BYTES,
+    float_product,
+    fp8_few_product,
+    fp8_weight_product,
+    nf4_product,
+    takes,
+    takes_float,
+)
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.fp8 import Fp8Linear
@@ -52,14 +61,20 @@ class DecodeNF4Linear(NF4Linear):
 
 
 class DecodeFp8Linear(Fp8Linear):
-    """An `Fp8Linear` that widens its weight in registers where there are few tokens, and never quantises those."""
+    """An `Fp8Linear` that widens its weight in registers where there are few tokens, and never quantises those.
+
+    Of some tens of tokens the sums are cut where the weight alone does not fill the chip.
+    """
 
     def product(self, x_TD: Tensor) -> Tensor:
         """y_TF = x @ weight.T + bias in the dtype of x, without gradients."""
         flat = x_TD.flatten(0, -2)
-        if not takes("fp8", flat) or (self.compute == "fp8" and flat.shape[0] > FP8_WEIGHT_TOKENS):
+        if takes("fp8", flat) and (self.compute != "fp8" or flat.shape[0] <= FP8_WEIGHT_TOKENS):
+            y_TF = fp8_weight_product(flat, self.codes, self.scale, self.bias)
+        elif self.compute == "fp8" and x_TD.is_cuda:
+            y_TF = fp8_few_product(*quantize_rows_fp8(flat), self.codes, self.scale, self.bias, x_TD.dtype)
+        else:
             return super().product(x_TD)
-        y_TF = fp8_weight_product(flat, self.codes, self.scale, self.bias)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
 
 

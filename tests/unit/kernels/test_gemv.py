@@ -99,6 +99,15 @@ held = quantize_int8(torch.randn(5, 300))
 mine = int8_dequantize_operator(held.codes, held.scale, float16)
 assert torch.equal(mine, dequantize_int8(held.codes, held.scale, float16))
 words = quantize_int4(torch.randn(4, 128), 128, True)
+from tunesmith.kernels.fp8 import product_reference, quantize_rows_reference
+from tunesmith.kernels.fp8_split_triton import split_product_operator
+for tokens, rows, width, parts, has_bias in ((5, 130, 640, 2, True), (20, 40, 384, 3, False)):
+    x = quantize_rows_reference(torch.randn(tokens, width))
+    codes, scale = quantize_rows_reference(torch.randn(rows, width))
+    bias = torch.randn(rows) if has_bias else None
+    wanted = product_reference(*x, codes, scale.view(-1), bias, float32)
+    found = split_product_operator(*x, codes, scale.view(-1), bias, parts).float()
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=2e-3)  # bfloat16 is cut here, not rounded
 torch.library.opcheck(ops.int4_operator, (torch.randn(1, 128), words.words, words.scales, None, None),
                       test_utils=("test_schema", "test_faketensor"))
 """
