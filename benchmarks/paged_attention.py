@@ -33,7 +33,7 @@ from torch import Tensor
 from tunesmith.kernels.fp8_weight import FP8
 from tunesmith.kernels.kv_cache import write_kv
 from tunesmith.kernels.paged_attention import paged_attention
-from tunesmith.kernels.paged_attention_fresh import attend_fresh
+from tunesmith.kernels.paged_attention_fresh import SEEN, attend_fresh, pays_fresh
 from tunesmith.kernels.paged_attention_tiles import Tile, with_tile
 from tunesmith.units import ceil_div
 
@@ -176,13 +176,15 @@ def flashinfer(batch: Batch) -> Callable[[], object] | None:
 
 
 def fresh(batch: Batch) -> Callable[[], object] | None:
-    """What serves prompts without anything in the cache: torch's variable-length kernel on the new keys."""
+    """What serves prompts without anything in the cache: torch's kernels on the new keys."""
     if any(new != context or new == 1 for new, context in batch.lengths) or batch.key_scales is not None:
         return None
     shape = (batch.query.shape[0], *batch.keys.shape[2:])
     key, value = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
-    longest = max(new for new, _ in batch.lengths)
-    return lambda: attend_fresh(batch.query, key, value, batch.starts, longest, None)
+    lengths, out = [new for new, _ in batch.lengths], torch.empty_like(batch.query)
+    for _ in range(SEEN + 1):
+        pays_fresh(lengths, batch.query.shape[1], batch.query.shape[2], batch.query.dtype, batch.query.device)
+    return lambda: attend_fresh(batch.query, key, value, lengths, out)
 
 
 def writing(batch: Batch) -> tuple[Callable[[], object], int]:

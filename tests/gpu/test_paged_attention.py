@@ -17,7 +17,7 @@ from tunesmith.kernels.fp8_weight import FP8
 from tunesmith.kernels.kv_cache import write_kv, write_kv_reference
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.paged_attention import paged_attention
-from tunesmith.kernels.paged_attention_fresh import attend_fresh, fits_fresh
+from tunesmith.kernels.paged_attention_fresh import SEEN, attend_fresh, pays_fresh
 
 pytestmark = pytest.mark.gpu
 MIXED = ([1, 20, 3, 1, 500, 0, 129], [5, 20, 3000, 1700, 800, 0, 129])
@@ -129,10 +129,11 @@ def run_for_graph(batch: PagedBatch) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("window", [None, 100])
-def test_fresh_prompts_through_torchs_kernel(window: int | None) -> None:
-    counts = [5, 300, 64, 1]
-    batch = make_batch(counts, counts, (28, 4, 128), torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("heads", [(28, 4, 128), (14, 2, 64)])
+def test_fresh_prompts_through_torchs_kernels(heads: tuple[int, int, int]) -> None:
+    """First by FlashAttention 2, then, when a shape has come often enough, by cuDNN; queries and keys in one tensor."""
+    counts = [1100, 700, 700, 5]
+    batch = make_batch(counts, counts, heads, torch.bfloat16, device="cuda")
     places = torch.cat(
         [
             batch.tables[r].long().repeat_interleave(SLOTS)[:n] * SLOTS + torch.arange(n, device="cuda") % SLOTS
@@ -140,10 +141,13 @@ def test_fresh_prompts_through_torchs_kernel(window: int | None) -> None:
         ]
     )
     key, value = batch.keys.flatten(0, 1)[places], batch.values.flatten(0, 1)[places]
-    query = batch.query[: sum(counts)]
-    assert fits_fresh(query, key)
-    out = attend_fresh(query, key, value, batch.starts, 300, window)
-    assert_near(batch, out, window)
+    query, key = torch.cat([batch.query[: sum(counts)], key], dim=1).split(heads[:2], dim=1)
+    for _ in range(SEEN + 2):
+        has_fresh = pays_fresh(counts[:3], heads[0], heads[2], query.dtype, query.device)
+        assert has_fresh == (torch.cuda.get_device_capability() >= (9, 0))
+        out = torch.full_like(batch.query[: sum(counts)], float("nan"))
+        attend_fresh(query, key, value, counts, out)
+        assert_near(batch, out)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -5,13 +5,16 @@ new keys, values --write_kv--> the requests' pages --paged_attention--> the new 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from tunesmith.engine.attend_rows import attend_rows, rows_of
-from tunesmith.engine.batch import StepBatch
+from tunesmith.engine.batch import FreshTail, StepBatch
 from tunesmith.engine.pages import PagedCache
 from tunesmith.kernels.kv_cache import write_kv
 from tunesmith.kernels.paged_attention import paged_attention
+from tunesmith.kernels.paged_attention_fresh import attend_fresh, pays_fresh
 from tunesmith.model.attention import AttendLayer
 
 
@@ -27,6 +30,7 @@ class PagedAttention:
         self.invariant = invariant
         goes_by_rows = invariant and batch.is_decode and cache.device.type == "cpu" and cache.key_scales is None
         self._rows = rows_of(batch) if goes_by_rows else None
+        self._fresh = None if invariant or batch.fresh is None or not self._pays(batch.fresh) else batch.fresh
 
     @property
     def has_scales(self) -> bool:
@@ -45,9 +49,42 @@ class PagedAttention:
 
         return attend
 
+    def _pays(self, fresh: FreshTail) -> bool:
+        config = self.cache.config
+        shape = (config.num_attention_heads, config.head_dim)
+        return not self.has_scales and pays_fresh(fresh.lengths, *shape, self.cache.dtype, self.cache.device)
+
+    def has_fresh(self, layer: int) -> bool:
+        """Whether this layer's new keys and values are wanted as they are too, for `over_new`."""
+        if self._fresh is None:
+            return False
+        window = self.cache.config.window(layer)
+        return window is None or window >= max(self._fresh.lengths)
+
+    def over_new(self, layer: int, query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> Tensor:
+        """`over_pages` where `has_fresh`: prompts that have nothing in the cache go over their own keys."""
+        fresh, batch = self._fresh, self.batch
+        assert fresh is not None
+        out = query_TNH.new_empty(query_TNH.shape)
+        first = query_TNH.shape[0] - sum(fresh.lengths)
+        if fresh.num_before:
+            before = replace(
+                batch,
+                query_starts_R1=batch.query_starts_R1[: fresh.num_before + 1],
+                context_R=batch.context_R[: fresh.num_before],
+                block_tables_RP=batch.block_tables_RP[: fresh.num_before],
+                max_query=fresh.max_query,
+                max_context=fresh.max_context,
+            )
+            self._over_pages(layer, query_TNH, before, out)
+        attend_fresh(query_TNH[first:], key_TKH[first:], value_TKH[first:], fresh.lengths, out[first:])
+        return out
+
     def over_pages(self, layer: int, query_TNH: Tensor) -> Tensor:
         """out_TNH of queries whose keys and values are in the pages already."""
-        batch = self.batch
+        return self._over_pages(layer, query_TNH, self.batch, None)
+
+    def _over_pages(self, layer: int, query_TNH: Tensor, batch: StepBatch, out: Tensor | None) -> Tensor:
         keys, values = self.pages(layer)
         window = self.cache.config.window(layer)
         if self._rows is not None:
@@ -65,6 +102,7 @@ class PagedAttention:
             window=window,
             key_scales_PK=key_scales,
             value_scales_PK=value_scales,
+            out=out,
             invariant=self.invariant,
         )
 

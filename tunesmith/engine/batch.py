@@ -21,6 +21,19 @@ from tunesmith.engine.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
+class FreshTail:
+    """The last requests of a step, as far as all that they have in the cache is what this step writes.
+
+    lengths: each one's tokens. num_before: requests before them; max_query, max_context: of those, as in StepBatch.
+    """
+
+    lengths: tuple[int, ...]
+    num_before: int
+    max_query: int
+    max_context: int
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """What a pass over the model needs: T new tokens of R sequences, of which B rows are sampled.
 
@@ -41,6 +54,7 @@ class StepBatch:
     token_adapters: the same on the host.
     score_rows, score_targets: i64, rows of prompts whose next token's log-probability is asked for, and those tokens.
     num_scored_top: how many most likely tokens are given beside each of those.
+    fresh: where its last requests are whole prompts, or the beginnings of some; None also where nobody looked.
     passes: the same tokens as batches of a fixed number of rows, padded, to be run one after the other (batch-invariant
         mode); empty where the batch is run as it is.
     """
@@ -63,6 +77,7 @@ class StepBatch:
     score_rows: Tensor | None = None
     score_targets: Tensor | None = None
     num_scored_top: int = 0
+    fresh: FreshTail | None = None
     passes: tuple[StepBatch, ...] = ()
 
     def with_passes(self, passes: tuple[StepBatch, ...]) -> StepBatch:

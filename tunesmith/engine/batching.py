@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.engine.batch import SampledRow, StepBatch
+from tunesmith.engine.batch import FreshTail, SampledRow, StepBatch
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.pages import PAGE_SLOTS, pages_of
 from tunesmith.engine.scheduler import Scheduled, StepPlan
@@ -191,6 +191,22 @@ def to_device(host: HostBatch, device: torch.device) -> StepBatch:
         sequence_slots=host.sequence_slots.tolist(),
         is_decode=host.is_decode,
         num_scored_top=host.num_scored_top,
+        fresh=None if host.is_decode else _fresh_tail(host),
+    )
+
+
+def _fresh_tail(host: HostBatch) -> FreshTail | None:
+    """The last requests that have as many new tokens as context."""
+    counts = np.diff(host.starts)
+    others = np.flatnonzero(counts != host.contexts)
+    num_before = int(others[-1]) + 1 if len(others) else 0
+    if num_before == len(counts):
+        return None
+    return FreshTail(
+        lengths=tuple(counts[num_before:].tolist()),
+        num_before=num_before,
+        max_query=int(counts[:num_before].max(initial=1)),
+        max_context=int(host.contexts[:num_before].max(initial=1)),
     )
 
 

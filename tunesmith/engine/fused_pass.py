@@ -9,6 +9,7 @@ It calls the decoder's own linears, whatever stands in their place (quantised, w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -79,9 +80,13 @@ class FusedPass:
             return attend[layer](query, key, value).flatten(1)
         cos, sin = (None, None) if rope is None else rope
         layout = HeadsLayout(self.heads.num_heads, self.heads.num_kv_heads, *weights, eps, cos, sin, attend.invariant)
-        keys, values = attend.pages(layer)
-        query = heads_to_pages(qkv_TF, layout, keys, values, attend.batch.slots_T)
-        return attend.over_pages(layer, query).flatten(1)
+        pages, slots = attend.pages(layer), attend.batch.slots_T
+        if not attend.has_fresh(layer):
+            return attend.over_pages(layer, heads_to_pages(qkv_TF, layout, *pages, slots)).flatten(1)
+        prepared = heads_to_pages(qkv_TF, replace(layout, keeps_keys=True), *pages, slots)
+        query, key = prepared.split((layout.num_heads, layout.num_kv_heads), dim=1)
+        value = qkv_TF.unflatten(1, (-1, query.shape[2]))[:, -layout.num_kv_heads :]
+        return attend.over_new(layer, query, key, value).flatten(1)
 
 
 def _mlp(mlp: nn.Module, y_TD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tunesmith.kernels.direct import direct
@@ -27,6 +28,7 @@ class HeadsLayout:
     query_weight, key_weight: [H] of the norms of heads, with `eps`; None where heads are not normed.
     cos_TH2, sin_TH2: float32 [T, H/2]; None where positions are not rotated.
     invariant: a token's result does not depend on how many there are.
+    keeps_keys: key heads are given back too, behind the query's.
     """
 
     num_heads: int
@@ -37,12 +39,13 @@ class HeadsLayout:
     cos_TH2: Tensor | None = None
     sin_TH2: Tensor | None = None
     invariant: bool = False
+    keeps_keys: bool = False
 
 
 def heads_to_pages(
     qkv_TF: Tensor, layout: HeadsLayout, keys_PSKH: Tensor, values_PSKH: Tensor, slots_T: Tensor
 ) -> Tensor:
-    """query_TNH, ready for attention; keys and values are then in their slots.
+    """query_TNH, ready for attention; keys and values are then in their slots. With `keeps_keys`, [T, N + K, H].
 
     Args: qkv_TF: contiguous. keys_PSKH, values_PSKH: contiguous pages of its dtype. slots_T: int64, page * S + offset;
     what has -1 is not written.
@@ -63,6 +66,7 @@ def heads_to_pages(
             values_PSKH,
             slots_T,
             layout.invariant,
+            layout.keeps_keys,
         )
         return query_TNH
     return heads_to_pages_reference(qkv_TF, layout, keys_PSKH, values_PSKH, slots_T)
@@ -83,4 +87,4 @@ def heads_to_pages_reference(
         rope_reference_(query, layout.cos_TH2, layout.sin_TH2)
         rope_reference_(key, layout.cos_TH2, layout.sin_TH2)
     write_kv_reference(key, value, keys_PSKH, values_PSKH, slots_T)
-    return query
+    return torch.cat([query, key], dim=1) if layout.keeps_keys else query

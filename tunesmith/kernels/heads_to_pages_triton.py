@@ -13,8 +13,10 @@ from torch import Tensor
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
-# Tokens of one program where there are many; one program a token and head where there are few, to fill the chip.
-_MANY_TOKENS, _TOKENS = 512, 8
+# Tokens of one program by how many there are: one program a token and head where there are few, to fill the chip; no
+# more programs than run at once where there are many (256 tokens of 36 heads one by one: 6.7 us on an H200, for 1 of
+# bytes).
+_TOKENS_FROM = ((512, 8), (128, 4), (0, 1))
 
 
 @torch.library.custom_op("tunesmith::heads_to_pages", mutates_args=("keys", "values"))
@@ -31,13 +33,15 @@ def heads_to_pages_operator(
     values: Tensor,
     slots: Tensor,
     invariant: bool,
+    keeps_keys: bool,
 ) -> Tensor:
-    """query [T, N, H]; keys and values are written into their slots of the pages.
+    """query [T, N, H], or with `keeps_keys` [T, N + K, H]; keys and values are written into their slots of the pages.
 
     invariant: always one token a program. Several lie in threads otherwise, and the sum of a head's norm is another.
     """
     num_tokens, head_dim = qkv.shape[0], keys.shape[-1]
-    query = qkv.new_empty(num_tokens, num_heads, head_dim)
+    given_heads = num_heads + num_kv_heads * keeps_keys
+    query = qkv.new_empty(num_tokens, given_heads, head_dim)
     if not num_tokens:
         return query
     tokens = 1 if invariant else tokens_of_a_program(num_tokens)
@@ -57,6 +61,7 @@ def heads_to_pages_operator(
             eps,
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
+            GIVEN_HEADS=given_heads,
             HALF=head_dim // 2,
             TOKENS=tokens,
             COLUMNS=columns,
@@ -82,13 +87,14 @@ def _heads_to_pages_fake(
     values: Tensor,
     slots: Tensor,
     invariant: bool,
+    keeps_keys: bool,
 ) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], num_heads, keys.shape[-1])
+    return qkv.new_empty(qkv.shape[0], num_heads + num_kv_heads * keeps_keys, keys.shape[-1])
 
 
 def tokens_of_a_program(num_tokens: int) -> int:
     """Tokens that one program takes of a head."""
-    return _TOKENS if num_tokens >= _MANY_TOKENS else 1
+    return next(tokens for least, tokens in _TOKENS_FROM if num_tokens >= least)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -106,6 +112,7 @@ def _heads_to_pages_kernel(
     eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
+    GIVEN_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -142,11 +149,11 @@ def _heads_to_pages_kernel(
             rotated = first * cosine - second * sine
             second = second * cosine + first * sine
             first = rotated
-    if is_query:
-        target = query + (token * NUM_HEADS + head)[:, None] * WIDTH + column[None, :]
+    if head < GIVEN_HEADS:
+        target = query + (token * GIVEN_HEADS + head)[:, None] * WIDTH + column[None, :]
         tl.store(target, first.to(dtype), mask=mask)
         tl.store(target + HALF, second.to(dtype), mask=mask)
-    else:
+    if not is_query:
         slot = tl.load(slots + token, mask=in_tokens, other=-1)
         written = mask & (slot >= 0)[:, None]
         pages = values if is_value else keys

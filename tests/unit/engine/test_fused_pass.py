@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.attend import PagedAttention
-from tunesmith.engine.batch import StepBatch
+from tunesmith.engine.batch import FreshTail, StepBatch
+from tunesmith.engine.batching import _worst, to_device
 from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
-from tunesmith.engine.pages import PagedCache
+from tunesmith.engine.pages import PAGE_SLOTS, PagedCache
+from tunesmith.kernels import paged_attention_fresh
 from tunesmith.model.decoder import Decoder
 
 
@@ -60,6 +64,41 @@ def test_equals_the_decoder(family: str, tiny_model_dir) -> None:
             found = fused(batch.tokens_T, batch.positions_T, PagedAttention(other, batch))
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.keys[0][1, :6], one.keys[0][1, :6])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_prompts_with_nothing_in_the_cache_go_over_their_own_keys(
+    family: str, tiny_model_dir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of one length and one of another, behind a piece that goes on with what is in the cache."""
+    monkeypatch.setattr(paged_attention_fresh, "_fits", lambda *_: True)
+    monkeypatch.setattr(paged_attention_fresh, "LEAST_TOKENS", 1)
+    decoder = load_decoder(tiny_model_dir(family), device="cpu", dtype=torch.float32).eval()
+    first, second = mixed([4], [4]), mixed([3, 6, 6, 2], [7, 6, 6, 2])
+    assert second.fresh == FreshTail((6, 6, 2), num_before=1, max_query=3, max_context=7)
+    plain = replace(second, fresh=None)
+    one, other = (PagedCache(decoder.config, 8, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2))
+    fused = FusedPass(decoder)
+    with torch.inference_mode():
+        for cache in (one, other):
+            fused(first.tokens_T, first.positions_T, PagedAttention(cache, replace(first, fresh=None)))
+        wanted = fused(plain.tokens_T, plain.positions_T, PagedAttention(one, plain))
+        attend = PagedAttention(other, second)
+        assert attend.has_fresh(0)
+        torch.testing.assert_close(fused(second.tokens_T, second.positions_T, attend), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(other.keys[1][1:3, :6], one.keys[1][1:3, :6])
+    assert not PagedAttention(other, second, invariant=True).has_fresh(0)
+
+
+def mixed(counts: list[int], contexts: list[int]) -> StepBatch:
+    """Requests with so many new tokens of so many in the cache, each on a page of its own."""
+    lengths, ends = np.array(counts), np.array(contexts)
+    host = _worst(lengths, ends)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    tables = np.arange(len(counts), dtype=np.int32)[:, None]
+    tokens = np.arange(len(host.tokens)) % 50 + 3
+    slots = owner * PAGE_SLOTS + host.positions
+    return to_device(replace(host, tokens=tokens, slots=slots, tables=tables), torch.device("cpu"))
 
 
 def test_pages_of_fp8_have_their_own_way_in(tiny_model_dir) -> None:

@@ -13,12 +13,13 @@ from tunesmith.kernels.rope import rope_tables_half
 from tunesmith.model.heads import Heads
 
 KERNEL = """
+from dataclasses import replace
 import torch
 from tunesmith.kernels import heads_to_pages_triton as module
 from tunesmith.kernels.heads_to_pages import HeadsLayout, heads_to_pages_reference
 from tunesmith.kernels.rope import rope_tables_half
 
-module._MANY_TOKENS = 6  # so that programs of one token and of several are both run
+module._TOKENS_FROM = ((9, 8), (6, 4), (0, 1))  # so that programs of one token and of several are both run
 cases = ((1, 4, 2, 16, True, True), (7, 6, 2, 24, False, True), (9, 2, 2, 16, False, False), (3, 8, 1, 32, True, True))
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):  # the interpreter cuts bfloat16, not rounds
     for tokens, heads, kv_heads, width, normed, rotated in cases:
@@ -32,8 +33,11 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):  # the 
         layout = HeadsLayout(heads, kv_heads, *weights, 1e-6, *tables)
         wanted = heads_to_pages_reference(qkv, layout, *pages[:2], slots)
         given = (qkv, heads, kv_heads, *weights, 1e-6, *tables, *pages[2:], slots)
-        module.heads_to_pages_operator(*given, True)
-        found = module.heads_to_pages_operator(*given, False)
+        if tokens == 3:
+            layout = replace(layout, keeps_keys=True)
+            query, wanted = wanted, heads_to_pages_reference(qkv, layout, *pages[:2], slots)
+            assert torch.equal(wanted[:, :heads], query)
+        found = module.heads_to_pages_operator(*given, tokens == 7, layout.keeps_keys)
         for a, b in ((found, wanted), (pages[2], pages[0]), (pages[3], pages[1])):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 """

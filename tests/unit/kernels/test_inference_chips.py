@@ -22,10 +22,10 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     pages = {"qkv": bf16, "query": bf16, "keys": bf16, "values": bf16, "slots": "*i64"}
     counts = {"num_tokens": "i32", "eps": "fp32"}
     norms, tables = {"query_weight": bf16, "key_weight": bf16}, {"cos": wide, "sin": wide}
-    shape = {"NUM_HEADS": 28, "NUM_KV_HEADS": 4, "HALF": 64, "COLUMNS": 64}
+    shape = {"NUM_HEADS": 28, "NUM_KV_HEADS": 4, "GIVEN_HEADS": 28, "HALF": 64, "COLUMNS": 64}
     heads = heads_to_pages_triton._heads_to_pages_kernel
     one = {**shape, "TOKENS": 1, "HAS_NORM": 0, "HAS_ROPE": 1, "query_weight": None, "key_weight": None}
-    many = {**shape, "TOKENS": 8, "HAS_NORM": 1, "HAS_ROPE": 1}
+    many = {**shape, "GIVEN_HEADS": 32, "TOKENS": 8, "HAS_NORM": 1, "HAS_ROPE": 1}
     return {
         "add_rms_norm": (
             add_rms_norm_triton._add_rms_norm_kernel,
