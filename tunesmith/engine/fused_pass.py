@@ -3,6 +3,7 @@
     product qkv | heads_to_pages | attention | product out | add_rms_norm
     product gate, up | swiglu | product down | add_rms_norm
 
+A product in fp8 has its input quantised before; of the MLP's second, swiglu does that.
 It calls the decoder's own linears, whatever stands in their place (quantised, with adapters), and holds no weights.
 `Decoder.forward` is the reference. Mixtures of experts, and MLPs other than SwiGLU, run as the block has them.
 """
@@ -23,7 +24,9 @@ from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm
 from tunesmith.kernels.rope import rope_tables_half
 from tunesmith.kernels.swiglu import swiglu
+from tunesmith.kernels.swiglu_fp8 import swiglu_rows_fp8
 from tunesmith.model.block import Block, Mlp
+from tunesmith.model.decode_linears import DecodeFp8Linear
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
@@ -91,7 +94,12 @@ class FusedPass:
 
 def _mlp(mlp: nn.Module, y_TD: Tensor) -> Tensor:
     if isinstance(mlp, Mlp) and mlp.is_swiglu:
-        return mlp.down(_swiglu(mlp.up(y_TD)))
+        gate_up_TF = mlp.up(y_TD)
+        down: nn.Module = mlp.down
+        # Not a subclass: one that holds columns of a whole rounds as all its processes agree.
+        if type(down) is DecodeFp8Linear and down.wants_codes(len(gate_up_TF)):
+            return down.product_of_codes(*swiglu_rows_fp8(gate_up_TF), gate_up_TF.dtype)
+        return mlp.down(_swiglu(gate_up_TF))
     return cast(Tensor, mlp(y_TD))
 
 

@@ -72,10 +72,18 @@ class DecodeFp8Linear(Fp8Linear):
         if takes("fp8", flat) and (self.compute != "fp8" or flat.shape[0] <= FP8_WEIGHT_TOKENS):
             y_TF = fp8_weight_product(flat, self.codes, self.scale, self.bias)
         elif self.compute == "fp8" and x_TD.is_cuda:
-            y_TF = fp8_few_product(*quantize_rows_fp8(flat), self.codes, self.scale, self.bias, x_TD.dtype)
+            y_TF = self.product_of_codes(*quantize_rows_fp8(flat), x_TD.dtype)
         else:
             return super().product(x_TD)
         return y_TF.view(*x_TD.shape[:-1], self.out_features)
+
+    def wants_codes(self, num_tokens: int) -> bool:
+        """Whether so many tokens are quantised and multiplied in fp8, so that who makes them may do the first."""
+        return self.compute == "fp8" and self.codes.is_cuda and num_tokens > FP8_WEIGHT_TOKENS
+
+    def product_of_codes(self, codes_TD: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
+        """y_TF in a dtype, of an input that is quantised by rows."""
+        return fp8_few_product(codes_TD, scale_T1, self.codes, self.scale, self.bias, dtype)
 
 
 def use_decode_linears(model: nn.Module) -> None:

@@ -16,7 +16,10 @@ from tunesmith.engine.batching import _worst, to_device
 from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
 from tunesmith.engine.pages import PAGE_SLOTS, PagedCache
 from tunesmith.kernels import paged_attention_fresh
+from tunesmith.model.block import Mlp
+from tunesmith.model.decode_linears import DecodeFp8Linear, adopted
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.fp8 import quantise_linears_fp8
 
 
 def steps() -> list[StepBatch]:
@@ -64,6 +67,25 @@ def test_equals_the_decoder(family: str, tiny_model_dir) -> None:
             found = fused(batch.tokens_T, batch.positions_T, PagedAttention(other, batch))
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.keys[0][1, :6], one.keys[0][1, :6])
+
+
+def test_what_a_product_in_fp8_takes_is_quantised_by_swiglu(tiny_model_dir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine no kernel runs: the same bits either way, and the linear itself is not asked."""
+    decoder = load_decoder(tiny_model_dir("llama"), device="cpu", dtype=torch.float32).eval()
+    quantise_linears_fp8(decoder)
+    for module in list(decoder.modules()):
+        if isinstance(module, Mlp):
+            module.down = adopted(DecodeFp8Linear, module.down)
+    fused, found, seen = FusedPass(decoder), [], []
+    product = DecodeFp8Linear.product_of_codes
+    monkeypatch.setattr(DecodeFp8Linear, "product_of_codes", lambda *args: (seen.append(1), product(*args))[1])
+    for wants in (False, True):
+        monkeypatch.setattr(DecodeFp8Linear, "wants_codes", lambda *_, wants=wants: wants)
+        batch, cache = steps()[0], cache_of(decoder, torch.float32)
+        with torch.inference_mode():
+            found.append(fused(batch.tokens_T, batch.positions_T, PagedAttention(cache, batch)))
+        assert len(seen) == wants * len(decoder.blocks)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])

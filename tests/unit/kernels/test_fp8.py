@@ -174,6 +174,17 @@ assert quantize_rows_operator(torch.empty(0, 48))[0].shape == (0, 48)
 for shape in [(1, 48), (17, 200), (130, 257)]:
     codes = torch.randn(shape, generator=generator).to(FP8)
     assert same(transpose_operator(codes), codes.view(torch.uint8).t().contiguous())
+# SwiGLU that is quantised as it is made has the bits of both apart.
+from tunesmith.kernels.swiglu_fp8_triton import swiglu_rows_operator
+from tunesmith.kernels.swiglu_triton import swiglu_operator
+for rows, width in ((3, 48), (2, 4100)):
+    gate_up = torch.randn(rows, 2 * width, generator=generator).to(float16)
+    gate_up[0] = 0
+    codes, scale = swiglu_rows_operator(gate_up)
+    expected, expected_scale = quantize_rows_reference(swiglu_operator(gate_up))
+    assert same(codes, expected), width
+    assert torch.equal(scale, expected_scale), width
+codes = transpose_operator(torch.randn(130, 257, generator=generator).to(FP8))
 checks = ("test_schema", "test_faketensor")
 torch.library.opcheck(quantize_rows_operator, (wide, torch.ones(64)), test_utils=checks)
 torch.library.opcheck(quantize_rows_operator, (wide, None), test_utils=checks)
