@@ -98,6 +98,7 @@ class PagedAttention:
             batch.query_starts_R1,
             batch.context_R,
             max_query=batch.max_query,
+            min_query=batch.min_query,
             max_context=batch.max_context,
             window=window,
             key_scales_PK=key_scales,

@@ -43,7 +43,8 @@ class StepBatch:
     query_starts_R1: i32 [R + 1], the rows of each sequence.
     context_R: i32, tokens of each sequence that are in the cache after this step.
     block_tables_RP: i32 [R, most pages], each sequence's pages in order; what lies behind its last page is never read.
-    max_query, max_context: the largest number of new tokens, and of tokens in the cache, of one sequence.
+    max_query, max_context: the largest number of new tokens, and of tokens in the cache, of one sequence. min_query: at
+        most the smallest number of new tokens.
     sample_rows_B: i64, the rows whose next token is drawn. A sequence with k drafts has k + 1 of them.
     sample_slots_B: i64, for each sampled row its sequence's slot.
     sample_positions_B: i64, for each sampled row the position of the token that is drawn (the row's own + 1): together
@@ -77,6 +78,7 @@ class StepBatch:
     score_rows: Tensor | None = None
     score_targets: Tensor | None = None
     num_scored_top: int = 0
+    min_query: int = 1
     fresh: FreshTail | None = None
     passes: tuple[StepBatch, ...] = ()
 

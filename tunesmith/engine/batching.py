@@ -187,6 +187,7 @@ def to_device(host: HostBatch, device: torch.device) -> StepBatch:
         adapter_T=None if host.adapters is None else moved[11],
         token_adapters=host.adapters,
         max_query=int(np.diff(host.starts).max()),
+        min_query=int(np.diff(host.starts).min()),
         max_context=int(host.contexts.max()),
         sequence_slots=host.sequence_slots.tolist(),
         is_decode=host.is_decode,

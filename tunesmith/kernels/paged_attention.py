@@ -39,12 +39,14 @@ def paged_attention(
     value_scales_PK: Tensor | None = None,
     out: Tensor | None = None,
     invariant: bool = False,
+    min_query: int = 1,
 ) -> Tensor:
     """out_TNH, of the query's dtype; computed in float32.
 
     Args: query_TNH: strides of tokens and heads are free. keys_PSKH, values_PSKH: contiguous pages. block_tables_RP,
     query_starts_R1, context_R: int32, on the query's device. max_query: at least the most new tokens of a request,
     max_context: at least the longest context; work is laid out by them, so that nothing is read back from the device.
+    min_query: at most the fewest new tokens of a request: where all have many, the kernels of few are not launched.
     scale: of the scores, 1 / sqrt(H) unless given. key_scales_PK, value_scales_PK: float32, for pages of fp8.
     out: where to write, else it is allocated. invariant: a request's result does not depend on what else is in the
     batch, nor on max_context.
@@ -70,6 +72,7 @@ def paged_attention(
             window,
             scale,
             invariant,
+            min_query,
         )
         return out
     if query_TNH.device.type == "cpu" and key_scales_PK is None and not invariant:

@@ -36,6 +36,7 @@ def paged_attention_operator(
     window: int | None,
     scale: float,
     invariant: bool,
+    min_query: int = 1,
 ) -> None:
     """See tunesmith.kernels.paged_attention.paged_attention.
 
@@ -58,8 +59,10 @@ def paged_attention_operator(
                 launch.prefill(tile, 0, True)
             return
         tile = tiles.decode_tile(head_dim, value_bytes, page_bytes, group)
-        processors = num_processors(query.device)
-        launch.decode(tile, max_query, tiles.num_splits(len(context), keys.shape[2], max_context, processors), False)
+        if min_query * group <= tile.rows:
+            processors = num_processors(query.device)
+            parts = tiles.num_splits(len(context), keys.shape[2], max_context, processors)
+            launch.decode(tile, max_query, parts, False)
         if max_query * group > tile.rows:
             shared = tiles.shared_bytes(query.device)
             launch.prefill(tiles.prefill_tile(head_dim, value_bytes, page_bytes, shared), tile.rows, False)
@@ -81,6 +84,7 @@ def _paged_attention_fake(
     window: int | None,
     scale: float,
     invariant: bool,
+    min_query: int = 1,
 ) -> None:
     return None
 

@@ -98,7 +98,7 @@ def run(batch, window=None, invariant=False, slack=0):
     paged_attention_operator(
         batch.query, batch.keys, batch.values, batch.tables, batch.starts, batch.context, batch.key_scales,
         batch.value_scales, out, batch.max_query, batch.max_context + slack, window, batch.query.shape[2] ** -0.5,
-        invariant)
+        invariant, int(batch.starts.diff().min()))
     return out[: int(batch.starts[-1])]
 def check(counts, contexts, heads, dtype, window=None, fp8=False, invariant=False):
     batch = make_batch(counts, contexts, heads, dtype, fp8=fp8)
@@ -113,6 +113,7 @@ check(*decode, (2, 1, 8), half, 30)
 check(*mixed, (7, 1, 24), half)
 check([1, 30], [5, 90], (4, 2, 16), wide, 30)
 check([1, 3], [5, 20], (20, 1, 8), wide)
+check([17, 18], [17, 20], (1, 1, 8), wide)
 check([1, 20], [20, 40], (2, 1, 16), wide, fp8=True)
 # More requests than are looked at at once.
 check([1, 18, 1, 1, 18, 1], [3, 18, 3, 3, 18, 4], (2, 1, 8), wide)
