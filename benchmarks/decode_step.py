@@ -210,7 +210,10 @@ def ahead(setting: Setting, batch: int, host: list[float], clock: dict[str, Any]
             times.append(1000 * (time.perf_counter() - began_s))
             host.append(times[-1] - waits.waited_ms)
             clock |= waits.on_device() if len(times) == setting.steps - WARM_UP else {}
-    clock["slowest"] = [{"kind": slow.kind, **slow.phases_ms} for slow in engine.clock.slowest()[:SLOWEST]]
+    clock["slowest"] = [
+        {"kind": slow.kind, "collections": slow.collections, **slow.phases_ms}
+        for slow in engine.clock.slowest()[:SLOWEST]
+    ]
     host[:] = host[WARM_UP:-1]
     return times[WARM_UP:-1]
 

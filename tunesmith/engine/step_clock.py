@@ -1,10 +1,11 @@
-"""Where the time of the slowest steps went, on the host's clock: what names a stall, at the cost of six clock readings.
+"""Where the time of the slowest steps went, on the host's clock: what names a stall, at the cost of some clock readings.
 
 plan | build: tensors, launch: the pass, sample: the choice | wait: for the device | read: tokens handed out
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import time
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ class SlowStep:
     """One step: its seconds, its number since `clear`, what it launched, and milliseconds by phase.
 
     kind: "decode" where every request had one token, else "prompts"; "read" where nothing was launched.
+    collections: full ones of Python's garbage that ran in it.
     """
 
     seconds: float
@@ -27,6 +29,7 @@ class SlowStep:
     kind: str = field(compare=False)
     num_requests: int = field(compare=False)
     num_tokens: int = field(compare=False)
+    collections: int = field(compare=False)
     phases_ms: dict[str, float] = field(compare=False)
 
 
@@ -47,6 +50,7 @@ class StepClock:
         self._began_s = self._last_s = time.perf_counter()
         self._spent_s: dict[str, float] = {}
         self._launched = ("read", 0, 0)
+        self._collected = _full_collections()
 
     def mark(self, phase: str) -> None:
         """What ran since the last mark was this phase of the step."""
@@ -66,10 +70,16 @@ class StepClock:
         self._number += 1
         if len(self._kept) < KEPT or seconds > self._kept[0].seconds:
             phases = {name: round(1000 * spent, 3) for name, spent in self._spent_s.items()}
-            step = SlowStep(seconds, self._number, *self._launched, phases)
+            collections = _full_collections() - self._collected
+            step = SlowStep(seconds, self._number, *self._launched, collections, phases)
             (heapq.heappush if len(self._kept) < KEPT else heapq.heappushpop)(self._kept, step)
         return seconds
 
     def slowest(self) -> list[SlowStep]:
         """The slowest steps, the slowest first."""
         return sorted(self._kept, reverse=True)
+
+
+def _full_collections() -> int:
+    """Since the process began."""
+    return int(gc.get_stats()[2]["collections"])
