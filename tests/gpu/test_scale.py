@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,3 +62,36 @@ def test_one_and_two_gpus(tiny_model_dir: Callable[..., Path], tmp_path: Path, s
         assert (found["parts"]["exposed_s"] > 0) == (cell["gpus"] == 2)
         assert (found["link"] is not None) == (cell["gpus"] == 2)
         assert cell["ranks"][0]["memory"]["allocated_at_rest_bytes"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_an_nf4_base_is_shared_from_the_moment_it_is_loaded(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Twelve blocks of 67 million values, 38 MB each in NF4 (35 with scales quantised too, as DDP holds them). With DDP
+    each process holds all; with zero3 its half and one block, and both what is outside and what quantising takes."""
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 12, "vocab_size": 8192}
+    model = tiny_model_dir("llama", hidden_size=64, num_attention_heads=4)
+    config = {**json.loads((model / "config.json").read_text()), **shape, "num_attention_heads": 16}
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 16, "head_dim": 128}))
+    found = {}
+    for strategy in ("ddp", "zero3"):
+        recipe = recipe_from_mapping(
+            {
+                "model": {"path": str(tmp_path / "shape"), "device": "cuda", "weights": "random"},
+                "method": {"kind": "qlora", "rank": 8},
+                "data": {"format": "tokens", "max_length": 512, "max_rows": 256, "validation_fraction": 0},
+                "train": {"micro_batch_tokens": 1024, "precision": "bfloat16", "checkpointing": "block"},
+                "parallel": {"strategy": strategy},
+                "bench": {"warmup_steps": 2, "steps": 4},
+                "output": str(tmp_path / strategy),
+            }
+        )
+        (cell,) = scale(recipe, gpus=[2], mode="weak").cells
+        assert (cell["status"], cell["reason"]) == ("ok", None)
+        found[strategy] = cell["summary"]
+    assert found["zero3"]["losses"] == pytest.approx(found["ddp"]["losses"], rel=2e-3)
+    assert abs(found["zero3"]["states"]["difference_percent"]) < 5
+    saved = found["ddp"]["memory"]["loading_peak_bytes"] - found["zero3"]["memory"]["loading_peak_bytes"]
+    assert saved > 0.8 * (12 * 35e6 - 11 * 38e6 / 2 - 38e6)

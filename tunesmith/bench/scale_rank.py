@@ -28,7 +28,7 @@ from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.io import read_json, write_json_atomic
 from tunesmith.train.allocator import prepare_allocator
 from tunesmith.train.session import Session, build_session
-from tunesmith.watch.memory import MemorySampler
+from tunesmith.watch.memory import MemorySampler, resident_high_water_bytes
 
 TRACED_STEPS = 5
 """The first of them starts on an idle device, which looks like a late host; more of them make that weigh little."""
@@ -65,10 +65,18 @@ def measure_rank(recipe: Recipe) -> dict[str, Any]:
         began = time.perf_counter()
         session = build_session(recipe, mesh=mesh)
         setup_s = time.perf_counter() - began
+        loading = _loading_memory(mesh.device)
         try:
-            return {**_measure_session(session, mesh), "setup_s": setup_s}
+            measured = _measure_session(session, mesh)
+            return {**measured, "memory": {**measured["memory"], **loading}, "setup_s": setup_s}
         finally:
             session.close()
+
+
+def _loading_memory(device: torch.device) -> dict[str, int | None]:
+    """The most that this process, which did nothing else yet, held while the model was loaded and spread."""
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"loading_peak_bytes": on_device, "loading_resident_bytes": resident_high_water_bytes()}
 
 
 def _measure_session(session: Session, mesh: Mesh) -> dict[str, Any]:

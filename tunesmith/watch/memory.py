@@ -140,7 +140,8 @@ class _ResidentSampler:
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of live tensor storages while it is entered: `current_bytes`, `peak_bytes`.
 
-    A storage counts from the first operation that makes or touches it until nothing holds it; views share one.
+    A storage counts from the first operation that makes or touches it until nothing holds it; views share one. One
+    that is resized in place, as FSDP2 frees what it gathered, counts by its old size until an operation touches it.
 
     Args: existing: tensors that count from the start, such as parameters; device_type: only storages there count.
     """
