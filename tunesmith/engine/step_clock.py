@@ -1,4 +1,4 @@
-"""Where the time of the slowest steps went, on the host's clock: what names a stall, at the cost of some clock readings.
+"""Where the time of the slowest steps went, on the host's clock: what names a stall.
 
 plan | build: tensors, launch: the pass, sample: the choice | wait: for the device | read: tokens handed out
 """
