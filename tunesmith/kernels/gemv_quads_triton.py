@@ -55,7 +55,9 @@ MOST_TOKENS = {0: 16, 1: 32, 2: 32, 3: 64}
 # Columns of a step by format (16 bits, int8, fp8, int4): widths are multiples of them.
 COLUMNS = {0: 64, 1: 128, 2: 128, 3: 256}
 # By format: warps of a processor that run at once, by their registers: with 1 to 8 tokens, with more.
-_WARPS_HELD = {0: (24, 16), 1: (28, 16), 2: (28, 16), 3: (20, 8)}
+_WARPS_HELD = {0: (24, 16), 1: (28, 16), 2: (28, 16), 3: (16, 8)}
+# Registers of a thread with which two programs of 16 warps run at once.
+_REGISTERS_OF_TWO = 64
 _WARPS_WANTED = 12
 _STEPS_WANTED = 10
 _log = logging.getLogger(__name__)
@@ -233,7 +235,9 @@ def quads(
     rows, warps, ahead = shape or shape_of(format_id, num_rows, width, num_processors(x_TD.device), num_tokens)
     token_tiles = 1 if num_tokens <= 8 else 2
     is_int4 = format_id == 3
-    overlap = {"launch_pdl": True} if overlaps(x_TD.device) else {}
+    options: dict[str, object] = {"launch_pdl": True} if overlaps(x_TD.device) else {}
+    if warps == 16 and ahead * rows <= 16 and token_tiles == 1 and x_TD.device.type != "cpu":
+        options["maxnreg"] = _REGISTERS_OF_TWO  # a few more, and only one program ran at once
     with current(x_TD.device):
         compiled = quad_kernel[(ceil_div(num_tokens, 8 * token_tiles), ceil_div(num_rows, rows))](
             x_TD.view(torch.int32),
@@ -255,11 +259,11 @@ def quads(
             WARPS=warps,
             AHEAD=ahead,
             BY_HAND=x_TD.device.type != "cpu",  # Triton's interpreter has no assembler
-            OVERLAP=bool(overlap),
+            OVERLAP="launch_pdl" in options,
             num_warps=warps,
             num_stages=1,
             enable_fp_fusion=True,
-            **overlap,
+            **options,
         )
     return compiled is None or _stays_in_threads(compiled)
 
