@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.methods import GradualMethod, MethodSummary
@@ -32,9 +32,16 @@ class BlockByBlock:
         self._method: GradualMethod | None = None
 
     def prepare(self, decoder: Decoder) -> None:
-        """Choose what is trained; the decoder is on the meta device."""
+        """Choose what is trained; the decoder is on the meta device.
+
+        Raises: ModelError for a method that this model can't be trained by (no reason to take another library's model,
+        as an UnsupportedModelError is while a model is loaded); RecipeError.
+        """
         self._decoder = decoder
-        self._method = GradualMethod(decoder, self._recipe.method, seed=self._recipe.train.seed)
+        try:
+            self._method = GradualMethod(decoder, self._recipe.method, seed=self._recipe.train.seed)
+        except UnsupportedModelError as error:
+            raise ModelError(str(error)) from None
 
     def take(self, layer: int) -> None:
         """Finish a block and keep this process's share of it."""

@@ -12,13 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tunesmith.arch import read_config
+from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.model.block import Block
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.quant import quantise_blocks
 from tunesmith.parallel.full_shard import FullShard
-from tunesmith.parallel.mesh import Mesh, joined
+from tunesmith.parallel.mesh import Mesh, Place, joined
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.recipe.parallel import ParallelSection
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train import trainable
+from tunesmith.train.block_by_block import BlockByBlock
 from tunesmith.train.resolve import resolve_recipe
 from tunesmith.train.session import build_session
 from tunesmith.train.trainable import load_trainable
@@ -144,3 +149,14 @@ def count_a_shard() -> int:
         linear = nn.Linear(4, 4, bias=False)
         FullShard(mesh, "zero3").block(linear, [])
         return LiveStorages(linear.parameters()).current_bytes
+
+
+def test_a_method_that_does_not_fit_is_no_reason_for_another_backend(tiny_model_dir: Callable[..., Path]) -> None:
+    """Where `model.backend` is auto, an UnsupportedModelError while loading means transformers."""
+    recipe = _recipe(str(tiny_model_dir("llama")), "full", "zero3", "random")
+    with torch.device("meta"):
+        decoder = Decoder(read_config(tiny_model_dir("llama")))
+    quantise_blocks(decoder, "nf4")
+    with pytest.raises(ModelError, match="can't be trained") as caught:
+        BlockByBlock(recipe, FullShard(Mesh(Place(), torch.device("cpu")), "zero3")).prepare(decoder)
+    assert not isinstance(caught.value, UnsupportedModelError)
