@@ -25,7 +25,13 @@ DECODE = ([1] * 9, [5, 130, 3000, 1, 16, 17, 512, 513, 2048])
 HEADS = [(28, 4, 128), (16, 8, 128), (14, 2, 64), (32, 32, 96), (20, 4, 80), (8, 1, 256), (24, 1, 64)]
 
 
-def run(batch: PagedBatch, window: int | None = None, slack: int = 0, invariant: bool = False) -> Tensor:
+def run(
+    batch: PagedBatch,
+    window: int | None = None,
+    slack: int = 0,
+    invariant: bool = False,
+    arrivals: Tensor | None = None,
+) -> Tensor:
     out = torch.full(batch.query.shape, float("nan"), dtype=batch.query.dtype, device="cuda")
     paged_attention(
         batch.query,
@@ -41,6 +47,7 @@ def run(batch: PagedBatch, window: int | None = None, slack: int = 0, invariant:
         value_scales_PK=batch.value_scales,
         out=out,
         invariant=invariant,
+        arrivals=arrivals,
     )
     return out[: int(batch.starts[-1])]
 
@@ -94,6 +101,20 @@ def test_the_same_bits_whatever_is_in_the_batch(window: int | None, dtype: torch
         assert torch.equal(run(alone, window, invariant=True), mine[end - 1 : end]), request
 
 
+@pytest.mark.parametrize("heads", [(28, 4, 128), (16, 8, 128), (8, 1, 256)])
+def test_parts_joined_by_the_program_that_ends_last(heads: tuple[int, int, int]) -> None:
+    """Again and again, beside what the kernel of its own makes of the same parts: whoever comes last joins all."""
+    arrivals = torch.zeros(1000, dtype=torch.int32, device="cuda")
+    for shape in (DECODE, ([1], [800]), ([1] * 64, [700 + number for number in range(64)])):
+        batch = make_batch(*shape, heads, torch.bfloat16, device="cuda")
+        joined = run(batch)
+        for _ in range(50):
+            found = run(batch, arrivals=arrivals)
+            torch.testing.assert_close(found, joined, rtol=1e-2, atol=1e-3)
+            assert not bool(arrivals.any())
+        assert_near(batch, found)
+
+
 def test_many_requests() -> None:
     contexts = torch.randint(1, 900, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     counts = [1 if number % 7 else min(context, 40) for number, context in enumerate(contexts)]
@@ -103,19 +124,21 @@ def test_many_requests() -> None:
 
 def test_a_step_recorded_once_serves_other_contexts() -> None:
     batch = make_batch(*DECODE, (28, 4, 128), torch.bfloat16, device="cuda")
-    run(batch, slack=1000)
+    arrivals = torch.zeros(100, dtype=torch.int32, device="cuda")
+    run_for_graph(batch, arrivals)
     side = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
-        out = run_for_graph(batch)
+        out = run_for_graph(batch, arrivals)
     batch.context.copy_(batch.context.flip(0).clamp(max=512))
     batch.tables.copy_(batch.tables[2:3].expand_as(batch.tables))
-    graph.replay()
-    assert_near(batch, out[: int(batch.starts[-1])])
+    for _ in range(3):
+        graph.replay()
+        assert_near(batch, out[: int(batch.starts[-1])])
 
 
-def run_for_graph(batch: PagedBatch) -> Tensor:
+def run_for_graph(batch: PagedBatch, arrivals: Tensor) -> Tensor:
     return paged_attention(
         batch.query,
         batch.keys,
@@ -126,6 +149,7 @@ def run_for_graph(batch: PagedBatch) -> Tensor:
         max_query=1,
         max_context=4000,
         window=None,
+        arrivals=arrivals,
     )
 
 

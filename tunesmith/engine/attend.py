@@ -105,6 +105,7 @@ class PagedAttention:
             value_scales_PK=value_scales,
             out=out,
             invariant=self.invariant,
+            arrivals=self.cache.arrivals,
         )
 
     def _scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:

@@ -24,6 +24,8 @@ from tunesmith.arch import ModelConfig
 from tunesmith.units import ceil_div
 
 PAGE_SLOTS = 16
+ARRIVALS = 2**16
+"""Requests x key heads of a step for which attention counts the parts of a context that are done."""
 
 
 class PageAllocator:
@@ -132,7 +134,7 @@ class PagedCache:
     """Keys and values of all layers for `num_pages` pages, allocated once.
 
     keys, values: per layer [P, S, K, H]. With dtype float8_e4m3fn, key_scales and value_scales are per layer float32
-    [P, K]; otherwise None.
+    [P, K]; otherwise None. arrivals: counters of attention over these pages (kernels/paged_attention.py).
     """
 
     def __init__(self, config: ModelConfig, num_pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -145,6 +147,8 @@ class PagedCache:
         # On a CPU memory that is never written is never taken from the machine, so nothing is zeroed here.
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
+        on_gpu = device.type == "cuda"
+        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device) if on_gpu else None
         self.key_scales: list[Tensor] | None = None
         self.value_scales: list[Tensor] | None = None
         if dtype == torch.float8_e4m3fn:

@@ -40,6 +40,7 @@ def paged_attention(
     out: Tensor | None = None,
     invariant: bool = False,
     min_query: int = 1,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """out_TNH, of the query's dtype; computed in float32.
 
@@ -47,6 +48,9 @@ def paged_attention(
     query_starts_R1, context_R: int32, on the query's device. max_query: at least the most new tokens of a request,
     max_context: at least the longest context; work is laid out by them, so that nothing is read back from the device.
     min_query: at most the fewest new tokens of a request: where all have many, the kernels of few are not launched.
+    arrivals: int32, zeros before and after, for this call and no other at the same time: the program of a context's
+    parts that ends last joins them, and no second kernel does. Without it, and where there are more requests x key
+    heads than it has numbers, one does.
     scale: of the scores, 1 / sqrt(H) unless given. key_scales_PK, value_scales_PK: float32, for pages of fp8.
     out: where to write, else it is allocated. invariant: a request's result does not depend on what else is in the
     batch, nor on max_context.
@@ -72,6 +76,7 @@ def paged_attention(
             window,
             scale,
             invariant,
+            arrivals,
             min_query,
         )
         return out

@@ -20,7 +20,7 @@ from tunesmith.units import ceil_div
 PARTS_AT_ONCE, JOIN_WARPS = 16, 4
 
 
-@torch.library.custom_op("tunesmith::paged_attention", mutates_args=("out",))
+@torch.library.custom_op("tunesmith::paged_attention", mutates_args=("out", "arrivals"))
 def paged_attention_operator(
     query: Tensor,
     keys: Tensor,
@@ -36,6 +36,7 @@ def paged_attention_operator(
     window: int | None,
     scale: float,
     invariant: bool,
+    arrivals: Tensor | None,
     min_query: int = 1,
 ) -> None:
     """See tunesmith.kernels.paged_attention.paged_attention.
@@ -48,6 +49,8 @@ def paged_attention_operator(
     launch = _Launch(
         query, keys, values, block_tables, query_starts, context, key_scales, value_scales, out, window, scale
     )
+    if arrivals is not None and not invariant and len(context) * keys.shape[2] <= arrivals.numel():
+        launch.arrivals = arrivals
     group = num_heads // keys.shape[2]
     value_bytes, page_bytes = query.element_size(), keys.element_size()
     with current(query.device):
@@ -84,6 +87,7 @@ def _paged_attention_fake(
     window: int | None,
     scale: float,
     invariant: bool,
+    arrivals: Tensor | None,
     min_query: int = 1,
 ) -> None:
     return None
@@ -118,6 +122,7 @@ class _Launch:
         self.shape = {"NUM_HEADS": self.num_kv_heads, "GROUP": self.group, "WIDTH": query.shape[2]}
         self.shape |= {"COLUMNS": tiles.padded(query.shape[2])}
         self.fp8 = key_scales is not None
+        self.arrivals: Tensor | None = None
 
     def decode(self, tile: Tile, max_query: int, parts: int, invariant: bool) -> None:
         """The requests whose rows fit into one tile, each in at most so many parts of its context."""
@@ -128,8 +133,11 @@ class _Launch:
         cut = {"FIXED": tiles.INVARIANT_SPLIT if invariant else 0, "LEAST": tiles.LEAST_SPLIT}
         programs = self.num_kv_heads * self.num_requests
         held = (found, statistics, parts, held_rows)
-        self._attend((programs, parts), tile, held, {**cut, "DECODE": True, "SMALL": 0, "SPLIT": parts > 1}, invariant)
-        if parts == 1:
+        join_rows = tiles.power_of_two(held_rows)
+        joins = self.arrivals is not None and tiles.joins_inside(parts, join_rows, self.query.shape[2])
+        shape = {"DECODE": True, "SMALL": 0, "SPLIT": parts > 1, "JOIN_ROWS": join_rows * joins}
+        self._attend((programs, parts), tile, held, {**cut, **shape}, invariant)
+        if parts == 1 or joins:
             return
         join_kernel[(programs, held_rows)](
             found,
@@ -158,7 +166,7 @@ class _Launch:
         # Every request has at most one tile that is not full.
         num_tiles = self.query.shape[0] * self.group // tile.rows + self.num_requests
         held = (self.query, self.query, 1, 1)
-        cut |= {"DECODE": False, "SMALL": small, "SPLIT": False}
+        cut |= {"DECODE": False, "SMALL": small, "SPLIT": False, "JOIN_ROWS": 0}
         self._attend((num_tiles, self.num_kv_heads), tile, held, cut, invariant)
 
     def _attend(
@@ -178,6 +186,7 @@ class _Launch:
             self.context,
             self.out,
             *held[:2],
+            held[1] if self.arrivals is None else self.arrivals,
             self.num_requests,
             self.scale,
             self.window,
@@ -192,6 +201,7 @@ class _Launch:
             KEYS=tile.keys,
             WINDOW=self.has_window,
             FP8=self.fp8,
+            JOIN_AT_ONCE=tiles.parts_at_once(cut["JOIN_ROWS"], self.query.shape[2]),
             PHASES=2 if tile.rows >= tiles.INVARIANT_ROWS and not self.has_window else 1,
             num_warps=tile.warps,
             num_stages=tile.stages,

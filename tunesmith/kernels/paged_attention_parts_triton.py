@@ -48,6 +48,39 @@ def parts_of(begin, end, most_parts, FIXED: tl.constexpr, LEAST: tl.constexpr, K
     return base, size, tl.cdiv(end - base, size)
 
 
+@triton.jit
+def join_found(
+    found,
+    statistics,
+    base,
+    most_parts,
+    num_parts,
+    num_rows,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    # The values [ROWS, COLUMNS] of all parts of a request's rows, which other programs have found.
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    mixed = tl.zeros([ROWS, COLUMNS], tl.float32)
+    largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    for first in range(0, num_parts, AT_ONCE):
+        some = first + tl.arange(0, AT_ONCE)
+        mask = (some < num_parts)[:, None] & (row < num_rows)[None, :]
+        place = (base + row)[None, :] * most_parts + some[:, None]
+        of_some = tl.load(statistics + place * 2, mask=mask, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(statistics + place * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+        at = place[:, :, None] * COLUMNS + column[None, None, :]
+        values = tl.load(found + at, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
+        largest_of_some = tl.max(of_some, axis=0)
+        shift = tl.where(largest_of_some == float("-inf"), 0.0, largest_of_some)
+        weight = tl.exp2(of_some - shift[None, :])
+        values = tl.sum(values * weight[:, :, None], axis=0)
+        totals = tl.sum(totals * weight, axis=0)
+        mixed, largest, total = join_parts(mixed, largest, total, values, largest_of_some, totals)
+    return mixed / total[:, None]
+
+
 @triton.jit(do_not_specialize=["most_parts", "held_rows"])
 def join_kernel(
     found,

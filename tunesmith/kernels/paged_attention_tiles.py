@@ -26,6 +26,8 @@ LEAST_SPLIT = 128
 LONGEST_SPLIT = 1024
 """Positions after which a part is split even where there are programs enough: the last to end keeps all waiting."""
 MOST_SPLITS = 64
+JOINED_VALUES, JOIN_ROUNDS = 4096, 4
+"""Values that a program joins at once, one request's rows of some parts, and how often it may: then a kernel joins."""
 _PROGRAMS_PER_PROCESSOR = 4
 _LEAST_SHARED_BYTES = GENERATIONS[8, 6].shared_bytes
 
@@ -94,6 +96,16 @@ def num_splits(num_requests: int, num_kv_heads: int, max_context: int, processor
     wanted = max(wanted, min(ceil_div(max_context, LONGEST_SPLIT), 8))
     most = max(1, min(MOST_SPLITS, ceil_div(max_context, LEAST_SPLIT)))
     return min(power_of_two(wanted), power_of_two(most))
+
+
+def parts_at_once(rows: int, head_dim: int) -> int:
+    """Parts that are joined at once by the program of so many rows: as many as need no more registers than scores."""
+    return max(1, min(16, JOINED_VALUES // (max(1, rows) * padded(head_dim))))
+
+
+def joins_inside(parts: int, rows: int, head_dim: int) -> bool:
+    """Whether so many parts are joined by the program that ends last, and not by a kernel of its own."""
+    return 1 < parts <= JOIN_ROUNDS * parts_at_once(rows, head_dim)
 
 
 def padded(head_dim: int) -> int:

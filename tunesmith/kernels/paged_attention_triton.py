@@ -9,7 +9,8 @@ One kernel serves both kinds of request. In decoding a program has all rows of a
     base           base + size     base + 2 size     end
     |--- part 0 ---|--- part 1 ---|--- part 2 ------|        size: FIXED, or what makes at most PARTS parts
 
-and what the parts found (their largest score, the sum, the values mixed) is joined by a second kernel. In prefill a
+and what the parts found (their largest score, the sum, the values mixed) is joined by the program that comes last, or
+by a second kernel. In prefill a
 program has a tile of rows and goes over the context alone. Scores are in units of log2.
 Source: softmax by tiles, arXiv 2205.14135, section 3.1; parts of a context, arXiv 2311.01282, section 3.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tunesmith.kernels.paged_attention_parts_triton import extent_of, join_parts, parts_of
+from tunesmith.kernels.paged_attention_parts_triton import extent_of, join_found, join_parts, parts_of
 
 REQUESTS_AT_ONCE = tl.constexpr(128)
 
@@ -196,6 +197,7 @@ def attend_kernel(
     out,
     found,
     statistics,
+    arrivals,
     num_requests,
     scale,
     window,
@@ -216,6 +218,8 @@ def attend_kernel(
     DECODE: tl.constexpr,
     SMALL: tl.constexpr,
     SPLIT: tl.constexpr,
+    JOIN_ROWS: tl.constexpr,
+    JOIN_AT_ONCE: tl.constexpr,
     FIXED: tl.constexpr,
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -333,6 +337,29 @@ def attend_kernel(
             tl.store(found + held[:, None] * COLUMNS + column[None, :], mixed, mask=is_row[:, None])
             tl.store(statistics + held * 2, largest, mask=is_row)
             tl.store(statistics + held * 2 + 1, total, mask=is_row)
+            if JOIN_ROWS > 0:
+                # What all threads have written is seen by the program that counts last; it counts from none again.
+                tl.debug_barrier()
+                counter = arrivals + request * NUM_HEADS + head
+                if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
+                    tl.store(counter, 0)
+                    first_held = (request * NUM_HEADS + head).to(tl.int64) * held_rows
+                    joined = join_found(
+                        found,
+                        statistics,
+                        first_held,
+                        most_parts,
+                        num_parts,
+                        num_rows,
+                        JOIN_ROWS,
+                        COLUMNS,
+                        JOIN_AT_ONCE,
+                    )
+                    joined_row = tl.arange(0, JOIN_ROWS)
+                    into = (start + joined_row // GROUP).to(tl.int64) * out_token_stride
+                    into += (head * GROUP + joined_row % GROUP) * out_head_stride
+                    written = (joined_row < num_rows)[:, None] & (column < WIDTH)[None, :]
+                    tl.store(out + into[:, None] + column[None, :], joined.to(out.dtype.element_ty), mask=written)
         else:
             tl.store(out + place, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
     else:

@@ -93,17 +93,18 @@ from tunesmith.kernels import paged_attention_triton as kernels
 # Short contexts and few requests go where long ones and many do.
 tiles.INVARIANT_SPLIT, tiles.LEAST_SPLIT, kernels.REQUESTS_AT_ONCE.value = 64, 32, 4
 tolerance = {torch.float32: 5e-6, torch.float16: 3e-3}
-def run(batch, window=None, invariant=False, slack=0):
+def run(batch, window=None, invariant=False, slack=0, arrivals=None):
     out = torch.full(batch.query.shape, float("nan"), dtype=batch.query.dtype)
     paged_attention_operator(
         batch.query, batch.keys, batch.values, batch.tables, batch.starts, batch.context, batch.key_scales,
         batch.value_scales, out, batch.max_query, batch.max_context + slack, window, batch.query.shape[2] ** -0.5,
-        invariant, int(batch.starts.diff().min()))
+        invariant, arrivals, int(batch.starts.diff().min()))
+    assert arrivals is None or not arrivals.any()
     return out[: int(batch.starts[-1])]
-def check(counts, contexts, heads, dtype, window=None, fp8=False, invariant=False):
+def check(counts, contexts, heads, dtype, window=None, fp8=False, invariant=False, arrivals=None):
     batch = make_batch(counts, contexts, heads, dtype, fp8=fp8)
     limit = tolerance[dtype]
-    mine = run(batch, window, invariant)
+    mine = run(batch, window, invariant, arrivals=arrivals)
     torch.testing.assert_close(mine, batch.truth(window), rtol=limit, atol=limit)
     return batch, mine
 wide, half = torch.float32, torch.float16
@@ -113,6 +114,11 @@ check(*decode, (2, 1, 8), half, 30)
 check(*mixed, (7, 1, 24), half)
 check([1, 30], [5, 90], (4, 2, 16), wide, 30)
 check([1, 3], [5, 20], (20, 1, 8), wide)
+# The program that comes last joins the parts; with more requests than counters a second kernel does.
+check(*decode, (4, 2, 16), wide, arrivals=torch.zeros(8, dtype=torch.int32))
+tiles.JOINED_VALUES = 64  # several rounds
+check([1, 2], [150, 250], (3, 1, 8), half, 90, arrivals=torch.zeros(2, dtype=torch.int32))
+check([1, 1, 1], [5, 130, 90], (2, 1, 8), wide, arrivals=torch.zeros(2, dtype=torch.int32))
 check([17, 18], [17, 20], (1, 1, 8), wide)
 check([1, 20], [20, 40], (2, 1, 16), wide, fp8=True)
 # More requests than are looked at at once.
@@ -130,7 +136,7 @@ batch = make_batch([1, 20], [5, 30], (2, 1, 16), wide)
 out = torch.empty_like(batch.query)
 torch.library.opcheck(paged_attention_operator, (
     batch.query, batch.keys, batch.values, batch.tables, batch.starts, batch.context, None, None, out, 20, 30, None,
-    0.25, False), test_utils=("test_schema", "test_faketensor"))
+    0.25, False, None), test_utils=("test_schema", "test_faketensor"))
 """
 
 
