@@ -5,6 +5,7 @@
     --prefill 4x2048+0    requests x new tokens + tokens already in the cache
     --kv bf16 fp8         what the pages hold
     --invariant           also the form whose results do not depend on the batch
+    --splits              in decoding, other shortest parts of a context
     --sweep               other tiles too, to find a chip's best
     --peers               beside torch's SDPA on keys gathered before (not timed) and FlashInfer, where it is installed
 
@@ -30,17 +31,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels import paged_attention_tiles as tiles
 from tunesmith.kernels.fp8_weight import FP8
 from tunesmith.kernels.kv_cache import write_kv
 from tunesmith.kernels.paged_attention import paged_attention
 from tunesmith.kernels.paged_attention_fresh import SEEN, attend_fresh, pays_fresh
-from tunesmith.kernels.paged_attention_tiles import Tile, with_tile
+from tunesmith.kernels.paged_attention_tiles import LEAST_SPLIT, Tile, with_tile
 from tunesmith.units import ceil_div
 
 SLOTS, RUNS, WARM_UP, FLUSH_BYTES = 16, 20, 2, 2**30
 SHAPES = ["28,4,128", "16,8,128"]
 DECODE = ["1x1024", "1x16384", "8x2048", "64x1024", "256x100..2048"]
 PREFILL = ["4x2048+0", "1x8192+0", "2x1024+4096", "64x16+1000"]
+LEAST_SPLITS = (32, 64, 128, 256)
 DECODE_TILES = [Tile(16, k, w, s) for k, w, s in product((32, 64, 128), (2, 4, 8), (3, 4, 5))]
 PREFILL_TILES = [
     *(Tile(64, k, 4, s) for k, s in product((64, 128), (3, 4))),
@@ -61,8 +64,9 @@ class Batch:
     key_scales: Tensor | None
     value_scales: Tensor | None
     lengths: list[tuple[int, int]]
+    arrivals: Tensor
 
-    def run(self, out: Tensor, invariant: bool = False) -> None:
+    def run(self, out: Tensor, invariant: bool = False, joins: bool = True) -> None:
         paged_attention(
             self.query,
             self.keys,
@@ -77,6 +81,7 @@ class Batch:
             value_scales_PK=self.value_scales,
             out=out,
             invariant=invariant,
+            arrivals=self.arrivals if joins else None,
         )
 
     @property
@@ -108,7 +113,8 @@ def make(lengths: list[tuple[int, int]], heads: int, kv_heads: int, head_dim: in
     query = torch.randn(int(counts.sum()), heads, head_dim, device="cuda").bfloat16()
     context = torch.tensor([context for _, context in lengths], device="cuda").int()
     keys, values = pages
-    return Batch(query, keys, values, tables, counts.cumsum(0).int(), context, scales[0], scales[1], lengths)
+    arrivals = torch.zeros(len(lengths) * kv_heads, dtype=torch.int32, device="cuda")
+    return Batch(query, keys, values, tables, counts.cumsum(0).int(), context, scales[0], scales[1], lengths, arrivals)
 
 
 def median_us(run: Callable[[], object]) -> float:
@@ -263,6 +269,12 @@ def measure(label: dict[str, object], batch: Batch, decode: bool, options: argpa
     batch.run(out)
     ours = {"kernel": "ours", **label, "error": round(error_of(batch, out), 5)}
     report(ours, lambda: batch.run(out), moved, flops)
+    if decode:
+        report({"kernel": "ours-joined-by-a-kernel", **label}, lambda: batch.run(out, joins=False), moved, flops)
+    for least in LEAST_SPLITS if decode and options.splits else ():
+        tiles.LEAST_SPLIT = least
+        report({"kernel": "ours", **label, "least_split": least}, lambda: batch.run(out), moved, flops)
+    tiles.LEAST_SPLIT = LEAST_SPLIT
     if options.invariant:
         report({"kernel": "ours-invariant", **label}, lambda: batch.run(out, True), moved, flops)
     if options.sweep:
@@ -292,7 +304,7 @@ def main() -> int:
     parser.add_argument("--prefill", nargs="*", default=PREFILL)
     parser.add_argument("--kv", nargs="*", default=["bf16"], choices=["bf16", "fp8"])
     parser.add_argument("--peak-tflops", type=float, default=776.0, help="bf16 products the chip reaches")
-    for flag in ("invariant", "sweep", "peers"):
+    for flag in ("invariant", "splits", "sweep", "peers"):
         parser.add_argument(f"--{flag}", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
