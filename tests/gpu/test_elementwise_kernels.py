@@ -21,6 +21,7 @@ from tunesmith.kernels.rms_norm import (
     rms_norm_reference,
 )
 from tunesmith.kernels.rope import rope_, rope_reference_, rope_tables_half
+from tunesmith.kernels.scale import scale_, scale_reference_
 from tunesmith.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 
 pytestmark = pytest.mark.gpu
@@ -188,3 +189,12 @@ def test_kernels_run_near_the_memorys_speed() -> None:
             if line["copy_ratio"] < LEAST_COPY_RATIO:
                 slow.append(line)
     assert not slow
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scaled_in_place_as_by_the_reference(dtype: torch.dtype) -> None:
+    values = torch.randn(1000, 3585, generator=torch.Generator().manual_seed(0)).to(dtype).cuda()
+    mine, factor = values.clone(), torch.tensor(1 / 3, device="cuda")
+    scale_(mine, factor)
+    scale_reference_(values, factor)
+    assert torch.equal(mine, values)

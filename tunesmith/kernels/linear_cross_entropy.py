@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels.cross_entropy import cross_entropy, cross_entropy_and_grad_
+from tunesmith.kernels.scale import scale_
 from tunesmith.units import ceil_div
 
 # Logits: where a row begins. Unaligned rows send products and wide loads down slow paths (a vocabulary of 50,257).
@@ -77,9 +78,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         (grad_hidden, hidden_scale), (grad_weight, _) = ctx.gradients
         ctx.gradients = None  # the only reference, so that the weight can take the tensor as it is
         if grad_hidden is not None:
-            _multiply(grad_hidden, grad_total / hidden_scale)
+            scale_(grad_hidden, grad_total / hidden_scale)
         if grad_weight is not None:
-            _multiply(grad_weight, grad_total)
+            scale_(grad_weight, grad_total)
             grad_weight = grad_weight.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
@@ -162,12 +163,6 @@ def _sum_dtype(weight: torch.dtype, compute: torch.dtype) -> torch.dtype:
     if weight == compute and compute != torch.float16:
         return compute
     return torch.promote_types(compute, torch.float32)
-
-
-def _multiply(values: Tensor, factor: Tensor) -> None:
-    """values *= factor in place, in float32 with one rounding: a factor of no dimension takes no part in the choice of
-    the dtype, and rounded to that of the values it would put every gradient of the model off by the same share."""
-    values.mul_(factor.reshape([1] * values.dim()))
 
 
 def _chunks(num_rows: int, chunk_tokens: int) -> list[slice]:

@@ -17,13 +17,18 @@ from tunesmith.kernels.codebooks import dynamic_values, nf4_values
 from tunesmith.kernels.nf4_weight import BLOCK, SCALE_BLOCK, NF4Weight
 from tunesmith.units import ceil_div
 
-# Blocks of one program: 2^10 weights.
-BLOCKS = 16
+# Blocks of one program: 2^11 weights, of which a thread stores two times 16 bytes.
+BLOCKS = 32
+WARPS = 4
+# Weights that one launch dequantises: query, key and value, or gate and up.
+TOGETHER = 3
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def dequantize_parts(parts: Sequence[NF4Weight], dtype: torch.dtype) -> Tensor:
-    """The weights of one width in `dtype`, their rows below each other: one operator, a launch for each."""
+    """The weights of one width in `dtype`, their rows below each other: one operator, a launch for every three."""
+    if len({part.is_double for part in parts}) > 1:
+        raise ValueError("weights whose scales are quantised and weights whose scales are not can't be taken together")
     empty = parts[0].scales.new_empty(0, dtype=torch.float32)
     return dequantize_operator(
         [part.codes for part in parts],
@@ -56,27 +61,38 @@ def dequantize_operator(
     """Dequantised rows [sum(rows), columns] in `dtype`, rounded to `through` before. Empty `scale_scales`: plain."""
     out = torch.empty(sum(rows), columns, dtype=dtype, device=codes[0].device)
     table, dynamic = nf4_values(out.device), dynamic_values(out.device)
+    in_words = all(_is_in_words(part, count * columns) for part, count in zip(codes, rows, strict=True))
+    codes = [part.view(torch.int32) for part in codes] if in_words else codes
+    parts = [*zip(codes, scales, scale_scales, offsets, out.split(list(rows)), strict=True)]
     with _current(out.device):
-        for part, part_out in enumerate(out.split(list(rows))):
-            num_values = part_out.numel()
-            grid = (ceil_div(num_values, BLOCKS * BLOCK),)
-            _dequantize_kernel[grid](
-                codes[part],
-                scales[part],
-                scale_scales[part],
-                offsets[part],
+        for first in range(0, len(parts), TOGETHER):
+            some = parts[first : first + TOGETHER]
+            counts = [part_out.numel() for *_, part_out in some]
+            programs = [ceil_div(count, BLOCKS * BLOCK) for count in counts]
+            missing = TOGETHER - len(some)  # those get no program, and any pointers
+            _dequantize_kernel[(sum(programs),)](
+                *(tensor for part in [*some, *[some[0]] * missing] for tensor in part),
+                *counts,
+                *[counts[0]] * missing,
+                programs[0],
+                sum(programs[:2]),
                 table,
                 dynamic,
-                part_out,
-                num_values,
-                DOUBLE=scale_scales[part].numel() > 0,
+                WORDS=in_words,
+                DOUBLE=some[0][2].numel() > 0,
                 THROUGH=_TYPES[through],
                 BLOCK=BLOCK,
                 SCALE_BLOCK=SCALE_BLOCK,
                 BLOCKS=BLOCKS,
+                num_warps=WARPS,
                 enable_fp_fusion=False,  # a scale is rounded twice, after the product and after the sum
             )
     return out
+
+
+def _is_in_words(codes: Tensor, num_values: int) -> bool:
+    """Whether the codes of so many values are whole blocks that can be read four bytes at a time."""
+    return num_values % BLOCK == 0 and codes.storage_offset() % 4 == 0
 
 
 @dequantize_operator.register_fake
@@ -94,35 +110,97 @@ def _dequantize_fake(
 
 
 @triton.jit
-def _dequantize_kernel(
+def _dequantize_tile(
+    first,
     codes,
     scales,
     scale_scales,
     offset,
-    table,
-    dynamic,
     out,
     num_values,
+    table,
+    dynamic,
+    WORDS: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    THROUGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    # One row of the tile is one block: [BLOCKS, 32] bytes become [BLOCKS, 64] weights.
+    block = first.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    in_range = block * BLOCK < num_values
+    index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    scale = tl.load(scales + block, mask=in_range, other=0)
+    if DOUBLE:
+        inner = tl.load(scale_scales + block // SCALE_BLOCK, mask=in_range, other=0.0)
+        scale = tl.load(dynamic + scale.to(tl.int32)) * inner + tl.load(offset)
+    if WORDS:
+        # Eight codes in four bytes: of each byte the high one first.
+        word = block[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+        packed = tl.load(codes + word, mask=in_range[:, None], other=0)
+        place = tl.arange(0, 8)
+        shift = (place // 2) * 8 + (1 - place % 2) * 4
+        code = tl.reshape((packed[:, :, None] >> shift[None, None, :]) & 15, [BLOCKS, BLOCK])
+        values = tl.load(table + code) * scale[:, None]
+        tl.store(out + index, values.to(THROUGH).to(out.dtype.element_ty), mask=in_range[:, None])
+    else:
+        byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+        packed = tl.load(codes + byte, mask=byte * 2 < num_values, other=0).to(tl.int32)
+        high = tl.load(table + (packed >> 4)) * scale[:, None]
+        low = tl.load(table + (packed & 15)) * scale[:, None]
+        values = tl.reshape(tl.join(high, low), [BLOCKS, BLOCK])
+        tl.store(out + index, values.to(THROUGH).to(out.dtype.element_ty), mask=index < num_values)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes0,
+    scales0,
+    scale_scales0,
+    offset0,
+    out0,
+    codes1,
+    scales1,
+    scale_scales1,
+    offset1,
+    out1,
+    codes2,
+    scales2,
+    scale_scales2,
+    offset2,
+    out2,
+    count0,
+    count1,
+    count2,
+    until0,
+    until1,
+    table,
+    dynamic,
+    WORDS: tl.constexpr,
     DOUBLE: tl.constexpr,
     THROUGH: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    # One row of the tile is one block: [BLOCKS, 32] bytes become [BLOCKS, 64] weights.
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    in_range = block * BLOCK < num_values
-    scale = tl.load(scales + block, mask=in_range, other=0)
-    if DOUBLE:
-        inner = tl.load(scale_scales + block // SCALE_BLOCK, mask=in_range, other=0.0)
-        scale = tl.load(dynamic + scale.to(tl.int32)) * inner + tl.load(offset)
-    byte = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-    packed = tl.load(codes + byte, mask=byte * 2 < num_values, other=0).to(tl.int32)
-    high = tl.load(table + (packed >> 4)) * scale[:, None]
-    low = tl.load(table + (packed & 15)) * scale[:, None]
-    values = tl.reshape(tl.join(high, low), [BLOCKS, BLOCK])
-    index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out + index, values.to(THROUGH).to(out.dtype.element_ty), mask=index < num_values)
+    # Up to three weights, the programs of one after those of the other.
+    program = tl.program_id(0)
+    if program < until0:
+        _dequantize_tile(
+            program, codes0, scales0, scale_scales0, offset0, out0, count0, table, dynamic,
+            WORDS, DOUBLE, THROUGH, BLOCK, SCALE_BLOCK, BLOCKS,
+        )  # fmt: skip
+    elif program < until1:
+        _dequantize_tile(
+            program - until0, codes1, scales1, scale_scales1, offset1, out1, count1, table, dynamic,
+            WORDS, DOUBLE, THROUGH, BLOCK, SCALE_BLOCK, BLOCKS,
+        )  # fmt: skip
+    else:
+        _dequantize_tile(
+            program - until1, codes2, scales2, scale_scales2, offset2, out2, count2, table, dynamic,
+            WORDS, DOUBLE, THROUGH, BLOCK, SCALE_BLOCK, BLOCKS,
+        )  # fmt: skip
 
 
 def approximate_reciprocal(values: Tensor) -> Tensor:

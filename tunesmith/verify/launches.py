@@ -159,4 +159,5 @@ def _quantise() -> None:
     """NF4's scales."""
     from tunesmith.kernels.nf4_triton import approximate_reciprocal
 
-    approximate_reciprocal(torch.empty(16 * BLOCK, device=META))
+    for count in (16 * BLOCK, 16 * BLOCK + 1, 1):  # a launch knows whether a number is one, or a multiple of 16
+        approximate_reciprocal(torch.empty(count, device=META))

@@ -16,9 +16,11 @@ CHIPS = (80, 86, 89, 90, 100, 120)
 SHARED_BYTES = 48 * 1024
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int], int]]:
+def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Every kernel with its arguments' types (integers are multiples of 16), its constants and its warps."""
-    from tunesmith.kernels import rms_norm_triton, rope_triton, swiglu_triton
+    from triton.language import bfloat16
+
+    from tunesmith.kernels import nf4_triton, rms_norm_triton, rope_triton, scale_triton, swiglu_triton
 
     stream, wide = "*bf16", "*fp32"
     rows, columns, warps = tile(3584)
@@ -33,7 +35,23 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int], int]]:
     place = {"WIDTH": 18944, "COLUMNS": 2048}
     swiglu = dict.fromkeys(("grad_h", "gate_up", "out", "h"), stream)
     swiglu |= dict.fromkeys(("grad_stride", "stride", "out_stride"), "i32")
+    held = {"codes": "*i32", "scales": "*u8", "scale_scales": wide, "offset": wide, "out": stream}
+    weights = {f"{name}{part}": kind for part in range(nf4_triton.TOGETHER) for name, kind in held.items()}
+    weights |= dict.fromkeys(("count0", "count1", "count2", "until0", "until1"), "i32")
+    blocks = {"BLOCK": nf4_triton.BLOCK, "SCALE_BLOCK": nf4_triton.SCALE_BLOCK, "BLOCKS": nf4_triton.BLOCKS}
     return {
+        "nf4_dequantize": (
+            nf4_triton._dequantize_kernel,
+            {**weights, "table": wide, "dynamic": wide},
+            {**blocks, "WORDS": 1, "DOUBLE": 1, "THROUGH": bfloat16},
+            nf4_triton.WARPS,
+        ),
+        "scale": (
+            scale_triton._scale_kernel,
+            {"values": stream, "factor": wide, "count": "i32"},
+            {"BLOCK": scale_triton.BLOCK},
+            scale_triton.WARPS,
+        ),
         "rms_norm": (
             rms_norm_triton._normalise_kernel,
             {**norm, "y": stream, "num_rows": "i32", "x_outer": "i32", "x_inner": "i32", "eps": "fp32"},
@@ -71,6 +89,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int], int]]:
 
 
 NAMES = [
+    "nf4_dequantize",
+    "scale",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_backward_weight",
@@ -112,6 +132,10 @@ def test_compiles_for_every_chip(name: str, tmp_path: Path, monkeypatch: pytest.
             # rows, of which a thread sees two.
             for move in ("ld.global.b16", "st.global.b32", "ld.global.b32"):
                 moves.remove(move)
+        if name == "nf4_dequantize":
+            # Codes in words, their values from a table: what is wide is the store.
+            assert {move for move in moves if move.startswith("st")} <= {"st.global.v4.b32"}, (chip, moves)
+            continue
         # Sixteen bytes at a time; a row's statistics alone are single numbers.
         assert {move for move in moves if "v4.b32" not in move} <= {"ld.global.b32", "st.global.b32"}, (chip, moves)
         assert sum("v4.b32" not in move for move in moves) <= 1

@@ -132,7 +132,7 @@ float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
 cases = [(float32, float32, False), (float32, float32, True), (float32, bfloat16, True), (float16, float16, True),
          (bfloat16, bfloat16, False), (bfloat16, float32, True)]
 for source, out, double in cases:
-    parts = [quantize_nf4(torch.randn(f, 96, generator=generator).to(source), double) for f in (37, 3)]
+    parts = [quantize_nf4(torch.randn(f, 96, generator=generator).to(source), double) for f in (37, 3, 22, 2)]
     truth = torch.cat([dequantize_reference(part, out) for part in parts])
     mine = dequantize_parts(parts, out)
     assert mine.dtype == out and mine.shape == truth.shape
@@ -141,6 +141,9 @@ for source, out, double in cases:
         assert torch.allclose(mine.float(), truth.float(), rtol=2**-7, atol=0), (source, out, double)
     else:
         assert torch.equal(mine, truth), (source, out, double)
+for columns in (64, 96):  # whole blocks are read four bytes at a time
+    whole = [quantize_nf4(torch.randn(f, columns, generator=generator), double) for f in (34, 2, 60, 4)]
+    assert torch.equal(dequantize_parts(whole, float32), torch.cat([dequantize_reference(p, float32) for p in whole]))
 odd = quantize_nf4(torch.randn(5, 5, generator=generator), True)
 assert torch.equal(dequantize_parts([odd], torch.float32), dequantize_reference(odd, torch.float32))
 arguments = ([odd.codes], [odd.scales], [odd.scale_scales], [odd.offset], [5], 5, float32, float16)

@@ -19,7 +19,7 @@ from tunesmith.bench.peers.weights import names_of
 from tunesmith.bench.peers.wire import Say, serve
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.checkpoint.save import save_decoder
-from tunesmith.checkpoint.source import resolve_model
+from tunesmith.checkpoint.source import resolve_model, resolve_tokenizer
 from tunesmith.errors import RecipeError
 from tunesmith.hardware import describe_device
 from tunesmith.model.methods import ROUTERS
@@ -68,7 +68,7 @@ def plan_windows(recipe: Recipe, directory: Path) -> list[list[Documents]]:
     tokens = recipe.train.micro_batch_tokens
     assert tokens is not None
     vocab_size = int(read_raw_config(directory)["vocab_size"])
-    dataset = _dataset(recipe, directory, vocab_size)
+    dataset = _dataset(recipe, vocab_size)
     order = DataOrder(dataset.lengths, recipe.data, recipe.train, tokens)
     return [
         [
@@ -79,13 +79,13 @@ def plan_windows(recipe: Recipe, directory: Path) -> list[list[Documents]]:
     ]
 
 
-def _dataset(recipe: Recipe, directory: Path, vocab_size: int) -> Dataset:
+def _dataset(recipe: Recipe, vocab_size: int) -> Dataset:
     data = recipe.data
     if data.format == "tokens":
         return RandomTokens(data.max_rows or DEFAULT_RANDOM_ROWS, data.max_length, vocab_size, recipe.train.seed)
     if not data.train:
         raise RecipeError("data.train is empty: name a file, or set data.format to tokens for random ids")
-    return load_data(data, load_tokenizer(directory), seed=recipe.train.seed).train
+    return load_data(data, load_tokenizer(resolve_tokenizer(recipe)), seed=recipe.train.seed).train
 
 
 def adapter_targets(recipe: Recipe, directory: Path) -> tuple[str, ...]:
