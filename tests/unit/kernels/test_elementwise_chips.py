@@ -20,7 +20,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     """Every kernel with its arguments' types (integers are multiples of 16), its constants and its warps."""
     from triton.language import bfloat16
 
-    from tunesmith.kernels import nf4_triton, rms_norm_triton, rope_triton, scale_triton, swiglu_triton
+    from tunesmith.kernels import nf4_triton, nf4_weight, rms_norm_triton, rope_triton, scale_triton, swiglu_triton
 
     stream, wide = "*bf16", "*fp32"
     rows, columns, warps = tile(3584)
@@ -38,7 +38,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
     held = {"codes": "*i32", "scales": "*u8", "scale_scales": wide, "offset": wide, "out": stream}
     weights = {f"{name}{part}": kind for part in range(nf4_triton.TOGETHER) for name, kind in held.items()}
     weights |= dict.fromkeys(("count0", "count1", "count2", "until0", "until1"), "i32")
-    blocks = {"BLOCK": nf4_triton.BLOCK, "SCALE_BLOCK": nf4_triton.SCALE_BLOCK, "BLOCKS": nf4_triton.BLOCKS}
+    blocks = {"BLOCK": nf4_weight.BLOCK, "SCALE_BLOCK": nf4_weight.SCALE_BLOCK, "BLOCKS": nf4_triton.BLOCKS}
     return {
         "nf4_dequantize": (
             nf4_triton._dequantize_kernel,
