@@ -159,15 +159,16 @@ class Operators:
         yield "thresholds", differing(find_thresholds, logits, numbers, rows % 9 * 5, numbers, numbers * 0)
         yield "draws", differing(lambda x, r: choose(x, numbers, rows, r, r + 7, rows.clone()), logits, rows)
 
-    def of_products(self) -> Iterator[tuple[str, list[str]]]:
-        """The linears of a block in groups of rows; by themselves as the control."""
+    def of_products(self, has_controls: bool) -> Iterator[tuple[str, list[str]]]:
+        """The linears of a block in groups of rows; by themselves too where a control is wanted."""
         attention = self.block.attention
         linears: dict[str, Any] = {"qkv": attention.qkv, "output": attention.output}
         linears |= {name: part for name, part in self.block.mlp.named_children() if hasattr(part, "in_features")}
         for name, linear in linears.items():
             x = self.random(self.num_rows, linear.in_features)
             yield name, differing(FixedRows(linear, GROUP_ROWS), x)
-            yield f"control: {name}", differing(linear, x)
+            if has_controls:
+                yield f"control: {name}", differing(linear, x)
 
 
 def _of_logprobs(name: str) -> OfRows:
@@ -218,7 +219,7 @@ def main(words: list[str] | None = None) -> int:
             )
             assert isinstance(model, Decoder)
             operators, name = Operators(model, arguments.rows), form or arguments.dtype
-            wrong += report(name, operators.of_products())
+            wrong += report(name, operators.of_products(form is None))
             if form is None:
                 for found in (operators.of_the_stream(), operators.of_attention(), operators.of_logits()):
                     wrong += report(name, found)
