@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import gc
 
+OF_THE_INTERPRETER = 1000
+"""Fewer frozen objects than this nobody froze: Python 3.12 begins with some hundred of its own."""
+
 
 class FrozenWhileBusy:
     """Objects that exist when work begins are frozen until it has ended; none where somebody froze some already."""
@@ -17,7 +20,7 @@ class FrozenWhileBusy:
 
     def begin(self) -> None:
         """There is work from now on."""
-        if not self._froze and gc.isenabled() and not gc.get_freeze_count():
+        if not self._froze and gc.isenabled() and gc.get_freeze_count() < OF_THE_INTERPRETER:
             gc.freeze()
             self._froze = True
 
