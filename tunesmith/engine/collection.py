@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 
-OF_THE_INTERPRETER = 1000
-"""Fewer frozen objects than this nobody froze: Python 3.12 begins with some hundred of its own."""
+from tunesmith.watch.frozen_objects import somebody_froze
 
 
 class FrozenWhileBusy:
@@ -20,7 +19,7 @@ class FrozenWhileBusy:
 
     def begin(self) -> None:
         """There is work from now on."""
-        if not self._froze and gc.isenabled() and gc.get_freeze_count() < OF_THE_INTERPRETER:
+        if not self._froze and gc.isenabled() and not somebody_froze():
             gc.freeze()
             self._froze = True
 

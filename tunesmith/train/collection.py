@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from types import TracebackType
 
+from tunesmith.watch.frozen_objects import somebody_froze
+
 # Optimiser steps between collections: cycles that hold tensors must not pile up, and a collection takes milliseconds.
 COLLECT_EVERY_STEPS = 50
 
@@ -24,7 +26,7 @@ class CollectedBetweenSteps:
         self._froze = False
 
     def __enter__(self) -> CollectedBetweenSteps:
-        self._was_on, self._froze = gc.isenabled(), gc.get_freeze_count() == 0
+        self._was_on, self._froze = gc.isenabled(), not somebody_froze()
         gc.collect()
         if self._froze:
             gc.freeze()
