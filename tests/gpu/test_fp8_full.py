@@ -184,21 +184,34 @@ def test_weights_are_quantised_anew_after_every_step(way: str) -> None:
 
 def test_eager_blocks_round_no_worse() -> None:
     """They round to bfloat16 elsewhere than the written-out ones, which moves codes everywhere: two roundings of the
-    same values, at worst independent, are sqrt(2) of one's error apart. What both compute is compared without these
-    roundings, in float32, where fp8 is the reference's (tests/unit/model/test_trained_fp8.py)."""
-    eager, fused, wide = gradients(decoder(is_fused=False)), gradients(decoder()), gradients(decoder({"kind": "full"}))
-    error = distance(fused, wide)
-    print(distance(eager, fused), error)
-    assert distance(eager, fused) < math.sqrt(2) * error
-    assert distance(eager, wide) < math.sqrt(2) * error
+    same values, as large in the mean of several packs. (On a CPU, by the reference, ten packs are 0.140 off bfloat16 in
+    the mean written out and 0.141 eager, with scatters of 0.012 and 0.018: the mean of eight is good to 6 %.) What both
+    compute is compared without these roundings, in float32, where fp8 is the reference's
+    (tests/unit/model/test_trained_fp8.py)."""
+    written, operators, wide = decoder(), decoder(is_fused=False), decoder({"kind": "full"})
+    fused_off, eager_off, apart = [], [], []
+    for seed in range(8):
+        fused, eager, exact = gradients(written, seed), gradients(operators, seed), gradients(wide, seed)
+        fused_off.append(distance(fused, exact))
+        eager_off.append(distance(eager, exact))
+        apart.append(distance(eager, fused))
+    print(fused_off, eager_off, apart)
+    assert sum(eager_off) == pytest.approx(sum(fused_off), rel=0.15)
+    assert sum(apart) < math.sqrt(2) * sum(fused_off)
 
 
-def losses(method: dict[str, Any], seed: int, steps: int = 12) -> list[float]:
+def losses(method: dict[str, Any], seed: int, precision: str = "bfloat16", steps: int = 12) -> list[float]:
     recipe = {
         "model": {"path": "builtin:tiny", "device": DEVICE},
         "method": method,
         "data": {"train": ["builtin:shop"], "max_rows": 256, "max_length": 256, "workers": 0},
-        "train": {"max_steps": steps, "micro_batch_tokens": 1024, "learning_rate": 1e-4, "seed": seed},
+        "train": {
+            "max_steps": steps,
+            "micro_batch_tokens": 1024,
+            "learning_rate": 1e-4,
+            "seed": seed,
+            "precision": precision,
+        },
     }
     session = build_session(recipe_from_mapping(recipe))
     found = [session.step().loss for _ in range(steps)]
@@ -206,20 +219,24 @@ def losses(method: dict[str, Any], seed: int, steps: int = 12) -> list[float]:
     return found
 
 
-def test_training_follows_bfloat16_in_the_mean() -> None:
+def test_training_follows_float32_nearer_than_bfloat16_does() -> None:
     """Four orders of the data, twelve steps each at a learning rate where the loss is still above half of what it was:
     beyond, a text learnt by heart multiplies every difference.
 
-    On a CPU, by the reference, the sums of the last five losses of three orders were +0.29, -0.64 and -0.39 % off
-    bfloat16's: a scatter of 0.5 %, 0.25 % in the mean of four. Half a percent is what fp8 may cost
-    (benchmarks/quality_curves.py): with two standard errors of the mean, 1 %.
+    Weights in fp8 are made from the float32 masters, those of bfloat16 products are rounded to bfloat16: at these steps
+    (1e-4, beside weights of a few hundredths) that costs more. On a CPU, by the reference, the sums of the last five
+    losses are 1.0 % above float32's in the mean of four orders, bfloat16's 3.5 %, with scatters of 0.4 and 0.6 %.
     """
-    ratios = []
+    ratios: dict[str, list[float]] = {"fp8": [], "bfloat16": []}
     for seed in range(4):
-        mine, theirs = losses(FULL_IN_FP8, seed), losses({"kind": "full"}, seed)
-        assert mine[0] != theirs[0]
-        assert mine[0] == pytest.approx(theirs[0], rel=0.01)
-        assert sum(mine[-5:]) < 0.8 * sum(mine[:5])
-        ratios.append(sum(mine[-5:]) / sum(theirs[-5:]))
+        exact = losses({"kind": "full"}, seed, "float32")
+        for name, method in (("fp8", FULL_IN_FP8), ("bfloat16", {"kind": "full"})):
+            found = losses(method, seed)
+            assert found[0] != exact[0]
+            assert found[0] == pytest.approx(exact[0], rel=0.01)
+            assert sum(found[-5:]) < 0.8 * sum(found[:5])
+            ratios[name].append(sum(found[-5:]) / sum(exact[-5:]))
     print(ratios)
-    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.01)
+    off = {name: abs(sum(found) / len(found) - 1) for name, found in ratios.items()}
+    assert off["fp8"] < 0.02
+    assert off["fp8"] < off["bfloat16"]
