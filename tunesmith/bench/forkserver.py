@@ -13,6 +13,7 @@ the process that asks for cells may have run anything before.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -121,6 +122,8 @@ def _redirect(log: Path) -> None:
     os.dup2(nothing, 0)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's lines would come after all that went to stderr
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 if __name__ == "__main__":

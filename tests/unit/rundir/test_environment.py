@@ -19,7 +19,8 @@ def test_the_fingerprint_is_json_and_says_what_this_is() -> None:
     facts = environment_fingerprint()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["python"] == platform.python_version()
-    assert facts["packages"]["torch"] == torch.__version__
+    # The wheel of a CUDA build calls itself by the plain number where the module adds +cu130.
+    assert facts["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert facts["memory_bytes"] > 10**8
     assert facts["cpu"]["usable_cores"] >= 1
 
