@@ -93,7 +93,8 @@ def dequantize_operator(
 
 def _is_in_words(codes: Tensor, num_values: int) -> bool:
     """Whether the codes of so many values are whole blocks that can be read four bytes at a time."""
-    return num_values % BLOCK == 0 and codes.storage_offset() % 4 == 0
+    in_row = codes.shape[-1]
+    return num_values % BLOCK == 0 and in_row % 4 == 0 and codes.storage_offset() % 4 == 0
 
 
 @dequantize_operator.register_fake
