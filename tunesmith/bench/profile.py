@@ -1,7 +1,7 @@
 """Where the time and the memory of a step go: operators by device time, the trace, allocated bytes over time.
 
-profile/operators.json   a row per operator: calls, its own and its total time on device and host
-profile/operators.txt    the same as a table to read
+profile/operators.json   a row per operator, and per kernel of a GPU: calls, own and total time on device and host
+profile/operators.txt    the same as tables to read: a CUDA graph is one operator, and its kernels tell what is in it
 profile/trace.json.gz    for chrome://tracing and Perfetto
 profile/memory.json      allocated bytes over one more step that is not timed, with phases and bytes by owner
 """
@@ -81,7 +81,7 @@ def _profile_session(session: Session, steps: int, warmup_steps: int, nvtx: bool
     kernels = operator_rows([event for event in averages if _is_kernel(event)], on_cuda)
     facts = {"steps": steps, "by": _by(on_cuda), "operators": operators, "kernels": kernels}
     write_json_atomic(folder / "operators.json", facts)
-    write_text_atomic(folder / "operators.txt", operator_table(operators, steps, on_cuda))
+    write_text_atomic(folder / "operators.txt", tables_text(operators, kernels, steps, on_cuda))
     profiler.export_chrome_trace(str(folder / "trace.json.gz"))
     timeline = memory_timeline(session)
     write_json_atomic(folder / "memory.json", {**timeline, "owners": owner_bytes(session.module, session.optimizer)})
@@ -149,14 +149,22 @@ def operator_rows(averages: Any, on_cuda: bool) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["self_device_s" if on_cuda else "self_host_s"])
 
 
-def operator_table(operators: list[dict[str, Any]], steps: int, on_cuda: bool) -> str:
-    """The first operators as aligned text; times are milliseconds per step, the share is of all operators' own time."""
+def tables_text(operators: list[dict[str, Any]], kernels: list[dict[str, Any]], steps: int, on_cuda: bool) -> str:
+    """The table of operators and, behind an empty line, that of the device's kernels, where there are any."""
+    tables = [operator_table(operators, steps, on_cuda)]
+    if kernels:
+        tables.append(operator_table(kernels, steps, on_cuda, "kernel"))
+    return "\n".join(tables)
+
+
+def operator_table(rows: list[dict[str, Any]], steps: int, on_cuda: bool, what: str = "operator") -> str:
+    """The first rows as aligned text; times are milliseconds per step, the share is of all rows' own time."""
     key = "self_device_s" if on_cuda else "self_host_s"
-    total = sum(row[key] for row in operators) or 1.0
-    head = f"{'operator':<60} {'calls/step':>10} {_by(on_cuda) + ' ms/step':>15} {'share':>7}"
+    total = sum(row[key] for row in rows) or 1.0
+    head = f"{what:<60} {'calls/step':>10} {_by(on_cuda) + ' ms/step':>15} {'share':>7}"
     lines = [
         f"{row['name'][:60]:<60} {row['calls'] / steps:>10.1f} {row[key] / steps * 1e3:>15.3f} {row[key] / total:>7.1%}"
-        for row in operators[:SHOWN]
+        for row in rows[:SHOWN]
     ]
     return "\n".join([head, *lines]) + "\n"
 

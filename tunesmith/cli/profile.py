@@ -10,10 +10,11 @@ import typer
 from tunesmith.cli import console
 
 app = typer.Typer(add_completion=False)
-
+SHOWN = 16
+"""Lines of each table, its head among them."""
 
 FILES = {
-    "operators.txt": "the table above, longer; operators.json is all of it",
+    "operators.txt": "what is above, longer; operators.json is all of it",
     "trace.json.gz": "every operator in time: open it in https://ui.perfetto.dev (it stays on this machine) or in "
     "Chrome at chrome://tracing",
     "memory.svg": "allocated bytes over one step: open it in a browser; memory.json is its numbers",
@@ -35,7 +36,7 @@ def profile(
     nvtx: Annotated[bool, typer.Option(help="NVTX ranges for Nsight Systems (CUDA only)")] = False,
     output: Annotated[Path | None, typer.Option(help="the run directory (new or empty)")] = None,
 ) -> None:
-    """Profile a few training steps: an operator table, a trace for Perfetto, and a memory timeline."""
+    """Profile a few training steps: operators and kernels, a trace for Perfetto, and a memory timeline."""
     from tunesmith.bench.profile import profile as run_profile
     from tunesmith.recipe.load import load_recipe
     from tunesmith.report.load import Node
@@ -49,8 +50,8 @@ def profile(
     svg = timeline_svg(Node(read_json(folder / "memory.json")), words_for("en"))
     if svg is not None:
         write_text_atomic(folder / "memory.svg", svg)
-    table = (folder / "operators.txt").read_text(encoding="utf-8").splitlines()
-    console.err.print("\n".join(table[:16]), markup=False)
+    tables = (folder / "operators.txt").read_text(encoding="utf-8").split("\n\n")
+    console.err.print("\n\n".join("\n".join(table.splitlines()[:SHOWN]) for table in tables), markup=False)
     console.err.print(files_text(folder), markup=False)
     console.out.print(str(folder), markup=False)
     console.emit({"run_dir": result.run_dir, "profile": folder, "operators": list(result.operators[:10])})

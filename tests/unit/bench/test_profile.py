@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tunesmith.bench.profile import profile, without_lines
+from tunesmith.bench.profile import profile, tables_text, without_lines
 from tunesmith.bench.timeline import Timeline, thin
 from tunesmith.errors import DeviceError, RecipeError
 from tunesmith.recipe.schema import Recipe
@@ -46,6 +46,17 @@ def test_profile_writes_table_trace_and_timeline(tiny_recipe: MakeRecipe, capfd:
     assert svg is not None
     assert svg.startswith("<svg")
     assert "xmlns" in svg
+
+
+def test_kernels_have_a_table_of_their_own() -> None:
+    """A bug: where blocks run as a CUDA graph, the table said _Replay and nothing of what ran in it."""
+    replay = {"name": "_Replay", "calls": 2, "self_device_s": 0.4, "self_host_s": 0.0}
+    kernels = [{**replay, "name": name, "self_device_s": s} for name, s in (("product", 0.3), ("norm", 0.1))]
+    operators, _, below = tables_text([replay], kernels, 2, True).partition("\n\n")
+    assert operators.splitlines()[1].split() == ["_Replay", "1.0", "200.000", "100.0%"]
+    assert [line.split()[0] for line in below.splitlines()] == ["kernel", "product", "norm"]
+    assert below.splitlines()[1].split()[1:] == ["1.0", "150.000", "75.0%"]
+    assert "kernel" not in tables_text([replay], [], 2, True)
 
 
 def test_other_lines_of_the_libraries_are_kept(capfd: pytest.CaptureFixture[str]) -> None:
