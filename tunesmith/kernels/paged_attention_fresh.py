@@ -8,7 +8,7 @@ are given to it; others go through torch's FlashAttention 2, which has no plans.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
@@ -24,10 +24,12 @@ LEAST_TOKENS = 1024
 """Tokens of a call, on average."""
 SEEN = 2
 """Times that a shape goes without a plan before one is built for it."""
+REMEMBERED = 256
+"""Shapes whose times are counted: of a server's many lengths each comes again some day, and plans are kept for good."""
 _FIRST_CAPABILITY = (9, 0)
 _WIDEST_HEAD = 128
 _Shape = tuple[torch.dtype, int, int, int, int]
-_seen: Counter[_Shape] = Counter()
+_seen: OrderedDict[_Shape, int] = OrderedDict()
 _refused: set[_Shape] = set()
 
 
@@ -43,8 +45,16 @@ def pays_fresh(lengths: Sequence[int], num_heads: int, head_dim: int, dtype: tor
         return False
     if not _fits(dtype, head_dim, device):
         return False
-    _seen.update((dtype, num_heads, head_dim, *run) for run in runs)
+    for run in runs:
+        _see((dtype, num_heads, head_dim, *run))
     return True
+
+
+def _see(shape: _Shape) -> None:
+    """A shape came again; those that did not come for longest are forgotten."""
+    _seen[shape] = _seen.pop(shape, 0) + 1
+    while len(_seen) > REMEMBERED:
+        _seen.popitem(last=False)
 
 
 def attend_fresh(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor, lengths: Sequence[int], out: Tensor) -> None:
@@ -67,7 +77,7 @@ def _dense(query_BNLH: Tensor, key_BKLH: Tensor, value_BKLH: Tensor, shape: _Sha
     if not query_BNLH.is_cuda:
         return F.scaled_dot_product_attention(*given, is_causal=True, enable_gqa=True)
     found: Tensor
-    if _seen[shape] > SEEN and shape not in _refused and shape[3] * shape[4] >= LEAST_TOKENS:
+    if _seen.get(shape, 0) > SEEN and shape not in _refused and shape[3] * shape[4] >= LEAST_TOKENS:
         try:
             found = torch.ops.aten._scaled_dot_product_cudnn_attention(*given, None, False, 0.0, True)[0]
             return found
