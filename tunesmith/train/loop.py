@@ -147,7 +147,7 @@ def run_loop(
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise TrainingError(_disk_full_message(run, error)) from error
+        raise TrainingError(_disk_full_message(run, loop.checkpoints, error)) from error
     finally:
         loop.others.close()
         trainable.close()
@@ -277,17 +277,20 @@ class _Loop:
             self.result.failed_saves.append(self.trainable.step_number)
             step = self.trainable.step_number
             self.hooks.on_warning(
-                f"checkpoint of step {step} not written: {error.strerror}. {_kept(self.run_dir)}; training goes on"
+                f"checkpoint of step {step} not written: {error.strerror}. {_kept(self.checkpoints)}; training goes on"
             )
 
 
-def _kept(run: RunDir) -> str:
-    states = list_states(run.checkpoints)
+def _kept(checkpoints: Path) -> str:
+    states = list_states(checkpoints)
     return f"The last good checkpoint is {states[-1]}" if states else "There is no checkpoint yet"
 
 
-def _disk_full_message(run: RunDir, error: OSError) -> str:
+def _disk_full_message(run: RunDir, checkpoints: Path, error: OSError) -> str:
+    """`checkpoints` are those of all processes, in the run directory of the first. Of `fit` no recipe lies there."""
+    whole = RunDir(checkpoints.parent)
+    command = f"go on with: tunesmith train --resume {whole.path}"
     return (
-        f"the disk is full ({error.strerror}: {error.filename or run.path}). {_kept(run)}: free space, "
-        f"then go on with: tunesmith train --resume {run.path}"
+        f"the disk is full ({error.strerror}: {error.filename or run.path}). {_kept(checkpoints)}: free space, "
+        f"then {command if whole.recipe.is_file() else f'start the same program again: it goes on in {whole.path}'}"
     )

@@ -18,8 +18,9 @@ from tunesmith.checkpoint.state import list_states
 from tunesmith.errors import DataError, NonFiniteError, TrainingError
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, TrainSection
 from tunesmith.rundir.io import read_jsonl
+from tunesmith.rundir.layout import RunDir
 from tunesmith.train import together as together_module
-from tunesmith.train.loop import Hooks, LoopResult
+from tunesmith.train.loop import Hooks, LoopResult, _disk_full_message
 from tunesmith.train.metrics import StepMetrics
 from tunesmith.train.module_session import fit
 from tunesmith.train.stopping import exit_code
@@ -195,8 +196,9 @@ def test_a_full_disk_in_the_middle_costs_a_checkpoint_not_the_run(
 def test_a_full_disk_at_the_end_is_an_error_that_names_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also a bug: it named `tunesmith train --resume`, which knows recipes, and of another process's its own folder."""
     _fail_saves(monkeypatch, {12})
-    with pytest.raises(TrainingError, match=r"No space left.*step-00000010: free space, then go on with"):
+    with pytest.raises(TrainingError, match=r"No space left.*step-00000010: free space, then start the same program"):
         fit(
             _module(),
             _batches(),
@@ -205,6 +207,14 @@ def test_a_full_disk_at_the_end_is_an_error_that_names_the_last_good_checkpoint(
             settings=SETTINGS,
             checkpoint=CheckpointSection(every_steps=5),
         )
+
+
+def test_the_run_of_all_processes_is_what_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").touch()
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    error = OSError(errno.ENOSPC, "No space left on device")
+    said = _disk_full_message(RunDir(tmp_path / "ranks" / "rank-1"), tmp_path / "checkpoints", error)
+    assert said.endswith(f"step-00000003: free space, then go on with: tunesmith train --resume {tmp_path}")
 
 
 def test_nan_stops_before_the_update(tmp_path: Path) -> None:
