@@ -322,10 +322,13 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    lengths = sorted({int(part) for part in options.lengths.split(",") if part.strip().isdigit()})
+    if len(lengths) != 2 or lengths[0] < 1:
+        parser.error(f"--lengths are two different numbers of tokens, such as 65536,131072, not {options.lengths}")
+    short, long = lengths
     # Importing counts, too: whoever waits has waited since the process began.
     answer = Answer(options.out, time.perf_counter() - (time.time() - psutil.Process().create_time()))
     fill = None if options.fill_host is None else HostFill(int(options.fill_host * GB))
-    short, long = sorted(int(part) for part in options.lengths.split(","))
     given = load_recipe(options.recipe, options.overrides)
     prepare_allocator(given.model.device)  # before CUDA starts
     recipe = resolve_recipe(of_length(given, short))
