@@ -4,11 +4,13 @@
     norm | product gate, up, swiglu              | product down + stream
 
 `Decoder.forward` is the reference. Where a module is no plain one (quantised, with adapters, a mixture of experts) it
-is called as it is. Where every sequence has one token, keys are read from `HeldRows`; other steps go over pages.
+is called as it is. Where every sequence has one token, keys are read from `HeldRows`; other steps go over pages. Of
+the usual decoders such a step of few sequences is one call of our own C++ (cpu_step.py).
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import cast
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.engine.cpu_held import HeldRows, HeldStep
 from tunesmith.engine.cpu_products import gated_of, head_of, product_of
+from tunesmith.engine.cpu_step import MOST_TOKENS, CpuStep, step_library
 from tunesmith.model.block import Attention, Block, Mlp
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.layers import RMSNorm
@@ -40,6 +43,8 @@ class CpuPass:
         self.limits = (max_num_seqs, max_model_len)
         self.packs = packs
         self.held: HeldRows | None = None
+        self._library: ctypes.CDLL | None = None
+        self._step: CpuStep | None = None
         self._dtype: torch.dtype | None = None
         self._modules: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
         self._layers: list[_Layer] = []
@@ -47,6 +52,8 @@ class CpuPass:
     def __call__(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
         stream = self.decoder.embed(tokens_T, positions_T)
         self._prepare(stream.dtype)
+        if (compiled := self._compiled(attend)) is not None:
+            return compiled(stream, attend.batch)
         rotate = self._rotation(positions_T, stream.dtype)
         try:
             step = self._held(attend)
@@ -61,7 +68,23 @@ class CpuPass:
         """logits_TV in the dtype of the hidden states."""
         if self._dtype != hidden_TD.dtype:
             self._prepare(hidden_TD.dtype)
+        if self._step is not None and len(hidden_TD) <= MOST_TOKENS:
+            return self._step.logits(hidden_TD)
         return self._head(hidden_TD)
+
+    def _compiled(self, attend: PagedAttention) -> CpuStep | None:
+        """The compiled step, where it takes this batch; the pages are then all that holds its keys and values."""
+        cache, batch = attend.cache, attend.batch
+        if self._library is None or attend.has_scales or attend.invariant or cache.dtype != self._dtype:
+            return None
+        if not batch.is_decode or not 0 < batch.num_tokens <= MOST_TOKENS or batch.block_tables_RP.stride(1) != 1:
+            return None
+        if self._step is None or self._step.cache is not cache:
+            with torch.inference_mode(False), torch.no_grad():
+                self._step = CpuStep(self._library, self.decoder, cache, cache.dtype)
+        if self.held is not None:
+            self.held.forget(batch.sequence_slots)
+        return self._step
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Everything made from modules: once, and again where one was put in another's place."""
@@ -78,14 +101,15 @@ class CpuPass:
             owners = [owner for block in blocks for owner in (block, block.attention, block.mlp)]
             held = [owner._modules for owner in (*owners, self.decoder)]
             self._modules = [(modules, name, module) for modules in held for name, module in modules.items()]
+            self._step, self._library = None, step_library(self.decoder, dtype) if self.packs else None
             windows = [self.decoder.config.window(layer) for layer in range(len(blocks))]
             self._layers = [
-                _Layer(block, layer, window, dtype, self.packs)
+                _Layer(block, layer, window, dtype, self.packs, self._library is None)
                 for layer, (block, window) in enumerate(zip(blocks, windows, strict=True))
             ]
             self._final = _norm_of(cast(RMSNorm, self.decoder.norm), dtype, self.packs)
             if self.decoder.head is not None:
-                self._head = product_of(self.decoder.head, dtype, self.packs).plain
+                self._head = product_of(self.decoder.head, dtype, self.packs, self._library is None).plain
             else:
                 self._head = head_of(self.decoder.embedding.weight, dtype, self.packs)
 
@@ -121,19 +145,22 @@ class CpuPass:
 
 
 class _Layer:
-    """One block."""
+    """One block. columns: float32 weights may be laid out by columns."""
 
-    def __init__(self, block: Block, layer: int, window: int | None, dtype: torch.dtype, packs: bool) -> None:
+    def __init__(
+        self, block: Block, layer: int, window: int | None, dtype: torch.dtype, packs: bool, columns: bool
+    ) -> None:
         attention, mlp = block.attention, block.mlp
         self.layer, self.window = layer, window
         self.heads = (attention.num_heads, attention.num_kv_heads, attention.head_dim)
         self.attention_norm = _norm_of(cast(RMSNorm, block.attention_norm), dtype, packs)
         self.mlp_norm = _norm_of(cast(RMSNorm, block.mlp_norm), dtype, packs)
-        self.qkv = product_of(attention.qkv, dtype, packs).plain
-        self.output = product_of(attention.output, dtype, packs).added
+        self.qkv = product_of(attention.qkv, dtype, packs, columns).plain
+        self.output = product_of(attention.output, dtype, packs, columns).added
         self.head_norm = _head_norm_of(attention, dtype, packs)
         if isinstance(mlp, Mlp) and mlp.is_swiglu:
-            gated, down = gated_of(mlp.up, dtype, packs), product_of(mlp.down, dtype, packs).added
+            gated = gated_of(mlp.up, dtype, packs, columns)
+            down = product_of(mlp.down, dtype, packs, columns).added
             self.mlp: Callable[[Tensor, Tensor], Tensor] = lambda y, stream: down(gated(y), stream)
         else:
             self.mlp = lambda y, stream: stream + mlp(y)

@@ -38,8 +38,8 @@ class Product:
     added: Callable[[Tensor, Tensor], Tensor]
 
 
-def product_of(linear: nn.Module, dtype: torch.dtype, packs: bool) -> Product:
-    """How to multiply by this linear. packs: its weight never changes, and may be laid out anew."""
+def product_of(linear: nn.Module, dtype: torch.dtype, packs: bool, columns: bool = True) -> Product:
+    """How to multiply by this linear. packs: its weight never changes, and may be laid out anew; columns: in float32"""
     if packs and type(linear) is Int8Linear and not linear.has_int8_products:
         int8 = int8_of(linear)
         return Product(int8, lambda x, stream: stream.add_(int8(x)))
@@ -49,13 +49,13 @@ def product_of(linear: nn.Module, dtype: torch.dtype, packs: bool) -> Product:
     if type(linear) is not Linear or not packs or linear.weight.dtype != dtype:
         return _as_it_is(linear)
     if dtype == torch.float32:
-        return _by_columns(linear)
+        return _by_columns(linear) if columns else _as_it_is(linear)
     if dtype == torch.bfloat16 and can_pack():
         return _packed(pack(linear.weight), linear.bias)
     return _as_it_is(linear)
 
 
-def gated_of(linear: nn.Module, dtype: torch.dtype, packs: bool) -> Callable[[Tensor], Tensor]:
+def gated_of(linear: nn.Module, dtype: torch.dtype, packs: bool, columns: bool = True) -> Callable[[Tensor], Tensor]:
     """silu(gate) * up of a fused gate-up linear."""
     if type(linear) is Linear and packs and linear.weight.dtype == dtype == torch.bfloat16 and can_pack():
         gate, up = (pack(half) for half in linear.weight.detach().chunk(2))
@@ -66,7 +66,7 @@ def gated_of(linear: nn.Module, dtype: torch.dtype, packs: bool) -> Callable[[Te
             return ops.binary(x, ops(x, gate, gate_bias, "swish", [], ""), up, up_bias, "mul")
 
         return fused
-    product = product_of(linear, dtype, packs).plain
+    product = product_of(linear, dtype, packs, columns).plain
 
     def gated(x: Tensor) -> Tensor:
         gate, up = product(x).chunk(2, dim=-1)

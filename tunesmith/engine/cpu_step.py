@@ -1,0 +1,209 @@
+"""A decoding step compiled from our own C++ (kernels/cpu_step.cpp): what a decoder's weights are to it, and its call.
+
+It takes up to `MOST_TOKENS` sequences with one new token each, of a dense decoder with RMSNorm and SwiGLU whose weights
+are float32, bfloat16, int8 by rows or int4 by groups, and reads keys and values from the pages. Weights are read where
+they lie: only scales and norms are copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tunesmith.engine.batch import StepBatch
+from tunesmith.engine.pages import PagedCache
+from tunesmith.kernels.cpu_library import load
+from tunesmith.model.block import Block, Mlp
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.int4 import Int4Linear
+from tunesmith.model.int8 import Int8Linear
+from tunesmith.model.layers import Linear, RMSNorm
+
+MOST_TOKENS = 16
+_FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_INT8, _INT4 = 2, 3
+_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [
+        *((name, _I64) for name in ("kind", "rows", "width", "group")),
+        *((name, _POINTER) for name in ("data", "scale", "zeros", "bias")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, _Weight) for name in ("qkv", "output", "up", "down")),
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("window", _I64),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, _I64)
+            for name in ("num_layers", "width", "heads", "kv_heads", "head_dim", "inner", "page_slots", "is_half")
+        ),
+        ("max_context", _I64),
+        ("eps", ctypes.c_float),
+        ("head_eps", ctypes.c_float),
+        ("final_norm", _POINTER),
+        ("inverse", _POINTER),
+        ("layers", _POINTER),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("stream", "out", "positions", "slots", "contexts", "tables")),
+        *((name, _I64) for name in ("table_ld", "tokens", "threads")),
+    ]
+
+
+class CpuStep:
+    """The compiled step of one decoder over one cache, whose tensors stay where they are as long as this is used."""
+
+    def __init__(self, library: ctypes.CDLL, decoder: Decoder, cache: PagedCache, dtype: torch.dtype) -> None:
+        self.library, self.cache, self.dtype = library, cache, dtype
+        self._kept: list[Any] = [decoder, cache]
+        config = decoder.config
+        blocks = [cast(Block, block) for block in decoder.blocks]
+        layers = (_Layer * len(blocks))(*(self._layer(block, index) for index, block in enumerate(blocks)))
+        first = blocks[0]
+        head_norm = first.attention.q_norm
+        model = _Model(
+            num_layers=len(blocks),
+            width=config.hidden_size,
+            heads=first.attention.num_heads,
+            kv_heads=first.attention.num_kv_heads,
+            head_dim=first.attention.head_dim,
+            inner=cast(Mlp, first.mlp).down.in_features,
+            page_slots=cache.keys[0].shape[1],
+            is_half=dtype == torch.bfloat16,
+            max_context=config.max_position_embeddings,
+            eps=cast(RMSNorm, decoder.norm).eps,
+            head_eps=0.0 if head_norm is None else cast(RMSNorm, head_norm).eps,
+            final_norm=self._floats(decoder.norm.weight),
+            inverse=None if config.rope is None else self._floats(decoder._inverse(torch.device("cpu"))),
+            layers=ctypes.cast(layers, _POINTER),
+        )
+        self._head = self._weight_of_head(decoder)
+        self._decoder = library.tunesmith_decoder(ctypes.byref(model))
+        self._ends = weakref.finalize(self, library.tunesmith_forget, self._decoder)
+
+    def __call__(self, stream_TD: Tensor, batch: StepBatch) -> Tensor:
+        """hidden_TD after the final norm; keys and values are in their pages."""
+        out = torch.empty_like(stream_TD)
+        step = _Step(
+            stream_TD.data_ptr(),
+            out.data_ptr(),
+            batch.positions_T.data_ptr(),
+            batch.slots_T.data_ptr(),
+            batch.context_R.data_ptr(),
+            batch.block_tables_RP.data_ptr(),
+            batch.block_tables_RP.stride(0),
+            len(stream_TD),
+            torch.get_num_threads(),
+        )
+        self.library.tunesmith_step(self._decoder, ctypes.byref(step))
+        return out
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """logits_TV in the dtype of the hidden states, of up to `MOST_TOKENS`."""
+        hidden = hidden_TD.contiguous()
+        out = hidden.new_empty(len(hidden), self._head.rows)
+        places = hidden.data_ptr(), out.data_ptr()
+        self.library.tunesmith_multiply(
+            self._decoder, ctypes.byref(self._head), *places, len(hidden), torch.get_num_threads()
+        )
+        return out
+
+    def _layer(self, block: Block, index: int) -> _Layer:
+        attention, mlp = block.attention, cast(Mlp, block.mlp)
+        return _Layer(
+            attention_norm=self._norm(block.attention_norm),
+            mlp_norm=self._norm(block.mlp_norm),
+            query_norm=self._norm(attention.q_norm),
+            key_norm=self._norm(attention.k_norm),
+            qkv=self._weight(attention.qkv),
+            output=self._weight(attention.output),
+            up=self._weight(mlp.up),
+            down=self._weight(mlp.down),
+            keys=self.cache.keys[index].data_ptr(),
+            values=self.cache.values[index].data_ptr(),
+            window=self.cache.config.window(index) or 0,
+        )
+
+    def _norm(self, norm: nn.Module | None) -> int | None:
+        return None if norm is None else self._floats(cast(RMSNorm, norm).weight)
+
+    def _floats(self, values: Tensor) -> int:
+        return self._keep(values.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _weight_of_head(self, decoder: Decoder) -> _Weight:
+        if decoder.head is not None:
+            return self._weight(decoder.head)
+        weight = decoder.embedding.weight.detach()
+        return _Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, None)
+
+    def _weight(self, linear: nn.Module) -> _Weight:
+        bias = cast("nn.Parameter | None", linear.bias)
+        place = None if bias is None else self._floats(bias)
+        if isinstance(linear, Int8Linear):
+            codes = self._keep(linear.codes)
+            return _Weight(_INT8, *linear.codes.shape, 0, codes, self._floats(linear.scale), None, place)
+        if isinstance(linear, Int4Linear):
+            zeros = None if linear.zeros is None else self._keep(linear.zeros)
+            shape, scale = (linear.out_features, linear.in_features), self._floats(linear.scales)
+            return _Weight(_INT4, *shape, linear.group_size, self._keep(linear.words), scale, zeros, place)
+        weight = cast(Linear, linear).weight.detach()
+        return _Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, place)
+
+
+def step_library(decoder: Decoder, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The library, where this decoder in this dtype is of the kind that the compiled step computes; else None."""
+    return load() if _is_taken(decoder, dtype) else None
+
+
+def _is_taken(decoder: Decoder, dtype: torch.dtype) -> bool:
+    if dtype not in _FLOAT_KINDS or not isinstance(decoder.norm, RMSNorm):
+        return False
+    blocks = [block for block in decoder.blocks if isinstance(block, Block)]
+    if len(blocks) != len(decoder.blocks) or not all(_takes_block(block, dtype) for block in blocks):
+        return False
+    if decoder.head is not None:
+        return _takes(decoder.head, dtype)
+    return decoder.embedding.weight.dtype == dtype and decoder.embedding.weight.is_contiguous()
+
+
+def _takes_block(block: Block, dtype: torch.dtype) -> bool:
+    attention, mlp = block.attention, block.mlp
+    if not isinstance(mlp, Mlp) or not mlp.is_swiglu or attention.head_dim % 2:
+        return False
+    norms = (attention.q_norm, attention.k_norm)
+    if (norms[0] is None) != (norms[1] is None) or not isinstance(block.attention_norm, RMSNorm):
+        return False
+    if isinstance(norms[0], RMSNorm) and (not isinstance(norms[1], RMSNorm) or norms[0].eps != norms[1].eps):
+        return False
+    return all(_takes(linear, dtype) for linear in (attention.qkv, attention.output, mlp.up, mlp.down))
+
+
+def _takes(linear: nn.Module, dtype: torch.dtype) -> bool:
+    """Plain linears alone: adapters and other formats are modules of other classes, or have a shell."""
+    if type(linear) is Int8Linear:
+        return linear.shell is None and not linear.has_int8_products
+    if type(linear) is Int4Linear:
+        return linear.shell is None and linear.order is None
+    return type(linear) is Linear and linear.weight.dtype == dtype and linear.weight.is_contiguous()

@@ -1,0 +1,411 @@
+// A decoding step of a dense decoder on a CPU: up to 16 sequences with one new token each, all of it in one call.
+//
+//     norm | qkv | head norms, rope, pages, attention | output + stream | norm | gate, up, swiglu | down + stream
+//
+// Threads share each phase and meet after it. The stream is float32; keys and values have the dtype of the pages.
+#include "cpu_products.hpp"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+struct Layer {
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    Weight qkv, output, up, down;
+    void *keys, *values;  // [pages, slots, kv_heads, head_dim]
+    int64_t window;       // 0: none
+};
+
+struct Model {
+    int64_t num_layers, width, heads, kv_heads, head_dim, inner, page_slots, is_half, max_context;
+    float eps, head_eps;
+    const float *final_norm, *inverse;  // inverse frequencies [head_dim / 2], or none
+    Layer *layers;
+};
+
+struct Step {
+    const void *stream;  // [tokens, width] in the model's dtype
+    void *out;
+    const int64_t *positions, *slots;
+    const int32_t *contexts, *tables;
+    int64_t table_ld, tokens, threads;
+};
+
+namespace {
+
+inline void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Threads that wait a moment for the next step, then sleep. They hold nothing, and end with the process.
+class Pool {
+   public:
+    using Job = std::function<void(int, int)>;
+
+    explicit Pool(int size) : owner(getpid()), size(size) {
+        for (int id = 1; id < size; id++) std::thread([this, id] { work(id); }).detach();
+    }
+
+    void run(int count, const Job &job) {
+        count = std::max(1, std::min(count, size));
+        if (count == 1) return job(0, 1);
+        next = &job;
+        active = count;
+        left.store(size - 1, std::memory_order_relaxed);
+        arrived.store(0, std::memory_order_relaxed);
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            epoch.fetch_add(1, std::memory_order_release);
+        }
+        if (sleeping.load() > 0) wake.notify_all();
+        job(0, count);
+        for (int spin = 0; left.load(std::memory_order_acquire) != 0; spin++) wait(spin);
+    }
+
+    // All threads of a job have come here.
+    void meet() {
+        int count = active;
+        if (count == 1) return;
+        int phase = turn.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            turn.fetch_add(1, std::memory_order_release);
+            return;
+        }
+        for (int spin = 0; turn.load(std::memory_order_acquire) == phase; spin++) wait(spin);
+    }
+
+    const pid_t owner;
+    const int size;
+    std::mutex in_use;
+
+   private:
+    static void wait(int spin) {
+        if (spin < 4000) pause_briefly();
+        else std::this_thread::yield();
+    }
+
+    void work(int id) {
+        uint64_t seen = 0;
+        for (;;) {
+            auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(60);
+            while (epoch.load(std::memory_order_acquire) == seen) {
+                for (int i = 0; i < 32; i++) pause_briefly();
+                if (std::chrono::steady_clock::now() < until) continue;
+                std::unique_lock<std::mutex> lock(mutex);
+                sleeping++;
+                wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
+                sleeping--;
+            }
+            seen = epoch.load(std::memory_order_acquire);
+            if (id < active) (*next)(id, active);
+            left.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    const Job *next = nullptr;
+    int active = 1;
+    std::atomic<int> left{0}, arrived{0}, turn{0}, sleeping{0};
+    std::atomic<uint64_t> epoch{0};
+    std::mutex mutex;
+    std::condition_variable wake;
+};
+
+std::atomic<Pool *> shared_pool{nullptr};
+
+// The process's threads. A child of a fork has none of its parent's, so it makes its own; nothing is ever torn down.
+Pool *pool_of(int size) {
+    Pool *pool = shared_pool.load();
+    while (pool == nullptr || pool->owner != getpid() || pool->size < size) {
+        Pool *made = new Pool(size);
+        if (shared_pool.compare_exchange_strong(pool, made)) return made;
+    }
+    return pool;
+}
+
+void share(int64_t count, int64_t unit, int me, int threads, int64_t &first, int64_t &last) {
+    int64_t units = (count + unit - 1) / unit;
+    first = std::min(count, units * me / threads * unit);
+    last = std::min(count, units * (me + 1) / threads * unit);
+}
+
+// e^x to float32's precision: 2^n * e^r, r within ln 2 / 2, by the series.
+inline float exponential(float x) {
+    x = std::min(std::max(x, -87.0f), 88.0f);
+    float turns = x * 1.44269504f + 12582912.0f, n = turns - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float sum = 1.0f / 5040;
+    sum = sum * r + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return sum * power;
+}
+
+constexpr int LANES = 16;
+
+inline float total(const float *lanes) {
+    float half[LANES / 2], sum = 0;
+    for (int i = 0; i < LANES / 2; i++) half[i] = lanes[i] + lanes[i + LANES / 2];
+    for (int i = 0; i < LANES / 2; i++) sum += half[i];
+    return sum;
+}
+
+inline float dot(const float *a, const float *b, int64_t count) {
+    float lanes[LANES] = {}, rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * b[i + l];
+    for (; i < count; i++) rest += a[i] * b[i];
+    return total(lanes) + rest;
+}
+
+inline void norm(const float *x, const float *weight, int64_t width, float eps, float *out) {
+    float scale = 1.0f / std::sqrt(dot(x, x, width) / float(width) + eps);
+    for (int64_t i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
+}
+
+inline float rounded(float x, bool is_half) { return is_half ? widen(narrow(x)) : x; }
+
+inline void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        float first = x[i], second = x[i + half];
+        x[i] = first * cosine[i] - second * sine[i];
+        x[i + half] = second * cosine[i] + first * sine[i];
+    }
+}
+
+template <class Value>
+inline void widen_all(const Value *from, int64_t count, float *to) {
+    for (int64_t i = 0; i < count; i++) to[i] = widen(from[i]);
+}
+
+void write_all(const float *from, int64_t count, void *to, int64_t place, bool is_half) {
+    if (!is_half) std::memcpy(static_cast<float *>(to) + place, from, 4 * count);
+    else for (int64_t i = 0; i < count; i++) static_cast<uint16_t *>(to)[place + i] = narrow(from[i]);
+}
+
+class Decoder {
+   public:
+    explicit Decoder(const Model &model) : m(model), layers(model.layers, model.layers + model.num_layers) {
+        widest = std::max({m.width, m.heads * m.head_dim, m.inner});
+        qkv_rows = (m.heads + 2 * m.kv_heads) * m.head_dim;
+        for (auto *buffer : {&stream, &normed}) buffer->resize(MOST * m.width);
+        qkv.resize(MOST * qkv_rows);
+        mixed.resize(MOST * m.heads * m.head_dim);
+        gated.resize(2 * MOST * m.inner);
+        cosine.resize(MOST * m.head_dim);
+        sine.resize(MOST * m.head_dim);
+        in.ld = padded(widest);
+        half.resize(MOST * in.ld);
+        codes.resize(MOST * in.ld);
+        steps.resize(MOST * in.ld / BLOCK);
+        in.half = half.data();
+        in.codes = codes.data();
+        in.steps = steps.data();
+    }
+
+    void step(const Step &s) {
+        Pool *pool = pool_of(int(s.threads));
+        std::lock_guard<std::mutex> lock(pool->in_use);
+        if (scores.size() < size_t(s.threads)) scores.resize(s.threads);
+        Pool::Job job = [&](int me, int threads) { run(s, *pool, me, threads); };
+        pool->run(int(s.threads), job);
+    }
+
+    // y of rows of x in the model's dtype: the head.
+    void multiply(const Weight &w, const void *x, void *y, int64_t tokens, int threads) {
+        Pool *pool = pool_of(threads);
+        std::lock_guard<std::mutex> lock(pool->in_use);
+        Pool::Job job = [&](int me, int count) {
+            for (int64_t t = me; t < tokens; t += count) {
+                read(x, t, &normed[t * m.width]);
+                prepare(Kind(w.kind), &normed[t * m.width], w.width, in, int(t));
+            }
+            pool->meet();
+            times(w, normed.data(), m.width, tokens, {y, w.rows, m.is_half ? SET_BFLOAT16 : SET}, me, count);
+        };
+        pool->run(threads, job);
+    }
+
+   private:
+    void run(const Step &s, Pool &pool, int me, int threads) {
+        int64_t half = m.head_dim / 2;
+        for (int64_t t = me; t < s.tokens; t += threads) {
+            read(s.stream, t, &stream[t * m.width]);
+            for (int64_t i = 0; m.inverse && i < half; i++) {
+                float angle = float(s.positions[t]) * m.inverse[i];
+                cosine[t * half + i] = rounded(std::cos(angle), m.is_half);
+                sine[t * half + i] = rounded(std::sin(angle), m.is_half);
+            }
+        }
+        for (Layer &layer : layers) {
+            normed_for(layer.qkv, layer.attention_norm, s, me, threads);
+            pool.meet();
+            times(layer.qkv, normed.data(), m.width, s.tokens, {qkv.data(), qkv_rows, SET}, me, threads);
+            pool.meet();
+            for (int64_t task = me; task < s.tokens * m.kv_heads; task += threads)
+                attend(layer, s, task / m.kv_heads, task % m.kv_heads, scores[me]);
+            pool.meet();
+            int64_t all_heads = m.heads * m.head_dim;
+            add(layer.output, mixed.data(), all_heads, s, pool, me, threads);
+            normed_for(layer.up, layer.mlp_norm, s, me, threads);
+            pool.meet();
+            gate(layer.up, s, me, threads);
+            pool.meet();
+            add(layer.down, gated.data(), 2 * m.inner, s, pool, me, threads);
+        }
+        for (int64_t t = me; t < s.tokens; t += threads) {
+            norm(&stream[t * m.width], m.final_norm, m.width, m.eps, &normed[t * m.width]);
+            write_all(&normed[t * m.width], m.width, s.out, t * m.width, m.is_half);
+        }
+    }
+
+    void read(const void *from, int64_t row, float *to) {
+        if (m.is_half) widen_all(static_cast<const uint16_t *>(from) + row * m.width, m.width, to);
+        else widen_all(static_cast<const float *>(from) + row * m.width, m.width, to);
+    }
+
+    void normed_for(const Weight &w, const float *weight, const Step &s, int me, int threads) {
+        for (int64_t t = me; t < s.tokens; t += threads) {
+            norm(&stream[t * m.width], weight, m.width, m.eps, &normed[t * m.width]);
+            prepare(Kind(w.kind), &normed[t * m.width], m.width, in, int(t));
+        }
+    }
+
+    Input input_of(const float *x, int64_t ld) const {
+        Input found = in;
+        found.wide = x;
+        found.wide_ld = ld;
+#if !WIDE
+        found.wide = x;
+#endif
+        return found;
+    }
+
+    void times(const Weight &w, const float *x, int64_t ld, int64_t tokens, Output out, int me, int threads) {
+        int64_t first, last;
+        share(w.rows, 16, me, threads, first, last);
+        product(w, input_of(x, ld), int(tokens), first, last, out);
+    }
+
+    // stream += x @ w.T; begins where all of x is there, ends where all of the stream is.
+    void add(const Weight &w, const float *x, int64_t ld, const Step &s, Pool &pool, int me, int threads) {
+        if (w.kind != FLOAT32) {
+            for (int64_t t = me; t < s.tokens; t += threads) prepare(Kind(w.kind), x + t * ld, w.width, in, int(t));
+            pool.meet();
+        }
+        times(w, x, ld, s.tokens, {stream.data(), m.width, ADD}, me, threads);
+        pool.meet();
+    }
+
+    // gated[t, :inner] = silu(gate) * up; up's rows lie behind gate's.
+    void gate(const Weight &w, const Step &s, int me, int threads) {
+        int64_t first, last;
+        share(m.inner, 16, me, threads, first, last);
+        Input x = input_of(normed.data(), m.width);
+        Output out{gated.data(), 2 * m.inner, SET};
+        product(w, x, int(s.tokens), first, last, out);
+        product(w, x, int(s.tokens), m.inner + first, m.inner + last, out);
+        for (int64_t t = 0; t < s.tokens; t++) {
+            float *gate = &gated[2 * t * m.inner];
+            const float *up = gate + m.inner;
+            for (int64_t i = first; i < last; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+        }
+    }
+
+    void attend(Layer &layer, const Step &s, int64_t t, int64_t kv, std::vector<float> &room) {
+        int64_t H = m.head_dim, group = m.heads / m.kv_heads, slot = s.slots[t];
+        float *query = &qkv[t * qkv_rows + kv * group * H];
+        float *key = &qkv[t * qkv_rows + (m.heads + kv) * H], *value = key + m.kv_heads * H;
+        for (int64_t g = 0; g < group; g++) turn(query + g * H, layer.query_norm, t);
+        turn(key, layer.key_norm, t);
+        int64_t row = m.kv_heads * H;
+        if (slot >= 0) {
+            write_all(key, H, layer.keys, slot * row + kv * H, m.is_half);
+            write_all(value, H, layer.values, slot * row + kv * H, m.is_half);
+        }
+        int64_t last = s.contexts[t], first = layer.window ? std::max<int64_t>(0, last - layer.window) : 0;
+        int64_t ld = (last - first + LANES - 1) / LANES * LANES;
+        room.resize(std::max<size_t>(room.size(), group * ld + H));
+        float *score = room.data(), *wide = score + group * ld;
+        const int32_t *table = s.tables + t * s.table_ld;
+        float scale = 1.0f / std::sqrt(float(H));
+        auto place = [&](int64_t p) { return (table[p / m.page_slots] * m.page_slots + p % m.page_slots) * row + kv * H; };
+        for (int64_t p = first; p < last; p++) {
+            const float *k = wide_of(layer.keys, place(p), H, wide);
+            for (int64_t g = 0; g < group; g++) score[g * ld + p - first] = dot(query + g * H, k, H) * scale;
+        }
+        float *out = &mixed[(t * m.heads + kv * group) * H];
+        std::fill(out, out + group * H, 0.0f);
+        for (int64_t g = 0; g < group; g++) soften(score + g * ld, last - first);
+        for (int64_t p = first; p < last; p++) {
+            const float *v = wide_of(layer.values, place(p), H, wide);
+            for (int64_t g = 0; g < group; g++) {
+                float share = score[g * ld + p - first], *to = out + g * H;
+                for (int64_t i = 0; i < H; i++) to[i] += share * v[i];
+            }
+        }
+    }
+
+    void turn(float *head, const float *weight, int64_t t) {
+        int64_t half = m.head_dim / 2;
+        if (weight) norm(head, weight, m.head_dim, m.head_eps, head);
+        if (m.inverse) rotate(head, &cosine[t * half], &sine[t * half], half);
+    }
+
+    const float *wide_of(const void *pages, int64_t place, int64_t count, float *room) const {
+        if (!m.is_half) return static_cast<const float *>(pages) + place;
+        widen_all(static_cast<const uint16_t *>(pages) + place, count, room);
+        return room;
+    }
+
+    static void soften(float *score, int64_t count) {
+        float most = score[0], lanes[LANES] = {}, rest = 0;
+        for (int64_t i = 1; i < count; i++) most = std::max(most, score[i]);
+        for (int64_t i = 0; i < count; i++) score[i] = score[i] == score[i] ? exponential(score[i] - most) : score[i];
+        int64_t i = 0;
+        for (; i + LANES <= count; i += LANES)
+            for (int l = 0; l < LANES; l++) lanes[l] += score[i + l];
+        for (; i < count; i++) rest += score[i];
+        float inverse = 1.0f / (total(lanes) + rest);
+        for (i = 0; i < count; i++) score[i] *= inverse;
+    }
+
+    Model m;
+    std::vector<Layer> layers;
+    int64_t widest, qkv_rows;
+    Input in{};
+    std::vector<float> stream, normed, qkv, mixed, gated, cosine, sine, steps;
+    std::vector<uint16_t> half;
+    std::vector<int16_t> codes;
+    std::vector<std::vector<float>> scores;
+};
+
+}  // namespace
+
+extern "C" {
+void *tunesmith_decoder(const Model *model) { return new Decoder(*model); }
+void tunesmith_forget(void *decoder) { delete static_cast<Decoder *>(decoder); }
+void tunesmith_step(void *decoder, const Step *step) { static_cast<Decoder *>(decoder)->step(*step); }
+void tunesmith_multiply(void *decoder, const Weight *w, const void *x, void *y, int64_t tokens, int64_t threads) {
+    static_cast<Decoder *>(decoder)->multiply(*w, x, y, tokens, int(threads));
+}
+int64_t tunesmith_is_wide() { return WIDE; }
+}
