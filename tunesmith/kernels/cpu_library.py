@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 SWITCH = "TUNESMITH_CPU_STEP"
-_SOURCES = ("cpu_step.cpp", "cpu_products.hpp")
+_SOURCES = ("cpu_step.cpp", "cpu_pool.hpp", "cpu_products.hpp", "cpu_wide.hpp", "cpu_plain.hpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 _LIMIT_S = 600.0
 _log = logging.getLogger(__name__)

@@ -3,17 +3,10 @@
 //     norm | qkv | head norms, rope, pages, attention | output + stream | norm | gate, up, swiglu | down + stream
 //
 // Threads share each phase and meet after it. The stream is float32; keys and values have the dtype of the pages.
-#include "cpu_products.hpp"
-
-#include <unistd.h>
-
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
-#include <functional>
-#include <mutex>
-#include <thread>
 #include <vector>
+
+#include "cpu_pool.hpp"
+#include "cpu_products.hpp"
 
 struct Layer {
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
@@ -38,100 +31,6 @@ struct Step {
 };
 
 namespace {
-
-inline void pause_briefly() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
-// Threads that wait a moment for the next step, then sleep. They hold nothing, and end with the process.
-class Pool {
-   public:
-    using Job = std::function<void(int, int)>;
-
-    explicit Pool(int size) : owner(getpid()), size(size) {
-        for (int id = 1; id < size; id++) std::thread([this, id] { work(id); }).detach();
-    }
-
-    void run(int count, const Job &job) {
-        count = std::max(1, std::min(count, size));
-        if (count == 1) return job(0, 1);
-        next = &job;
-        active = count;
-        left.store(size - 1, std::memory_order_relaxed);
-        arrived.store(0, std::memory_order_relaxed);
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            epoch.fetch_add(1, std::memory_order_release);
-        }
-        if (sleeping.load() > 0) wake.notify_all();
-        job(0, count);
-        for (int spin = 0; left.load(std::memory_order_acquire) != 0; spin++) wait(spin);
-    }
-
-    // All threads of a job have come here.
-    void meet() {
-        int count = active;
-        if (count == 1) return;
-        int phase = turn.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
-            arrived.store(0, std::memory_order_relaxed);
-            turn.fetch_add(1, std::memory_order_release);
-            return;
-        }
-        for (int spin = 0; turn.load(std::memory_order_acquire) == phase; spin++) wait(spin);
-    }
-
-    const pid_t owner;
-    const int size;
-    std::mutex in_use;
-
-   private:
-    static void wait(int spin) {
-        if (spin < 4000) pause_briefly();
-        else std::this_thread::yield();
-    }
-
-    void work(int id) {
-        uint64_t seen = 0;
-        for (;;) {
-            auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(60);
-            while (epoch.load(std::memory_order_acquire) == seen) {
-                for (int i = 0; i < 32; i++) pause_briefly();
-                if (std::chrono::steady_clock::now() < until) continue;
-                std::unique_lock<std::mutex> lock(mutex);
-                sleeping++;
-                wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
-                sleeping--;
-            }
-            seen = epoch.load(std::memory_order_acquire);
-            if (id < active) (*next)(id, active);
-            left.fetch_sub(1, std::memory_order_acq_rel);
-        }
-    }
-
-    const Job *next = nullptr;
-    int active = 1;
-    std::atomic<int> left{0}, arrived{0}, turn{0}, sleeping{0};
-    std::atomic<uint64_t> epoch{0};
-    std::mutex mutex;
-    std::condition_variable wake;
-};
-
-std::atomic<Pool *> shared_pool{nullptr};
-
-// The process's threads. A child of a fork has none of its parent's, so it makes its own; nothing is ever torn down.
-Pool *pool_of(int size) {
-    Pool *pool = shared_pool.load();
-    while (pool == nullptr || pool->owner != getpid() || pool->size < size) {
-        Pool *made = new Pool(size);
-        if (shared_pool.compare_exchange_strong(pool, made)) return made;
-    }
-    return pool;
-}
 
 void share(int64_t count, int64_t unit, int me, int threads, int64_t &first, int64_t &last) {
     int64_t units = (count + unit - 1) / unit;
@@ -159,6 +58,7 @@ inline float exponential(float x) {
 }
 
 constexpr int LANES = 16;
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline float total(const float *lanes) {
     float half[LANES / 2], sum = 0;
@@ -168,12 +68,12 @@ inline float total(const float *lanes) {
 }
 
 inline float dot(const float *a, const float *b, int64_t count) {
-    float lanes[LANES] = {}, rest = 0;
+    Vector sum = {};
+    float rest = 0;
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * b[i + l];
+    for (; i + LANES <= count; i += LANES) sum += *(const Vector *)(a + i) * *(const Vector *)(b + i);
     for (; i < count; i++) rest += a[i] * b[i];
-    return total(lanes) + rest;
+    return total((const float *)&sum) + rest;
 }
 
 inline void norm(const float *x, const float *weight, int64_t width, float eps, float *out) {
@@ -219,6 +119,8 @@ class Decoder {
         in.half = half.data();
         in.codes = codes.data();
         in.steps = steps.data();
+        tiles.resize(MOST * in.ld);
+        in.tiles = tiles.data();
     }
 
     void step(const Step &s) {
@@ -293,9 +195,6 @@ class Decoder {
         Input found = in;
         found.wide = x;
         found.wide_ld = ld;
-#if !WIDE
-        found.wide = x;
-#endif
         return found;
     }
 
@@ -331,7 +230,7 @@ class Decoder {
     }
 
     void attend(Layer &layer, const Step &s, int64_t t, int64_t kv, std::vector<float> &room) {
-        int64_t H = m.head_dim, group = m.heads / m.kv_heads, slot = s.slots[t];
+        int64_t H = m.head_dim, ld = (H + LANES - 1) / LANES * LANES, group = m.heads / m.kv_heads, slot = s.slots[t];
         float *query = &qkv[t * qkv_rows + kv * group * H];
         float *key = &qkv[t * qkv_rows + (m.heads + kv) * H], *value = key + m.kv_heads * H;
         for (int64_t g = 0; g < group; g++) turn(query + g * H, layer.query_norm, t);
@@ -342,25 +241,57 @@ class Decoder {
             write_all(value, H, layer.values, slot * row + kv * H, m.is_half);
         }
         int64_t last = s.contexts[t], first = layer.window ? std::max<int64_t>(0, last - layer.window) : 0;
-        int64_t ld = (last - first + LANES - 1) / LANES * LANES;
-        room.resize(std::max<size_t>(room.size(), group * ld + H));
-        float *score = room.data(), *wide = score + group * ld;
-        const int32_t *table = s.tables + t * s.table_ld;
+        int64_t count = last - first, places = (count + LANES - 1) / LANES * LANES;
+        room.resize(std::max<size_t>(room.size(), group * (places + 2 * ld) + LANES * ld));
+        float *score = room.data(), *own = score + group * places, *out = own + group * ld, *wide = out + group * ld;
+        std::fill(own, own + (2 * group + LANES) * ld, 0.0f);
         float scale = 1.0f / std::sqrt(float(H));
-        auto place = [&](int64_t p) { return (table[p / m.page_slots] * m.page_slots + p % m.page_slots) * row + kv * H; };
-        for (int64_t p = first; p < last; p++) {
-            const float *k = wide_of(layer.keys, place(p), H, wide);
-            for (int64_t g = 0; g < group; g++) score[g * ld + p - first] = dot(query + g * H, k, H) * scale;
-        }
-        float *out = &mixed[(t * m.heads + kv * group) * H];
-        std::fill(out, out + group * H, 0.0f);
-        for (int64_t g = 0; g < group; g++) soften(score + g * ld, last - first);
-        for (int64_t p = first; p < last; p++) {
-            const float *v = wide_of(layer.values, place(p), H, wide);
-            for (int64_t g = 0; g < group; g++) {
-                float share = score[g * ld + p - first], *to = out + g * H;
-                for (int64_t i = 0; i < H; i++) to[i] += share * v[i];
+        for (int64_t g = 0; g < group; g++)
+            for (int64_t i = 0; i < H; i++) own[g * ld + i] = query[g * H + i] * scale;
+        auto gather = [&](const void *pages, int64_t start) {  // the rows of 16 places; zero behind the last
+            const int32_t *table = s.tables + t * s.table_ld;
+            for (int64_t l = 0; l < LANES; l++) {
+                int64_t p = first + start + l;
+                int64_t place = p < last ? table[p / m.page_slots] * m.page_slots + p % m.page_slots : -1;
+                if (place < 0) std::fill(wide + l * ld, wide + l * ld + H, 0.0f);
+                else widen_from(pages, place * row + kv * H, wide + l * ld);
             }
+        };
+        for (int64_t start = 0; start < count; start += LANES) {
+            gather(layer.keys, start);
+            for (int64_t g = 0; g < group; g++) scores_of(own + g * ld, wide, ld, score + g * places + start);
+        }
+        for (int64_t g = 0; g < group; g++) soften(score + g * places, count, places);
+        for (int64_t start = 0; start < count; start += LANES) {
+            gather(layer.values, start);
+            for (int64_t g = 0; g < group; g++) mix(score + g * places + start, wide, ld, out + g * ld);
+        }
+        float *to = &mixed[(t * m.heads + kv * group) * H];
+        for (int64_t g = 0; g < group; g++) std::memcpy(to + g * H, out + g * ld, 4 * H);
+    }
+
+    // The products of a query with 16 keys.
+    static void scores_of(const float *query, const float *keys, int64_t ld, float *out) {
+        Vector sum[LANES] = {};
+        for (int64_t i = 0; i < ld; i += LANES) {
+            Vector q = *(const Vector *)(query + i);
+            for (int l = 0; l < LANES; l++) sum[l] += q * *(const Vector *)(keys + l * ld + i);
+        }
+#if WIDE
+        __m512 v[LANES];
+        std::memcpy(v, sum, sizeof v);
+        _mm512_storeu_ps(out, sums_of(v));
+#else
+        for (int l = 0; l < LANES; l++) out[l] = total((const float *)&sum[l]);
+#endif
+    }
+
+    // out += what 16 values weigh.
+    static void mix(const float *weights, const float *values, int64_t ld, float *out) {
+        for (int64_t i = 0; i < ld; i += LANES) {
+            Vector sum = *(const Vector *)(out + i);
+            for (int l = 0; l < LANES; l++) sum += weights[l] * *(const Vector *)(values + l * ld + i);
+            *(Vector *)(out + i) = sum;
         }
     }
 
@@ -370,22 +301,26 @@ class Decoder {
         if (m.inverse) rotate(head, &cosine[t * half], &sine[t * half], half);
     }
 
-    const float *wide_of(const void *pages, int64_t place, int64_t count, float *room) const {
-        if (!m.is_half) return static_cast<const float *>(pages) + place;
-        widen_all(static_cast<const uint16_t *>(pages) + place, count, room);
-        return room;
+    void widen_from(const void *pages, int64_t place, float *to) const {
+        if (m.is_half) widen_all(static_cast<const uint16_t *>(pages) + place, m.head_dim, to);
+        else widen_all(static_cast<const float *>(pages) + place, m.head_dim, to);
     }
 
-    static void soften(float *score, int64_t count) {
-        float most = score[0], lanes[LANES] = {}, rest = 0;
-        for (int64_t i = 1; i < count; i++) most = std::max(most, score[i]);
-        for (int64_t i = 0; i < count; i++) score[i] = score[i] == score[i] ? exponential(score[i] - most) : score[i];
-        int64_t i = 0;
-        for (; i + LANES <= count; i += LANES)
-            for (int l = 0; l < LANES; l++) lanes[l] += score[i + l];
-        for (; i < count; i++) rest += score[i];
-        float inverse = 1.0f / (total(lanes) + rest);
-        for (i = 0; i < count; i++) score[i] *= inverse;
+    // Softmax of `count` scores; zero behind them, up to `places`.
+    static void soften(float *score, int64_t count, int64_t places) {
+        for (int64_t i = count; i < places; i++) score[i] = -INFINITY;
+        Vector most = *(const Vector *)score, sum = {};
+        for (int64_t i = LANES; i < places; i += LANES) {
+            Vector x = *(const Vector *)(score + i);
+            most = x > most ? x : most;
+        }
+        float largest = most[0];
+        for (int l = 1; l < LANES; l++) largest = std::max(largest, most[l]);
+        for (int64_t i = 0; i < places; i++) score[i] = exponential(score[i] - largest);
+        for (int64_t i = count; i < places; i++) score[i] = 0;
+        for (int64_t i = 0; i < places; i += LANES) sum += *(const Vector *)(score + i);
+        float inverse = 1.0f / total((const float *)&sum);
+        for (int64_t i = 0; i < places; i++) score[i] *= inverse;
     }
 
     Model m;
@@ -393,7 +328,7 @@ class Decoder {
     int64_t widest, qkv_rows;
     Input in{};
     std::vector<float> stream, normed, qkv, mixed, gated, cosine, sine, steps;
-    std::vector<uint16_t> half;
+    std::vector<uint16_t> half, tiles;
     std::vector<int16_t> codes;
     std::vector<std::vector<float>> scores;
 };

@@ -179,6 +179,9 @@ def _compiler(driver: Driver) -> Iterator[Finding]:
         yield Finding("compiler", level, "no C compiler (GPU kernels need one)", "sudo apt-get install -y gcc")
     else:
         yield Finding("compiler", "ok", compiler)
+    if os.name == "posix" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        lack = "no C++ compiler: decoding on a CPU goes through torch, several times slower for small models"
+        yield Finding("c++", "note", lack, "sudo apt-get install -y g++")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if header.is_file():
         yield Finding("headers", "ok", f"Python.h in {header.parent}")
