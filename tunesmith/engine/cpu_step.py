@@ -91,7 +91,7 @@ class CpuStep:
             max_context=config.max_position_embeddings,
             eps=cast(RMSNorm, decoder.norm).eps,
             head_eps=0.0 if head_norm is None else cast(RMSNorm, head_norm).eps,
-            final_norm=self._floats(decoder.norm.weight),
+            final_norm=self._norm(decoder.norm),
             inverse=None if config.rope is None else self._floats(decoder._inverse(torch.device("cpu"))),
             layers=ctypes.cast(layers, _POINTER),
         )
