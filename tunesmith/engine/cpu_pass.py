@@ -68,7 +68,7 @@ class CpuPass:
         """logits_TV in the dtype of the hidden states."""
         if self._dtype != hidden_TD.dtype:
             self._prepare(hidden_TD.dtype)
-        if self._step is not None and len(hidden_TD) <= MOST_TOKENS:
+        if self._step is not None and len(hidden_TD) <= self._step.most_logits:
             return self._step.logits(hidden_TD)
         return self._head(hidden_TD)
 
@@ -82,6 +82,8 @@ class CpuPass:
         if self._step is None or self._step.cache is not cache:
             with torch.inference_mode(False), torch.no_grad():
                 self._step = CpuStep(self._library, self.decoder, cache, cache.dtype)
+        if batch.num_tokens > self._step.most_tokens:
+            return None
         if self.held is not None:
             self.held.forget(batch.sequence_slots)
         return self._step

@@ -171,10 +171,12 @@ void row_int4(const Weight &w, int64_t row, const Input &in, float *out) {
         _mm_prefetch((const char *)(words + 16 * block + 512), _MM_HINT_T0);
         const float *scale = w.scale + row * groups + block * each;
         const uint8_t *zeros = w.zeros ? w.zeros + row * groups + block * each : nullptr;
+        int32_t zero[4];  // of a pair's two columns
+        if (each == 1 || !zeros) std::fill(zero, zero + 4, (zeros ? zeros[0] : 8) * 0x10001);
+        else for (int m = 0; m < 4; m++) zero[m] = zeros[m * each / 8] | zeros[(4 + m) * each / 8] << 16;
         for (int m = 0; m < 4; m++) {
-            int first = zeros ? zeros[16 * m / w.group] : 8, second = zeros ? zeros[(64 + 16 * m) / w.group] : 8;
-            __m512i zero = _mm512_set1_epi32(first | second << 16);
-            codes[m] = _mm512_sub_epi16(_mm512_and_si512(_mm512_srli_epi32(word, 4 * m), nibbles), zero);
+            __m512i pair = _mm512_and_si512(_mm512_srli_epi32(word, 4 * m), nibbles);
+            codes[m] = _mm512_sub_epi16(pair, _mm512_set1_epi32(zero[m]));
         }
         if (each == 1) {
             add_block<T>(codes, 4, in, block, _mm512_set1_ps(scale[0]), sum);
@@ -183,7 +185,7 @@ void row_int4(const Weight &w, int64_t row, const Input &in, float *out) {
         for (int g = 0; g < each; g++) {  // a pair's columns are of two groups: the other one's code is made zero
             __m512i part[4];
             for (int m = 0; m < 4; m++) {
-                bool has_low = 16 * m / w.group == g, has_high = (64 + 16 * m) / w.group == g;
+                bool has_low = m * each / 8 == g, has_high = (4 + m) * each / 8 == g;
                 part[m] = has_low    ? _mm512_and_si512(codes[m], low)
                           : has_high ? _mm512_andnot_si512(low, codes[m])
                                      : _mm512_setzero_si512();
