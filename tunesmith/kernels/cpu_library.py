@@ -1,7 +1,7 @@
 """Our C++ for CPUs (cpu_step.cpp), compiled for this machine at first use and kept in the cache folder.
 
-Where there is no compiler, or it fails, there is no library: `load` says so once in the log, and callers go without.
-TUNESMITH_CPU_STEP=0 switches it off.
+Asked for by TUNESMITH_CPU_STEP=1. Where there is no compiler, or it fails, there is no library: `load` says so once in
+the log, and callers go without.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def find_compiler() -> str | None:
 
 @cache
 def load() -> ctypes.CDLL | None:
-    """The library, built where it is not there yet; None where it is switched off or can't be had."""
-    if os.environ.get(SWITCH, "1") in ("0", "off", "false"):
+    """The library, built where it is not there yet; None where it is not asked for or can't be had."""
+    if os.environ.get(SWITCH, "0") not in ("1", "on", "true"):
         return None
     try:
         library = ctypes.CDLL(str(build()))

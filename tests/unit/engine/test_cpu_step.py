@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +35,14 @@ SLOTS, LONGEST = schedules.SLOTS, schedules.LONGEST
 
 
 @pytest.fixture(scope="module", autouse=True)
-def library() -> Any:
-    if (found := cpu_library.load()) is None:
-        pytest.skip("no compiled step here (no C++ compiler, or switched off)")
-    return found
+def library() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu_library.SWITCH, "1")
+        cpu_library.load.cache_clear()
+        if (found := cpu_library.load()) is None:
+            pytest.skip("no compiled step here: no C++ compiler")
+        yield found
+    cpu_library.load.cache_clear()
 
 
 def check(decoder: Decoder, truth: Decoder, limit: float, dtype: torch.dtype, seed: int) -> None:
@@ -111,9 +116,10 @@ def test_what_is_no_number_stays_none(tiny_model_dir: Any) -> None:
 
 def test_without_a_compiler_there_is_no_library(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr(cpu_library, "find_compiler", lambda: None)
+    monkeypatch.setenv(cpu_library.SWITCH, "1")
     assert cpu_library.load.__wrapped__() is None
     assert "no C++ compiler" in caplog.text
-    monkeypatch.setenv(cpu_library.SWITCH, "0")
+    monkeypatch.delenv(cpu_library.SWITCH)
     caplog.clear()
     assert cpu_library.load.__wrapped__() is None
     assert not caplog.text
