@@ -60,7 +60,7 @@ def test_a_wrong_recipe_is_one_line_and_code_2(tunesmith_cli: Cli, tmp_path: Pat
     done = tunesmith_cli("recipe", "show", "r.yaml")
     assert done.returncode == 2
     assert done.stderr == (
-        "tunesmith: error: r.yaml:2: train.learning_rat is not a key, did you mean 'learning_rate'?\n"
+        "tunesmith: error: r.yaml:2: train.learning_rat is not a key, did you mean 'train.learning_rate'?\n"
     )
 
 

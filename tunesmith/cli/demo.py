@@ -127,8 +127,8 @@ def kept_line(folder: Path) -> str:
 
     matrix, quality = RunDir(folder / "matrix"), RunDir(folder / "quality")
     kept = []
-    if num_cells := len(list(matrix.cells.glob("*.json"))):
-        kept.append(f"{num_cells} of {METHODS} methods measured: tunesmith report {shlex.quote(str(matrix.path))}")
+    if num_methods := len({path.stem.rpartition("-")[0] for path in matrix.cells.glob("*.json")}):
+        kept.append(f"{num_methods} of {METHODS} methods measured: tunesmith report {shlex.quote(str(matrix.path))}")
     if is_run(quality.path):
         what, verb = ("the trained model", "chat") if quality.final.is_dir() else ("the training", "train --resume")
         kept.append(f"{what}: tunesmith {verb} {shlex.quote(str(quality.path))}")

@@ -170,7 +170,10 @@ def _plain(value: Any) -> str:
 
 def _unknown_key(place: Place) -> str:
     key, parent = str(place[-1]), place[:-1]
-    hint = nearest(key, allowed_keys(parent)) or _elsewhere(key)
+    near = nearest(key, allowed_keys(parent))
+    if near and parent:
+        near = f", did you mean '{_dotted_place((*parent, near.split(chr(39))[1]))}'?"
+    hint = near or _elsewhere(key)
     if not hint:
         section = f"'{_dotted_place(parent)}'" if parent else "a recipe"
         hint = f"; {section} has {', '.join(allowed_keys(parent))}"

@@ -46,13 +46,15 @@ def evaluations_of(runs: Sequence[Run], words: Words) -> list[Evaluation]:
 
 
 def _evaluation(name: str, sides: Sides, words: Words, *, alone: bool) -> Evaluation:
-    sentences = _sentences(sides, words)
+    sentences, examples = _sentences(sides, words), _examples(sides)
+    if SHOWN <= len(examples) < (count := _count(sides[-1][1])):
+        sentences.append(words("answers_shown", shown=len(examples), count=count))
     return Evaluation(
         title=words(_title(sides), name=name),
         facts=tuple(_facts(sides, words)),
         sentences=tuple(sentences if alone else [words("whose", name=name, text=text) for text in sentences]),
         head=_head(sides, words),
-        examples=_examples(sides),
+        examples=examples,
     )
 
 
@@ -156,11 +158,11 @@ def _head(sides: Sides, words: Words) -> tuple[str, ...]:
 
 
 def _examples(sides: Sides) -> tuple[tuple[Answer, ...], ...]:
-    """The answers of both sides to the same question, in one row."""
+    """The answers of both sides to the same question, in one row; those that are wrong at last come first."""
     rows = []
     keyed = [{_question(node): node for node in map(Node, _items(side))} for _, side in sides]
     common = [key for key in keyed[0] if all(key in answers for answers in keyed)]
-    for key in common[:SHOWN]:
+    for key in sorted(common, key=lambda key: _right(keyed[-1][key]) is not False)[:SHOWN]:
         nodes = [answers[key] for answers in keyed]
         first = nodes[0]
         row = [Answer(first.text("question") or ""), Answer(_expected(first))]

@@ -20,7 +20,8 @@ def write_cells(folder: Path, count: int) -> None:
     cells = RunDir(folder / "matrix").cells
     cells.mkdir(parents=True)
     for number in range(count):
-        (cells / f"{number}.json").write_text("{}", encoding="utf-8")
+        for repeat in range(2):
+            (cells / f"method{number}-gc-{repeat}.json").write_text("{}", encoding="utf-8")
 
 
 def test_nothing_kept_yet(folder: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_missing_file_names_its_neighbour_and_the_next_command(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train:\n  learning_rat: 1", "r.yaml:2: train.learning_rat is not a key, did you mean 'learning_rate'?"),
+        ("train:\n  learning_rat: 1", "r.yaml:2: train.learning_rat is not a key, did you mean 'train.learning_rate'?"),
         ("learning_rate: 1", "r.yaml:1: learning_rate is not a key, did you mean 'train.learning_rate'?"),
         ("data:\n  epoch: 1", "r.yaml:2: data.epoch is not a key, did you mean 'train.epochs'?"),
         ("mehtod: {}", "r.yaml:1: mehtod is not a key, did you mean 'method'?"),
@@ -163,7 +163,7 @@ def test_an_override_does_not_change_the_mapping_it_was_given() -> None:
         ("train.seed", "an override is written KEY=VALUE"),
         ("=3", "an override is written KEY=VALUE"),
         ("train.seed=[1", "not valid YAML"),
-        ("train.sed=1", "train.sed is not a key, did you mean 'seed'?"),
+        ("train.sed=1", "train.sed is not a key, did you mean 'train.seed'?"),
         ("train.seed.x=1", "train.seed"),
     ],
 )

@@ -180,6 +180,17 @@ def test_an_evaluation_as_the_eval_verb_writes_it(tmp_path: Path) -> None:
     assert '<td class="right">4</td>' in files.html.read_text(encoding="utf-8")
 
 
+def test_wrong_answers_come_first_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    """Of 25 answers the one that was wrong was the last, and the page showed 20."""
+    examples = [{"question": f"{n}?", "expected": ["4"], "said": "4", "right": True} for n in range(24)]
+    examples.append({"question": "24?", "expected": ["4"], "said": "five", "right": False})
+    accuracy = {"accuracy": 0.96, "num_questions": 25, "examples": examples}
+    (tmp_path / "quality.json").write_text(json.dumps({"accuracy": accuracy}))
+    text = write_report([tmp_path / "quality.json"]).html.read_text(encoding="utf-8")
+    assert "20 of the 25 questions are shown, wrong answers first." in text
+    assert text.index('<td class="wrong">five</td>') < text.index('<td class="right">4</td>')
+
+
 def write_evaluation(run: Path, name: str, model: str, num_right: int, said: str) -> None:
     """As `tunesmith eval` writes it, of ten questions."""
     example = {"row": "q:1", "question": "2+2?", "expected": ["4"], "said": said, "right": said == "4"}
