@@ -108,7 +108,7 @@ def test_what_would_fail_again_is_not_tried_again(tunesmith_cli: CLI, script: Pa
 
 @pytest.mark.parametrize(
     ("how", "rank"),
-    [("sleep", 1), ("stop", 0), *(pytest.param(*case, marks=pytest.mark.long) for case in (("sleep", 0), ("stop", 1)))],
+    [("sleep", 1), *(pytest.param(*case, marks=pytest.mark.long) for case in (("sleep", 0), ("stop", 0), ("stop", 1)))],
 )
 def test_a_rank_that_hangs_is_named(how: str, rank: int, tunesmith_cli: CLI, script: Path, tmp_path: Path) -> None:
     """With a limit of 3 s; a stopped process is ended by the launcher, a few seconds later."""

@@ -83,7 +83,7 @@ def test_scaling_columns_changes_nothing_by_itself(tiny_model_dir: Any) -> None:
     assert divergence(before, prompt_logits(model, prompts)).max_difference < 1e-4
 
 
-@pytest.mark.parametrize("calibrate", [calibrate_gptq, calibrate_awq])
+@pytest.mark.parametrize("calibrate", [calibrate_gptq, pytest.param(calibrate_awq, marks=pytest.mark.long)])
 def test_calibration_on_text_beats_rounding(calibrate: Any, data_dir: Path) -> None:
     """builtin:tiny on held-out text of the kind it was calibrated on."""
     from tunesmith.checkpoint.source import resolve_model

@@ -302,7 +302,10 @@ def narrow(model_dir: str, method: str, strategy: Strategy | None, precision: st
 
 @pytest.mark.parametrize(
     ("method", "strategy"),
-    [pytest.param("full", "zero1", marks=pytest.mark.long), ("full", "zero3"), ("qlora", "zero3")],
+    [
+        ("full", "zero3"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("full", "zero1"), ("qlora", "zero3"))),
+    ],
 )
 def test_bfloat16_with_float32_masters_trains_as_one_does(
     ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], method: str, strategy: str
