@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from tunesmith.model.saved_view import SavedView
 from tunesmith.model.transfer import Transfer
 
 LEAST_BYTES = 1 << 20
@@ -98,15 +99,7 @@ class _Piece:
     """A saved tensor, as a view of a storage that moved."""
 
     moved: _Moved
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def of(self, storage: Tensor) -> Tensor:
-        """The same view of another copy of the storage."""
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage.untyped_storage(), self.offset, self.shape, self.stride)
+    view: SavedView
 
 
 class OffloadedPass:
@@ -159,7 +152,7 @@ class OffloadedPass:
         if moved is None:
             source = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
             saved.moved[address] = moved = _Moved(source, saved)
-        return _Piece(moved, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return _Piece(moved, SavedView.note(tensor))
 
     def _known(self, saved: _Saved, address: int) -> _Moved | None:
         """The storage at an address, if this block or the one before has saved it and it is still on the device."""
@@ -174,11 +167,11 @@ class OffloadedPass:
             return packed
         moved = packed.moved
         if moved.source is not None:
-            return packed.of(moved.source)
+            return packed.view.of(moved.source)
         self._fetch(moved.owner)
         self._join(moved.owner)
         assert moved.fetched is not None
-        return packed.of(moved.fetched)
+        return packed.view.of(moved.fetched)
 
     def _before_backward(self, index: int, _: Tensor) -> None:
         """Double buffering: this block's tensors are there, the copies of those before it are queued."""

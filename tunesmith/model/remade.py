@@ -11,32 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from tunesmith.model.heads import HeldHeads
+from tunesmith.model.saved_view import SavedView
 
 Made = tuple[Tensor, Tensor, Tensor, HeldHeads]
 """What `Heads.prepare` returns."""
-
-
-@dataclass(frozen=True)
-class _View:
-    """A saved tensor, as a view of the storage of query (0), key (1) or value (2)."""
-
-    source: int
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def of(self, storage: Tensor) -> Tensor:
-        """The same view of the storage that this tensor has."""
-        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
-        return empty.set_(storage.untyped_storage(), self.offset, self.shape, self.stride)
 
 
 class RemadeHeads:
@@ -56,14 +40,14 @@ class RemadeHeads:
             return nullcontext()
         sources = {t.untyped_storage().data_ptr(): i for i, t in reversed([*enumerate((query, key, value))])}
 
-        def pack(tensor: Tensor) -> Tensor | _View:
+        def pack(tensor: Tensor) -> Tensor | tuple[int, SavedView]:
             source = sources.get(tensor.untyped_storage().data_ptr()) if tensor.layout == torch.strided else None
             if source is None:
                 return tensor.detach()  # the output of a node, held by that node as it is, would keep both alive
-            return _View(source, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+            return source, SavedView.note(tensor)
 
-        def unpack(packed: Tensor | _View) -> Tensor:
-            return packed if isinstance(packed, Tensor) else packed.of(self._again()[:3][packed.source])
+        def unpack(packed: Tensor | tuple[int, SavedView]) -> Tensor:
+            return packed if isinstance(packed, Tensor) else packed[1].of(self._again()[:3][packed[0]])
 
         return saved_tensors_hooks(pack, unpack)
 
