@@ -1,6 +1,7 @@
 """Rows in the formats that people have, made into one of three kinds of example.
 
-alpaca      {"instruction", "input", "output", "history", "system"}; also prompt/completion, question/answer
+alpaca      {"instruction", "input", "output", "history", "system"}; also prompt/completion, question/answer, and in
+            Chinese 指令/输入/输出, 问题/答案, 提问/回答, 用户/助手 (`row_keys.py`)
 messages    {"messages": [{"role", "content"}], "tools"}; content may be a list of text parts
 sharegpt    {"conversations": [{"from", "value"}], "system", "tools"}
 text        {"text"}
@@ -15,15 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.text.row_keys import ANSWERS, HISTORIES, INPUTS, QUESTIONS, SYSTEMS, TEXTS, clash, present
+
 Message = dict[str, Any]
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system"}
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "developer": "system",
+          "系统": "system", "用户": "user", "助手": "assistant"}  # fmt: skip
 _SHAREGPT_ROLES = {
     **_ROLES, "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "function_call", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-_QUESTIONS = ("instruction", "prompt", "question", "query")
-_ANSWERS = ("output", "completion", "response", "answer")
-_TEXTS = ("text",)
 _MEDIA = ("images", "image", "videos", "audios")
 
 
@@ -83,9 +84,9 @@ def _looks_like(row: Any) -> str | None:
         return "messages"
     if "conversations" in keys or "conversation" in keys:
         return "sharegpt"
-    if keys & set(_QUESTIONS) and keys & set(_ANSWERS):
+    if keys & set(QUESTIONS) and keys & set(ANSWERS):
         return "alpaca"
-    return "text" if keys & set(_TEXTS) else None
+    return "text" if keys & set(TEXTS) else None
 
 
 def to_example(row: Any, format_name: str) -> Example:
@@ -108,17 +109,17 @@ def to_example(row: Any, format_name: str) -> Example:
 
 
 def _alpaca(row: Mapping[str, Any]) -> Conversation:
-    question, answer = _first_of(row, _QUESTIONS), _first_of(row, _ANSWERS)
+    question, answer = _first_of(row, QUESTIONS), _first_of(row, ANSWERS)
     return _conversation([*_asked(row, question), {"role": "assistant", "content": _string(row, answer)}], None)
 
 
 def _asked(row: Mapping[str, Any], question: str) -> list[Message]:
     """System message, history and question of an alpaca row."""
-    instruction, more = _string(row, question), _string(row, "input", required=False)
+    instruction, more = _string(row, question), _string(row, _one_of(row, INPUTS) or "input", required=False)
     if not (instruction or more).strip():
         raise RowError(f"{question!r} is empty")
     messages = _system(row)
-    for turn in _list(row, "history"):
+    for turn in _list(row, _one_of(row, HISTORIES) or "history"):
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise RowError("'history' must be a list of [question, answer] pairs of strings")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
@@ -220,7 +221,7 @@ def _sharegpt_turns(turns: Sequence[Any]) -> list[Message]:
 
 
 def _text(row: Mapping[str, Any]) -> PlainText:
-    text = _string(row, _first_of(row, _TEXTS))
+    text = _string(row, _first_of(row, TEXTS))
     if not text.strip():
         raise RowError("'text' is empty")
     return PlainText(text)
@@ -246,7 +247,7 @@ def _preference(row: Mapping[str, Any]) -> Preference:
 
 def _preference_prompt(row: Mapping[str, Any]) -> list[Message]:
     """The prompt beside the answers: a conversation, a question, or nothing but a system message."""
-    keys = ("conversations", "messages", *_QUESTIONS)
+    keys = ("conversations", "messages", *QUESTIONS)
     key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:
         return _system(row)
@@ -297,7 +298,7 @@ def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Messag
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:
-    text = _string(row, "system", required=False)
+    text = _string(row, _one_of(row, SYSTEMS) or "system", required=False)
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -318,10 +319,17 @@ def _json(text: str, what: str) -> Any:
 
 
 def _first_of(row: Mapping[str, Any], keys: Sequence[str]) -> str:
-    key = next((key for key in keys if key in row), None)
+    key = _one_of(row, keys)
     if key is None:
         raise RowError(f"the row has none of the keys {', '.join(keys)}; it has {', '.join(map(str, row)) or 'none'}")
     return key
+
+
+def _one_of(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """Which of keys that mean the same the row has. Raises: RowError where two say different things."""
+    if (two := clash(row, keys)) is not None:
+        raise RowError(f"the row has both {two[0]!r} and {two[1]!r}, which mean the same and differ: keep one of them")
+    return present(row, keys)
 
 
 def _string(row: Mapping[str, Any], key: str, required: bool = True) -> str:

@@ -193,7 +193,7 @@ def _format_of(data: DataSection, source: Source, head: list[Row]) -> str | None
     keys = sorted({str(key) for value in good if isinstance(value, dict) for key in value})
     raise DataError(
         f"{source.name}: the format can't be told from the keys {', '.join(keys) or '(none)'}; expected "
-        f"question/answer, instruction/output, messages, conversations, text, or chosen/rejected"
+        f"question/answer, instruction/output, 问题/答案, 指令/输出, messages, conversations, text, or chosen/rejected"
     )
 
 

@@ -17,6 +17,12 @@ HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "你�
         ({"instruction": "hi", "input": "", "output": "你好"}, "alpaca"),
         ({"prompt": "hi", "completion": "你好"}, "alpaca"),
         ({"question": "hi", "answer": "你好"}, "alpaca"),
+        ({"问题": "hi", "答案": "你好"}, "alpaca"),
+        ({"提问": "hi", "回答": "你好"}, "alpaca"),
+        ({"用户": "hi", "助手": "你好"}, "alpaca"),
+        ({"指令": "hi", "输入": "", "输出": "你好"}, "alpaca"),
+        ({"question": "hi", "问题": None, "答案": "你好"}, "alpaca"),
+        ({"messages": [{"role": "用户", "content": "hi"}, {"role": "助手", "content": "你好"}]}, "messages"),
         ({"messages": HI}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, HI[1]]}, "messages"),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "你好"}]}, "sharegpt"),
@@ -34,6 +40,12 @@ def test_alpaca_with_input_history_and_system() -> None:
     assert [(m["role"], m["content"]) for m in example.messages] == [
         ("system", "s"), ("user", "q"), ("assistant", "r"), ("user", "a\nb"), ("assistant", "c"),
     ]  # fmt: skip
+
+
+def test_chinese_keys_of_input_history_and_system() -> None:
+    example = to_example({"指令": "a", "输入": "b", "输出": "c", "历史": [["q", "r"]], "系统": "s"}, "alpaca")
+    assert isinstance(example, Conversation)
+    assert [m["content"] for m in example.messages] == ["s", "q", "r", "a\nb", "c"]
 
 
 def test_sharegpt_with_tools() -> None:
@@ -100,6 +112,10 @@ def test_nothing_is_detected_in_foreign_rows() -> None:
         ({"instruction": "a", "output": ""}, "alpaca", "assistant turn is empty"),
         ({"instruction": "a", "output": None}, "alpaca", "'output' must be a string, got null"),
         ({"instruction": "a"}, "alpaca", "none of the keys output"),
+        ({"问题": "a", "提问": "b", "答案": "c"}, "alpaca", "both '问题' and '提问'"),
+        ({"问题": "a", "答案": "b", "answer": "c"}, "alpaca", "both 'answer' and '答案'"),
+        ({"问题": "a", "输入": "b", "input": "c", "答案": "d"}, "alpaca", "both 'input' and '输入'"),
+        ({"问题": " ", "答案": "d"}, "alpaca", "'问题' is empty"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "alpaca", "pairs"),
         ({"messages": []}, "messages", "the conversation is empty"),
         ({"messages": HI[:1]}, "messages", "no assistant turn"),
