@@ -28,6 +28,7 @@ from tunesmith.text.strict_json import ArrayReader, StrictJSONError, parse
 MAX_ROW_BYTES = 64 * 2**20
 PIECE_CHARACTERS = 2**18  # a plain text is tokenised in pieces of about this size, cut at line ends
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # alone on a line of a .txt file
+_ONE_ARRAY = "a row of this file is one line; rows of several lines must stand in one array: [{...}, {...}]"
 _TORN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, OSError)
 
 
@@ -141,7 +142,8 @@ def _json_lines(lines: _Lines) -> Iterator[Row]:
             try:
                 yield Row(row.line, parse(row.value))
             except StrictJSONError as error:
-                yield Row(row.line, None, str(error))
+                lone = row.line == 1 and row.value.strip() in ("{", "[")
+                yield Row(row.line, None, _ONE_ARRAY if lone else str(error))
         elif row.problem is not None:
             yield row
 

@@ -10,6 +10,20 @@ from typing import Any
 MAX_ROW_CHARACTERS = 64 * 2**20
 _CHUNK = 2**20
 _SPACE = " \t\r\n"
+_BEFORE, _AFTER = 24, 36  # characters of an excerpt on either side of where the parser stopped
+_WIDE = {
+    "，": ",",
+    "：": ":",
+    "“": '"',
+    "”": '"',
+    "‘": '"',
+    "’": '"',
+    "「": '"',
+    "」": '"',
+    "｛": "{",
+    "｝": "}",
+    "'": '"',
+}
 
 
 class StrictJSONError(ValueError):
@@ -41,17 +55,33 @@ def parse(text: str) -> Any:
     try:
         return _STRICT.decode(text)
     except (ValueError, RecursionError) as error:
-        raise _explained(error) from None
+        place = f"at character {error.pos + 1}" if isinstance(error, JSONDecodeError) else ""
+        raise _explained(error, place) from None
 
 
-def _explained(error: BaseException) -> StrictJSONError:
+def _explained(error: BaseException, place: str) -> StrictJSONError:
+    """What went wrong. Args: place: in words, where a parser stopped."""
     if isinstance(error, StrictJSONError):
         return error
     if isinstance(error, RecursionError):
         return StrictJSONError("it is nested too deeply")
     if isinstance(error, JSONDecodeError):
-        return StrictJSONError(f"it is not JSON: {error.msg} at character {error.pos + 1}")
+        what = error.msg.removesuffix(" at")
+        return StrictJSONError(f"it is not JSON: {what} {place}{_excerpt(error.doc, error.pos)}")
     return StrictJSONError(f"it is not JSON: {error}")
+
+
+def _excerpt(text: str, at: int) -> str:
+    """The line's text around where a parser stopped, an arrow before that place; what to write for a wide character."""
+    start = max(text.rfind("\n", 0, at) + 1, at - _BEFORE)
+    end = text.find("\n", at)
+    end = min(len(text) if end < 0 else end, at + _AFTER)
+    before, after = text[start:at].lstrip(), text[at:end].rstrip()
+    if not before + after:
+        return ""
+    wide = text[at : at + 1]
+    hint = f"; JSON wants {_WIDE[wide]} and not {wide}" if wide in _WIDE else ""
+    return f", at the arrow: {before}→{after}{hint}"
 
 
 class ArrayReader:
@@ -67,6 +97,7 @@ class ArrayReader:
         self._text = ""
         self._at = 0
         self._line = 1
+        self._line_start = 0  # where the cursor's line begins in the text held; negative: before it
         self._ended = False
         self.broken = False
         self.rows = 0
@@ -83,8 +114,10 @@ class ArrayReader:
                 return
             if not first:
                 if self._peek() != ",":
-                    what = "the array ends without ]" if not self._peek() else "a comma or ] is missing after it"
-                    yield self._break(line, what)
+                    missing = (
+                        f"a comma or ] is missing after it, {self._place(self._at)}{_excerpt(self._text, self._at)}"
+                    )
+                    yield self._break(line, missing if self._peek() else "the array ends without ]")
                     return
                 comma = self._line
                 self._advance(1)
@@ -122,13 +155,11 @@ class ArrayReader:
             except (StrictJSONError, JSONDecodeError, RecursionError, ValueError) as caught:
                 error = caught
                 if not isinstance(caught, JSONDecodeError) and self._skip_item():
-                    return None, str(_explained(caught))
+                    return None, str(_explained(caught, self._place_of(caught)))
             if self._ended or len(self._text) - self._at > MAX_ROW_CHARACTERS:
                 self.broken = True
-                too_long = not self._ended
-                return None, "a row is longer than 64 Mi characters, or it is not JSON" if too_long else str(
-                    _explained(error)
-                )
+                too_long = "" if self._ended else "a row is longer than 64 Mi characters, or "
+                return None, f"{too_long}{_explained(error, self._place_of(error))}"
             self._fill(want)
             want *= 2
 
@@ -155,11 +186,27 @@ class ArrayReader:
         return self._text[self._at : self._at + 1]
 
     def _advance(self, count: int) -> None:
-        self._line += self._text.count("\n", self._at, self._at + count)
-        self._at += count
+        end = self._at + count
+        self._line += self._text.count("\n", self._at, end)
+        self._line_start = self._start_of_line(end)
+        self._at = end
+
+    def _start_of_line(self, end: int) -> int:
+        newline = self._text.rfind("\n", self._at, end)
+        return self._line_start if newline < 0 else newline + 1
+
+    def _place_of(self, error: BaseException) -> str:
+        """Where the parser stopped."""
+        return self._place(error.pos) if isinstance(error, JSONDecodeError) else ""
+
+    def _place(self, at: int) -> str:
+        """Line and column in the file (from 1) of a place in the text held, not before the cursor."""
+        line = self._line + self._text.count("\n", self._at, at)
+        return f"at line {line}, column {at - self._start_of_line(at) + 1}"
 
     def _fill(self, count: int) -> None:
         more = self._read(count)
         self._ended = not more
         self._text = self._text[self._at :] + more
+        self._line_start -= self._at
         self._at = 0

@@ -128,6 +128,45 @@ def test_bad_item_stands_between_good_ones(item: bytes, reason: str, tmp_path: P
     assert reason in (rows[1].problem or "")
 
 
+@pytest.mark.parametrize("step", [1, 7, 4096])
+@pytest.mark.parametrize(
+    ("row", "place", "excerpt"),
+    [
+        ('{\n  "问": "甲"\n  "答": "乙"\n}', "line 5, column 3", ', at the arrow: →"答": "乙"'),
+        (
+            '{\n  "问": "甲",\n  "答"： "乙"\n}',
+            "line 5, column 6",
+            ', at the arrow: "答"→： "乙"; JSON wants : and not ：',
+        ),
+        ('{"问": "甲" "答": "乙"}', "line 3, column 11", ', at the arrow: {"问": "甲" →"答": "乙"}'),
+        ('{"问": "甲"},\n  {\n  "答" 1}', "line 5, column 7", ', at the arrow: "答" →1}'),
+    ],
+)
+def test_a_comma_that_is_missing_inside_a_row_is_shown(row: str, place: str, excerpt: str, step: int) -> None:
+    """The row's first line was named, and a character counted from some place in the file."""
+    stream = io.StringIO('[\n{"问": "零"},\n' + row + ',\n{"问": "丙"}]')
+    *_, (line, value, problem) = ArrayReader(lambda _: stream.read(step))
+    assert (line, value) == (4 if "},\n" in row else 3, None)
+    assert problem is not None
+    assert f" {place}{excerpt}" in problem
+
+
+@pytest.mark.parametrize("between", ["\n ", "，\n "])
+def test_a_comma_that_is_missing_between_rows_is_shown(between: str, tmp_path: Path) -> None:
+    bad = rows_of_bytes(tmp_path, "a.json", ('[{\n"a": 1}' + between + '{"a": 2}]').encode())[-1]
+    want = 'at line 3, column 2, at the arrow: →{"a": 2}]'
+    if "，" in between:
+        want = 'at line 2, column 8, at the arrow: "a": 1}→，; JSON wants , and not ，'
+    assert (bad.row, bad.line) == (1, 1)
+    assert want in (bad.problem or "")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_row_of_several_lines_without_an_array_says_so(name: str, tmp_path: Path) -> None:
+    rows = rows_of_bytes(tmp_path, name, b'{\n"a": 1\n}\n')
+    assert "must stand in one array" in (rows[0].problem or "")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
