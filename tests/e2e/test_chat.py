@@ -168,8 +168,10 @@ class Terminal:
             with contextlib.suppress(AssertionError):
                 self.wait_for(pattern, timeout_s=2)
                 return
+            if (code := self.process.poll()) is not None:
+                raise AssertionError(f"the chat ended with {code} at Ctrl-C; the screen shows:\n{self.screen[-2000:]}")
             self.type("\x01")  # to the line's beginning: a key that changes nothing
-        raise AssertionError(f"{pattern!r} did not come after twenty times Ctrl-C")
+        raise AssertionError(f"{pattern!r} did not come after twenty times Ctrl-C:\n{self.screen[-2000:]}")
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())

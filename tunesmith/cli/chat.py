@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from tunesmith.cli.console import emit, err
-from tunesmith.cli.turns import BLOCK, interruptible, lines_of_stdin, read_turns, tail, typed_lines
+from tunesmith.cli.turns import BLOCK, Interrupts, lines_of_stdin, read_turns, tail, typed_lines
 from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import RequestError, TunesmithError, nearest
 from tunesmith.rundir.io import read_json
@@ -185,6 +185,7 @@ class Talk:
         }
         self.left = False
         self.num_mistakes = 0
+        self.interrupts = Interrupts()
 
     def interactive(self) -> None:
         """Read turns from the terminal until the person leaves."""
@@ -193,15 +194,16 @@ class Talk:
             markup=False,
         )
         self._say_note()
-        while not self.left:
-            try:
-                for turn in read_turns(typed_lines()):
-                    self._take_safely(turn)
-                    if self.left:
-                        return
-                return
-            except KeyboardInterrupt:
-                err.print("\n(Ctrl-D or /quit leaves)", style="dim")
+        with self.interrupts.noted():
+            while not self.left:
+                try:
+                    for turn in read_turns(typed_lines(self.interrupts)):
+                        self._take_safely(turn)
+                        if self.left:
+                            return
+                    return
+                except KeyboardInterrupt:
+                    err.print("\n(Ctrl-D or /quit leaves)", style="dim")
 
     def follow(self, turns: Iterator[str]) -> None:
         """Take turns from a pipe. A command that goes wrong is told and counted, a question that does ends it."""
@@ -246,12 +248,13 @@ class Talk:
                 f"the {self.conversation.num_dropped} oldest messages were dropped)",
                 style="yellow",
             )
+        interrupts = self.interrupts
         try:
-            with interruptible() as interrupted:
-                self._show(answer, interrupted)
+            with interrupts.noted(patience=2):
+                self._show(answer, lambda: bool(interrupts.num_seen))
         finally:
             answer.close()
-        if interrupted():
+        if interrupts.num_seen:
             if not sys.stdin.isatty():
                 raise KeyboardInterrupt
             err.print("(stopped)", style="dim")

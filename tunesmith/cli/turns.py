@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 from rich.text import Text
@@ -41,37 +41,57 @@ def read_turns(lines: Iterator[str]) -> Iterator[str]:
         yield turn
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C is only noted, for the loop to ask about; the second one interrupts.
+class Interrupts:
+    """Ctrl-C in a conversation: noted whenever it comes, an exception only where something waits for it.
 
-    An exception in the middle of anything (a finaliser, the display's thread) may be swallowed there; a note is not.
+    An exception in the middle of anything (a finaliser, the display's thread, the line that tells of the last Ctrl-C)
+    is swallowed there or ends the program; a note is neither.
     """
-    seen: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        if len(seen) > 1:
+    def __init__(self) -> None:
+        self.num_seen = 0
+        self._patience: int | None = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.num_seen += 1
+        if self.num_seen == self._patience:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(seen)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    @contextlib.contextmanager
+    def noted(self, patience: int | None = None) -> Iterator[None]:
+        """Inside, Ctrl-C is counted; the `patience`-th one is a KeyboardInterrupt too."""
+        before = signal.signal(signal.SIGINT, self._note), self._patience
+        self.num_seen, self._patience = 0, patience
+        try:
+            yield
+        finally:
+            self._patience = before[1]
+            signal.signal(signal.SIGINT, before[0])
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Inside, Ctrl-C is a KeyboardInterrupt. By Python's own handler: `input` asks for signals once more while the
+        first one's exception is on its way, and a handler that returns then is a SystemError."""
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
-def typed_lines() -> Iterator[str]:
-    """Lines from the terminal, with editing and history where readline exists."""
+def typed_lines(interrupts: Interrupts) -> Iterator[str]:
+    """Lines from the terminal, with editing and history where readline exists. Raises: KeyboardInterrupt."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() its line editing
     while True:
         try:
-            yield input("> ")
+            with interrupts.raised():
+                line = input("> ")
         except EOFError:
             sys.stderr.write("\n")
             return
+        yield line
 
 
 def tail(text: str, width: int, height: int) -> str:
