@@ -14,6 +14,7 @@
     ├── TrainingError (RuntimeError)    training can't go on
     │   └── NonFiniteError              NaN or Inf in the loss or a gradient; names the batch
     ├── ParallelError (RuntimeError)    processes that can't be started, divided or reached
+    │   └── LaunchError (ValueError)    a launch's command line that asks for what can't be
     ├── RunDirError (ValueError)        a run directory that is missing, foreign, or of a newer version
     └── RequestError (ValueError)       a generation request that can't be served
 
@@ -90,6 +91,10 @@ class NonFiniteError(TrainingError):
 
 class ParallelError(TunesmithError, RuntimeError):
     """Processes of a run that can't be started, divided as asked, or reached."""
+
+
+class LaunchError(ParallelError, ValueError):
+    """What was typed to launch processes is a mistake."""
 
 
 class RunDirError(TunesmithError, ValueError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunesmith.cli import console
-from tunesmith.errors import ParallelError, nearest
+from tunesmith.errors import LaunchError, nearest
 
 if TYPE_CHECKING:
     from tunesmith.launch.plan import Plan
@@ -83,7 +83,7 @@ def launch(
         )
         return _slurm(job, target, submit=submit, dry_run=dry_run)
     if nodes != (1, 1) and not target.is_named:
-        raise ParallelError("machines share one run directory: name it with --run-dir, the same on each")
+        raise LaunchError("machines share one run directory: name it with --run-dir, the same on each")
     plan = _local_plan(target, nproc, max_restarts, nodes, check_endpoint(rdzv, nodes), rdzv_id, make=not dry_run)
     if dry_run:
         return _show(plan, mpi, hostfile)
@@ -100,20 +100,27 @@ def launch(
     return run_here(plan, _say)
 
 
+def _meant(command: list[str]) -> str:
+    """The command to type where `train` was left out or misspelt; empty where something else was meant."""
+    if command[0].endswith((".yaml", ".yml")) or command[0].startswith("builtin:"):
+        return f"; type: tunesmith launch train {shlex.join(command)}"
+    return f"; type: tunesmith launch {shlex.join(['train', *command[1:]])}" if nearest(command[0], LAUNCHABLE) else ""
+
+
 def _check_kind(*, mpi: bool, slurm: bool, hostfile: Path | None, submit: bool) -> None:
-    """Raises: ParallelError for options that do not go together."""
+    """Raises: LaunchError for options that do not go together."""
     if mpi and slurm:
-        raise ParallelError("--mpi and --slurm are two ways to start: leave one out")
+        raise LaunchError("--mpi and --slurm are two ways to start: leave one out")
     if hostfile is not None and not mpi:
-        raise ParallelError("--hostfile goes with --mpi; torch's launcher wants --nnodes and --rdzv instead")
+        raise LaunchError("--hostfile goes with --mpi; torch's launcher wants --nnodes and --rdzv instead")
     if submit and not slurm:
-        raise ParallelError("--submit goes with --slurm")
+        raise LaunchError("--submit goes with --slurm")
 
 
 class Target:
     """What is launched, and the run directory that all its processes and restarts share.
 
-    Raises: ParallelError for what can't be launched; RecipeError, before any process is started.
+    Raises: LaunchError for what can't be launched; RecipeError, before any process is started.
     """
 
     def __init__(self, command: list[str], run_dir: Path | None, *, cpu: bool) -> None:
@@ -121,8 +128,7 @@ class Target:
 
         self.is_script = is_script(command[0])
         if not self.is_script and command[0] not in LAUNCHABLE:
-            near = nearest(command[0], LAUNCHABLE)
-            raise ParallelError(f"launch runs train RECIPE ... or SCRIPT.py ..., not '{command[0]}'{near}")
+            raise LaunchError(f"launch runs train RECIPE ... or SCRIPT.py ..., not '{command[0]}'{_meant(command)}")
         self.command, self._run_dir, self._cpu = list(command), run_dir, cpu
         self.recipe: Recipe | None = None
         self.switches = [word for word in command if word in ("--verify", "--no-verify")]
@@ -144,7 +150,7 @@ class Target:
 
     def _check_script(self) -> None:
         if not Path(self.command[0]).is_file():
-            raise ParallelError(f"there is no script {self.command[0]}")
+            raise LaunchError(f"there is no script {self.command[0]}")
 
     def _read_train(self, cpu: bool) -> None:
         """The recipe and, where it is named, the run directory of `train ...`."""
@@ -226,9 +232,9 @@ def _local_plan(
 
 
 def _processes_of_a_node(nproc: str) -> int:
-    """Raises: ParallelError for "auto": the nodes are not there to be asked."""
+    """Raises: LaunchError for "auto": the nodes are not there to be asked."""
     if not nproc.isdigit() or int(nproc) < 1:
-        raise ParallelError(f"with --slurm say how many processes, and so GPUs, a node has: --nproc 8; got {nproc!r}")
+        raise LaunchError(f"with --slurm say how many processes, and so GPUs, a node has: --nproc 8; got {nproc!r}")
     return int(nproc)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunesmith.errors import ParallelError
+from tunesmith.errors import LaunchError
 from tunesmith.hardware import usable_cores
 from tunesmith.launch import cards
 
@@ -67,41 +67,41 @@ def is_script(word: str) -> bool:
 
 
 def parse_nodes(text: str) -> tuple[int, int]:
-    """(least, most) machines of "2" or "2:4". Raises: ParallelError."""
+    """(least, most) machines of "2" or "2:4". Raises: LaunchError."""
     found = _NODES.fullmatch(text.strip())
     low, high = (0, 0) if found is None else (int(found[1]), int(found[2] or found[1]))
     if not 1 <= low <= high:
-        raise ParallelError(f"--nnodes is a number of machines, as 2, or least:most, as 2:4; got {text!r}")
+        raise LaunchError(f"--nnodes is a number of machines, as 2, or least:most, as 2:4; got {text!r}")
     return low, high
 
 
 def check_endpoint(text: str | None, nodes: tuple[int, int]) -> str | None:
-    """The place where several machines meet; None for one machine. Raises: ParallelError."""
+    """The place where several machines meet; None for one machine. Raises: LaunchError."""
     if text is None:
         if nodes != (1, 1):
-            raise ParallelError(
+            raise LaunchError(
                 f"{nodes[1]} machines need a place to meet: type the same command on each, with --rdzv HOST:PORT "
                 f"naming one of them, as --rdzv node1:29400"
             )
         return None
     if not _ENDPOINT.fullmatch(text):
-        raise ParallelError(f"--rdzv is HOST:PORT, as node1:29400; got {text!r}")
+        raise LaunchError(f"--rdzv is HOST:PORT, as node1:29400; got {text!r}")
     return text
 
 
 def count_processes(text: str, *, cpu: bool, gpus: int) -> tuple[int, str | None]:
     """How many processes "auto" or a number is on this machine, and a line about the choice where one was made.
 
-    Raises: ParallelError for more processes than GPUs.
+    Raises: LaunchError for more processes than GPUs.
     """
     if text == "auto":
         if cpu or gpus == 0:
             return 1, "one process: there is no GPU to count; name a number of CPU processes with --nproc"
         return gpus, None
     if not text.isdigit() or int(text) < 1:
-        raise ParallelError(f"--nproc is auto, or a number of processes from 1 on; got {text!r}")
+        raise LaunchError(f"--nproc is auto, or a number of processes from 1 on; got {text!r}")
     if not cpu and 0 < gpus < int(text):
-        raise ParallelError(
+        raise LaunchError(
             f"--nproc {text} is more than this machine's {gpus} GPUs: each process takes one; lower it, or add --cpu"
         )
     return int(text), None
