@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tunesmith.checkpoint.staging import DTYPES, StagedTensors, staging_pays, stored_tensors
+from tunesmith.checkpoint.staging import DTYPES, Box, StagedTensors, Stored, staging_pays, stored_tensors
 from tunesmith.errors import ModelError
 
 SINGLE = "model.safetensors"
@@ -51,15 +51,35 @@ class WeightFiles:
         with self._torn(name):
             return self._open(self._places[name]).get_tensor(name)
 
+    def read_box(self, name: str, box: Box) -> Tensor:
+        """Some rows and columns of a matrix on the device, in the file's dtype; nothing else is read."""
+        if self._staged is not None and _boxed(name, box) in self._staged:
+            return self._staged.read(_boxed(name, box))
+        if box == tuple((0, size) for size in self.shape(name)):
+            return self.read(name)
+        (top, bottom), (left, right) = box
+        with self._torn(name):
+            found: Tensor = self._slice(name)[top:bottom, left:right]
+            return found
+
     @contextlib.contextmanager
-    def reading_ahead(self, names: Sequence[str]) -> Iterator[None]:
-        """Within this context these tensors are read in the background, in this order, each once, if to a GPU."""
+    def reading_ahead(self, names: Sequence[str], boxes: Mapping[str, Sequence[Box]] | None = None) -> Iterator[None]:
+        """Within this context these tensors are read in the background, in this order, each once, if to a GPU.
+
+        boxes: of tensors that are not read whole, the parts in order.
+        """
         device = torch.device(self.device)
         if not staging_pays(device):
             yield
             return
         held = {path: stored_tensors(path) for path in {self._places[name] for name in names}}
-        stored = {name: held[self._places[name]][name] for name in names if name in held[self._places[name]]}
+        stored: dict[str, Stored] = {}
+        for name in (name for name in names if name in held[self._places[name]]):
+            place = held[self._places[name]][name]
+            if boxes is None or name not in boxes:
+                stored[name] = place
+            else:
+                stored |= {_boxed(name, box): place.part(box) for box in boxes[name]}
         with StagedTensors(stored, device) as self._staged:
             try:
                 yield
@@ -86,6 +106,11 @@ class WeightFiles:
             except SafetensorError as error:
                 raise ModelError(f"{path} is torn or no safetensors file ({error}): download it again") from None
         return self._handles[path]
+
+
+def _boxed(name: str, box: Box) -> str:
+    """What a part of a tensor is called while it is read ahead."""
+    return f"{name}{[*box]}"
 
 
 def _places(directory: Path, open_file: Any) -> dict[str, Path]:

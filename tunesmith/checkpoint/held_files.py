@@ -25,6 +25,7 @@ from tunesmith.checkpoint.files import WeightFiles
 from tunesmith.checkpoint.gptq import check_gptq_config, column_order, unpack_gptq, zero_shift
 from tunesmith.checkpoint.load import CheckpointWeights
 from tunesmith.checkpoint.names import TensorName, tensor_names
+from tunesmith.checkpoint.own_part import Boxes
 from tunesmith.checkpoint.quantized_load import fill_held
 from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.kernels.int4 import GROUPS, Int4Weight, pack_words, padded_width
@@ -205,9 +206,13 @@ class HeldWeights(CheckpointWeights):
         is_padded = self.files.method == OURS and shape != item.shape and self.files.is_held(self._stored[item.name])
         return (shape[0], item.shape[1]) if is_padded and shape[1] == padded_width(item.shape[1]) else shape
 
-    def reading_ahead(self, wanted: Sequence[TensorName]) -> AbstractContextManager[None]:
+    def reading_ahead(self, wanted: Sequence[TensorName], boxes: Boxes | None = None) -> AbstractContextManager[None]:
         """As above, of what is not in codes."""
-        return super().reading_ahead([item for item in wanted if not self.files.is_held(self._stored[item.name])])
+        return super().reading_ahead([item for item in wanted if self.reads_boxes(item)], boxes)
+
+    def reads_boxes(self, item: TensorName) -> bool:
+        """Codes are read whole."""
+        return not self.files.is_held(self._stored[item.name])
 
 
 def _check_section(section: Mapping[str, Any], directory: Path) -> None:

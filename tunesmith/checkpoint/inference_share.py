@@ -1,7 +1,7 @@
 """Models in for inference by processes that share them: each loads its part, in every weight format there is.
 
-What is quantised is quantised whole, one projection at a time, and then cut: the values stay those of one process, and
-there is never more than a process's part and one projection.
+The values stay those of one process: what is read whole and quantised is cut afterwards, one projection at a time; of
+what is not in codes yet a process reads its part, as far as that decides what it holds (`parallel/own_boxes.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tunesmith.checkpoint.files import WeightFiles
 from tunesmith.checkpoint.held_files import OURS, HeldFiles, HeldWeights, held_method
 from tunesmith.checkpoint.load import DTYPES, CheckpointWeights, Quantize, RandomWeights, load_decoder
 from tunesmith.checkpoint.names import TensorName, tensor_names
+from tunesmith.checkpoint.own_part import boxes_of_own, load_own
 from tunesmith.checkpoint.quantized_load import HeldSource
 from tunesmith.errors import ModelError
 from tunesmith.kernels.fp8 import has_fp8
@@ -106,11 +107,16 @@ def _fill(
             own = share_of(form, linear, path) if is_cut(linear) else form
             setattr(decoder.get_submodule(parent), name, own)
     _give_storage(decoder, mesh.device)
-    with source.reading_ahead(wanted):
+    boxes = boxes_of_own(decoder, source, wanted)
+    with source.reading_ahead(wanted, boxes):
         if mesh.device.type == "cuda":
             import_kernels()
         for (path, part), group in groupby(wanted, key=lambda item: (item.module, item.part)):
-            _put(decoder.get_submodule(path), part, source, list(group))
+            items, module = list(group), decoder.get_submodule(path)
+            if any(item.name in boxes for item in items):
+                load_own(module, source, items)
+            else:
+                _put(module, part, source, items)
     return decoder.requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -22,6 +22,8 @@ from tunesmith.checkpoint.arrival import Arrival, TakesBlocks
 from tunesmith.checkpoint.bnb import BnbFiles, check_bnb_config
 from tunesmith.checkpoint.files import WeightFiles
 from tunesmith.checkpoint.names import LAYOUTS, TensorName, tensor_names
+from tunesmith.checkpoint.own_part import Boxes, boxes_of_own, load_own
+from tunesmith.checkpoint.random_weights import RandomWeights as RandomWeights
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.hardware import pick_device
@@ -35,6 +37,7 @@ from tunesmith.model.quant import NF4Linear, quantise_blocks, quantised, set_com
 from tunesmith.model.transformers_backend import TransformersModel
 from tunesmith.model.uncompiled import import_kernels
 from tunesmith.parallel.mesh import Mesh
+from tunesmith.parallel.own_boxes import Rectangle
 from tunesmith.parallel.shard_linears import is_cut, load_part
 from tunesmith.parallel.stages import cut_decoder
 from tunesmith.parallel.tensor import share_linears
@@ -200,17 +203,22 @@ def fill_decoder(
         wanted = [item for item in wanted if (item.module, item.part) in held]
     arrival = Arrival(decoder, device, taker)
     done = 0
-    with source.reading_ahead(wanted):
+    boxes = boxes_of_own(decoder, source, wanted, doubles)
+    with source.reading_ahead(wanted, boxes):
         if torch.device(device).type == "cuda":
             import_kernels()  # while the first tensors come
         for (path, part), group in groupby(wanted, key=lambda item: (item.module, item.part)):
-            tensors: dict[Any, Any] = {item.kind: source.read(item) for item in group}
-            done += len(tensors)
-            if (path, part) not in held:
+            items, is_here = list(group), (path, part) in held
+            is_own = any(item.name in boxes for item in items)
+            tensors: dict[Any, Any] = {} if is_own else {item.kind: source.read(item) for item in items}
+            done += len(items)
+            if not is_here:
                 continue
             arrival.before(path)
             module = decoder.get_submodule(path)
-            if part is not None and is_cut(module):
+            if is_own:
+                load_own(module, source, items, path in doubles)
+            elif part is not None and is_cut(module):
                 load_part(module, part, tensors["weight"], tensors.get("bias"), path in doubles)
             else:
                 _put(module, part, tensors)
@@ -265,9 +273,26 @@ class CheckpointWeights:
         wrong = [f"{n} {shapes[n]} instead of {item.shape}" for n, item in expected.items() if shapes[n] != item.shape]
         _refuse(directory, "has tensors whose shape does not fit config.json", wrong)
 
-    def reading_ahead(self, wanted: Sequence[TensorName]) -> AbstractContextManager[None]:
-        """While this context is open, the files are read in this order in the background where that is faster."""
-        return self.files.reading_ahead([self._stored[item.name] for item in wanted])
+    def reading_ahead(self, wanted: Sequence[TensorName], boxes: Boxes | None = None) -> AbstractContextManager[None]:
+        """While this context is open, the files are read in this order in the background where that is faster.
+
+        boxes: of tensors that are not read whole, by our names.
+        """
+        parts = {
+            self._stored[item.name]: [_in_file(item, box) for box in boxes[item.name]]
+            for item in wanted
+            if boxes is not None and item.name in boxes
+        }
+        return self.files.reading_ahead([self._stored[item.name] for item in wanted], parts)
+
+    def reads_boxes(self, item: TensorName) -> bool:
+        """Whether a part of this tensor can be read without the rest."""
+        return True
+
+    def read_box(self, item: TensorName, box: Rectangle) -> Tensor:
+        """Some rows and columns of [out, in], on the device, in the file's dtype."""
+        tensor = self.files.read_box(self._stored[item.name], _in_file(item, box))
+        return tensor.t() if item.transposed else tensor
 
     def read(self, item: TensorName) -> Tensor | NF4Weight:
         """The tensor as [out, in], on the device, in the file's dtype."""
@@ -319,9 +344,13 @@ class BnbWeights(CheckpointWeights):
             linear = cast(Linear, decoder.get_submodule(path))
             setattr(decoder.get_submodule(parent), name, quantised(linear, double))
 
-    def reading_ahead(self, wanted: Sequence[TensorName]) -> AbstractContextManager[None]:
+    def reading_ahead(self, wanted: Sequence[TensorName], boxes: Boxes | None = None) -> AbstractContextManager[None]:
         """As above, of what is not quantised: that is a quarter of the bytes, and comes in parts."""
-        return super().reading_ahead([item for item in wanted if not self.files.is_nf4(self._stored[item.name])])
+        return super().reading_ahead([item for item in wanted if self.reads_boxes(item)], boxes)
+
+    def reads_boxes(self, item: TensorName) -> bool:
+        """Codes are read whole."""
+        return not self.files.is_nf4(self._stored[item.name])
 
     def read(self, item: TensorName) -> Tensor | NF4Weight:
         """The tensor as [out, in]; a quantised one as it is."""
@@ -334,33 +363,11 @@ class BnbWeights(CheckpointWeights):
         return shape[::-1] if item.transposed and quantised_here else shape
 
 
-class RandomWeights:
-    """Weights drawn on the device: normal(0, initializer_range), norms 1, biases 0."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
-        self.dtype = dtype
-        self.std = config.initializer_range
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def check(self, wanted: list[TensorName]) -> None:
-        """Random weights fit any decoder."""
-
-    def reading_ahead(self, wanted: Sequence[TensorName]) -> AbstractContextManager[None]:
-        """There is nothing to read."""
-        return nullcontext()
-
-    def read(self, item: TensorName) -> Tensor:
-        """A fresh tensor as [out, in]."""
-        shape = tuple(reversed(item.shape)) if item.transposed else item.shape
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
-        if item.kind == "bias":
-            return tensor.zero_()
-        if item.part is None and len(shape) == 1:
-            return tensor.fill_(1.0)
-        return tensor.normal_(0.0, self.std, generator=self.generator)
-
-
 Source = CheckpointWeights | RandomWeights
+
+
+def _in_file(item: TensorName, box: Rectangle) -> Rectangle:
+    return (box[1], box[0]) if item.transposed else box
 
 
 def _refuse(directory: Path, problem: str, names: list[str]) -> None:

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tunesmith.arch import ModelConfig, read_config
 from tunesmith.checkpoint.files import WeightFiles
 from tunesmith.checkpoint.load import DTYPES, CheckpointWeights, RandomWeights
 from tunesmith.checkpoint.names import TensorName, tensor_names
+from tunesmith.checkpoint.own_part import Boxes
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.uncompiled import import_kernels
 from tunesmith.model.weight_formats import WeightFormat, hold_linears
+from tunesmith.parallel.own_boxes import Rectangle
 
 
 class HeldSource(Protocol):
@@ -34,11 +36,17 @@ class HeldSource(Protocol):
     def check(self, wanted: list[TensorName]) -> None:
         """Refuse what does not fit."""
 
-    def reading_ahead(self, wanted: Sequence[TensorName]) -> AbstractContextManager[None]:
-        """Read in this order in the background, where that is faster."""
+    def reading_ahead(self, wanted: Sequence[TensorName], boxes: Boxes | None = None) -> AbstractContextManager[None]:
+        """Read in this order in the background, where that is faster. boxes: of tensors that are read in part."""
 
     def read(self, item: TensorName) -> Any:
         """One tensor as [out, in]."""
+
+    def reads_boxes(self, item: TensorName) -> bool:
+        """Whether a part of this tensor can be read without the rest."""
+
+    def read_box(self, item: TensorName, box: Rectangle) -> Tensor:
+        """Some rows and columns of [out, in]."""
 
 
 def load_quantized(

@@ -10,9 +10,9 @@ import json
 import math
 import queue
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,15 +30,45 @@ many). One tensor is always let through."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
+Box = tuple[tuple[int, int], tuple[int, int]]
+"""[start, stop) of the rows and of the columns of a matrix as its file has it."""
+
+
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, and its bytes in there."""
+    """Where a tensor lies: its file, and its bytes in there: one run, or a run of so many bytes in every pitch."""
 
     path: Path
     offset: int
     num_bytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    run_bytes: int = 0
+    pitch_bytes: int = 0
+
+    def part(self, box: Box) -> Stored:
+        """A box of a matrix."""
+        (top, bottom), (left, right) = box
+        pitch, size = self.shape[1] * self.dtype.itemsize, self.dtype.itemsize
+        part = replace(
+            self,
+            offset=self.offset + top * pitch + left * size,
+            num_bytes=(bottom - top) * (right - left) * size,
+            shape=(bottom - top, right - left),
+        )
+        is_whole = right - left == self.shape[1]
+        return part if is_whole else replace(part, run_bytes=(right - left) * size, pitch_bytes=pitch)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(offset in the file, bytes) of what lies from `start` to `stop` of the tensor's bytes, in order."""
+        if not self.run_bytes:
+            yield self.offset + start, stop - start
+            return
+        while start < stop:
+            row, within = divmod(start, self.run_bytes)
+            count = min(self.run_bytes - within, stop - start)
+            yield self.offset + row * self.pitch_bytes + within, count
+            start += count
 
 
 def staging_pays(device: torch.device) -> bool:
@@ -178,7 +208,7 @@ class StagedTensors:
         try:
             if buffer.copied is not None:
                 buffer.copied.synchronize()
-            _fill(buffer.view[: chunk.numel()], stored.path, stored.offset + start)
+            _fill(buffer.view, stored, start, start + chunk.numel())
             buffer.copied = _copy(buffer, chunk, is_free)
             return buffer.copied
         finally:
@@ -203,15 +233,18 @@ def _copy(buffer: _Buffer, chunk: Tensor, is_free: Any) -> Any:
         return buffer.stream.record_event()
 
 
-def _fill(view: memoryview, path: Path, offset: int) -> None:
-    """Read until `view` is full. Python's lock is free meanwhile. Raises: ModelError."""
+def _fill(view: memoryview, stored: Stored, start: int, stop: int) -> None:
+    """Read these bytes of a tensor. Python's lock is free meanwhile. Raises: ModelError."""
+    path = stored.path
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise ModelError(f"{path} ends too early: download it again")
-                view = view[count:]
+            for offset, size in stored.pieces(start, stop):
+                file.seek(offset)
+                piece, view = view[:size], view[size:]
+                while piece:
+                    count = file.readinto(piece)
+                    if not count:
+                        raise ModelError(f"{path} ends too early: download it again")
+                    piece = piece[count:]
     except OSError as error:
         raise ModelError(f"{path} can't be read: {error.strerror}") from None

@@ -44,7 +44,7 @@ def cut_int4(weight: Int4Weight, shard: Shard, part: str) -> Int4Weight:
         )
     if weight.order is not None:
         return _sorted_columns(weight, weight.order, shard.columns)
-    return _columns(weight, shard.columns, share_group(weight.group_size, shard, part))
+    return cut_columns(weight, shard.columns, share_group(weight.group_size, shard, part))
 
 
 def share_group(group_size: int, shard: Shard, name: str) -> int:
@@ -65,7 +65,7 @@ def share_group(group_size: int, shard: Shard, name: str) -> int:
     )
 
 
-def _columns(weight: Int4Weight, columns: Range, group: int) -> Int4Weight:
+def cut_columns(weight: Int4Weight, columns: Range, group: int) -> Int4Weight:
     """Neighbouring columns, in groups of `group`."""
     start, stop = columns
     repeats = weight.group_size // group
