@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from tunesmith.errors import DataError
+from tunesmith.text.near_paths import near_path_hint
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".bz2")
@@ -88,8 +89,14 @@ def _sources_of(entry: str) -> list[Source]:
     if _HUB_ID.fullmatch(entry) and split_suffixes(path)[0] not in ROW_SUFFIXES:
         return [Source("hub", entry)]
     raise DataError(
-        f"there is no file or folder {entry}; data.train takes files, folders, builtin:NAME, or Hub ids (owner/name)"
+        f"there is no file or folder {entry}{path_hint(entry)}; data.train takes files, folders, builtin:NAME, or Hub "
+        f"ids (owner/name)"
     )
+
+
+def path_hint(entry: str) -> str:
+    """A hint ", did you mean ./data/shop.json?" for an entry that is no path of data, or the empty string."""
+    return near_path_hint(entry, lambda file: split_suffixes(file)[0] in ROW_SUFFIXES)
 
 
 def _is_rows(path: Path, folder: Path) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunesmith.errors import DataError, MissingExtraError
-from tunesmith.text.files import Source, split_suffixes
+from tunesmith.text.files import Source, path_hint, split_suffixes
 from tunesmith.text.formats import PlainText
 from tunesmith.text.places import make_place
 from tunesmith.text.sources import builtin_rows
@@ -301,6 +301,7 @@ def _hub_rows(name: str) -> Iterator[Row]:
     except Exception as error:  # the library raises many kinds, some of its own
         reason = str(error).split("\n")[0][:200]
         raise DataError(
-            f"the Hub data set {name} can't be loaded: {reason}; without a network, name a local file in data.train"
+            f"the Hub data set {name} can't be loaded{path_hint(name)}: {reason}; without a network, name a "
+            f"local file in data.train"
         ) from None
     yield from (Row(0, value, row=i) for i, value in enumerate(data, 1))
