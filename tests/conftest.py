@@ -17,6 +17,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A process that trained keeps its memory (train/allocator.py), and tests of memory come after tests of training.
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
+# Compiling takes as long as many tests: engines go through torch but where a test asks for the library.
+os.environ.setdefault("TUNESMITH_CPU_STEP", "0")
 
 ROOT = Path(__file__).resolve().parents[1]
 _PATH = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
@@ -78,6 +80,28 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def kernel_cache() -> Path:
+    """A cache folder for compiled kernels that workers and later runs share: it is keyed by the sources."""
+    folder = ROOT / "build" / "test-kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_library(kernel_cache: Path) -> Any:
+    """Our own C++ for answers on a CPU, as an engine has it by default."""
+    from tunesmith.kernels import cpu_library
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu_library.SWITCH, "1")
+        patch.setenv("XDG_CACHE_HOME", str(kernel_cache))
+        library = cpu_library.load.__wrapped__()
+    if library is None:
+        pytest.skip("no C++ compiler here")
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from tunesmith.engine.sequence import Sequence as Running
 from tunesmith.units import ceil_div
 
 _ALIGNMENT = 16
+_FEW_PARTS = 32
+"""Steps of so many single tokens are put together number by number: each call of numpy costs as much as ten of them."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,53 @@ class BatchBuilder:
 
         fixed_rows: also cut the batch into passes of exactly this many rows (StepBatch.passes).
         """
+        if fixed_rows is None and self.device.type == "cpu" and _is_plain_decode(plan.scheduled):
+            return self._decode_batch(plan.scheduled)
         host = self.host_batch(plan.scheduled)
         batch = to_device(host, self.device)
         if fixed_rows is not None:
             passes = tuple(to_device(part, self.device) for part in cut(host, fixed_rows))
             batch = batch.with_passes(passes)
         return batch, _rows(plan.scheduled)
+
+    def _decode_batch(self, parts: Sequence[Scheduled]) -> tuple[StepBatch, list[SampledRow]]:
+        """`build` of few sequences that have one new token each, on a CPU."""
+        rows: list[SampledRow] = []
+        wide: list[list[int]] = [[], [], [], [], []]
+        tokens, positions, places, slots, nexts = wide
+        for part in parts:
+            sequence, start = part.sequence, part.start
+            slot, pages, ids = sequence.slot, sequence.pages, sequence.all_ids
+            assert slot is not None and sequence.row is not None
+            if sequence.num_tabled != len(pages):
+                self._write_table(sequence)
+            tokens.append(ids[start] if start < len(ids) else -1 - slot)
+            positions.append(start)
+            places.append(pages[start // PAGE_SLOTS] * PAGE_SLOTS + start % PAGE_SLOTS)
+            slots.append(slot)
+            nexts.append(start + 1)
+            rows.append(sequence.row)
+        num, longest = len(parts), max(nexts)
+        numbers = torch.from_numpy(np.array([*wide, range(num)], dtype=np.int64))
+        narrow = torch.from_numpy(np.array([*range(num + 1), *nexts], dtype=np.int32))
+        tokens_T, positions_T, slots_T, sample_slots_B, next_B, sample_rows_B = numbers.unbind()
+        batch = StepBatch(
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            query_starts_R1=narrow[: num + 1],
+            context_R=narrow[num + 1 :],
+            block_tables_RP=torch.from_numpy(self.tables[slots, : pages_of(longest)]),
+            max_query=1,
+            min_query=1,
+            max_context=longest,
+            sample_rows_B=sample_rows_B,
+            sample_slots_B=sample_slots_B,
+            sample_positions_B=next_B,
+            sequence_slots=slots,
+            is_decode=True,
+        )
+        return batch, rows
 
     def host_batch(self, parts: Sequence[Scheduled]) -> HostBatch:
         """The arrays of a step."""
@@ -94,6 +137,17 @@ class BatchBuilder:
         new = sequence.pages[sequence.num_tabled :]
         self.tables[sequence.slot, sequence.num_tabled : len(sequence.pages)] = new
         sequence.num_tabled = len(sequence.pages)
+
+
+def _is_plain_decode(parts: Sequence[Scheduled]) -> bool:
+    """Whether few sequences have one new token each that is drawn, and nothing else is to be done."""
+    if len(parts) > _FEW_PARTS:
+        return False
+    for part in parts:
+        sequence = part.sequence
+        if part.num_tokens != 1 or not part.samples or sequence.adapter_index >= 0 or sequence.is_scored:
+            return False
+    return True
 
 
 def _rows(parts: Sequence[Scheduled]) -> list[SampledRow]:

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.engine.attend import PagedAttention
+from tunesmith.engine.batch import StepBatch
 from tunesmith.engine.cpu_held import HeldRows, HeldStep
 from tunesmith.engine.cpu_products import gated_of, head_of, product_of
-from tunesmith.engine.cpu_step import MOST_TOKENS, CpuStep, step_library
+from tunesmith.engine.cpu_step import MOST_TOKENS, CpuStep, takes
+from tunesmith.engine.pages import PagedCache
 from tunesmith.model.block import Attention, Block, Mlp
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.layers import RMSNorm
@@ -35,14 +37,24 @@ _MATRIX_ROWS, _MATRIX_HEAD = 32, 64
 class CpuPass:
     """hidden_TD after the final norm of a step's new tokens. Called under inference mode, the decoder evaluating.
 
-    packs: the weights never change, and may be laid out anew (model/ sees the same values).
+    packs: the weights never change, and may be laid out anew (model/ sees the same values). library: our own C++
+    (kernels/cpu_library.py), for decoders whose weights never change.
     """
 
-    def __init__(self, decoder: Decoder, max_num_seqs: int, max_model_len: int, *, packs: bool) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_num_seqs: int,
+        max_model_len: int,
+        *,
+        packs: bool,
+        library: ctypes.CDLL | None = None,
+    ) -> None:
         self.decoder = decoder
         self.limits = (max_num_seqs, max_model_len)
         self.packs = packs
         self.held: HeldRows | None = None
+        self._given = library if packs else None
         self._library: ctypes.CDLL | None = None
         self._step: CpuStep | None = None
         self._dtype: torch.dtype | None = None
@@ -52,8 +64,6 @@ class CpuPass:
     def __call__(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
         stream = self.decoder.embed(tokens_T, positions_T)
         self._prepare(stream.dtype)
-        if (compiled := self._compiled(attend)) is not None:
-            return compiled(stream, attend.batch)
         rotate = self._rotation(positions_T, stream.dtype)
         try:
             step = self._held(attend)
@@ -72,12 +82,16 @@ class CpuPass:
             return self._step.logits(hidden_TD)
         return self._head(hidden_TD)
 
-    def _compiled(self, attend: PagedAttention) -> CpuStep | None:
-        """The compiled step, where it takes this batch; the pages are then all that holds its keys and values."""
-        cache, batch = attend.cache, attend.batch
-        if self._library is None or attend.has_scales or attend.invariant or cache.dtype != self._dtype:
+    def decode(self, batch: StepBatch, cache: PagedCache, last_ids: Tensor) -> Tensor | None:
+        """logits_TV of one new token a sequence by the compiled step; None where it does not take this.
+
+        The pages are then all that holds keys and values. last_ids: int64, by slot, for tokens that the host does not
+        know yet.
+        """
+        if self._given is None or not batch.is_decode or not 0 < batch.num_tokens <= MOST_TOKENS:
             return None
-        if not batch.is_decode or not 0 < batch.num_tokens <= MOST_TOKENS or batch.block_tables_RP.stride(1) != 1:
+        self._prepare(self.decoder.compute_dtype or self.decoder.embedding.weight.dtype)
+        if self._library is None or cache.dtype != self._dtype or batch.block_tables_RP.stride(1) != 1:
             return None
         if self._step is None or self._step.cache is not cache:
             with torch.inference_mode(False), torch.no_grad():
@@ -86,7 +100,7 @@ class CpuPass:
             return None
         if self.held is not None:
             self.held.forget(batch.sequence_slots)
-        return self._step
+        return self._step(batch, last_ids)
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Everything made from modules: once, and again where one was put in another's place."""
@@ -103,7 +117,7 @@ class CpuPass:
             owners = [owner for block in blocks for owner in (block, block.attention, block.mlp)]
             held = [owner._modules for owner in (*owners, self.decoder)]
             self._modules = [(modules, name, module) for modules in held for name, module in modules.items()]
-            self._step, self._library = None, step_library(self.decoder, dtype) if self.packs else None
+            self._step, self._library = None, self._given if takes(self.decoder, dtype) else None
             windows = [self.decoder.config.window(layer) for layer in range(len(blocks))]
             self._layers = [
                 _Layer(block, layer, window, dtype, self.packs, self._library is None)

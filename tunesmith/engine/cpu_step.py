@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from tunesmith.engine.batch import StepBatch
 from tunesmith.engine.pages import PagedCache
-from tunesmith.kernels.cpu_library import load
 from tunesmith.model.block import Block, Mlp
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.int4 import Int4Linear
@@ -54,18 +53,21 @@ class _Model(ctypes.Structure):
             (name, _I64)
             for name in ("num_layers", "width", "heads", "kv_heads", "head_dim", "inner", "page_slots", "is_half")
         ),
-        ("max_context", _I64),
+        ("vocab", _I64),
+        ("is_half_table", _I64),
         ("eps", ctypes.c_float),
         ("head_eps", ctypes.c_float),
         ("final_norm", _POINTER),
         ("inverse", _POINTER),
+        ("table", _POINTER),
         ("layers", _POINTER),
     ]
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("stream", "out", "positions", "slots", "contexts", "tables")),
+        *((name, _POINTER) for name in ("ids", "last_ids", "logits", "head")),
+        *((name, _POINTER) for name in ("positions", "slots", "contexts", "tables")),
         *((name, _I64) for name in ("table_ld", "tokens", "threads")),
     ]
 
@@ -79,7 +81,7 @@ class CpuStep:
         config = decoder.config
         blocks = [cast(Block, block) for block in decoder.blocks]
         layers = (_Layer * len(blocks))(*(self._layer(block, index) for index, block in enumerate(blocks)))
-        first = blocks[0]
+        first, table = blocks[0], decoder.embedding.weight.detach()
         head_norm = first.attention.q_norm
         model = _Model(
             num_layers=len(blocks),
@@ -90,14 +92,17 @@ class CpuStep:
             inner=cast(Mlp, first.mlp).down.in_features,
             page_slots=cache.keys[0].shape[1],
             is_half=dtype == torch.bfloat16,
-            max_context=config.max_position_embeddings,
+            vocab=len(table),
+            is_half_table=table.dtype == torch.bfloat16,
             eps=cast(RMSNorm, decoder.norm).eps,
             head_eps=0.0 if head_norm is None else cast(RMSNorm, head_norm).eps,
             final_norm=self._norm(decoder.norm),
             inverse=None if config.rope is None else self._floats(decoder._inverse(torch.device("cpu"))),
+            table=self._keep(table),
             layers=ctypes.cast(layers, _POINTER),
         )
         self._head = self._weight_of_head(decoder)
+        self._head_place = ctypes.addressof(self._head)
         has_int8 = any(isinstance(block.mlp, Mlp) and isinstance(block.mlp.up, Int8Linear) for block in blocks)
         self.most_tokens = _MOST_INT8_TOKENS if has_int8 else MOST_TOKENS
         self.most_logits = _MOST_INT8_TOKENS if self._head.kind == _INT8 else MOST_TOKENS
@@ -105,22 +110,29 @@ class CpuStep:
         self._ends = weakref.finalize(self, library.tunesmith_forget, self._decoder)
         self._ends.atexit = False
 
-    def __call__(self, stream_TD: Tensor, batch: StepBatch) -> Tensor:
-        """hidden_TD after the final norm; keys and values are in their pages."""
-        out = torch.empty_like(stream_TD)
+    def __call__(self, batch: StepBatch, last_ids: Tensor) -> Tensor:
+        """logits_TV of the batch's tokens; keys and values are in their pages.
+
+        last_ids: int64, by slot, what tokens below zero stand for. Raises: IndexError.
+        """
+        num = batch.num_tokens
+        logits = torch.empty(num, self._head.rows, dtype=self.dtype)
         step = _Step(
-            stream_TD.data_ptr(),
-            out.data_ptr(),
+            batch.tokens_T.data_ptr(),
+            last_ids.data_ptr(),
+            logits.data_ptr(),
+            self._head_place,
             batch.positions_T.data_ptr(),
             batch.slots_T.data_ptr(),
             batch.context_R.data_ptr(),
             batch.block_tables_RP.data_ptr(),
             batch.block_tables_RP.stride(0),
-            len(stream_TD),
+            num,
             torch.get_num_threads(),
         )
-        self.library.tunesmith_step(self._decoder, ctypes.byref(step))
-        return out
+        if self.library.tunesmith_step(self._decoder, ctypes.byref(step)):
+            raise IndexError("a token is none of the vocabulary's")
+        return logits
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """logits_TV in the dtype of the hidden states, of up to `MOST_TOKENS`."""
@@ -178,20 +190,19 @@ class CpuStep:
         return _Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, place)
 
 
-def step_library(decoder: Decoder, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library, where this decoder in this dtype is of the kind that the compiled step computes; else None."""
-    return load() if _is_taken(decoder, dtype) else None
-
-
-def _is_taken(decoder: Decoder, dtype: torch.dtype) -> bool:
-    if dtype not in _FLOAT_KINDS or not isinstance(decoder.norm, RMSNorm):
+def takes(decoder: Decoder, dtype: torch.dtype) -> bool:
+    """Whether this decoder in this dtype is of the kind that the compiled step computes."""
+    if dtype not in _FLOAT_KINDS or not isinstance(decoder.norm, RMSNorm) or decoder.positions is not None:
+        return False
+    table = decoder.embedding.weight
+    if table.dtype not in _FLOAT_KINDS or not table.is_contiguous():
         return False
     blocks = [block for block in decoder.blocks if isinstance(block, Block)]
     if len(blocks) != len(decoder.blocks) or not all(_takes_block(block, dtype) for block in blocks):
         return False
     if decoder.head is not None:
         return _takes(decoder.head, dtype)
-    return decoder.embedding.weight.dtype == dtype and decoder.embedding.weight.is_contiguous()
+    return table.dtype == dtype
 
 
 def _takes_block(block: Block, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import CDLL
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ from tunesmith.engine.logprobs import LogprobTensors, score_prompt
 from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator, PagedCache
 from tunesmith.engine.sampling import Sampled, Sampling
 from tunesmith.errors import RequestError
+from tunesmith.kernels.cpu_library import load
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.stream import WHOLE
@@ -123,23 +125,25 @@ class NativeRunner:
             fix_rows(model.blocks, GROUP_ROWS)
         elif self.fixed_rows is not None and owns_model:
             fix_experts(model.blocks, self.fixed_rows)
-        self._fused = self._make_pass(owns_model) if has_fused_pass(model) else None
-        self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device)
+        library = load() if self.device.type == "cpu" and owns_model else None
+        self._fused = self._make_pass(owns_model, library) if has_fused_pass(model) else None
+        self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device, library)
         self._records = on_gpu and owns_model and not config.enforce_eager and self.fixed_rows is None
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
         self.graphs = self._make_graphs() if self._records else None
         self._hidden: Tensor | None = None
+        self._ready_BV: Tensor | None = None
         self._decoded: Decoded | None = None
         self._scored: LogprobTensors | None = None
 
-    def _make_pass(self, owns_model: bool) -> FusedPass | CpuPass | None:
+    def _make_pass(self, owns_model: bool, library: CDLL | None) -> FusedPass | CpuPass | None:
         """The written-out pass of this kind of device; a CPU's can't keep rows from each other, nor share a model."""
         if self.device.type == "cuda":
             return FusedPass(self.model)
         if self.device.type != "cpu" or self.config.batch_invariant or self.model.stream is not WHOLE:
             return None
-        return CpuPass(self.model, self.config.max_num_seqs, self.max_model_len, packs=owns_model)
+        return CpuPass(self.model, self.config.max_num_seqs, self.max_model_len, packs=owns_model, library=library)
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -196,12 +200,15 @@ class NativeRunner:
     def _passing(self) -> Iterator[None]:
         """The model as it answers: in evaluation mode, its blocks written out where that is a GPU's."""
         was_fused = self.model.is_fused
-        self.model.is_fused = (was_fused or self.device.type == "cuda") and not self.config.batch_invariant
+        is_fused = (was_fused or self.device.type == "cuda") and not self.config.batch_invariant
+        if is_fused != was_fused:  # a module's attributes are set by way of a search
+            self.model.is_fused = is_fused
         try:
             with torch.inference_mode(), evaluating(self.model):
                 yield
         finally:
-            self.model.is_fused = was_fused
+            if is_fused != was_fused:
+                self.model.is_fused = was_fused
 
     def forward(self, batch: StepBatch) -> None:
         """Launch the pass over the model: as a graph where one covers it."""
@@ -210,9 +217,18 @@ class NativeRunner:
             self._decoded = None if self.graphs is None or batch.score_rows is not None else self.graphs(batch)
             if self._decoded is not None:
                 return
+            self._ready_BV = self._compiled(batch)
+            if self._ready_BV is not None:
+                return
             hidden_TD = self._all_hidden(batch)
             self._scored = self._score(hidden_TD, batch)
             self._hidden = hidden_TD if batch.is_decode else hidden_TD.index_select(0, batch.sample_rows_B)
+
+    def _compiled(self, batch: StepBatch) -> Tensor | None:
+        """logits_BV of a step that a CPU's own code takes as a whole."""
+        if not isinstance(self._fused, CpuPass) or batch.score_rows is not None or batch.adapter_T is not None:
+            return None
+        return self._fused.decode(batch, self.cache, self.sampling.state.last_tokens_N)
 
     def _all_hidden(self, batch: StepBatch) -> Tensor:
         if not batch.passes:
@@ -263,6 +279,8 @@ class NativeRunner:
     def _logits(self) -> Tensor:
         if self._decoded is not None:
             return self._decoded.logits_BV
+        if self._ready_BV is not None:
+            return self._ready_BV
         assert self._hidden is not None, "sample follows forward"
         return self.logits(self._hidden)
 
@@ -274,7 +292,7 @@ class NativeRunner:
             slots_B, positions_B = batch.sample_slots_B, batch.sample_positions_B
             sampled = self.sampling(self._logits(), rows, slots_B, positions_B, masks_MW, chosen_B).to_host()
             scored = None if self._scored is None else self._scored.to_host()
-        self._hidden = self._decoded = self._scored = None
+        self._hidden = self._ready_BV = self._decoded = self._scored = None
         done = None
         if self.device.type == "cuda":
             done = torch.cuda.Event()

@@ -11,6 +11,7 @@ Rows with drafts (one slot several times) may not have penalties: their counts a
 
 from __future__ import annotations
 
+import ctypes
 import math
 import secrets
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from tunesmith.engine.request import TokenLogprobs
 from tunesmith.engine.sampling_state import Entries, SamplingPlan, SamplingState
 from tunesmith.kernels.sampling import choose, choose_greedily, find_thresholds
 from tunesmith.kernels.sampling_logits import Allowed, Seen, change_logits
+from tunesmith.kernels.sampling_native import NativeDraw
 from tunesmith.kernels.sampling_noise import BROKEN
 from tunesmith.units import ceil_div
 
@@ -68,11 +70,28 @@ class Sampling:
         sampling.release(slot)                                             # a sequence has left
 
     `state.last_tokens_N` has the last drawn token of each slot, for a step that is launched before this one is read.
+    library: our own C++ (kernels/cpu_library.py), which draws on a CPU.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, device: torch.device, library: ctypes.CDLL | None = None
+    ) -> None:
         self.state = SamplingState(num_slots, vocab_size, device)
+        self._native = None if library is None else self._native_draw(library)
         self._warm: set[torch.dtype] = set()
+
+    def _native_draw(self, library: ctypes.CDLL) -> NativeDraw:
+        state = self.state
+        temperatures_N, top_p_N, min_p_N = state.floats_PN[:3]
+        return NativeDraw(
+            library,
+            temperatures_N=temperatures_N,
+            top_p_N=top_p_N,
+            min_p_N=min_p_N,
+            seeds_N=state.ints_PN[0],
+            top_k_N=state.ints_PN[1],
+            last_tokens_N=state.last_tokens_N,
+        )
 
     def warm_up(self, dtype: torch.dtype) -> bool:
         """On a GPU, load the kernels of filters, penalties and masks before a request needs them, a dtype a call.
@@ -132,6 +151,8 @@ class Sampling:
         return self._draw(logits_BV, slots_B, positions_B, None)
 
     def _choose(self, logits: Tensor, plan: SamplingPlan, slots_B: Tensor, positions_B: Tensor) -> Tensor:
+        if self._native is not None:
+            return self._native(logits, slots_B, positions_B)
         if plan.is_greedy and self.state.device.type == "cpu":
             return choose_greedily(logits, slots_B, self.state.last_tokens_N)
         return self._draw(logits, slots_B, positions_B, self._thresholds(logits, plan, slots_B))

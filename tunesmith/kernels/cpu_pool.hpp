@@ -1,4 +1,11 @@
 // The threads of a process that compute its steps.
+//
+// The caller cuts a phase into parts, and every thread that is there takes the next one until none is left:
+//
+//     caller   part 0   part 2   part 3 | part 0 ...
+//     helper   (wakes up)   part 1      | part 1 ...
+//
+// Nobody waits for a thread that has taken nothing, so a helper that another program keeps from its core costs no time.
 #pragma once
 #include <unistd.h>
 
@@ -7,7 +14,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <thread>
 
@@ -19,42 +25,47 @@ inline void pause_briefly() {
 #endif
 }
 
-// Threads that wait a moment for the next step, then sleep. They hold nothing, and end with the process.
+inline void wait_briefly(int spin) {
+    if (spin < 2000) pause_briefly();
+    else std::this_thread::yield();
+}
+
 class Pool {
    public:
-    using Job = std::function<void(int, int)>;
-
     explicit Pool(int size) : owner(getpid()), size(size) {
-        for (int id = 1; id < size; id++) std::thread([this, id] { work(id); }).detach();
+        for (int id = 1; id < size; id++) std::thread([this, id] { help(id); }).detach();
     }
 
-    void run(int count, const Job &job) {
-        count = std::max(1, std::min(count, size));
-        if (count == 1) return job(0, 1);
-        next = &job;
-        active = count;
-        left.store(size - 1, std::memory_order_relaxed);
-        arrived.store(0, std::memory_order_relaxed);
+    // From here to `close`, helpers wait for phases without sleeping.
+    void open(int threads) {
+        active.store(std::max(1, std::min(threads, size)), std::memory_order_relaxed);
+        if (active == 1) return;
         {
             std::lock_guard<std::mutex> lock(mutex);
-            epoch.fetch_add(1, std::memory_order_release);
+            is_open.store(true, std::memory_order_release);
         }
         if (sleeping.load() > 0) wake.notify_all();
-        job(0, count);
-        for (int spin = 0; left.load(std::memory_order_acquire) != 0; spin++) wait(spin);
     }
 
-    // All threads of a job have come here.
-    void meet() {
-        int count = active;
-        if (count == 1) return;
-        int phase = turn.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
-            arrived.store(0, std::memory_order_relaxed);
-            turn.fetch_add(1, std::memory_order_release);
+    void close() { is_open.store(false, std::memory_order_release); }
+
+    int threads() const { return active; }
+
+    // work(0) ... work(count - 1), by any thread; all is done when it returns.
+    template <class Work>
+    void phase(int64_t count, const Work &work) {
+        if (active == 1 || count <= 1) {
+            for (int64_t i = 0; i < count; i++) work(i);
             return;
         }
-        for (int spin = 0; turn.load(std::memory_order_acquire) == phase; spin++) wait(spin);
+        call = [](const void *given, int64_t i) { (*static_cast<const Work *>(given))(i); };
+        given = &work;
+        done.store(0, std::memory_order_relaxed);
+        number = (number + 1) & 0xffffff;
+        ticket.store(number << 40 | uint64_t(count) << 20, std::memory_order_release);
+        int64_t mine = 0, part;
+        for (; (part = take()) >= 0; mine++) work(part);
+        for (int spin = 0; done.load(std::memory_order_acquire) != count - mine; spin++) wait_briefly(spin);
     }
 
     const pid_t owner;
@@ -62,33 +73,50 @@ class Pool {
     std::mutex in_use;
 
    private:
-    static void wait(int spin) {
-        if (spin < 4000) pause_briefly();
-        else std::this_thread::yield();
+    static int64_t count_of(uint64_t t) { return t >> 20 & 0xfffff; }
+    static int64_t next_of(uint64_t t) { return t & 0xfffff; }
+
+    // A part of the phase that runs, or -1. What is taken is of the phase that the ticket names at that moment, and
+    // that phase can't end before the part is done.
+    int64_t take() {
+        uint64_t seen = ticket.load(std::memory_order_acquire);
+        if (next_of(seen) >= count_of(seen)) return -1;
+        uint64_t mine = ticket.fetch_add(1, std::memory_order_acq_rel);
+        return next_of(mine) < count_of(mine) ? next_of(mine) : -1;
     }
 
-    void work(int id) {
-        uint64_t seen = 0;
+    void help(int id) {
+        int spin = 0;
+        auto idle_since = std::chrono::steady_clock::now();
         for (;;) {
-            auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(60);
-            while (epoch.load(std::memory_order_acquire) == seen) {
+            int64_t part = id < active.load(std::memory_order_relaxed) ? take() : -1;
+            if (part >= 0) {
+                call(given, part);
+                done.fetch_add(1, std::memory_order_release);
+                spin = 0;
+            } else if (is_open.load(std::memory_order_acquire)) {
+                wait_briefly(spin++);
+            } else {
+                if (spin >= 0) idle_since = std::chrono::steady_clock::now();
+                spin = -1;
                 for (int i = 0; i < 32; i++) pause_briefly();
-                if (std::chrono::steady_clock::now() < until) continue;
+                if (std::chrono::steady_clock::now() - idle_since < std::chrono::microseconds(60)) continue;
                 std::unique_lock<std::mutex> lock(mutex);
                 sleeping++;
-                wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
+                wake.wait(lock, [&] { return is_open.load(std::memory_order_acquire); });
                 sleeping--;
+                spin = 0;
             }
-            seen = epoch.load(std::memory_order_acquire);
-            if (id < active) (*next)(id, active);
-            left.fetch_sub(1, std::memory_order_acq_rel);
         }
     }
 
-    const Job *next = nullptr;
-    int active = 1;
-    std::atomic<int> left{0}, arrived{0}, turn{0}, sleeping{0};
-    std::atomic<uint64_t> epoch{0};
+    void (*call)(const void *, int64_t) = nullptr;
+    const void *given = nullptr;
+    uint64_t number = 0;
+    std::atomic<uint64_t> ticket{0};  // 24 bits number of the phase, 20 its parts, 20 the next of them
+    std::atomic<int64_t> done{0};
+    std::atomic<int> active{1}, sleeping{0};
+    std::atomic<bool> is_open{false};
     std::mutex mutex;
     std::condition_variable wake;
 };
@@ -104,3 +132,15 @@ inline Pool *pool_of(int size) {
     }
     return pool;
 }
+
+// The process's threads, this caller's alone as long as it has this.
+class Crew {
+   public:
+    explicit Crew(int threads) : pool(*pool_of(threads)), lock(pool.in_use) { pool.open(threads); }
+    ~Crew() { pool.close(); }
+    Pool *operator->() { return &pool; }
+
+   private:
+    Pool &pool;
+    std::lock_guard<std::mutex> lock;
+};

@@ -1,10 +1,14 @@
 // A decoding step of a dense decoder on a CPU: up to 16 sequences with one new token each, all of it in one call.
 //
+//     embedding, then of every block
 //     norm | qkv | head norms, rope, pages, attention | output + stream | norm | gate, up, swiglu | down + stream
+//     and the last norm | head
 //
-// Threads share each phase and meet after it. The stream is float32; keys and values have the dtype of the pages.
+// Threads share each phase. The stream is float32; keys and values have the dtype of the pages.
 #include <vector>
 
+#include "cpu_draw.hpp"
+#include "cpu_math.hpp"
 #include "cpu_pool.hpp"
 #include "cpu_products.hpp"
 
@@ -16,15 +20,17 @@ struct Layer {
 };
 
 struct Model {
-    int64_t num_layers, width, heads, kv_heads, head_dim, inner, page_slots, is_half, max_context;
+    int64_t num_layers, width, heads, kv_heads, head_dim, inner, page_slots, is_half, vocab, is_half_table;
     float eps, head_eps;
     const float *final_norm, *inverse;  // inverse frequencies [head_dim / 2], or none
+    const void *table;  // embeddings [vocab, width]
     Layer *layers;
 };
 
 struct Step {
-    const void *stream;  // [tokens, width] in the model's dtype
-    void *out;
+    const int64_t *ids, *last_ids;  // an id below zero is the last one of slot -1 - id
+    void *logits;                   // [tokens, rows of the head] in the model's dtype
+    const Weight *head;
     const int64_t *positions, *slots;
     const int32_t *contexts, *tables;
     int64_t table_ld, tokens, threads;
@@ -32,30 +38,9 @@ struct Step {
 
 namespace {
 
-void share(int64_t count, int64_t unit, int me, int threads, int64_t &first, int64_t &last) {
-    int64_t units = (count + unit - 1) / unit;
-    first = std::min(count, units * me / threads * unit);
-    last = std::min(count, units * (me + 1) / threads * unit);
-}
-
-// e^x to float32's precision: 2^n * e^r, r within ln 2 / 2, by the series.
-inline float exponential(float x) {
-    x = std::min(std::max(x, -87.0f), 88.0f);
-    float turns = x * 1.44269504f + 12582912.0f, n = turns - 12582912.0f;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return sum * power;
-}
+constexpr int64_t LEAST_BYTES = 1 << 15;  // of a weight for one part of a phase
+constexpr int PARTS = 8;                  // of a phase for each thread, so that none waits long for another
+constexpr int64_t FEW_VALUES = 1 << 13;   // that the caller goes through alone
 
 constexpr int LANES = 16;
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -115,80 +100,95 @@ class Decoder {
         in.ld = padded(widest);
         half.resize(MOST * in.ld);
         codes.resize(MOST * in.ld);
-        steps.resize(MOST * in.ld / BLOCK);
+        steps.resize(MOST);
+        sums.resize(MOST * in.ld / FINEST);
         in.half = half.data();
         in.codes = codes.data();
         in.steps = steps.data();
+        in.sums = sums.data();
         tiles.resize(MOST * in.ld);
         in.tiles = tiles.data();
     }
 
-    void step(const Step &s) {
-        Pool *pool = pool_of(int(s.threads));
-        std::lock_guard<std::mutex> lock(pool->in_use);
-        if (scores.size() < size_t(s.threads)) scores.resize(s.threads);
-        Pool::Job job = [&](int me, int threads) { run(s, *pool, me, threads); };
-        pool->run(int(s.threads), job);
+    // 0, or -1 where an id is none of the vocabulary's.
+    int64_t step(const Step &s) {
+        Crew crew(int(s.threads));
+        for (int64_t t = 0; t < s.tokens; t++)
+            if (!embed(s, t)) return -1;
+        turns(s);
+        for (Layer &layer : layers) {
+            normed_for(layer.qkv, layer.attention_norm, s, crew);
+            times(layer.qkv, input_of(normed.data(), m.width), s.tokens, {qkv.data(), qkv_rows, SET}, crew);
+            crew->phase(s.tokens * m.kv_heads, [&](int64_t task) {
+                thread_local std::vector<float> room;
+                attend(layer, s, task / m.kv_heads, task % m.kv_heads, room);
+            });
+            add(layer.output, mixed.data(), m.heads * m.head_dim, s, crew);
+            normed_for(layer.up, layer.mlp_norm, s, crew);
+            gate(layer.up, s, crew);
+            add(layer.down, gated.data(), 2 * m.inner, s, crew);
+        }
+        for (int64_t t = 0; t < s.tokens; t++) {
+            float *row = &normed[t * m.width];
+            norm(&stream[t * m.width], m.final_norm, m.width, m.eps, row);
+            for (int64_t i = 0; i < m.width; i++) row[i] = rounded(row[i], m.is_half);
+        }
+        put_logits(*s.head, s.logits, s.tokens, crew);
+        return 0;
     }
 
     // y of rows of x in the model's dtype: the head.
     void multiply(const Weight &w, const void *x, void *y, int64_t tokens, int threads) {
-        Pool *pool = pool_of(threads);
-        std::lock_guard<std::mutex> lock(pool->in_use);
-        Pool::Job job = [&](int me, int count) {
-            for (int64_t t = me; t < tokens; t += count) {
-                read(x, t, &normed[t * m.width]);
-                prepare(Kind(w.kind), &normed[t * m.width], w.width, in, int(t));
-            }
-            pool->meet();
-            times(w, normed.data(), m.width, tokens, {y, w.rows, m.is_half ? SET_BFLOAT16 : SET}, me, count);
-        };
-        pool->run(threads, job);
+        Crew crew(threads);
+        for (int64_t t = 0; t < tokens; t++) widen_row(x, t, m.is_half, &normed[t * m.width]);
+        put_logits(w, y, tokens, crew);
     }
 
    private:
-    void run(const Step &s, Pool &pool, int me, int threads) {
+    bool embed(const Step &s, int64_t t) {
+        int64_t id = s.ids[t] < 0 ? s.last_ids[-1 - s.ids[t]] : s.ids[t];
+        if (id < 0 || id >= m.vocab) return false;
+        float *row = &stream[t * m.width];
+        widen_row(m.table, id, m.is_half_table, row);
+        for (int64_t i = 0; i < m.width; i++) row[i] = rounded(row[i], m.is_half);
+        return true;
+    }
+
+    void turns(const Step &s) {
         int64_t half = m.head_dim / 2;
-        for (int64_t t = me; t < s.tokens; t += threads) {
-            read(s.stream, t, &stream[t * m.width]);
-            for (int64_t i = 0; m.inverse && i < half; i++) {
+        for (int64_t t = 0; t < s.tokens && m.inverse; t++) {
+            for (int64_t i = 0; i < half; i++) {
                 float angle = float(s.positions[t]) * m.inverse[i];
                 cosine[t * half + i] = rounded(std::cos(angle), m.is_half);
                 sine[t * half + i] = rounded(std::sin(angle), m.is_half);
             }
         }
-        for (Layer &layer : layers) {
-            normed_for(layer.qkv, layer.attention_norm, s, me, threads);
-            pool.meet();
-            times(layer.qkv, normed.data(), m.width, s.tokens, {qkv.data(), qkv_rows, SET}, me, threads);
-            pool.meet();
-            for (int64_t task = me; task < s.tokens * m.kv_heads; task += threads)
-                attend(layer, s, task / m.kv_heads, task % m.kv_heads, scores[me]);
-            pool.meet();
-            int64_t all_heads = m.heads * m.head_dim;
-            add(layer.output, mixed.data(), all_heads, s, pool, me, threads);
-            normed_for(layer.up, layer.mlp_norm, s, me, threads);
-            pool.meet();
-            gate(layer.up, s, me, threads);
-            pool.meet();
-            add(layer.down, gated.data(), 2 * m.inner, s, pool, me, threads);
-        }
-        for (int64_t t = me; t < s.tokens; t += threads) {
-            norm(&stream[t * m.width], m.final_norm, m.width, m.eps, &normed[t * m.width]);
-            write_all(&normed[t * m.width], m.width, s.out, t * m.width, m.is_half);
-        }
     }
 
-    void read(const void *from, int64_t row, float *to) {
-        if (m.is_half) widen_all(static_cast<const uint16_t *>(from) + row * m.width, m.width, to);
-        else widen_all(static_cast<const float *>(from) + row * m.width, m.width, to);
+    void widen_row(const void *from, int64_t row, bool is_half, float *to) const {
+        if (is_half) widen_all(static_cast<const uint16_t *>(from) + row * m.width, m.width, to);
+        else std::memcpy(to, static_cast<const float *>(from) + row * m.width, 4 * m.width);
     }
 
-    void normed_for(const Weight &w, const float *weight, const Step &s, int me, int threads) {
-        for (int64_t t = me; t < s.tokens; t += threads) {
+    // work(t) of every token, by this thread alone where that is little.
+    template <class Work>
+    static void each(int64_t tokens, int64_t width, Crew &crew, const Work &work) {
+        if (tokens * width > FEW_VALUES) return crew->phase(tokens, work);
+        for (int64_t t = 0; t < tokens; t++) work(t);
+    }
+
+    void normed_for(const Weight &w, const float *weight, const Step &s, Crew &crew) {
+        each(s.tokens, m.width, crew, [&](int64_t t) {
             norm(&stream[t * m.width], weight, m.width, m.eps, &normed[t * m.width]);
-            prepare(Kind(w.kind), &normed[t * m.width], m.width, in, int(t));
-        }
+        });
+        ready(w, normed.data(), m.width, s.tokens, crew);
+    }
+
+    // x in the form that products with this weight read.
+    void ready(const Weight &w, const float *x, int64_t ld, int64_t tokens, Crew &crew) {
+        if (w.kind == FLOAT32) return;
+        int parts = tokens * w.width > FEW_VALUES ? crew->threads() : 1;
+        crew->phase(parts, [&](int64_t part) { prepare(w, x, ld, in, tokens, int(part), parts); });
     }
 
     Input input_of(const float *x, int64_t ld) const {
@@ -198,35 +198,44 @@ class Decoder {
         return found;
     }
 
-    void times(const Weight &w, const float *x, int64_t ld, int64_t tokens, Output out, int me, int threads) {
-        int64_t first, last;
-        share(w.rows, 16, me, threads, first, last);
-        product(w, input_of(x, ld), int(tokens), first, last, out);
+    // work(first, last) over `rows` rows of a weight, several parts for each thread.
+    template <class Work>
+    static void by_rows(const Weight &w, int64_t rows, Crew &crew, const Work &work) {
+        int64_t row_bytes = w.width * (w.kind == FLOAT32 ? 8 : w.kind == BFLOAT16 ? 4 : w.kind == INT8 ? 2 : 1) / 2;
+        int64_t size = std::max(rows / (PARTS * crew->threads()), LEAST_BYTES / std::max<int64_t>(1, row_bytes));
+        int64_t unit = size < 64 ? 16 : 64;
+        size = (size + unit - 1) / unit * unit;
+        crew->phase((rows + size - 1) / size, [&](int64_t i) { work(i * size, std::min(rows, (i + 1) * size)); });
     }
 
-    // stream += x @ w.T; begins where all of x is there, ends where all of the stream is.
-    void add(const Weight &w, const float *x, int64_t ld, const Step &s, Pool &pool, int me, int threads) {
-        if (w.kind != FLOAT32) {
-            for (int64_t t = me; t < s.tokens; t += threads) prepare(Kind(w.kind), x + t * ld, w.width, in, int(t));
-            pool.meet();
-        }
-        times(w, x, ld, s.tokens, {stream.data(), m.width, ADD}, me, threads);
-        pool.meet();
+    void times(const Weight &w, const Input &x, int64_t tokens, const Output &out, Crew &crew) {
+        by_rows(w, w.rows, crew, [&](int64_t first, int64_t last) { product(w, x, int(tokens), first, last, out); });
+    }
+
+    void put_logits(const Weight &w, void *to, int64_t tokens, Crew &crew) {
+        ready(w, normed.data(), m.width, tokens, crew);
+        times(w, input_of(normed.data(), m.width), tokens, {to, w.rows, m.is_half ? SET_BFLOAT16 : SET}, crew);
+    }
+
+    // stream += x @ w.T
+    void add(const Weight &w, const float *x, int64_t ld, const Step &s, Crew &crew) {
+        ready(w, x, ld, s.tokens, crew);
+        times(w, input_of(x, ld), s.tokens, {stream.data(), m.width, ADD}, crew);
     }
 
     // gated[t, :inner] = silu(gate) * up; up's rows lie behind gate's.
-    void gate(const Weight &w, const Step &s, int me, int threads) {
-        int64_t first, last;
-        share(m.inner, 16, me, threads, first, last);
+    void gate(const Weight &w, const Step &s, Crew &crew) {
         Input x = input_of(normed.data(), m.width);
         Output out{gated.data(), 2 * m.inner, SET};
-        product(w, x, int(s.tokens), first, last, out);
-        product(w, x, int(s.tokens), m.inner + first, m.inner + last, out);
-        for (int64_t t = 0; t < s.tokens; t++) {
-            float *gate = &gated[2 * t * m.inner];
-            const float *up = gate + m.inner;
-            for (int64_t i = first; i < last; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
-        }
+        by_rows(w, m.inner, crew, [&](int64_t first, int64_t last) {
+            product(w, x, int(s.tokens), first, last, out);
+            product(w, x, int(s.tokens), m.inner + first, m.inner + last, out);
+            for (int64_t t = 0; t < s.tokens; t++) {
+                float *gate = &gated[2 * t * m.inner];
+                const float *up = gate + m.inner;
+                for (int64_t i = first; i < last; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+            }
+        });
     }
 
     void attend(Layer &layer, const Step &s, int64_t t, int64_t kv, std::vector<float> &room) {
@@ -327,10 +336,9 @@ class Decoder {
     std::vector<Layer> layers;
     int64_t widest, qkv_rows;
     Input in{};
-    std::vector<float> stream, normed, qkv, mixed, gated, cosine, sine, steps;
+    std::vector<float> stream, normed, qkv, mixed, gated, cosine, sine, steps, sums;
     std::vector<uint16_t> half, tiles;
     std::vector<int16_t> codes;
-    std::vector<std::vector<float>> scores;
 };
 
 }  // namespace
@@ -338,7 +346,8 @@ class Decoder {
 extern "C" {
 void *tunesmith_decoder(const Model *model) { return new Decoder(*model); }
 void tunesmith_forget(void *decoder) { delete static_cast<Decoder *>(decoder); }
-void tunesmith_step(void *decoder, const Step *step) { static_cast<Decoder *>(decoder)->step(*step); }
+int64_t tunesmith_step(void *decoder, const Step *step) { return static_cast<Decoder *>(decoder)->step(*step); }
+void tunesmith_draw(const Draw *given) { draw::tokens_of(*given); }
 void tunesmith_multiply(void *decoder, const Weight *w, const void *x, void *y, int64_t tokens, int64_t threads) {
     static_cast<Decoder *>(decoder)->multiply(*w, x, y, tokens, int(threads));
 }

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from tunesmith.checkpoint.load import load_decoder
-from tunesmith.engine import cpu_pass
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.engine.batch import StepBatch
 from tunesmith.engine.cpu_pass import CpuPass
@@ -20,12 +19,6 @@ from tunesmith.model.layers import Linear
 from tunesmith.units import ceil_div
 
 SLOTS, PAGES, LONGEST = 5, 40, 120
-
-
-@pytest.fixture(autouse=True)
-def without_compiled_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """test_cpu_step.py has that one."""
-    monkeypatch.setattr(cpu_pass, "step_library", lambda decoder, dtype: None)
 
 
 def step_of(parts: list[tuple[int, int, int, list[int]]], draw: random.Random) -> StepBatch:
