@@ -40,39 +40,47 @@ inline int32_t sum_of(const int16_t *codes, const int16_t *x, int count) {
     return sum;
 }
 
-template <int T>
-void row_int8(const Weight &w, int64_t row, const Input &in, float *out) {
+template <int T, int R>
+void rows_int8(const Weight &w, int64_t row, const Input &in, float *out) {
     const int8_t *data = static_cast<const int8_t *>(w.data) + row * w.width;
-    std::fill(out, out + T, 0.0f);
-    for (int64_t block = 0; block * BLOCK < w.width; block++) {
-        int16_t codes[BLOCK] = {};
-        int64_t count = std::min<int64_t>(BLOCK, w.width - block * BLOCK);
-        for (int64_t i = 0; i < count; i++) codes[i] = data[block * BLOCK + i];
-        for (int t = 0; t < T; t++) {
-            int32_t sum = sum_of(codes, in.codes + t * in.ld + block * BLOCK, BLOCK);
-            out[t] += float(sum) * (w.scale[row] * in.steps[block * MOST + t]);
+    for (int r = 0; r < R; r++, data += w.width, out += T) {
+        std::fill(out, out + T, 0.0f);
+        for (int64_t start = 0; start < w.width; start += BLOCK) {
+            int16_t codes[BLOCK] = {};
+            int64_t count = std::min<int64_t>(BLOCK, w.width - start);
+            for (int64_t i = 0; i < count; i++) codes[i] = data[start + i];
+            for (int t = 0; t < T; t++) out[t] += float(sum_of(codes, in.codes + t * in.ld + start, BLOCK));
         }
+        for (int t = 0; t < T; t++) out[t] *= w.scale[row + r] * in.steps[t];
     }
 }
 
-template <int T>
-void row_int4(const Weight &w, int64_t row, const Input &in, float *out) {
-    int64_t groups = padded(w.width) / w.group;
-    const uint32_t *words = static_cast<const uint32_t *>(w.data) + row * (padded(w.width) / 8);
-    std::fill(out, out + T, 0.0f);
-    for (int64_t block = 0; block * BLOCK < w.width; block++) {
-        int16_t codes[BLOCK];
-        for (int j = 0; j < 8; j++) {
-            int64_t group = row * groups + (block * BLOCK + 16 * j) / w.group;
-            int zero = w.zeros ? w.zeros[group] : 8;
-            for (int i = 0; i < 16; i++) codes[16 * j + i] = int16_t(int(words[16 * block + i] >> (4 * j) & 15) - zero);
-        }
-        for (int start = 0; start < BLOCK; start += int(w.group)) {
-            float scale = w.scale[row * groups + (block * BLOCK + start) / w.group];
-            for (int t = 0; t < T; t++) {
-                int32_t sum = sum_of(codes + start, in.codes + t * in.ld + block * BLOCK + start, int(w.group));
-                out[t] += float(sum) * (scale * in.steps[block * MOST + t]);
+inline void prepare_int4(const Weight &w, const float *x, float inverse, int16_t *codes, float *) {
+    to_codes(x, w.width, inverse, codes);
+}
+
+// GROUPS: of a block.
+template <int T, int R, int GROUPS>
+void rows_int4(const Weight &w, int64_t row, const Input &in, float *out) {
+    constexpr int EACH = BLOCK / GROUPS;
+    int64_t blocks = padded(w.width) / BLOCK;
+    for (int r = 0; r < R; r++, out += T) {
+        std::fill(out, out + T, 0.0f);
+        for (int64_t block = 0; block < blocks; block++) {
+            const uint32_t *words = static_cast<const uint32_t *>(w.data) + ((row + r) * blocks + block) * 16;
+            int64_t group = ((row + r) * blocks + block) * GROUPS;
+            int16_t codes[BLOCK];
+            for (int j = 0; j < 8; j++) {
+                int zero = w.zeros ? w.zeros[group + 16 * j / EACH] : 8;
+                for (int i = 0; i < 16; i++) codes[16 * j + i] = int16_t(int(words[i] >> (4 * j) & 15) - zero);
+            }
+            for (int g = 0; g < GROUPS; g++) {
+                for (int t = 0; t < T; t++) {
+                    const int16_t *x = in.codes + t * in.ld + block * BLOCK + g * EACH;
+                    out[t] += float(sum_of(codes + g * EACH, x, EACH)) * w.scale[group + g];
+                }
             }
         }
+        for (int t = 0; t < T; t++) out[t] *= in.steps[t];
     }
 }

@@ -2,25 +2,28 @@
 //
 //     float32   fma                                       x float32
 //     bfloat16  pairs of products                         x rounded to bfloat16
-//     int8      codes widened to 16 bits, sums in int32   x = q * step, q of 16 bits, a step for each 128 columns
-//     int4      (code - zero) of 16 bits, likewise        likewise
+//     int8      sums in int32                             x = q * step, q of 16 bits, a step for each token
+//     int4      code - zero, sums in int32 by groups      likewise
 //
-// With AVX-512 that has bfloat16 and VNNI through intrinsics; elsewhere plain loops, which the compiler vectorises.
+// A step of 16 bits is exact to max |x| / 65534 (bfloat16: |x| / 512). Where a unit multiplies bytes, q is two of them:
+// q = 256 high + low, low without a sign. With AVX-512 that has bfloat16 and VNNI products go through intrinsics, and of
+// several tokens through the matrix unit where there is one; elsewhere plain loops, which the compiler vectorises.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
-    defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+    defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define WIDE 1
 #include <immintrin.h>
 #else
 #define WIDE 0
 #endif
 
-#if WIDE && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#if WIDE && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define TILES 1
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -29,7 +32,8 @@
 #endif
 
 constexpr int MOST = 16;    // tokens
-constexpr int BLOCK = 128;  // columns that share a step, and a block of int4 words
+constexpr int BLOCK = 128;  // columns of a block of int4 words; rows of x are padded to it
+constexpr int FINEST = 32;  // the least group of columns with a scale
 
 enum Kind : int64_t { FLOAT32, BFLOAT16, INT8, INT4 };
 enum Store { SET, ADD, SET_BFLOAT16 };
@@ -42,13 +46,14 @@ struct Weight {  // y = x @ w.T + bias, w [rows, width]
     const float *bias;
 };
 
-struct Input {  // what a product reads, [MOST, ld] in the form of its kind
+struct Input {  // what a product reads of up to MOST tokens, in the form of its kind
     const float *wide;
     int64_t wide_ld, ld;
-    uint16_t *half;
-    int16_t *codes;
-    float *steps;     // [ld / BLOCK, MOST]
+    uint16_t *half;   // [MOST, ld]
     uint16_t *tiles;  // bfloat16 as tiles are: [ld / 32, 16 pairs of columns, MOST, 2]
+    int16_t *codes;   // [MOST, ld], or the bytes of as many
+    float *steps;     // [MOST]
+    float *sums;      // int4: codes added up by groups, [MOST, ld / FINEST]
 };
 
 struct Output {
@@ -74,61 +79,84 @@ inline uint16_t narrow(float x) {  // to the nearest, ties to even; what is no n
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
 
-// The column of a block that lies at place p of a row of 16-bit codes, so that words of int4 meet it unshuffled:
-// nibbles m and 4 + m of word i are columns 16 m + i and 64 + 16 m + i.
-inline int column_of(Kind kind, int place) {
-    if (!WIDE || kind != INT4) return place;
-    int vector = place / 32, lane = place % 32 / 2;
-    return 16 * vector + lane + (place % 2 ? 64 : 0);
-}
-
-constexpr int TILE_TOKENS = 5;  // from here on the matrix unit is faster
-
 // Whether products of so many tokens go through the matrix unit, which Linux lets a process use that asks for it.
 inline bool uses_tiles(const Weight &w, int64_t tokens) {
 #if TILES
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    return allowed && w.kind == BFLOAT16 && tokens >= TILE_TOKENS && w.width % 32 == 0;
+    static constexpr int FROM[] = {MOST + 1, 4, 2, 3};  // tokens from which it is faster, by kind
+    int64_t unit = w.kind == BFLOAT16 ? 32 : w.kind == INT8 ? 64 : 1;
+    // No sum of 255 * 127 may leave 32 bits.
+    return allowed && tokens >= FROM[w.kind] && w.rows >= 16 && w.width % unit == 0 && w.width <= 65536;
 #else
     return (void)w, (void)tokens, false;
 #endif
 }
 
-// One row of x (width values) in the form that products of this kind read.
-inline void prepare(Kind kind, const float *x, int64_t width, const Input &in, int token) {
-    if (kind == BFLOAT16) {
-        uint16_t *half = in.half + token * in.ld;
-        for (int64_t i = 0; i < width; i++) half[i] = narrow(x[i]);
-        for (int64_t i = width; i < padded(width); i++) half[i] = 0;
-        if (!TILES) return;
-        for (int64_t i = 0; i < width; i += 2) std::memcpy(in.tiles + (i / 2 * MOST + token) * 2, half + i, 4);
-    } else if (kind == INT8 || kind == INT4) {
-        int16_t *codes = in.codes + token * in.ld;
-        for (int64_t block = 0; block * BLOCK < width; block++) {
-            alignas(64) float part[BLOCK] = {};
-            std::memcpy(part, x + block * BLOCK, 4 * std::min<int64_t>(BLOCK, width - block * BLOCK));
-            float largest = 0;
-            uint32_t bits[BLOCK], most = 0;  // magnitudes order as their bits do, also those that are no numbers
-            std::memcpy(bits, part, sizeof part);
-            for (int i = 0; i < BLOCK; i++) most = std::max(most, bits[i] & 0x7fffffff);
-            std::memcpy(&largest, &most, 4);
-            in.steps[block * MOST + token] = largest / 32767;
-            float inverse = largest > 1e-30f && largest < 3e38f ? 32767 / largest : 0;
-            alignas(64) int16_t whole[BLOCK];
-            for (int i = 0; i < BLOCK; i++) {
-                float scaled = inverse == 0 ? 0 : part[i] * inverse;
-                whole[i] = int16_t(int32_t(scaled + (scaled < 0 ? -0.5f : 0.5f)));
-            }
-            for (int i = 0; i < BLOCK; i++) codes[block * BLOCK + i] = whole[column_of(kind, i)];
-        }
+// What a code of 16 bits stands for, and its inverse, by the largest of a row of x; a row with what is no number has no
+// finite step.
+inline float step_of(const float *x, int64_t width, float &inverse) {
+    uint32_t most = 0;  // magnitudes order as their bits do, also those that are no numbers
+    for (int64_t i = 0; i < width; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        most = std::max(most, bits & 0x7fffffff);
     }
+    float largest;
+    std::memcpy(&largest, &most, 4);
+    inverse = largest > 1e-30f && largest < 3e38f ? 32767 / largest : 0;
+    return largest / 32767;
+}
+
+inline void to_codes(const float *x, int64_t width, float inverse, int16_t *codes) {
+    for (int64_t i = 0; i < width; i++) {
+        float scaled = inverse == 0 ? 0 : x[i] * inverse;
+        codes[i] = int16_t(int32_t(scaled + (scaled < 0 ? -0.5f : 0.5f)));
+    }
+    for (int64_t i = width; i < padded(width); i++) codes[i] = 0;
 }
 
 #if WIDE
 #include "cpu_wide.hpp"
+#if TILES
+#include "cpu_tiles.hpp"
+#endif
 #else
 #include "cpu_plain.hpp"
 #endif
+
+// One row of x (w.width values) as products row by row read it.
+inline void prepare_row(const Weight &w, const float *x, const Input &in, int64_t token) {
+    if (w.kind == FLOAT32) return;
+    if (w.kind == BFLOAT16) {
+        uint16_t *half = in.half + token * in.ld;
+        for (int64_t i = 0; i < w.width; i++) half[i] = narrow(x[i]);
+        for (int64_t i = w.width; i < padded(w.width); i++) half[i] = 0;
+        return;
+    }
+    float inverse;
+    in.steps[token] = step_of(x, w.width, inverse);
+    int16_t *codes = in.codes + token * in.ld;
+    if (w.kind == INT8) to_codes(x, w.width, inverse, codes);
+    else prepare_int4(w, x, inverse, codes, in.sums + token * (in.ld / FINEST));
+}
+
+// A thread's share of x [tokens, ld] in the form that products of so many tokens with this weight read: of every
+// `threads`th token, so that a thread needs but its own; for the matrix unit, whose tiles hold all tokens in each line,
+// of columns of all of them.
+inline void prepare(const Weight &w, const float *x, int64_t ld, const Input &in, int64_t tokens, int me, int threads) {
+#if TILES
+    if (uses_tiles(w, tokens)) {
+        int64_t blocks = padded(w.width) / BLOCK, first = blocks * me / threads, last = blocks * (me + 1) / threads;
+        for (int64_t t = 0; t < tokens; t++) {
+            float inverse = 0, step = w.kind == BFLOAT16 ? 0 : step_of(x + t * ld, w.width, inverse);
+            if (me == 0) in.steps[t] = step;
+            prepare_tiles(w, x + t * ld, inverse, in, int(t), first * BLOCK, last * BLOCK);
+        }
+        return;
+    }
+#endif
+    for (int64_t t = me; t < tokens; t += threads) prepare_row(w, x + t * ld, in, t);
+}
 
 template <int T>
 void put_rows(const Weight &w, int64_t row, int count, int tokens, const float *sums, const Output &out) {
@@ -147,36 +175,38 @@ void put_rows(const Weight &w, int64_t row, int count, int tokens, const float *
     }
 }
 
+// sums[r, t] of R rows of any kind.
+template <int T, int R>
+void rows_of(const Weight &w, int64_t row, const Input &in, float *sums) {
+    if (w.kind == FLOAT32) rows_float<T, R>(w, row, in, sums);
+    else if (w.kind == BFLOAT16) rows_half<T, R>(w, row, in, sums);
+    else if (w.kind == INT8) rows_int8<T, R>(w, row, in, sums);
+    else if (w.group == 128) rows_int4<T, R, 1>(w, row, in, sums);
+    else if (w.group == 64) rows_int4<T, R, 2>(w, row, in, sums);
+    else rows_int4<T, R, 4>(w, row, in, sums);
+}
+
 template <int T>
 void product_of(const Weight &w, const Input &in, int tokens, int64_t first, int64_t last, const Output &out) {
-    constexpr int R = T <= 4 ? 4 : T <= 12 ? 2 : 1;
+    constexpr int SOME = T <= 4 ? 4 : T <= 12 ? 2 : 1, MANY = T >= 16 ? 1 : 16 / T;
     alignas(64) float sums[64];
     int64_t row = first;
-    if (w.kind == FLOAT32 || w.kind == BFLOAT16) {
+    auto by = [&](auto count) {
+        constexpr int R = decltype(count)::value;
         for (; row + R <= last; row += R) {
-            w.kind == FLOAT32 ? rows_float<T, R>(w, row, in, sums) : rows_half<T, R>(w, row, in, sums);
+            rows_of<T, R>(w, row, in, sums);
             put_rows<T>(w, row, R, tokens, sums, out);
         }
-        for (; row < last; row++) {
-            w.kind == FLOAT32 ? rows_float<T, 1>(w, row, in, sums) : rows_half<T, 1>(w, row, in, sums);
-            put_rows<T>(w, row, 1, tokens, sums, out);
-        }
-        return;
-    }
-    for (; row < last; row++) {
-        w.kind == INT8 ? row_int8<T>(w, row, in, sums) : row_int4<T>(w, row, in, sums);
-        put_rows<T>(w, row, 1, tokens, sums, out);
-    }
+    };
+    if (w.kind >= INT8) by(std::integral_constant<int, MANY>());
+    by(std::integral_constant<int, SOME>());
+    by(std::integral_constant<int, 1>());
 }
 
 // Rows first .. last of y for these tokens. Inputs have MOST rows, so that more than are asked for may be read.
 inline void product(const Weight &w, const Input &in, int tokens, int64_t first, int64_t last, const Output &out) {
 #if TILES
-    if (uses_tiles(w, tokens)) {
-        first = rows_by_tiles(w, in, first, last, [&](int64_t row, int count, const float *sums) {
-            put_rows<MOST>(w, row, count, tokens, sums, out);
-        });
-    }
+    if (uses_tiles(w, tokens)) return by_tiles(w, in, tokens, first, last, out);
 #endif
     if (tokens == 1) product_of<1>(w, in, tokens, first, last, out);
     else if (tokens == 2) product_of<2>(w, in, tokens, first, last, out);

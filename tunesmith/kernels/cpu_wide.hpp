@@ -1,4 +1,4 @@
-// Rows of products with AVX-512, and with the matrix unit: what cpu_products.hpp includes.
+// Rows of products with AVX-512: what cpu_products.hpp includes.
 #pragma once
 
 // The sums of 16 vectors, in their order.
@@ -34,58 +34,6 @@ inline void sums_to(const __m512 *v, float *out) {
 inline __m512bh load_half(const uint16_t *from, __mmask32 mask) {
     return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
-
-#if TILES
-// Rows by 64 for up to 16 tokens; returns the first that is left. A tile of the weight as it lies is 16 rows of 32
-// columns, one of x 16 pairs of columns of 16 tokens, and their product 16 rows of 16 tokens.
-template <class Put>
-inline int64_t rows_by_tiles(const Weight &w, const Input &in, int64_t row, int64_t last, const Put &put_tile) {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, unused[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;
-    _tile_loadconfig(&shape);
-    const uint16_t *data = static_cast<const uint16_t *>(w.data);
-    alignas(64) float sums[4][256];
-    for (; row + 64 <= last; row += 64) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        const uint16_t *from = data + row * w.width;
-        int64_t stride = 2 * w.width, next = 16 * w.width;
-        for (int64_t k = 0; k < w.width; k += 32) {
-            _tile_loadd(4, in.tiles + k * MOST, 64);
-            _tile_loadd(5, from + k, stride);
-            _tile_dpbf16ps(0, 5, 4);
-            _tile_loadd(6, from + next + k, stride);
-            _tile_dpbf16ps(1, 6, 4);
-            _tile_loadd(7, from + 2 * next + k, stride);
-            _tile_dpbf16ps(2, 7, 4);
-            _tile_loadd(5, from + 3 * next + k, stride);
-            _tile_dpbf16ps(3, 5, 4);
-        }
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
-        for (int i = 0; i < 4; i++) put_tile(row + 16 * i, 16, sums[i]);
-    }
-    for (; row + 16 <= last; row += 16) {
-        _tile_zero(0);
-        for (int64_t k = 0; k < w.width; k += 32) {
-            _tile_loadd(4, in.tiles + k * MOST, 64);
-            _tile_loadd(5, data + row * w.width + k, 2 * w.width);
-            _tile_dpbf16ps(0, 5, 4);
-        }
-        _tile_stored(0, sums[0], 64);
-        put_tile(row, 16, sums[0]);
-    }
-    _tile_release();
-    return row;
-}
-#endif
 
 template <int T, int R>
 void rows_float(const Weight &w, int64_t row, const Input &in, float *out) {
@@ -127,71 +75,168 @@ void rows_half(const Weight &w, int64_t row, const Input &in, float *out) {
     sums_to<R * T>(sum, out);
 }
 
-template <int T>
-inline void add_block(const __m512i *codes, int count, const Input &in, int64_t block, __m512 scale, __m512 *sum) {
-    for (int t = 0; t < T; t++) {
-        const int16_t *x = in.codes + t * in.ld + block * BLOCK;
-        __m512i whole = _mm512_setzero_si512();
-        for (int m = 0; m < count; m++) {
-            whole = _mm512_dpwssd_epi32(whole, codes[m], _mm512_loadu_si512(x + 32 * (m % 4)));
-        }
-        __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(in.steps[block * MOST + t]));
-        sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), step, sum[t]);
-    }
-}
+constexpr int AHEAD = 4096;  // bytes of a weight that are asked for early
 
-template <int T>
-void row_int8(const Weight &w, int64_t row, const Input &in, float *out) {
-    const int8_t *data = static_cast<const int8_t *>(w.data) + row * w.width;
-    __m512 sum[T], scale = _mm512_set1_ps(w.scale[row]);
-    for (auto &s : sum) s = _mm512_setzero_ps();
-    for (int64_t block = 0; block * BLOCK < w.width; block++) {
-        __m512i codes[4];
-        for (int m = 0; m < 4; m++) {
-            int64_t k = block * BLOCK + 32 * m, left = w.width - k;
-            __mmask32 mask = left >= 32 ? 0xffffffffu : left <= 0 ? 0 : (1u << left) - 1;
-            codes[m] = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, data + k));
-        }
-        _mm_prefetch((const char *)(data + block * BLOCK + 2048), _MM_HINT_T0);
-        _mm_prefetch((const char *)(data + block * BLOCK + 2112), _MM_HINT_T0);
-        add_block<T>(codes, 4, in, block, scale, sum);
-    }
-    sums_to<T>(sum, out);
-}
-
-template <int T>
-void row_int4(const Weight &w, int64_t row, const Input &in, float *out) {
-    int64_t groups = padded(w.width) / w.group, each = BLOCK / w.group;
-    const int32_t *words = static_cast<const int32_t *>(w.data) + row * (padded(w.width) / 8);
-    const __m512i nibbles = _mm512_set1_epi32(0x000f000f), low = _mm512_set1_epi32(0xffff);
-    __m512 sum[T];
-    for (auto &s : sum) s = _mm512_setzero_ps();
-    for (int64_t block = 0; block * BLOCK < w.width; block++) {
-        __m512i word = _mm512_loadu_si512(words + 16 * block), codes[4];
-        _mm_prefetch((const char *)(words + 16 * block + 512), _MM_HINT_T0);
-        const float *scale = w.scale + row * groups + block * each;
-        const uint8_t *zeros = w.zeros ? w.zeros + row * groups + block * each : nullptr;
-        int32_t zero[4];  // of a pair's two columns
-        if (each == 1 || !zeros) std::fill(zero, zero + 4, (zeros ? zeros[0] : 8) * 0x10001);
-        else for (int m = 0; m < 4; m++) zero[m] = zeros[m * each / 8] | zeros[(4 + m) * each / 8] << 16;
-        for (int m = 0; m < 4; m++) {
-            __m512i pair = _mm512_and_si512(_mm512_srli_epi32(word, 4 * m), nibbles);
-            codes[m] = _mm512_sub_epi16(pair, _mm512_set1_epi32(zero[m]));
-        }
-        if (each == 1) {
-            add_block<T>(codes, 4, in, block, _mm512_set1_ps(scale[0]), sum);
-            continue;
-        }
-        for (int g = 0; g < each; g++) {  // a pair's columns are of two groups: the other one's code is made zero
-            __m512i part[4];
-            for (int m = 0; m < 4; m++) {
-                bool has_low = m * each / 8 == g, has_high = (4 + m) * each / 8 == g;
-                part[m] = has_low    ? _mm512_and_si512(codes[m], low)
-                          : has_high ? _mm512_andnot_si512(low, codes[m])
-                                     : _mm512_setzero_si512();
+template <int T, int R>
+void rows_int8(const Weight &w, int64_t row, const Input &in, float *out) {
+    constexpr int64_t MOST_WIDTH = 8192;  // of which no sum of products can leave 32 bits
+    __m512 sum[R * T];
+    for (int r = 0; r < R; r++) {
+        const int8_t *data = static_cast<const int8_t *>(w.data) + (row + r) * w.width;
+        __m512 *own = sum + r * T;
+        for (int t = 0; t < T; t++) own[t] = _mm512_setzero_ps();
+        for (int64_t start = 0; start < w.width; start += MOST_WIDTH) {
+            int64_t end = std::min(w.width, start + MOST_WIDTH), k = start;
+            __m512i whole[T][2];
+            for (auto &both : whole) both[0] = both[1] = _mm512_setzero_si512();
+            auto add = [&](__m256i bytes, int64_t place, int which) {
+                __m512i codes = _mm512_cvtepi8_epi16(bytes);
+                for (int t = 0; t < T; t++) {
+                    __m512i x = _mm512_loadu_si512(in.codes + t * in.ld + place);
+                    whole[t][which] = _mm512_dpwssd_epi32(whole[t][which], codes, x);
+                }
+            };
+            for (; k + 64 <= end; k += 64) {
+                _mm_prefetch((const char *)(data + k + AHEAD), _MM_HINT_T0);
+                add(_mm256_loadu_si256((const __m256i *)(data + k)), k, 0);
+                add(_mm256_loadu_si256((const __m256i *)(data + k + 32)), k + 32, 1);
             }
-            add_block<T>(part, 4, in, block, _mm512_set1_ps(scale[g]), sum);
+            for (; k < end; k += 32) {
+                __mmask32 mask = end - k >= 32 ? 0xffffffffu : (1u << (end - k)) - 1;
+                add(_mm256_maskz_loadu_epi8(mask, data + k), k, 0);
+            }
+            for (int t = 0; t < T; t++) {
+                __m512i both = _mm512_add_epi32(whole[t][0], whole[t][1]);
+                own[t] = _mm512_add_ps(own[t], _mm512_cvtepi32_ps(both));
+            }
+        }
+        for (int t = 0; t < T; t++) own[t] = _mm512_mul_ps(own[t], _mm512_set1_ps(w.scale[row + r] * in.steps[t]));
+    }
+    sums_to<R * T>(sum, out);
+}
+
+// A block of codes 0 .. 15 as 128 bytes. Of one group, in the order that costs least:
+//     byte 4 i + b of half h      column 32 b + 16 h + i      i = 0 .. 15
+// Of several groups, in the columns' own.
+template <int GROUPS>
+inline void unpack(__m512i words, __m512i &first, __m512i &second) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    if (GROUPS == 1) {
+        first = _mm512_and_si512(words, nibble);
+        second = _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble);
+        return;
+    }
+    // Byte b of all words holds columns 32 b .. 32 b + 31: 16 of low nibbles, 16 of high ones.
+    const __m512i shift = _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0);
+    const __m512i lanes = _mm512_set_epi32(
+        0x3c383430, 0x2c282420, 0x1c181410, 0x0c080400, 0x3c383430, 0x2c282420, 0x1c181410, 0x0c080400, 0x3c383430,
+        0x2c282420, 0x1c181410, 0x0c080400, 0x3c383430, 0x2c282420, 0x1c181410, 0x0c080400);
+    const __m512i one = _mm512_set1_epi8(1), two = _mm512_set1_epi8(2);
+    const __m512i from = _mm512_mask_add_epi8(lanes, 0xffffffff00000000u, lanes, one);
+    first = _mm512_and_si512(_mm512_srlv_epi64(_mm512_permutexvar_epi8(from, words), shift), nibble);
+    __m512i next = _mm512_permutexvar_epi8(_mm512_add_epi8(from, two), words);
+    second = _mm512_and_si512(_mm512_srlv_epi64(next, shift), nibble);
+}
+
+// The bytes of a block of x in the order of `unpack`, and its codes by planes of 16 columns. Where x holds what is no
+// number the inverse is 0 and the bytes are 0.
+inline void split(const float *x, int64_t count, float inverse, bool one_group, __m512i *q, uint8_t *high, uint8_t *low) {
+    const __m512i byte = _mm512_set1_epi32(255);
+    for (int j = 0; j < 8; j++) {
+        int64_t left = std::max<int64_t>(0, count - 16 * j);
+        __mmask16 mask = inverse == 0 ? 0 : left >= 16 ? 0xffff : (1u << left) - 1;
+        __m512 part = _mm512_maskz_loadu_ps(mask, x + 16 * j);
+        q[j] = _mm512_cvtps_epi32(_mm512_mul_ps(part, _mm512_set1_ps(inverse)));
+        if (one_group) continue;
+        _mm_storeu_si128((__m128i *)(high + 16 * j), _mm512_cvtepi32_epi8(_mm512_srai_epi32(q[j], 8)));
+        _mm_storeu_si128((__m128i *)(low + 16 * j), _mm512_cvtepi32_epi8(q[j]));
+    }
+    for (int half = 0; half < 2 && one_group; half++) {
+        __m512i highs = _mm512_setzero_si512(), lows = highs;
+        for (int b = 3; b >= 0; b--) {
+            __m512i plane = q[2 * b + half], top = _mm512_and_si512(_mm512_srli_epi32(plane, 8), byte);
+            highs = _mm512_or_si512(_mm512_slli_epi32(highs, 8), top);
+            lows = _mm512_or_si512(_mm512_slli_epi32(lows, 8), _mm512_and_si512(plane, byte));
+        }
+        _mm512_storeu_si512(high + 64 * half, highs);
+        _mm512_storeu_si512(low + 64 * half, lows);
+    }
+}
+
+// A row of x for int4: of each block 128 high bytes, then 128 low ones. sums: of the codes of each group.
+inline void prepare_int4(const Weight &w, const float *x, float inverse, int16_t *codes, float *sums) {
+    uint8_t *bytes = reinterpret_cast<uint8_t *>(codes);
+    int planes = int(w.group / 16);
+    for (int64_t k = 0; k < w.width; k += BLOCK, bytes += 2 * BLOCK) {
+        __m512i q[8];
+        split(x + k, w.width - k, inverse, w.group == BLOCK, q, bytes, bytes + BLOCK);
+        for (int j = 0; j < 8; j += planes) {
+            __m512i sum = q[j];
+            for (int i = 1; i < planes; i++) sum = _mm512_add_epi32(sum, q[j + i]);
+            *sums++ = float(_mm512_reduce_add_epi32(sum));
         }
     }
-    sums_to<T>(sum, out);
+}
+
+// What the zero points take away: the sum of scale * zero * sums over the groups, in 16 lanes.
+inline __m512 taken_by_zeros(const Weight &w, int64_t row, const float *sums) {
+    int64_t groups = padded(w.width) / w.group;
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g += 16) {
+        __mmask16 mask = groups - g >= 16 ? 0xffff : (1u << (groups - g)) - 1;
+        __m512 part = _mm512_mul_ps(
+            _mm512_maskz_loadu_ps(mask, w.scale + row * groups + g), _mm512_maskz_loadu_ps(mask, sums + g));
+        __m512 zero = _mm512_set1_ps(8);
+        if (w.zeros) {
+            __m128i bytes = _mm_maskz_loadu_epi8(mask, w.zeros + row * groups + g);
+            zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+        }
+        total = _mm512_fmadd_ps(part, zero, total);
+    }
+    return total;
+}
+
+// GROUPS: of a block.
+template <int T, int R, int GROUPS>
+void rows_int4(const Weight &w, int64_t row, const Input &in, float *out) {
+    int64_t blocks = padded(w.width) / BLOCK;
+    __m512 sum[R * T];
+    for (int r = 0; r < R; r++) {
+        const uint8_t *words = static_cast<const uint8_t *>(w.data) + (row + r) * blocks * 64;
+        const float *scale = w.scale + (row + r) * blocks * GROUPS;
+        __m512 own[T];
+        for (int t = 0; t < T; t++)
+            own[t] = _mm512_sub_ps(_mm512_setzero_ps(), taken_by_zeros(w, row + r, in.sums + t * (in.ld / FINEST)));
+        for (int64_t block = 0; block < blocks; block++, words += 64, scale += GROUPS) {
+            _mm_prefetch((const char *)(words + AHEAD), _MM_HINT_T0);
+            __m512i first, second;
+            unpack<GROUPS>(_mm512_loadu_si512(words), first, second);
+            __m512 step[2];
+            for (int half = 0; half < 2; half++) {
+                step[half] = _mm512_set1_ps(scale[half * GROUPS / 2]);
+                if (GROUPS == 4) step[half] = _mm512_mask_mov_ps(step[half], 0xff00, _mm512_set1_ps(scale[2 * half + 1]));
+            }
+            for (int t = 0; t < T; t++) {
+                const uint8_t *x = reinterpret_cast<const uint8_t *>(in.codes + t * in.ld + block * BLOCK);
+                auto times = [&](__m512i whole, int place, __m512i codes, bool low) {
+                    __m512i bytes = _mm512_loadu_si512(x + place);
+                    return low ? _mm512_dpbusd_epi32(whole, bytes, codes) : _mm512_dpbusd_epi32(whole, codes, bytes);
+                };
+                const __m512i none = _mm512_setzero_si512();
+                __m512i one = times(none, 0, first, false);
+                if (GROUPS == 1) {
+                    one = _mm512_slli_epi32(times(one, 64, second, false), 8);
+                    one = times(times(one, 128, first, true), 192, second, true);
+                } else {
+                    one = times(_mm512_slli_epi32(one, 8), 128, first, true);
+                    __m512i other = _mm512_slli_epi32(times(none, 64, second, false), 8);
+                    other = times(other, 192, second, true);
+                    own[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(other), step[1], own[t]);
+                }
+                own[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(one), step[0], own[t]);
+            }
+        }
+        for (int t = 0; t < T; t++) sum[r * T + t] = _mm512_mul_ps(own[t], _mm512_set1_ps(in.steps[t]));
+    }
+    sums_to<R * T>(sum, out);
 }

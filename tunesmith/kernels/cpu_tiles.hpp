@@ -1,0 +1,272 @@
+// Rows of products of several tokens by the matrix unit: what cpu_products.hpp includes.
+//
+//     a tile of the weight, 16 rows of 64 bytes as it lies  x  a tile of x, [16, MOST, 4 bytes]  =  16 rows of MOST sums
+//
+// A panel is what is summed at a time: rows that lie behind each other, so the next one is asked for line by line.
+#pragma once
+
+struct alignas(64) TileShape {
+    uint8_t palette = 1, start = 0, unused[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+constexpr int TILE_BYTES = 1024, PAIR = 2 * TILE_BYTES;  // a tile of high bytes of x, and one of low ones
+
+// Four bytes of a token go to each row of a tile of x.
+inline void scatter(const void *from, int rows, int token, void *tile) {
+    uint32_t four[16];
+    std::memcpy(four, from, 4 * rows);
+    for (int i = 0; i < rows; i++) static_cast<uint32_t *>(tile)[i * MOST + token] = four[i];
+}
+
+// Columns first .. last, of whole blocks, of one token; `step_of` the row gave the inverse.
+inline void prepare_tiles(
+    const Weight &w, const float *x, float inverse, const Input &in, int token, int64_t first, int64_t last) {
+    last = std::min(last, w.width);
+    if (w.kind == BFLOAT16) {
+        for (int64_t k = first; k < last; k += 16) {
+            __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + k));
+            scatter(&half, 8, token, in.tiles + k * MOST);
+        }
+        return;
+    }
+    for (int64_t k = first; k < last; k += BLOCK) {
+        alignas(64) uint8_t bytes[2][BLOCK];
+        __m512i q[8];
+        split(x + k, w.width - k, inverse, w.kind == INT4 && w.group == BLOCK, q, bytes[0], bytes[1]);
+        uint8_t *tile = reinterpret_cast<uint8_t *>(in.codes + k * MOST);
+        for (int i = 0; i < 4 && (w.kind == INT4 || k + i / 2 * 64 < w.width); i++)
+            scatter(bytes[i % 2] + i / 2 * 64, 16, token, tile + i * TILE_BYTES);
+    }
+}
+
+inline void transpose(__m512 *v) {
+    __m512 a[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512 low = _mm512_unpacklo_ps(v[i], v[i + 1]), high = _mm512_unpackhi_ps(v[i], v[i + 1]);
+        __m512 next = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), last = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
+        a[i] = _mm512_shuffle_ps(low, next, 0x44);
+        a[i + 1] = _mm512_shuffle_ps(low, next, 0xee);
+        a[i + 2] = _mm512_shuffle_ps(high, last, 0x44);
+        a[i + 3] = _mm512_shuffle_ps(high, last, 0xee);
+    }
+    for (int i = 0; i < 4; i++) {  // a[4 j + i]: of rows 4 j .. 4 j + 3, tokens i, 4 + i, 8 + i, 12 + i
+        __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
+        __m512 more = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+        __m512 last = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+        v[i] = _mm512_shuffle_f32x4(even, more, 0x88);
+        v[4 + i] = _mm512_shuffle_f32x4(odd, last, 0x88);
+        v[8 + i] = _mm512_shuffle_f32x4(even, more, 0xdd);
+        v[12 + i] = _mm512_shuffle_f32x4(odd, last, 0xdd);
+    }
+}
+
+// Rows from .. to of the 16 that begin at `row`; sums: a row's of all tokens each, left transposed.
+inline void put_tile(
+    const Weight &w, int64_t row, int64_t from, int64_t to, int tokens, __m512 *sums, const Output &out) {
+    __mmask16 mask = ((1u << (to - row)) - 1) & ~((1u << (from - row)) - 1);
+    __m512 bias = w.bias ? _mm512_maskz_loadu_ps(mask, w.bias + row) : _mm512_setzero_ps();
+    transpose(sums);
+    for (int t = 0; t < tokens; t++) {
+        int64_t place = t * out.ld + row;
+        __m512 y = _mm512_add_ps(sums[t], bias);
+        if (out.store == SET_BFLOAT16) {
+            __m256i half = (__m256i)_mm512_cvtneps_pbh(y);
+            _mm256_mask_storeu_epi16(static_cast<uint16_t *>(out.data) + place, mask, half);
+            continue;
+        }
+        float *to_row = static_cast<float *>(out.data) + place;
+        if (out.store == ADD) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, to_row));
+        _mm512_mask_storeu_ps(to_row, mask, y);
+    }
+}
+
+inline void ask_for(const uint8_t *from, int lines) {
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)(from + 64 * i), _MM_HINT_T1);
+}
+
+// Each panel: sums [16 * COUNT] of the rows that begin at `data`.
+template <int COUNT>
+inline void panel_half(const Weight &w, int64_t row, const Input &in, __m512 *sums) {
+    const uint8_t *data = static_cast<const uint8_t *>(w.data) + row * 2 * w.width;
+    int64_t stride = 2 * w.width;
+    const uint8_t *next = data + 16 * COUNT * stride;
+    _tile_zero(0);
+    if (COUNT > 1) _tile_zero(1);
+    if (COUNT > 2) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < w.width; k += 32, next += 1024 * COUNT) {
+        const uint8_t *from = data + 2 * k;
+        ask_for(next, 16 * COUNT);
+        _tile_loadd(4, in.tiles + k * MOST, 64);
+        _tile_loadd(5, from, stride);
+        _tile_dpbf16ps(0, 5, 4);
+        if (COUNT > 1) {
+            _tile_loadd(6, from + 16 * stride, stride);
+            _tile_dpbf16ps(1, 6, 4);
+        }
+        if (COUNT > 2) {
+            _tile_loadd(7, from + 32 * stride, stride);
+            _tile_dpbf16ps(2, 7, 4);
+            _tile_loadd(5, from + 48 * stride, stride);
+            _tile_dpbf16ps(3, 5, 4);
+        }
+    }
+    _tile_stored(0, sums, 64);
+    if (COUNT > 1) _tile_stored(1, sums + 16, 64);
+    if (COUNT > 2) {
+        _tile_stored(2, sums + 32, 64);
+        _tile_stored(3, sums + 48, 64);
+    }
+}
+
+template <int COUNT>
+inline void panel_int8(const Weight &w, int64_t row, const Input &in, __m512 *sums) {
+    const uint8_t *data = static_cast<const uint8_t *>(w.data) + row * w.width;
+    const uint8_t *next = data + 16 * COUNT * w.width, *x = reinterpret_cast<const uint8_t *>(in.codes);
+    _tile_zero(0);
+    _tile_zero(1);
+    if (COUNT > 1) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < w.width; k += 64, next += 1024 * COUNT, x += PAIR) {
+        ask_for(next, 16 * COUNT);
+        _tile_loadd(6, x, 64);
+        _tile_loadd(4, data + k, w.width);
+        _tile_loadd(7, x + TILE_BYTES, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        if (COUNT > 1) {
+            _tile_loadd(5, data + 16 * w.width + k, w.width);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+    }
+    alignas(64) __m512i whole[4][16];
+    _tile_stored(0, whole[0], 64);
+    _tile_stored(1, whole[1], 64);
+    if (COUNT > 1) {
+        _tile_stored(2, whole[2], 64);
+        _tile_stored(3, whole[3], 64);
+    }
+    __m512 steps = _mm512_loadu_ps(in.steps);
+    for (int r = 0; r < 16 * COUNT; r++) {
+        __m512 high = _mm512_cvtepi32_ps(whole[r / 16 * 2][r % 16]), low = _mm512_cvtepi32_ps(whole[r / 16 * 2 + 1][r % 16]);
+        __m512 scale = _mm512_mul_ps(steps, _mm512_set1_ps(w.scale[row + r]));
+        sums[r] = _mm512_mul_ps(_mm512_fmadd_ps(high, _mm512_set1_ps(256), low), scale);
+    }
+}
+
+// The codes of a block of 16 rows less their zero points, as two tiles.
+template <int GROUPS>
+inline void unpack_rows(const Weight &w, int64_t row, int64_t block, int64_t blocks, __m512i *codes) {
+    const uint8_t *words = static_cast<const uint8_t *>(w.data) + (row * blocks + block) * 64;
+    const uint8_t *zeros = w.zeros ? w.zeros + (row * blocks + block) * GROUPS : nullptr;
+    for (int r = 0; r < 16; r++, words += 64 * blocks) {
+        __m512i half[2], zero[2] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)};
+        unpack<GROUPS>(_mm512_loadu_si512(words), half[0], half[1]);
+        if (zeros) {
+            zero[0] = _mm512_set1_epi8(char(zeros[0]));
+            zero[1] = GROUPS == 1 ? zero[0] : _mm512_set1_epi8(char(zeros[GROUPS / 2]));
+            if (GROUPS == 4) {
+                zero[0] = _mm512_mask_set1_epi8(zero[0], 0xffffffff00000000u, char(zeros[1]));
+                zero[1] = _mm512_mask_set1_epi8(zero[1], 0xffffffff00000000u, char(zeros[3]));
+            }
+            zeros += GROUPS * blocks;
+        }
+        codes[r] = _mm512_sub_epi8(half[0], zero[0]);
+        codes[16 + r] = _mm512_sub_epi8(half[1], zero[1]);
+    }
+}
+
+// GROUPS: of a block. A group's sums leave the unit when those of the next are under way.
+template <int GROUPS>
+inline void panel_int4(const Weight &w, int64_t row, const Input &in, __m512 *sums) {
+    int64_t blocks = padded(w.width) / BLOCK;
+    const uint8_t *next = static_cast<const uint8_t *>(w.data) + (row + 16) * blocks * 64;
+    const uint8_t *x = reinterpret_cast<const uint8_t *>(in.codes);
+    alignas(64) __m512i codes[2][32], whole[2][2][16];
+    __m512 sum[16];
+    for (auto &s : sum) s = _mm512_setzero_ps();
+    auto take = [&](int64_t group) {
+        const auto &from = whole[group % 2];
+        const float *scale = w.scale + row * blocks * GROUPS + group;
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) {
+            __m512i both = _mm512_add_epi32(_mm512_slli_epi32(from[0][r], 8), from[1][r]);
+            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(scale[r * blocks * GROUPS]), sum[r]);
+        }
+    };
+    for (int64_t block = 0; block < blocks; block++, next += 1024, x += 2 * PAIR) {
+        __m512i *own = codes[block % 2];
+        unpack_rows<GROUPS>(w, row, block, blocks, own);
+        ask_for(next, 16);
+        asm volatile("" ::: "memory");  // older compilers do not know that a tile is loaded from memory
+        for (int g = 0; g < GROUPS; g++) {
+            int64_t group = block * GROUPS + g;
+            int half = g * 2 / GROUPS, part = GROUPS == 4 ? g % 2 : 0;
+            const uint8_t *tile = reinterpret_cast<const uint8_t *>(own + 16 * half) + 32 * part;
+            const uint8_t *from = x + half * PAIR + part * TILE_BYTES / 2;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_loadd(2, tile, 64);
+            _tile_loadd(4, from, 64);
+            _tile_loadd(5, from + TILE_BYTES, 64);
+            _tile_dpbssd(0, 2, 4);
+            _tile_dpbsud(1, 2, 5);
+            if (GROUPS == 1) {
+                _tile_loadd(3, tile + TILE_BYTES, 64);
+                _tile_loadd(6, from + PAIR, 64);
+                _tile_loadd(7, from + PAIR + TILE_BYTES, 64);
+                _tile_dpbssd(0, 3, 6);
+                _tile_dpbsud(1, 3, 7);
+            }
+            _tile_stored(0, whole[group % 2][0], 64);
+            _tile_stored(1, whole[group % 2][1], 64);
+            if (group > 0) take(group - 1);
+        }
+    }
+    take(blocks * GROUPS - 1);
+    __m512 steps = _mm512_loadu_ps(in.steps);
+    for (int r = 0; r < 16; r++) sums[r] = _mm512_mul_ps(sum[r], steps);
+}
+
+template <int COUNT>
+inline void panel(const Weight &w, int64_t row, const Input &in, __m512 *sums) {
+    if (w.kind == BFLOAT16) panel_half<COUNT>(w, row, in, sums);
+    else if (w.kind == INT8) panel_int8<(COUNT > 1 ? 2 : 1)>(w, row, in, sums);
+    else if (w.group == 128) panel_int4<1>(w, row, in, sums);
+    else if (w.group == 64) panel_int4<2>(w, row, in, sums);
+    else panel_int4<4>(w, row, in, sums);
+}
+
+inline void by_tiles(const Weight &w, const Input &in, int tokens, int64_t row, int64_t last, const Output &out) {
+    TileShape shape;
+    bool narrower = w.kind == INT4 && w.group == 32;  // a group is half a tile
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+    for (int i = 2; i < 4 && narrower; i++) shape.bytes[i] = 32;
+    for (int i = 4; i < 8 && narrower; i++) shape.rows[i] = 8;
+    asm volatile("" ::: "memory");
+    _tile_loadconfig(&shape);
+    alignas(64) __m512 sums[64];
+    int count = w.kind == BFLOAT16 ? 4 : w.kind == INT8 ? 2 : 1;
+    for (; row + 16 * count <= last; row += 16 * count) {
+        if (count == 4) panel<4>(w, row, in, sums);
+        else if (count == 2) panel<2>(w, row, in, sums);
+        else panel<1>(w, row, in, sums);
+        for (int i = 0; i < count; i++) {
+            int64_t from = row + 16 * i;
+            put_tile(w, from, from, from + 16, tokens, sums + 16 * i, out);
+        }
+    }
+    for (; row < last; row += 16) {  // of the last ones, some may be there already
+        int64_t from = std::max<int64_t>(0, std::min(row, last - 16));
+        panel<1>(w, from, in, sums);
+        put_tile(w, from, row, std::min(last, row + 16), tokens, sums, out);
+    }
+    _tile_release();
+}
