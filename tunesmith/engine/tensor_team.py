@@ -20,7 +20,6 @@ import queue
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from tunesmith.engine.team_folder import TeamFolder
 from tunesmith.engine.tensor_messages import Message, Reader, send
 from tunesmith.errors import ParallelError
 
@@ -68,7 +68,7 @@ class TensorTeam:
         self._on_failure: Callable[[], None] | None = None
         self._is_closing = False
         self._lock = threading.Lock()
-        self.folder = tempfile.TemporaryDirectory(prefix="tunesmith-team-")
+        self.folder = TeamFolder()
         command = command or [sys.executable, "-m", "tunesmith.engine.tensor_worker"]
         self.workers = [self._launch(rank, command, threads) for rank in range(1, size)]
         self._threads = [threading.Thread(target=self._listen, args=(w,), daemon=True) for w in self.workers]
