@@ -1,7 +1,7 @@
 """Thousands of random schedules through the engine: every request says what it says alone, and nothing is left behind.
 
 A schedule is an engine with random limits (slots, budget, pages, steps ahead, prefixes, guesses, recorded steps, batch
-invariance) and random traffic (greedy, sampled, penalised, constrained, scored, with salts, stop texts and tokens,
+invariance, our own C++ for CPUs or torch) and random traffic (greedy, sampled, penalised, constrained, scored, with salts, stop texts and tokens,
 priorities, aborts, a step that fails now and then). The truth is the same model with one slot, plenty of pages and
 nothing of all that, one request after the other. Float32 weights whose choices are clear of rounding.
 
@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine import runner as runner_module
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.draft import DraftModel
 from tunesmith.engine.engine import Engine
@@ -350,13 +351,17 @@ def check_nothing_is_left(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_request_says_what_it_says_alone(family: str, tiny_model_dir: Callable[..., Path]) -> None:
+def test_every_request_says_what_it_says_alone(
+    family: str, tiny_model_dir: Callable[..., Path], compiled_library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number = int(os.environ.get("TUNESMITH_SCHEDULES", "1000")) // len(FAMILIES)
     first = int(os.environ.get("TUNESMITH_SCHEDULES_FROM", "0"))
     model = load_decoder(tiny_model_dir(family, initializer_range=0.2), device="cpu", dtype=torch.float32).eval()
     alone = Alone(model)
     counts: dict[str, int] = {}
     for seed in range(first, first + number):
+        library = compiled_library if seed % 3 else None
+        monkeypatch.setattr(runner_module, "load", lambda library=library: library)
         try:
             found = run_schedule(model, alone, seed)
         except BaseException as error:

@@ -19,37 +19,33 @@ struct Draw {
 
 namespace draw {
 
-constexpr int WIDE_LANES = 64;
-constexpr int64_t PART_BLOCKS = 64, SMALL = 1 << 14;  // logits that one thread draws from alone
+constexpr int64_t PART_BLOCKS = 256, SMALL = 1 << 15;  // logits that one thread draws from alone
 constexpr uint32_t SITE = 0x5A11;
 constexpr int ROUNDS = 7;
 
+inline Whole counted(int64_t first) {
+    Whole numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return numbers + int32_t(first);
+}
+
+inline void merge(float x, int64_t token, float &most, int64_t &which) {
+    bool is_better = x > most || (x == most && token >= 0 && (which < 0 || token < which));
+    if (is_better) most = x, which = token;
+}
+
 // The largest of what each lane has seen, the first of several.
 struct Lanes {
-    float best[WIDE_LANES];
-    int32_t token[WIDE_LANES];
+    Vector best = Vector{} - INFINITY;
+    Whole token = Whole{} - 1;
 
-    Lanes() {
-        std::fill(best, best + WIDE_LANES, -INFINITY);
-        std::fill(token, token + WIDE_LANES, -1);
-    }
-
-    void see(const float *x, int64_t first) {
-        for (int i = 0; i < WIDE_LANES; i++) {
-            int32_t mine = int32_t(first) + i;
-            bool is_better = (x[i] > best[i]) | ((x[i] == best[i]) & (mine < token[i]));
-            best[i] = is_better ? x[i] : best[i];
-            token[i] = is_better ? mine : token[i];
-        }
-    }
-
-    static void merge(float x, int64_t from, float &most, int64_t &which) {
-        bool is_better = x > most || (x == most && from >= 0 && (which < 0 || from < which));
-        if (is_better) most = x, which = from;
+    void see(Vector x, int64_t first) {
+        Whole mine = counted(first), is_better = (x > best) | ((x == best) & (mine < token));
+        best = is_better ? x : best;
+        token = is_better ? mine : token;
     }
 
     void result(float &most, int64_t &which) const {
-        for (int i = 0; i < WIDE_LANES; i++) merge(best[i], token[i], most, which);
+        for (int i = 0; i < LANES; i++) merge(best[i], token[i], most, which);
     }
 };
 
@@ -59,44 +55,52 @@ struct Row {
     bool is_drawn = false;
 };
 
-// 64 logits of a row; minus infinity behind the last.
-inline void read(const Draw &d, int64_t row, int64_t first, float *x) {
-    int64_t count = std::min<int64_t>(WIDE_LANES, d.vocab - first), place = row * d.ld + first;
-    if (d.is_half) {
-        const uint16_t *from = static_cast<const uint16_t *>(d.logits) + place;
-        for (int64_t i = 0; i < count; i++) x[i] = widen(from[i]);
-    } else {
-        std::memcpy(x, static_cast<const float *>(d.logits) + place, 4 * std::max<int64_t>(count, 0));
-    }
-    for (int64_t i = std::max<int64_t>(count, 0); i < WIDE_LANES; i++) x[i] = -INFINITY;
+// 16 logits of a row; minus infinity behind the last.
+inline Vector read(const Draw &d, int64_t row, int64_t first) {
+    int64_t count = d.vocab - first, place = row * d.ld + first;
+    auto floats = [&](const uint16_t *from) {
+        return (Vector)(__builtin_convertvector(*(const Halves *)from, Words) << 16);
+    };
+    const uint16_t *halves = static_cast<const uint16_t *>(d.logits) + place;
+    const float *wide = static_cast<const float *>(d.logits) + place;
+    if (count >= LANES) return d.is_half ? floats(halves) : *(const Vector *)wide;
+    Vector x = Vector{} - INFINITY;
+    for (int64_t i = 0; i < count; i++) x[i] = d.is_half ? widen(halves[i]) : wide[i];
+    return x;
 }
 
-// Gumbel noise of 64 neighbouring columns, for the four quarters of the vocabulary that they stand for.
-inline void noise_of(uint32_t column, uint32_t position, uint64_t seed, float (*noise)[WIDE_LANES]) {
-    uint32_t a[WIDE_LANES], b[WIDE_LANES], c[WIDE_LANES], d[WIDE_LANES];
-    for (int i = 0; i < WIDE_LANES; i++) a[i] = column + i, b[i] = position, c[i] = SITE, d[i] = 0;
+inline Vector uniform(Words word) {
+    Vector u = (__builtin_convertvector(word, Vector) + 0.5f) * 0x1p-32f, most = Vector{} + (1 - 0x1p-24f);
+    return u < most ? u : most;
+}
+
+inline Vector gumbel(Vector u) {
+    Vector small = u * (1.0f + u * (1.0f / 2 + u * (1.0f / 3 + u * (1.0f / 4))));
+    return -logarithm(u < 0x1p-6f ? small : -logarithm(1.0f - u));
+}
+
+// At least the noise of u, by its exponent: -ln(-ln(1 - u)) <= -ln u.
+inline Vector bound_of(Vector u) { return __builtin_convertvector(127 - ((Whole)u >> 23), Vector) * 0.69314724f; }
+
+// What noise is made of, of 16 neighbouring columns, for the four quarters of the vocabulary that they stand for.
+inline void uniforms_of(int64_t column, uint32_t position, uint64_t seed, Vector *found) {
+    Words a = (Words)counted(column), b = Words{} + position, c = Words{} + SITE, d = {};
     uint32_t first_key = uint32_t(seed), second_key = uint32_t(seed >> 32);
     for (int round = 0; round < ROUNDS; round++) {
-        for (int i = 0; i < WIDE_LANES; i++) {
-            uint64_t one = uint64_t(a[i]) * 0xD2511F53u, other = uint64_t(c[i]) * 0xCD9E8D57u;
-            a[i] = uint32_t(other >> 32) ^ b[i] ^ first_key;
-            b[i] = uint32_t(other);
-            c[i] = uint32_t(one >> 32) ^ d[i] ^ second_key;
-            d[i] = uint32_t(one);
-        }
+        Words high, low, other_high, other_low;
+        multiply_wide(a, 0xD2511F53u, high, low);
+        multiply_wide(c, 0xCD9E8D57u, other_high, other_low);
+        a = other_high ^ b ^ first_key;
+        b = other_low;
+        c = high ^ d ^ second_key;
+        d = low;
         first_key += 0x9E3779B9u;
         second_key += 0xBB67AE85u;
     }
-    const uint32_t *words[4] = {a, b, c, d};
-    for (int q = 0; q < 4; q++) {
-        for (int i = 0; i < WIDE_LANES; i++) {
-            float u = (float(words[q][i]) + 0.5f) * 0x1p-32f;
-            u = u < 1 - 0x1p-24f ? u : 1 - 0x1p-24f;
-            float small = u * (1 + u * (1.0f / 2 + u * (1.0f / 3 + u * (1.0f / 4))));
-            float large = -logarithm(1 - u);
-            noise[q][i] = -logarithm(u < 0x1p-6f ? small : large);
-        }
-    }
+    found[0] = uniform(a);
+    found[1] = uniform(b);
+    found[2] = uniform(c);
+    found[3] = uniform(d);
 }
 
 inline uint32_t key_of(float x) {  // orders as the values do
@@ -105,20 +109,22 @@ inline uint32_t key_of(float x) {  // orders as the values do
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+struct Weighted {
+    uint32_t key;
+    float weight;
+};
+
 // The least value above which there is less than `target` of the weights: found by the bits of its key, from the top.
-inline float last_within(const std::vector<float> &values, const std::vector<float> &weights, double target) {
+// What can't be it any more is dropped from the list.
+inline float last_within(std::vector<Weighted> &list, double target) {
     uint32_t prefix = 0;
     double above = 0;
     int left = 32;
     for (int width : {11, 11, 10}) {
         double bins[2048] = {};
         int shift = left - width;
-        uint32_t mask = (1u << width) - 1;
-        for (size_t i = 0; i < values.size(); i++) {
-            uint32_t key = key_of(values[i]);
-            if (left == 32 || key >> left == prefix) bins[key >> shift & mask] += weights[i];
-        }
-        uint32_t found = 0;
+        uint32_t mask = (1u << width) - 1, found = 0;
+        for (const Weighted &one : list) bins[one.key >> shift & mask] += one.weight;
         double passed = above;
         for (int64_t bin = mask; bin >= 0 && passed < target; bin--) {
             if (bins[bin] == 0) continue;
@@ -126,6 +132,8 @@ inline float last_within(const std::vector<float> &values, const std::vector<flo
             above = passed;
             passed += bins[bin];
         }
+        auto is_other = [&](const Weighted &one) { return (one.key >> shift & mask) != found; };
+        list.erase(std::remove_if(list.begin(), list.end(), is_other), list.end());
         prefix = prefix << width | found;
         left = shift;
     }
@@ -140,68 +148,81 @@ inline float threshold_of(const Draw &d, int64_t row, float highest, int64_t slo
     float temperature = d.temperatures[slot], top_p = d.top_p[slot], least = std::log(d.min_p[slot]);
     int64_t top_k = d.top_k[slot] > 0 && d.top_k[slot] < d.vocab ? d.top_k[slot] : 0;
     if (!top_k && top_p >= 1 && d.min_p[slot] <= 0) return -INFINITY;
-    int64_t blocks = (d.vocab + WIDE_LANES - 1) / WIDE_LANES;
-    thread_local std::vector<float> values, weights;
-    values.resize(blocks * WIDE_LANES);
-    weights.assign(values.size(), 1.0f);
-    for (int64_t i = 0; i < blocks; i++) read(d, row, i * WIDE_LANES, &values[i * WIDE_LANES]);
-    float limit = top_k ? last_within(values, weights, double(top_k)) : -INFINITY;
-    double whole = 0;
-    float lowest = highest;
-    for (size_t i = 0; i < values.size(); i++) {
-        float relative = (values[i] - highest) / temperature;
-        bool is_kept = relative >= least && values[i] >= limit && values[i] > -INFINITY;
-        weights[i] = is_kept ? exponential(relative) : 0;
-        lowest = is_kept && values[i] < lowest ? values[i] : lowest;
-        whole += weights[i];
+    thread_local std::vector<Weighted> list;
+    auto gather = [&](Vector limit) {  // what is at least this, and its mass beside the largest one's
+        double whole = 0;
+        list.clear();
+        for (int64_t first = 0; first < d.vocab; first += LANES) {
+            Vector x = read(d, row, first), relative = (x - highest) / temperature;
+            Whole is_kept = (relative >= least) & (x >= limit) & (x > -INFINITY);
+            if (!any(is_kept)) continue;
+            Vector weight = top_p < 1 ? exponential(relative) : Vector{} + 1.0f;
+            for (int i = 0; i < LANES; i++) {
+                if (!is_kept[i]) continue;
+                list.push_back({key_of(x[i]), weight[i]});
+                whole += weight[i];
+            }
+        }
+        return whole;
+    };
+    float limit = -INFINITY;
+    if (top_k) {
+        list.clear();
+        for (int64_t first = 0; first < d.vocab; first += LANES) {
+            Vector x = read(d, row, first);
+            for (int i = 0; i < LANES && first + i < d.vocab; i++) list.push_back({key_of(x[i]), 1.0f});
+        }
+        limit = last_within(list, double(top_k));
     }
-    return top_p >= 1 ? lowest : std::max(lowest, last_within(values, weights, double(top_p) * whole));
+    double whole = gather(Vector{} + limit);
+    return last_within(list, top_p < 1 ? double(top_p) * whole : INFINITY);
 }
 
 // The row's largest logit, and what may be drawn.
 inline Row look(const Draw &d, int64_t row) {
     Lanes lanes;
-    int odd = 0;
-    float x[WIDE_LANES];
-    for (int64_t first = 0; first < d.vocab; first += WIDE_LANES) {
-        read(d, row, first, x);
-        for (int i = 0; i < WIDE_LANES; i++) odd |= x[i] != x[i];
+    Whole odd = {};
+    for (int64_t first = 0; first < d.vocab; first += LANES) {
+        Vector x = read(d, row, first);
+        odd |= x != x;
         lanes.see(x, first);
     }
     Row found;
     lanes.result(found.highest, found.token);
-    if (odd || !std::isfinite(found.highest)) return {};
+    for (int i = 0; i < LANES; i++)
+        if (odd[i]) return {};
+    if (!std::isfinite(found.highest)) return {};
     int64_t slot = d.slots[row];
     found.is_drawn = d.temperatures[slot] > 0;
     if (found.is_drawn) found.threshold = threshold_of(d, row, found.highest, slot);
     return found;
 }
 
-inline int64_t blocks_of(const Draw &d) { return (d.vocab + 255) / 256; }
+inline int64_t strip_of(const Draw &d) { return (d.vocab + 255) / 256 * 64; }  // a quarter of the vocabulary
 
 // The best score of the columns of these blocks.
 inline void best_of(const Draw &d, int64_t row, float threshold, int64_t block, int64_t last, float &most,
                     int64_t &which) {
-    int64_t slot = d.slots[row], strip = blocks_of(d) * WIDE_LANES;
-    float temperature = d.temperatures[slot], noise[4][WIDE_LANES], x[WIDE_LANES];
+    int64_t slot = d.slots[row], strip = strip_of(d);
+    float temperature = d.temperatures[slot], inverse = 1.0f / temperature;
     Lanes lanes;
     for (; block < last; block++) {
-        noise_of(uint32_t(block * WIDE_LANES), uint32_t(d.positions[row]), uint64_t(d.seeds[slot]), noise);
+        Vector u[4];
+        uniforms_of(block * LANES, uint32_t(d.positions[row]), uint64_t(d.seeds[slot]), u);
         for (int q = 0; q < 4; q++) {
-            int64_t first = q * strip + block * WIDE_LANES;
-            read(d, row, first, x);
-            for (int i = 0; i < WIDE_LANES; i++) {
-                float score = x[i] / temperature + noise[q][i];
-                x[i] = x[i] < threshold ? -INFINITY : score;
-            }
-            lanes.see(x, first);
+            int64_t first = q * strip + block * LANES;
+            Vector x = read(d, row, first), scaled = x * inverse;
+            Vector slack = (scaled < 0 ? -scaled : scaled) * 1e-6f + 1e-3f;
+            // Most can't win whatever their noise is, and get none.
+            if (!any((scaled + bound_of(u[q]) + slack >= lanes.best) & (x >= threshold))) continue;
+            lanes.see(x < threshold ? Vector{} - INFINITY : x / temperature + gumbel(u[q]), first);
         }
     }
     lanes.result(most, which);
 }
 
 inline void tokens_of(const Draw &d) {
-    int64_t blocks = blocks_of(d), parts = (blocks + PART_BLOCKS - 1) / PART_BLOCKS;
+    int64_t blocks = strip_of(d) / LANES, parts = (blocks + PART_BLOCKS - 1) / PART_BLOCKS;
     std::vector<Row> rows(d.rows);
     std::vector<float> most(d.rows * parts, -INFINITY);
     std::vector<int64_t> which(d.rows * parts, -1);
@@ -215,7 +236,7 @@ inline void tokens_of(const Draw &d) {
     for (int64_t row = 0; row < d.rows; row++) {
         float score = -INFINITY;
         for (int64_t i = row * parts; rows[row].is_drawn && i < (row + 1) * parts; i++)
-            Lanes::merge(most[i], which[i], score, rows[row].token);
+            merge(most[i], which[i], score, rows[row].token);
         d.tokens[row] = rows[row].token;
         d.last_tokens[d.slots[row]] = std::max<int64_t>(0, rows[row].token);
     }

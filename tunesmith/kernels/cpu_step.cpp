@@ -42,9 +42,6 @@ constexpr int64_t LEAST_BYTES = 1 << 15;  // of a weight for one part of a phase
 constexpr int PARTS = 8;                  // of a phase for each thread, so that none waits long for another
 constexpr int64_t FEW_VALUES = 1 << 13;   // that the caller goes through alone
 
-constexpr int LANES = 16;
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 inline float total(const float *lanes) {
     float half[LANES / 2], sum = 0;
     for (int i = 0; i < LANES / 2; i++) half[i] = lanes[i] + lanes[i + LANES / 2];
