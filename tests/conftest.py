@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -80,6 +81,39 @@ def ranks() -> Iterator[Callable[..., list[Any]]]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def torch_forks() -> Iterator[Callable[..., str]]:
+    """`torch_forks(code, *arguments, **environment)`: what code prints in a process that has imported torch alone.
+
+    A fork of one that stays (forks.py). Code that fails or exits with a status other than 0 fails the test.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "forks.py")],
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    into, out_of = process.stdin, process.stdout
+
+    def printed(code: str, *arguments: str | Path, **environment: str) -> str:
+        request = {"code": code, "arguments": [*map(str, arguments)], "environment": environment}
+        into.write(json.dumps(request) + "\n")
+        into.flush()
+        status, shown, errors = json.loads(out_of.readline())
+        assert status == 0, f"exit status {status}\n{shown[-2000:]}\n{errors[-4000:]}"
+        return str(shown)
+
+    yield printed
+    into.close()
+    out_of.close()
+    process.wait()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 TIMEOUT_S = 120.0
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.pipelining", "tunesmith.train.run", "tunesmith.model.fused"]
 
 
 class RankError(AssertionError):
@@ -69,7 +70,14 @@ def _receive(rank: int, pipe: Connection, timeout_s: float) -> tuple[bool, Any]:
 
 
 def _start() -> tuple[Any, Connection]:
-    context = multiprocessing.get_context("spawn")
+    """A fork of a process that has imported what most tests of ranks import: seconds for every rank.
+
+    With a GPU each starts afresh: CUDA can't be used in a fork of a process in which an import has asked for it.
+    """
+    import torch
+
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, list(sys.path)), daemon=True)
     process.start()

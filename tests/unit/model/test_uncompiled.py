@@ -2,35 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
 import torch
 
 from tunesmith.model.uncompiled import gradients, spare_compiler
-
-# Code from standard input, each in a fork of a process that has imported torch alone: that import is most of the time.
-_FORKS = """
-import json, os, sys, torch
-for line in sys.stdin:
-    read, write = os.pipe()
-    if os.fork() == 0:
-        os.dup2(write, 1)
-        status = 1
-        try:
-            exec(json.loads(line), {"__name__": "__main__"})
-            sys.stdout.flush()
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(write)
-    with os.fdopen(read) as printed:
-        answer = printed.read()
-    print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), answer]), flush=True)
-"""
 
 _STEP = """
 import sys, torch
@@ -50,38 +26,18 @@ print([name for name in ("torch._dynamo", "sympy", "triton") if name in sys.modu
 """
 
 
-@pytest.fixture(scope="module")
-def printed_by() -> Iterator[Callable[[str], str]]:
-    """What code prints in a process in which torch has been imported and nothing else."""
-    command = [sys.executable, "-W", "ignore", "-c", _FORKS]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        into, out_of = process.stdin, process.stdout
-
-        def printed(code: str) -> str:
-            into.write(json.dumps(code) + "\n")
-            into.flush()
-            status, text = json.loads(out_of.readline())
-            assert status == 0, text
-            return str(text)
-
-        yield printed
-        into.close()
-
-
-def test_a_step_does_not_import_the_compiler(printed_by: Callable[[str], str]) -> None:
-    printed = printed_by(_STEP)
+def test_a_step_does_not_import_the_compiler(torch_forks: Callable[..., str]) -> None:
+    printed = torch_forks(_STEP)
     assert printed.strip() == "[]"
 
 
-def test_a_decoder_is_filled_without_sympy(printed_by: Callable[[str], str]) -> None:
+def test_a_decoder_is_filled_without_sympy(torch_forks: Callable[..., str]) -> None:
     code = (
         "import sys; from tunesmith.checkpoint.load import load_model\n"
         "model = load_model('builtin:tiny', device='cpu', dtype='float32', weights='random')\n"
         "print('sympy' in sys.modules, all(p.device.type == 'cpu' for p in model.parameters()))"
     )
-    printed = printed_by(code)
+    printed = torch_forks(code)
     assert printed.strip() == "False True"
 
 
@@ -101,7 +57,7 @@ def test_spared_functions_do_what_they_did() -> None:
     assert optimizer.state_dict()["param_groups"][0]["lr"] == 1.0
 
 
-def test_modules_that_tell_the_compiler_come_without_it(printed_by: Callable[[str], str]) -> None:
+def test_modules_that_tell_the_compiler_come_without_it(torch_forks: Callable[..., str]) -> None:
     code = (
         "import sys, torch; from tunesmith.model.uncompiled import import_uncompiled\n"
         "module = import_uncompiled('torch.nn.attention.varlen')\n"
@@ -109,11 +65,11 @@ def test_modules_that_tell_the_compiler_come_without_it(printed_by: Callable[[st
         "import torch._dynamo\n"
         "print(callable(torch._dynamo.disallow_in_graph), import_uncompiled('torch.nn.attention.varlen') is module)\n"
     )
-    printed = printed_by(code)
+    printed = torch_forks(code)
     assert printed.split() == ["True", "False", "False", "True", "True"]
 
 
-def test_operators_are_called_without_the_compiler(printed_by: Callable[[str], str]) -> None:
+def test_operators_are_called_without_the_compiler(torch_forks: Callable[..., str]) -> None:
     """The first call of any of them imported it: more than a second of a GPU's first step."""
     code = (
         "import sys, torch; from tunesmith.model.uncompiled import import_kernels, spare_operators\n"
@@ -126,11 +82,11 @@ def test_operators_are_called_without_the_compiler(printed_by: Callable[[str], s
         "double(x).sum().backward()\n"
         "print(x.grad.tolist(), [name for name in ('torch._dynamo', 'sympy') if name in sys.modules])\n"
     )
-    printed = printed_by(code)
+    printed = torch_forks(code)
     assert printed.strip() == "[2.0, 2.0, 2.0] []"
 
 
-def test_determinism_is_decided_without_the_compiler(printed_by: Callable[[str], str]) -> None:
+def test_determinism_is_decided_without_the_compiler(torch_forks: Callable[..., str]) -> None:
     """torch's own switch imports all of it: up to four seconds of a start-up on a GPU."""
     code = (
         "import sys, torch; from tunesmith.model.uncompiled import decide_determinism\n"
@@ -140,5 +96,5 @@ def test_determinism_is_decided_without_the_compiler(printed_by: Callable[[str],
         "    print(torch.is_deterministic_algorithms_warn_only_enabled())\n"
         "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules])\n"
     )
-    printed = printed_by(code)
+    printed = torch_forks(code)
     assert printed.splitlines() == ["True False", "False False", "[]"]

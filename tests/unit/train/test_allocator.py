@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -77,15 +77,10 @@ print(resident_bytes() - before)
 """
 
 
-def _held_bytes(kind: str) -> int:
+def test_on_a_cpu_memory_is_kept_for_the_next_step(torch_forks: Callable[..., str]) -> None:
     """What a process still holds of a tensor of 64 MiB that is gone."""
-    done = subprocess.run([sys.executable, "-c", HELD, kind], capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
-def test_on_a_cpu_memory_is_kept_for_the_next_step() -> None:
-    assert _held_bytes("plain") < 16 << 20
-    assert _held_bytes("kept") > 48 << 20
+    assert int(torch_forks(HELD, "plain")) < 16 << 20
+    assert int(torch_forks(HELD, "kept")) > 48 << 20
 
 
 def test_what_the_c_library_was_told_is_recorded() -> None:

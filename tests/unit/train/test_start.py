@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -198,10 +196,9 @@ print(sorted(new), [name for name in SLOW_IMPORTS if name in sys.modules])
 """
 
 
-def test_a_run_of_one_process_imports_no_compiler_and_nothing_for_several(raw: dict[str, Any]) -> None:
+def test_a_run_of_one_process_imports_no_compiler_and_nothing_for_several(
+    raw: dict[str, Any], torch_forks: Callable[..., str]
+) -> None:
     """torch brings some of torch.distributed itself; the rest, its compiler and sympy take seconds."""
     raw["train"]["max_steps"] = 1
-    command = [sys.executable, "-W", "ignore", "-c", _ALONE, json.dumps(raw)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "[] []"
+    assert torch_forks(_ALONE, json.dumps(raw)).strip() == "[] []"

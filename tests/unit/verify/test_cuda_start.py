@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert start_cuda("auto") is None
 
 
-def test_what_a_first_step_imports_has_no_compiler_in_it() -> None:
+def test_what_a_first_step_imports_has_no_compiler_in_it(torch_forks: Callable[..., str]) -> None:
     pytest.importorskip("triton")
     code = (
         "import sys, tunesmith.train.run, tunesmith.verify.certificate\n"
@@ -75,8 +76,7 @@ def test_what_a_first_step_imports_has_no_compiler_in_it() -> None:
         "print([name for name in SLOW_IMPORTS if name in sys.modules], 'torch.nn.attention.varlen' in sys.modules,\n"
         "      '_dynamo' in vars(torch))\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] True False"
+    assert torch_forks(code).strip() == "[] True False"
 
 
 def test_importing_it_is_quick() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def test_full_fine_tuning_of_a_wide_model_updates_by_kernels() -> None:
     assert {"_norm_kernel", "_update_kernel"} <= set(names)
 
 
-def test_taking_down_leaves_the_compiler_out() -> None:
+def test_taking_down_leaves_the_compiler_out(torch_forks: Callable[..., str]) -> None:
     """It was imported by the operators' descriptions on the meta device: most of what taking down took."""
     code = (
         "import sys, torch\n"
@@ -101,11 +100,10 @@ def test_taking_down_leaves_the_compiler_out() -> None:
         "import torch._dynamo\n"
         "print(callable(torch._dynamo.explain))\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False", "True", "True"]
+    assert torch_forks(code).split() == ["False", "False", "True", "True"]
 
 
-def test_what_needs_the_compiler_is_taken_down_with_it() -> None:
+def test_what_needs_the_compiler_is_taken_down_with_it(torch_forks: Callable[..., str]) -> None:
     code = (
         "import sys, torch\n"
         "from tunesmith.kernels import warm_up\n"
@@ -116,5 +114,4 @@ def test_what_needs_the_compiler_is_taken_down_with_it() -> None:
         "warm_up.recorded(computation)\n"
         "print(tries)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[False, True]"
+    assert torch_forks(code).strip() == "[False, True]"
