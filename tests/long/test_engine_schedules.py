@@ -1,9 +1,10 @@
 """Thousands of random schedules through the engine: every request says what it says alone, and nothing is left behind.
 
 A schedule is an engine with random limits (slots, budget, pages, steps ahead, prefixes, guesses, recorded steps, batch
-invariance, our own C++ for CPUs or torch) and random traffic (greedy, sampled, penalised, constrained, scored, with salts, stop texts and tokens,
-priorities, aborts, a step that fails now and then). The truth is the same model with one slot, plenty of pages and
-nothing of all that, one request after the other. Float32 weights whose choices are clear of rounding.
+invariance, our own C++ for CPUs or torch) and random traffic (greedy, sampled, penalised, constrained, scored, with
+salts, stop texts and tokens, priorities, aborts, a step that fails now and then). The truth is the same model through
+torch with one slot, plenty of pages and nothing of all that, one request after the other. Float32 weights whose choices
+are clear of rounding.
 
 TUNESMITH_SCHEDULES says how many (1,000), TUNESMITH_SCHEDULES_FROM the first seed.
 """
