@@ -12,14 +12,14 @@ them. Source: arXiv 1909.08053, section 3.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
+from tunesmith.engine.batch import FreshTail, SampledRow, StepBatch, StepResult
 from tunesmith.engine.cache_size import num_pages as fitting_pages
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.graphs import DecodeGraphs
@@ -235,7 +235,9 @@ def describe_batch(batch: StepBatch) -> Message:
         "num_tokens": batch.num_tokens,
         "num_pages": batch.block_tables_RP.shape[1],
         "max_query": batch.max_query,
+        "min_query": batch.min_query,
         "max_context": batch.max_context,
+        "fresh": None if batch.fresh is None else list(astuple(batch.fresh)),
         "slots": list(batch.sequence_slots),
         "is_decode": batch.is_decode,
         "adapters": None if chosen is None else np.asarray(chosen, dtype=np.int32).tobytes(),
@@ -272,7 +274,9 @@ def receive_batch(message: Message, team: Team, device: torch.device) -> StepBat
         context_R=contexts.int(),
         block_tables_RP=tables.int().view(requests, pages),
         max_query=message["max_query"],
+        min_query=message["min_query"],
         max_context=message["max_context"],
+        fresh=_fresh_of(message["fresh"]),
         sample_rows_B=none,
         sample_slots_B=drawn,
         sample_positions_B=drawn,
@@ -282,3 +286,11 @@ def receive_batch(message: Message, team: Team, device: torch.device) -> StepBat
         token_adapters=adapters,
         passes=tuple(receive_batch(part, team, device) for part in message["passes"]),
     )
+
+
+def _fresh_of(told: Sequence[Any] | None) -> FreshTail | None:
+    """The prompts that all processes let attend over their own keys."""
+    if told is None:
+        return None
+    lengths, num_before, max_query, max_context = told
+    return FreshTail(tuple(lengths), num_before, max_query, max_context)

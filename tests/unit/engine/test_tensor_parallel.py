@@ -16,6 +16,7 @@ import torch
 from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.inference_share import load_share_for_inference
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine import attend as attend_module
 from tunesmith.engine import graphs as graphs_module
 from tunesmith.engine.adapter_stacks import attach
 from tunesmith.engine.adapters import AdapterPool
@@ -33,6 +34,8 @@ from tunesmith.engine.tensor_parallel import ShareRunner, TensorParallelRunner, 
 from tunesmith.engine.tensor_serving import SharedSource, follow_passes, tell_of_adapters
 from tunesmith.engine.tensor_shared import load_shared
 from tunesmith.errors import ParallelError, RequestError
+from tunesmith.kernels import paged_attention_fresh
+from tunesmith.kernels.paged_attention_fresh import attend_fresh
 from tunesmith.model.quant import set_compute
 from tunesmith.parallel.collectives import Team
 from tunesmith.parallel.mesh import Mesh, joined
@@ -112,9 +115,15 @@ class Repeating:
         return None
 
 
-def serve_recorded(directory: str, adapter: str) -> tuple[list[list[int]] | None, int]:
-    """As `serve`, by a GPU's pass, decoding through graphs; and how many steps this process replayed."""
+def serve_recorded(directory: str, adapter: str) -> tuple[list[list[int]] | None, int, list[int]]:
+    """As `serve`, by a GPU's pass, decoding through graphs; how many steps this process replayed, and the lengths of
+    prompts that went over their own keys."""
     graphs: list[DecodeGraphs] = []
+    lengths: list[int] = []
+
+    def fresh(*given: Any) -> None:
+        lengths.extend(given[3])
+        attend_fresh(*given)
 
     def make(self: ShareRunner, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options)
@@ -125,7 +134,11 @@ def serve_recorded(directory: str, adapter: str) -> tuple[list[list[int]] | None
     original, ShareRunner.__init__ = ShareRunner.__init__, make  # type: ignore[method-assign]
     recorder, graphs_module.CudaRecorder = graphs_module.CudaRecorder, Repeating  # type: ignore[assignment,misc]
     try:
-        return serve(directory, adapter, CONFIG, None), graphs[0].stats.num_replays
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(paged_attention_fresh, "_fits", lambda *_: True)
+            patch.setattr(paged_attention_fresh, "LEAST_TOKENS", 1)
+            patch.setattr(attend_module, "attend_fresh", fresh)
+            return serve(directory, adapter, CONFIG, None), graphs[0].stats.num_replays, lengths
     finally:
         ShareRunner.__init__ = original  # type: ignore[method-assign]
         graphs_module.CudaRecorder = recorder  # type: ignore[misc]
@@ -208,9 +221,11 @@ def test_recorded_steps_are_recorded_and_replayed_by_all(
 ) -> None:
     directory = tiny_model_dir("qwen2", initializer_range=SPREAD, **WIDE)
     adapter = make_adapter(directory)
-    (said, replays), (_, others) = ranks(serve_recorded, 2, str(directory), str(adapter))
+    (said, replays, fresh), (_, others, others_fresh) = ranks(serve_recorded, 2, str(directory), str(adapter))
     assert said == one_process(directory, adapter)
     assert replays == others > 0
+    # The others' prompts went through pages: nobody told them which ones have nothing there.
+    assert fresh == others_fresh and sum(fresh) > 40
 
 
 def test_in_passes_of_a_fixed_size(ranks: Ranks, tiny_model_dir: Callable[..., Path]) -> None:
