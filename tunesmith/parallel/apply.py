@@ -11,7 +11,7 @@ from torch import nn
 from tunesmith.errors import ParallelError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear
-from tunesmith.parallel.data import Replicated, Sharded
+from tunesmith.parallel.data import Replicated, Sharded, first_row
 from tunesmith.parallel.full_shard import FullShard, Precision
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.pipeline import Piped
@@ -61,6 +61,7 @@ def _spread_data(module: nn.Module, mesh: Mesh, settings: ParallelSection, compu
         return Replicated(module, mesh, finds_unused=_may_leave_unused(module))
     blocks = blocks_of(module)
     _refuse_what_can_not_shard(module, blocks)
+    _refuse_empty_shares(module, mesh, adapters)
     return Sharded(module, cut, blocks=blocks, replicated=adapters)
 
 
@@ -123,9 +124,27 @@ def _refuse_what_can_not_shard(module: nn.Module, blocks: Sequence[nn.Module]) -
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.ndim == 0:
             raise ParallelError(f"{name} has no dimension, so it can't be sharded: use parallel.strategy ddp")
+        if not parameter.is_contiguous() and not hasattr(parameter, "to_local"):
+            raise ParallelError(
+                f"{name} is not contiguous (a transposed weight, or channels last), so it can't be sharded: use "
+                f"parallel.strategy ddp"
+            )
         home = next((path for path in paths if name.startswith(path)), "")
         if homes.setdefault(parameter, home) != home:
             raise ParallelError(
                 f"{name} is a parameter of {homes[parameter] or 'the rest.'}* too, and each block's are gathered by "
                 f"themselves: use parallel.strategy ddp"
             )
+
+
+def _refuse_empty_shares(module: nn.Module, mesh: Mesh, replicated: Sequence[nn.Parameter]) -> None:
+    """Parameters are cut by rows, and a process without any would have nothing to train."""
+    if any(parameter.requires_grad for parameter in replicated):
+        return
+    processes = mesh.size("dp")
+    rows = max((len(parameter) for parameter in module.parameters() if parameter.requires_grad), default=0)
+    if rows and first_row(rows, processes, processes - 1) >= rows:
+        raise ParallelError(
+            f"what is trained has at most {rows} rows, of which {processes} processes would not have one each: use "
+            f"parallel.strategy ddp, or fewer processes"
+        )

@@ -46,7 +46,7 @@ class Replicated:
         self.module, self.mesh = module, mesh
         self.num_data = mesh.size("dp")
         self._parameters = list(module.parameters())
-        self._is_checked = finds_unused
+        self._trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad and not finds_unused]
         self._engine = DistributedDataParallel(
             _Called(module),
             process_group=mesh.group("dp"),
@@ -86,12 +86,10 @@ class Replicated:
         return nullcontext() if is_last else cast(AbstractContextManager[None], self._engine.no_sync())
 
     def collect(self) -> None:
-        """DDP has summed them. Raises: ParallelError where it could not, seen in the first step."""
-        if self._is_checked:
-            return
-        self._is_checked = True
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad and parameter.grad is None:
+        """DDP has summed them. Raises: ParallelError where it could not: of all that lie in a bucket with a parameter
+        that was not used, this process has its own gradients only."""
+        for name, parameter in self._trained:
+            if parameter.grad is None:
                 raise ParallelError(
                     f"{name} got no gradient, and parallel.strategy ddp sums those of all trained parameters: freeze "
                     f"it by requires_grad_(False), or set parallel.strategy zero2"

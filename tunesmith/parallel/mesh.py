@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,6 +21,7 @@ from tunesmith.recipe.parallel import ParallelSection
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.distributed_c10d import Store
 
 Dimension = Literal["pp", "dp", "tp"]
 DIMENSIONS: tuple[Dimension, ...] = ("pp", "dp", "tp")
@@ -174,14 +176,33 @@ def _join_group(settings: ParallelSection, device: torch.device, place: Place) -
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    timeout = timeout_of(settings, device)
     try:
         dist.init_process_group(
             backend,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timeout_of(settings, device),
+            store=_meeting_place(place, timeout),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ParallelError(f"process {place.rank} could not meet the others at {where}: {error}") from None
+
+
+_stores: list[Store] = []
+_meetings = count()
+
+
+def _meeting_place(place: Place, timeout: timedelta) -> Store:
+    """The launcher's store, under names of this meeting alone: those of an earlier run of this program are still in it,
+    and who found them would wait for a group that is gone. The first process may serve it, so it stays."""
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    if not _stores:
+        _stores.append(next(rendezvous("env://", place.rank, place.world_size, timeout=timeout))[0])
+    store = _stores[0]
+    store.set_timeout(timeout)
+    return PrefixStore(f"tunesmith-{next(_meetings)}", store)

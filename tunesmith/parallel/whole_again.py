@@ -30,7 +30,12 @@ class WholeAgain:
         self._form = copy.deepcopy(module, names)
 
     def restore(self) -> None:
-        """Every process then has all weights; all of them call this. Its submodules are other objects than before."""
+        """Every process then has all weights; all of them call this. Its submodules are other objects than before.
+
+        It may be sharded again: torch keeps a list of modules that were, by object.
+        """
+        from torch.distributed import _composable_state
+
         module, form = self._module, self._form
         weights = whole_weights(module)
         form.load_state_dict(weights, assign=True, strict=False)
@@ -40,6 +45,7 @@ class WholeAgain:
             vars(twin).update({key: value for key, value in vars(child).items() if key in own}, training=child.training)
         module.__class__ = type(form)
         module.__dict__ = form.__dict__
+        _composable_state._module_state_mapping.pop(module, None)
 
 
 def whole_weights(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -33,6 +33,8 @@ FREE_KEYS = (
     "model.device",
     "parallel.",
     "train.graphs",
+    "train.offload_optimizer",
+    "train.device_memory_gb",
     "data.workers",
     "data.cache",
     "train.detect_anomaly",

@@ -51,6 +51,8 @@ def check_module(module: nn.Module, settings: TrainSection, mesh: Mesh) -> None:
     """Raises: ParallelError, RecipeError for what would not be the run of one process."""
     if mesh.world_size == 1:
         return
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise RecipeError("nothing is trained: every parameter is frozen; set requires_grad_(True) on some")
     if settings.optimizer_in_backward:
         raise RecipeError(
             "train.optimizer_in_backward frees gradients before the processes could sum them: set it to false, and use "
@@ -72,9 +74,19 @@ def begin_alike(module: nn.Module, mesh: Mesh, facts: dict[str, Any]) -> None:
     tensors = module.state_dict(keep_vars=True)
     shapes = {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}
     check_agreement({"versions": versions(mesh.device.type), **facts, "module": shapes})
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            torch.distributed.broadcast(tensor.detach(), src=0)
+    for tensor in (*module.parameters(), *module.buffers()):
+        _take_first_ones(tensor.detach())
+
+
+def _take_first_ones(tensor: Tensor) -> None:
+    """Put the first process's values in. As bytes, since groups don't know every dtype (masks of bool), and in a row:
+    of a tensor that is laid out otherwise they would send its memory, or what lies behind it."""
+    if tensor.numel() == 0:
+        return
+    once = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    whole = once.clone(memory_format=torch.contiguous_format)
+    torch.distributed.broadcast(whole.view(-1).view(torch.uint8), src=0)
+    once.copy_(whole)
 
 
 def without_fillers(loss: LossFunction[Batch]) -> LossFunction[Batch | Filler[Batch]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 
 from tunesmith.errors import ParallelError
+from tunesmith.parallel import mesh as mesh_module
 from tunesmith.parallel.mesh import Place, joined, mesh_shape, place_from
 from tunesmith.recipe.parallel import ParallelSection
 
@@ -55,3 +58,16 @@ def test_groups_are_the_mesh(ranks: Callable[..., list[Any]]) -> None:
     first, _, _, last = ranks(_sums, 4, 2, 2)
     assert first == {"pp": (2, 0, 1 + 4), "dp": (1, 0, 1), "tp": (2, 0, 1 + 2)}
     assert last == {"pp": (2, 1, 2 + 8), "dp": (1, 0, 8), "tp": (2, 1, 4 + 8)}
+
+
+def test_a_second_run_of_a_program_meets_under_names_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second `fit` under torchrun, whose store outlives a run, waited for the first one's group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(mesh_module, "_stores", [])
+    first, second = (mesh_module._meeting_place(Place(), timedelta(seconds=30)) for _ in range(2))
+    first.set("address", "here")
+    assert first.check(["address"])
+    assert not second.check(["address"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ class Network(nn.Module):
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         return self.last(hidden) @ self.frozen * self.scale.prod()
+
+
+class Sometimes(nn.Module):
+    """Uses all of its parameters in its first pass only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other = (nn.Linear(6, 1) for _ in range(2))
+        self.was_called = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x) if self.was_called else self.first(x) + self.other(x)
+        self.was_called = True
+        return out
 
 
 class Made(Sequence[Rows]):
@@ -196,6 +211,12 @@ def refusals(folder: str) -> list[str]:
         loss=lambda module, batch: (module.first(batch[0]).sum(), 1),
         parallel=ParallelSection(strategy="zero3"),
     )
+    ask(Sometimes(), ParallelError)
+    ask(_network().requires_grad_(False), RecipeError)
+    turned = _network()
+    turned.middle.weight = nn.Parameter(turned.middle.weight.detach().t())
+    ask(turned, ParallelError, parallel=ParallelSection(strategy="zero1"))
+    ask(nn.Linear(6, 1), ParallelError, parallel=ParallelSection(strategy="zero3"))
     tied = _network()
     tied.first = nn.Linear(6, 16)
     tied.layers[1][1].weight = tied.middle.weight  # type: ignore[index]
@@ -203,11 +224,48 @@ def refusals(folder: str) -> list[str]:
     with joined(ParallelSection(), "cpu") as mesh:
         for action in (lambda m: begin_alike(m, mesh, {}), lambda m: check_buffers(m, mesh)):
             module = _network()
-            module.register_buffer("scale", torch.full((2 + int(not messages[5:]) * mesh.rank,), 1.0 + mesh.rank))
+            module.register_buffer("scale", torch.full((2 + int(not messages[9:]) * mesh.rank,), 1.0 + mesh.rank))
             with pytest.raises(ParallelError) as caught:
                 action(module)
             messages.append(str(caught.value))
     return messages
+
+
+def take_any_layout() -> dict[str, Any]:
+    """A module of every process's own after `begin_alike`: masks, and tensors that lie in memory in other ways."""
+    own = 1.0 + int(os.environ["RANK"])
+    module = nn.Module()
+    module.turned = nn.Parameter(torch.arange(6.0).reshape(3, 2).mul(own).t())
+    backing = torch.full((3,), own)
+    module.register_buffer("mask", torch.tensor([own == 1, True]))
+    module.register_buffer("same", backing[:1].expand(4))
+    module.register_buffer("short", torch.tensor(7 * own).to(torch.int16))
+    module.register_buffer("none", torch.ones(0))
+    with joined(ParallelSection(), "cpu") as mesh:
+        begin_alike(module, mesh, {})
+    return {**{name: tensor.tolist() for name, tensor in module.state_dict().items()}, "behind": backing[1:].tolist()}
+
+
+def test_modules_begin_alike_however_their_tensors_lie(ranks: Callable[..., list[Any]]) -> None:
+    """gloo knows no bool and no int16, and sent of an expanded tensor what lies behind it in memory."""
+    first, second = ranks(take_any_layout, 2)
+    assert second == {**first, "behind": [2.0, 2.0]}
+    assert (first["mask"], first["short"], first["same"]) == ([True, True], 7, [1.0] * 4)
+    assert first["turned"] == [[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]]
+
+
+def train_twice(folder: str) -> list[float | None]:
+    """The losses of two runs of one module."""
+    module, settings = _network(), TrainSection(max_steps=2, learning_rate=0.02)
+    wanted = ParallelSection(strategy="zero3" if os.environ["WORLD_SIZE"] == "2" else "ddp", micro_batches=3)
+    train = partial(fit, module, Made(VALIDATION, []), _loss, settings=settings, parallel=wanted)
+    return [train(run_dir=Path(folder, name)).loss for name in "ab"]
+
+
+def test_a_module_that_was_sharded_is_sharded_again(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    (alone,) = ranks(train_twice, 1, str(tmp_path / "one"))
+    for losses in ranks(train_twice, 2, str(tmp_path / "two")):
+        np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
 
 def test_what_can_not_be_done_is_said(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -221,6 +279,10 @@ def test_what_can_not_be_done_is_said(ranks: Callable[..., list[Any]], tmp_path:
                 "train.optimizer_in_backward frees gradients",
                 "other.weight got no gradient",
                 "without calling it",
+                "other.weight got no gradient",
+                "every parameter is frozen",
+                "middle.weight is not contiguous",
+                "at most 1 rows, of which 2 processes",
                 "middle.weight is a parameter of layers.1.* too",
                 "do not agree on module.scale",
                 "do not agree on buffers.scale",
