@@ -118,9 +118,18 @@ def torch_forks() -> Iterator[Callable[..., str]]:
 
 @pytest.fixture(scope="session")
 def kernel_cache() -> Path:
-    """A cache folder for compiled kernels that workers and later runs share: it is keyed by the sources."""
+    """A cache folder with our C++ for answers on a CPU, compiled; empty where it can't be.
+
+    Workers and later runs share it: what lies there is named by its sources.
+    """
+    from tunesmith.kernels import cpu_library
+
     folder = ROOT / "build" / "test-kernels"
     folder.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu_library.SWITCH, "1")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        cpu_library.load.__wrapped__()
     return folder
 
 

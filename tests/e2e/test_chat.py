@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.cli import main
+from tunesmith.kernels import cpu_compile, cpu_library
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -61,6 +62,33 @@ def test_one_question_from_the_command_line(run: Run, model_dir: Path) -> None:
     assert out.startswith(result["messages"][1]["content"])
     again = run("chat", model_dir, "--prompt", "-", *options[2:], stdin="你好\n")
     assert again[1] == out.split("\n{")[0] + "\n"
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_the_compiled_step_answers_by_default(
+    has_compiler: bool,
+    run: Run,
+    model_dir: Path,
+    kernel_cache: Path,
+    compiled_library: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And says what torch says in float32. Without a compiler there is one line, and torch."""
+    arguments = ("chat", model_dir, "--prompt", "你好", "--max-tokens", 12, "--temperature", 0)
+    plain = run(*arguments)
+    monkeypatch.delenv(cpu_library.SWITCH)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel_cache if has_compiler else tmp_path))
+    if not has_compiler:
+        monkeypatch.setattr(cpu_compile, "find_compiler", lambda: None)
+    cpu_library.load.cache_clear()
+    try:
+        code, out, err = run(*arguments)
+        assert (cpu_library.load() is not None) == has_compiler
+    finally:
+        cpu_library.load.cache_clear()
+    assert (code, out) == plain[:2]
+    assert " ".join(err.split()).count("go through torch") == (not has_compiler)
 
 
 def test_a_piped_conversation_with_commands(run: Run, model_dir: Path, tmp_path: Path) -> None:

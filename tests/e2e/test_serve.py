@@ -57,8 +57,10 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(tmp_path_factory: pytest.TempPathFactory, kernel_cache: Path) -> Iterator[Serving]:
+    """A server as anyone has it: its engine answers by our own C++."""
     environment = {"TUNESMITH_API_KEYS": "secret", "OMP_NUM_THREADS": "1"}
+    environment |= {"TUNESMITH_CPU_STEP": "1", "XDG_CACHE_HOME": str(kernel_cache)}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     server = Serving(tmp_path_factory.mktemp("serve"), "--debug", "--shutdown-timeout", "10")

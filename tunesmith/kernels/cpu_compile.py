@@ -39,14 +39,18 @@ def find_compiler() -> str | None:
 
 def load_compiled(name: str) -> ctypes.CDLL:
     """The library of NAME.cpp of this folder. Raises: BuildError."""
+    return compiled(Path(__file__).with_name(f"{name}.cpp"))
+
+
+def compiled(source: Path) -> ctypes.CDLL:
+    """The library of a file and those beside it that it includes. Raises: BuildError."""
     compiler = find_compiler()
     if os.name != "posix" or compiler is None:
         raise BuildError("no C++ compiler found (c++, g++ or clang++, or $CXX)")
-    source = Path(__file__).with_name(f"{name}.cpp")
     content = b"".join(path.read_bytes() for path in _with_includes(source))
     said = _run([compiler, "--version"]).encode()
     key = hashlib.sha256(b"\0".join((content, said, " ".join(_FLAGS).encode(), _processor()))).hexdigest()[:20]
-    target = cache_folder() / f"{name}-{key}.so"
+    target = cache_folder() / f"{source.stem}-{key}.so"
     command = [compiler, *_FLAGS, str(source)]
     with contextlib.suppress(OSError):  # not there yet, or damaged: compiled again
         return ctypes.CDLL(str(target))
