@@ -334,10 +334,10 @@ def test_random_weights_are_known_by_their_seed(tiny_model_dir: Callable[..., Pa
 )
 def test_patterns_that_would_take_for_ever_are_refused(pattern: str) -> None:
     config = {"r": 4, "lora_alpha": 8, "rank_pattern": {pattern: 2}}
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(AdapterError, match=r"pattern .* (repeat|regular expression)"):
         options_for(config, "model.layers.0.self_attn." + "l" * 60)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,14 @@ def test_an_error_reaches_the_taker_and_stays() -> None:
 
 def test_the_wait_is_measured() -> None:
     def slow(number: int) -> int:
-        time.sleep(0.1)
+        time.sleep(1.0 if number == 0 else 0.0)
         return number
 
     prefetcher = Prefetcher(slow, 0, 2, depth=1)
-    assert prefetcher.take()[1] > 0.05
-    time.sleep(0.3)  # the device works
-    assert prefetcher.take()[1] < 0.05
+    assert prefetcher.take()[1] > 0.5
+    while prefetcher._ready.empty():  # the device works
+        time.sleep(0.01)
+    assert prefetcher.take()[1] < 0.5
     prefetcher.close()
 
 
