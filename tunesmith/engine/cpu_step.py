@@ -24,7 +24,7 @@ from tunesmith.model.layers import Linear, RMSNorm
 
 MOST_TOKENS = 16
 _MOST_INT8_TOKENS = 8
-"""Of more, torch's integer products in oneDNN's blocks are faster (Qwen2.5-0.5B's shape, 16: 83 ms a step and 140)."""
+"""Where there is no matrix unit: of more, torch's integer products in oneDNN's blocks are faster."""
 _FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
@@ -104,8 +104,9 @@ class CpuStep:
         self._head = self._weight_of_head(decoder)
         self._head_place = ctypes.addressof(self._head)
         has_int8 = any(isinstance(block.mlp, Mlp) and isinstance(block.mlp.up, Int8Linear) for block in blocks)
-        self.most_tokens = _MOST_INT8_TOKENS if has_int8 else MOST_TOKENS
-        self.most_logits = _MOST_INT8_TOKENS if self._head.kind == _INT8 else MOST_TOKENS
+        most_int8 = MOST_TOKENS if library.tunesmith_has_tiles() else _MOST_INT8_TOKENS
+        self.most_tokens = most_int8 if has_int8 else MOST_TOKENS
+        self.most_logits = most_int8 if self._head.kind == _INT8 else MOST_TOKENS
         self._decoder = library.tunesmith_decoder(ctypes.byref(model))
         self._ends = weakref.finalize(self, library.tunesmith_forget, self._decoder)
         self._ends.atexit = False

@@ -79,17 +79,22 @@ inline uint16_t narrow(float x) {  // to the nearest, ties to even; what is no n
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
 
-// Whether products of so many tokens go through the matrix unit, which Linux lets a process use that asks for it.
-inline bool uses_tiles(const Weight &w, int64_t tokens) {
+// Whether there is a matrix unit, which Linux lets a process use that asks for it.
+inline bool has_tiles() {
 #if TILES
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+    return allowed;
+#else
+    return false;
+#endif
+}
+
+// Whether products of so many tokens go through it.
+inline bool uses_tiles(const Weight &w, int64_t tokens) {
     static constexpr int FROM[] = {MOST + 1, 4, 2, 3};  // tokens from which it is faster, by kind
     int64_t unit = w.kind == BFLOAT16 ? 32 : w.kind == INT8 ? 64 : 1;
     // No sum of 255 * 127 may leave 32 bits.
-    return allowed && tokens >= FROM[w.kind] && w.rows >= 16 && w.width % unit == 0 && w.width <= 65536;
-#else
-    return (void)w, (void)tokens, false;
-#endif
+    return has_tiles() && tokens >= FROM[w.kind] && w.rows >= 16 && w.width % unit == 0 && w.width <= 65536;
 }
 
 // What a code of 16 bits stands for, and its inverse, by the largest of a row of x; a row with what is no number has no

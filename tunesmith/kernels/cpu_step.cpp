@@ -348,5 +348,5 @@ void tunesmith_draw(const Draw *given) { draw::tokens_of(*given); }
 void tunesmith_multiply(void *decoder, const Weight *w, const void *x, void *y, int64_t tokens, int64_t threads) {
     static_cast<Decoder *>(decoder)->multiply(*w, x, y, tokens, int(threads));
 }
-int64_t tunesmith_is_wide() { return WIDE; }
+int64_t tunesmith_has_tiles() { return has_tiles(); }
 }
