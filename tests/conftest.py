@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
 # Compiling takes as long as many tests: engines go through torch but where a test asks for the library.
 os.environ.setdefault("TUNESMITH_CPU_STEP", "0")
+os.environ.setdefault("CXXFLAGS", "-O1")
 
 ROOT = Path(__file__).resolve().parents[1]
 _PATH = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "

@@ -1,8 +1,9 @@
 """C++ beside this file, compiled for the machine at hand once and kept in the user's cache folder.
 
-~/.cache/tunesmith/kernels/NAME-KEY.so (or below $XDG_CACHE_HOME). The key is of the sources, the compiler and the
-processor's features, since a home directory may be shared by machines. Processes that want the same library at the
-same time wait for the one that compiles it. Where that folder can't be written the library is made for this process.
+~/.cache/tunesmith/kernels/NAME-KEY.so (or below $XDG_CACHE_HOME). The key is of the sources, the compiler ($CXX), its
+flags ($CXXFLAGS) and the processor's features, since a home directory may be shared by machines. Processes that want
+the same library at the same time wait for the one that compiles it. Where that folder can't be written the library is
+made for this process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -49,9 +51,9 @@ def compiled(source: Path) -> ctypes.CDLL:
         raise BuildError("no C++ compiler found (c++, g++ or clang++, or $CXX)")
     content = b"".join(path.read_bytes() for path in _with_includes(source))
     said = _run([compiler, "--version"]).encode()
-    key = hashlib.sha256(b"\0".join((content, said, " ".join(_FLAGS).encode(), _processor()))).hexdigest()[:20]
+    command = [compiler, *_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), str(source)]
+    key = hashlib.sha256(b"\0".join((content, said, " ".join(command[1:-1]).encode(), _processor()))).hexdigest()[:20]
     target = cache_folder() / f"{source.stem}-{key}.so"
-    command = [compiler, *_FLAGS, str(source)]
     with contextlib.suppress(OSError):  # not there yet, or damaged: compiled again
         return ctypes.CDLL(str(target))
     try:
@@ -70,8 +72,13 @@ def compiled(source: Path) -> ctypes.CDLL:
 
 def cache_folder() -> Path:
     """Where libraries are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tunesmith" / "kernels"
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:  # a user whom the system does not know: nothing can be kept
+            base = Path(os.devnull)
+    return base / "tunesmith" / "kernels"
 
 
 def _with_includes(source: Path) -> list[Path]:

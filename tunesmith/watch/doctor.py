@@ -180,7 +180,7 @@ def _compiler(driver: Driver) -> Iterator[Finding]:
     else:
         yield Finding("compiler", "ok", compiler)
     if os.name == "posix" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        lack = "no C++ compiler: TUNESMITH_CPU_STEP=1, decoding on a CPU by a step compiled here, can't be had"
+        lack = "no C++ compiler: answers on a CPU go through torch, which is slower than what is compiled here"
         yield Finding("c++", "note", lack, "sudo apt-get install -y g++")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if header.is_file():
