@@ -35,7 +35,7 @@ def train(
     only: Annotated[str | None, typer.Option(help="cells to run, separated by spaces: --only 'full lora'")] = None,
     output: Annotated[Path | None, typer.Option(help="the run directory (new or empty)")] = None,
     report: Annotated[bool, typer.Option(help="write report.html into the run directory")] = True,
-    language: Annotated[str, typer.Option(help="the report's language: en or zh")] = "en",
+    language: Annotated[str, typer.Option(help="the report's language: en, zh; auto: of your locale")] = "auto",
 ) -> int:
     """Train every cell of a matrix for a few steps: time, memory by owner, losses, one JSON per cell.
 
@@ -150,7 +150,7 @@ def scale(
     per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node; else as many as were measured")] = None,
     output: Annotated[Path | None, typer.Option(help="the run directory (new or empty)")] = None,
     report: Annotated[bool, typer.Option(help="write report.html into the run directory")] = True,
-    language: Annotated[str, typer.Option(help="the report's language: en or zh")] = "en",
+    language: Annotated[str, typer.Option(help="the report's language: en, zh; auto: of your locale")] = "auto",
 ) -> int:
     """Train a recipe on 1, 2, 4 ... GPUs, each in fresh processes: speed, where a step's time goes, and what limits.
 

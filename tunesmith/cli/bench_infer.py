@@ -58,7 +58,7 @@ def infer(
     name: Annotated[str, typer.Option(help="what the report calls this run")] = "infer",
     output: Annotated[Path | None, typer.Option(help="the run directory (new or empty)")] = None,
     report: Annotated[bool, typer.Option(help="write report.html into the run directory")] = True,
-    language: Annotated[str, typer.Option(help="the report's language: en or zh")] = "en",
+    language: Annotated[str, typer.Option(help="the report's language: en, zh; auto: of your locale")] = "auto",
 ) -> int:
     """Measure engines and weight formats in turn, each in a fresh process: the same token ids for all, one table out.
 

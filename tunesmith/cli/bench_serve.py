@@ -67,7 +67,7 @@ def serve(
     name: Annotated[str, typer.Option(help="what the report calls this server")] = "serve",
     output: Annotated[Path | None, typer.Option(help="the run directory (new or empty)")] = None,
     report: Annotated[bool, typer.Option(help="write report.html into the run directory")] = True,
-    language: Annotated[str, typer.Option(help="the report's language: en or zh")] = "en",
+    language: Annotated[str, typer.Option(help="the report's language: en, zh; auto: of your locale")] = "auto",
 ) -> int:
     """Load a server and say what its callers see: TTFT, TPOT, ITL, end to end, throughput, goodput, errors.
 

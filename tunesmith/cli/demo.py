@@ -79,7 +79,7 @@ def demo(
     output: Annotated[Path | None, typer.Option(help="a new or empty folder; else runs/demo-<time>")] = None,
     model: Annotated[str, typer.Option(help="the model to start from")] = BASE,
     quick: Annotated[bool, typer.Option(help="a smoke test: few steps and questions, nothing is learnt")] = False,
-    language: Annotated[str, typer.Option(help="the report's language: en or zh")] = "en",
+    language: Annotated[str, typer.Option(help="the report's language: en, zh; auto: of your locale")] = "auto",
 ) -> int:
     """Fine-tune a small model in five ways on this machine, compare them, and ask it questions before and after.
 

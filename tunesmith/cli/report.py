@@ -18,7 +18,7 @@ def report(
         list[Path], typer.Argument(help="run directories (of train, bench, profile), or the JSON files of evaluations")
     ],
     output: Annotated[Path | None, typer.Option(help="a folder, or the HTML file; else the first run's folder")] = None,
-    language: Annotated[str, typer.Option(help="the page's language: en or zh")] = "en",
+    language: Annotated[str, typer.Option(help="the page's language: en, zh; auto: of your locale")] = "auto",
 ) -> None:
     """Write report.html (self-contained) and report.md from the JSON of run directories, and from nothing else."""
     from rich.markup import escape

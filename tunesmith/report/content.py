@@ -73,7 +73,7 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
         trains=tuple(training_of(run, words) for run in trains),
         evaluations=evaluations,
         certificates=tuple(run.certificate for run in runs if run.certificate is not None),
-        environment=tuple(environment_items(runs)),
+        environment=tuple(words.environment(name, text) for name, text in environment_items(runs)),
     )
 
 

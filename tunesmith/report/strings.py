@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.errors import RecipeError, nearest
 from tunesmith.report import measured_strings, training_strings
+from tunesmith.report.data_words import WORDS_ZH, detail_in_chinese, environment_in_chinese
 
 Language = Literal["en", "zh"]
 
@@ -140,6 +143,7 @@ _EN = {
     "answers_shown": "{shown} of the {count} questions are shown, wrong answers first.",
     "ppl_verdict": "Perplexity went from {before} to {after}.",
     "comma": ", ",
+    "and": ", ",
     "unit_gpus": "GPUs",
     "unit_processes": "CPU processes",
     "mode_weak": "weak",
@@ -305,6 +309,7 @@ _ZH = {
     "answers_shown": "显示 {count} 个问题中的 {shown} 个，答错的在前。",
     "ppl_verdict": "困惑度从 {before} 变为 {after}。",
     "comma": "，",
+    "and": "、",
     "unit_gpus": "GPU 数",
     "unit_processes": "CPU 进程数",
     "mode_weak": "弱扩展",
@@ -349,15 +354,9 @@ _ZH = {
     "scale_no_projection": "没有推算：{reason}。",
 }
 
-# Words that a bench run writes into its JSON in English (gains of a matrix), as the report says them in Chinese.
-_ZH_DATA = {
-    "checkpointing": "梯度检查点",
-    "full": "全参数",
-    "mixed precision": "混合精度",
-    "LoRA": "LoRA",
-    "QLoRA": "QLoRA",
-    **training_strings.CHECKS_ZH,
-}
+_GAP = re.compile(
+    r"(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])"
+)  # between two Chinese characters
 
 
 @dataclass(frozen=True)
@@ -367,13 +366,23 @@ class Words:
     language: Language = "en"
 
     def __call__(self, key: str, **values: object) -> str:
-        return (_ZH if self.language == "zh" else _EN)[key].format(**values)
+        if self.language == "en":
+            return _EN[key].format(**values)
+        return _GAP.sub("", _ZH[key].format(**values))
 
     def data(self, text: str) -> str:
         """A word that came from the data, translated part by part where it is known."""
         if self.language == "en":
             return text
-        return " + ".join(_ZH_DATA.get(part, part) for part in text.split(" + "))
+        return " + ".join(WORDS_ZH.get(part, part) for part in text.split(" + "))
+
+    def detail(self, text: str) -> str:
+        """The detail of a certificate's check."""
+        return text if self.language == "en" else detail_in_chinese(text)
+
+    def environment(self, name: str, text: str) -> tuple[str, str]:
+        """A name and a value of the environment."""
+        return (name, text) if self.language == "en" else environment_in_chinese(name, text)
 
     def status(self, status: str) -> str:
         """The status of a cell in words; one that is not known stays as it is."""
@@ -382,7 +391,13 @@ class Words:
 
 
 def words_for(language: str) -> Words:
-    """The strings of `language`. Raises: RecipeError for one that is not there."""
+    """The strings of `language`; "auto": of the environment's locale, English where it is neither.
+
+    Raises: RecipeError for a language that is not there.
+    """
+    if language == "auto":
+        locales = (os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+        return Words("zh" if next(filter(None, locales), "").lower().startswith("zh") else "en")
     if language not in ("en", "zh"):
-        raise RecipeError(f"report language {language!r} is not one of en, zh{nearest(language, ('en', 'zh'))}")
+        raise RecipeError(f"report language {language!r} is not one of auto, en, zh{nearest(language, ('en', 'zh'))}")
     return Words("zh" if language == "zh" else "en")

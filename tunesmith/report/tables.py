@@ -138,7 +138,9 @@ def _check(check: Node, words: Words) -> CheckRow:
     known = passed if isinstance(passed, bool) else None
     status = words("not_measured") if known is None else words("passed" if known else "not_passed")
     value, limit = (_plain(check.get(key)) for key in ("value", "limit"))
-    return CheckRow(words.data(check.text("name") or "?"), known, status, value, limit, check.text("detail") or "")
+    return CheckRow(
+        words.data(check.text("name") or "?"), known, status, value, limit, words.detail(check.text("detail") or "")
+    )
 
 
 def _plain(value: object) -> str:

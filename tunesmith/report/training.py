@@ -29,7 +29,7 @@ def training_of(run: Run, words: Words) -> Training:
         ("model", run.recipe.text("model", "path")),
         ("data", _data(run)),
         ("length", _length(run, words)),
-        ("learning_rate", _learning_rate(run)),
+        ("learning_rate", _learning_rate(run, words)),
         ("throughput", _speed(run, words)),
         *_memory(run),
         ("duration", _seconds(run.manifest.number("duration_s"))),
@@ -67,9 +67,10 @@ def _length(run: Run, words: Words) -> str | None:
     return words("run_with", text=text, more=words("run_epochs", epochs=f"{max(epochs):.3g}")) if epochs else text
 
 
-def _learning_rate(run: Run) -> str | None:
+def _learning_rate(run: Run, words: Words) -> str | None:
     rate = run.recipe.number("train", "learning_rate")
-    return None if rate is None else f"{rate:.2g}, {run.recipe.text('train', 'schedule') or '?'}"
+    schedule = words.data(run.recipe.text("train", "schedule") or "?")
+    return None if rate is None else f"{rate:.2g}{words('comma')}{schedule}"
 
 
 def _speed(run: Run, words: Words) -> str | None:

@@ -43,18 +43,3 @@ ZH = {
     "evaluation_of": "评测：{name}",
     "ppl_verdict_one": "在 {data} 上的困惑度为 {after}。",
 }
-
-CHECKS_ZH = {
-    "mask shown": "展示掩码",
-    "accumulation invariance": "梯度累积不变",
-    "packing isolation": "打包隔离",
-    "blocks written out": "展开的层与逐算子一致",
-    "kernel: RMS norm": "算子：RMS 归一化",
-    "kernel: rope": "算子：旋转位置编码",
-    "kernel: attention": "算子：注意力",
-    "kernel: chunked loss": "算子：分块损失",
-    "kernel: LoRA linear": "算子：LoRA 线性层",
-    "merge parity": "合并前后一致",
-    "resume equality": "续训一致",
-}
-"""The names of a certificate's checks, which it holds in English."""

@@ -82,7 +82,7 @@ def _headline(rows: Sequence[Row], words: Words) -> str:
 
 def _tie(tied: Sequence[Row], names: dict[str, str], words: Words) -> str:
     """Name the tied rows and their times in `names`; which headline says it: where the times differ, they are shown."""
-    names["fast"] = words("comma").join(words.data(row.label) for row in tied)
+    names["fast"] = words("and").join(words.data(row.label) for row in tied)
     times = [row.step_s.median for row in tied if row.step_s is not None]
     if max(times) <= min(times) * (1 + CLEAR):
         return "wins_tied"

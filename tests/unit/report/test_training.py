@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from tunesmith import verify
+from tunesmith.report.strings import words_for
 from tunesmith.report.write import write_report
 from tunesmith.rundir.io import read_json, write_json_atomic
+from tunesmith.verify.certificate import MASK_SHOWN
 
 RECIPE = """
 model: {path: builtin:tiny}
@@ -77,3 +81,60 @@ def test_an_evaluation_without_questions_lists_no_answers(train_run: Path) -> No
     page = files.html.read_text(encoding="utf-8")
     assert "<h2>Evaluation: tuned</h2>" in page and "Answers" not in page
     assert "Perplexity 1.72 on zh.json." in files.sentences
+
+
+DETAILS = (
+    "457 of 879 tokens of the first 25 documents are trained, ends of turns among them (value: the share)",
+    "gradients of the same documents in float32 (one micro-batch; two; one per document; padded, the last one ragged) "
+    "on the same architecture with 2 layers, hidden 256, vocabulary 512, random weights",
+    "hidden states in float32 when all neighbours are exchanged, on the recipe's model",
+    "written out against operator by operator on the same architecture with 2 layers, random weights",
+    "relative error 1.2e-07 in float32, as a multiple of torch's; 96 tokens, hidden 256",
+    "relative error 2.9e-07 in float32, as a multiple of torch's; documents of 63, 1, 32 tokens, 4 heads, window 8",
+    "relative error 3e-07 in float32, as a multiple of torch's; 48 trained of 96 tokens, 4096 words, chunks of 16",
+    "relative error 3.5e-07 in float32, as a multiple of torch's; rank 16, 256 -> 512",
+    "relative difference of logits, merged into the dequantised base, on the recipe's model, random",
+    "distance beyond the nearest code, as a multiple of what rounding explains, 64 x 64, doubly quantised",
+)
+
+
+@pytest.mark.parametrize("detail", DETAILS)
+def test_a_chinese_page_says_checks_in_chinese(detail: str) -> None:
+    """Names of checks were Chinese, what they had compared was English."""
+    said = words_for("zh").detail(detail)
+    kept = re.sub(r"float32|torch|logits|[\d.e-]+", "", said)
+    assert not re.search(r"[A-Za-z]{2,}", kept), said
+    assert sorted(re.findall(r"\d+", said)) == sorted(re.findall(r"\d+", detail))
+    assert words_for("en").detail(detail) == detail
+
+
+def test_every_check_of_a_certificate_has_a_chinese_name() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(verify.__file__).parent.glob("*.py")))
+    named = set(re.findall(r'yield "([^"]+)", partial', source)) | {MASK_SHOWN}
+    named |= {f"kernel: {name}" for name in re.findall(r'Case\(\s*"([^"]+)"', source)}
+    assert named and all(words_for("zh").data(name) != name for name in named), named
+
+
+def test_chinese_sentences_have_no_gaps_and_lists_their_own_comma() -> None:
+    words = words_for("zh")
+    assert (
+        words("wins_unclear", fast="全参数、LoRA", time="1 ms", small="QLoRA + 梯度检查点", memory="3 MB").count(
+            "点占用"
+        )
+        == 1
+    )
+    assert words.environment("cpu · usable_cores", "2") == ("cpu · 可用核数", "2")
+
+
+@pytest.mark.parametrize(
+    ("set_", "language"),
+    [({"LANG": "zh_CN.UTF-8"}, "zh"), ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C.UTF-8"}, "en"), ({}, "en")],
+)
+def test_auto_is_the_language_of_the_locale(
+    set_: dict[str, str], language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_.items():
+        monkeypatch.setenv(name, value)
+    assert words_for("auto").language == language
