@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ RECIPE: dict[str, Any] = {
     "log": {"trackers": []},
 }
 KILLS_OF_A_RUN = 5
+Moment = Callable[[Path, Any], None]
+"""Waits for the moment of a kill: of a run in this directory, by this process."""
 _START = re.compile(r"start (\d+), process (\d+)")
 
 
@@ -81,10 +84,32 @@ def newest_start(run: Path, rank: int) -> tuple[int, int]:
     return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
 
+def by_clock(generator: random.Random, pace_s: float) -> Moment:
+    """Some time after the start."""
+    return lambda run, process: time.sleep(generator.uniform(0.0, pace_s))
+
+
+def by_steps(generator: random.Random, fewest: int, most: int) -> Moment:
+    """Some steps after the last one that any start has reached: however fast the machine, the run has not ended."""
+
+    def moment(run: Path, process: Any) -> None:
+        until = _steps_done(run) + generator.randint(fewest, most)
+        while process.poll() is None and _steps_done(run) < until:
+            time.sleep(0.02)
+
+    return moment
+
+
+def _steps_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    steps = re.findall(r'"step": ?(\d+)', path.read_text(encoding="utf-8")) if path.exists() else []
+    return max(map(int, steps), default=0)
+
+
 def kill_some(
-    campaign: Campaign, generator: random.Random, process: Any, run: Path, wanted: int, pace_s: float
+    campaign: Campaign, generator: random.Random, process: Any, run: Path, wanted: int, moment: Moment
 ) -> None:
-    """Kill `wanted` times, each time a random rank some time after the newest start of all; stops when the run ends."""
+    """Kill `wanted` times, each time a random rank at a moment after the newest start; stops when the run ends."""
     seen = 0
     while wanted and process.poll() is None:
         starts = [newest_start(run, rank) for rank in range(campaign.ranks)]
@@ -92,7 +117,7 @@ def kill_some(
             time.sleep(0.05)
             continue
         seen = min(number for number, _ in starts)
-        time.sleep(generator.uniform(0.0, pace_s))
+        moment(run, process)
         if process.poll() is not None:
             return
         had_checkpoint = any((run / "checkpoints").glob("step-*"))
@@ -122,8 +147,20 @@ def finish(process: subprocess.Popen[str], run: Path) -> None:
         raise SystemExit(f"{run.name} ended with exit code {code}:\n{run.with_suffix('.out').read_text()}")
 
 
-def run_campaign(kills: int, ranks: int, seed: int, steps: int, folder: Path) -> Campaign:
-    """Kill until there were `kills` kills; every run is compared with one that was left alone."""
+def run_campaign(
+    kills: int,
+    ranks: int,
+    seed: int,
+    steps: int,
+    folder: Path,
+    undisturbed: Callable[[Path, Path], None] | None = None,
+    moment: Moment | None = None,
+) -> Campaign:
+    """Kill until there were `kills` kills; every run is compared with one that was left alone.
+
+    undisturbed: makes that run, of a recipe and a run directory; without it, it is launched as the others are.
+    moment: of the kills; without it, by the clock, within most of the time that the undisturbed run took.
+    """
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     model = {"path": str(folder / "model"), "weights": "random", "device": "cpu"}
@@ -131,17 +168,20 @@ def run_campaign(kills: int, ranks: int, seed: int, steps: int, folder: Path) ->
     train = {**RECIPE["train"], "max_steps": steps}
     recipe.write_text(yaml.safe_dump({**RECIPE, "train": train, "model": model}), encoding="utf-8")
     began = time.monotonic()
-    finish(launch(recipe, folder / "reference", ranks, 0), folder / "reference")
-    pace_s = 0.7 * (time.monotonic() - began)
-    expected = outcome(folder / "reference")
+    if undisturbed is None:
+        finish(launch(recipe, folder / "reference", ranks, 0), folder / "reference")
+    else:
+        undisturbed(recipe, folder / "reference")
     campaign, generator = Campaign(seed, ranks), random.Random(seed)
+    moment = moment or by_clock(generator, 0.7 * (time.monotonic() - began))
+    expected = outcome(folder / "reference")
     while campaign.kills < kills:
         run = folder / f"run-{campaign.runs}"
         campaign.runs += 1
         wanted = min(KILLS_OF_A_RUN, kills - campaign.kills)
         process = launch(recipe, run, ranks, wanted)
         try:
-            kill_some(campaign, generator, process, run, wanted, pace_s)
+            kill_some(campaign, generator, process, run, wanted, moment)
             finish(process, run)
         finally:
             process.kill()
