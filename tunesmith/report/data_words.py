@@ -116,6 +116,10 @@ _DETAILS_ZH = tuple(
 )
 
 
+GAP = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])")
+"""A space between two Chinese characters, which is one too many."""
+
+
 def detail_in_chinese(text: str) -> str:
     """The detail of a check, its known pieces in Chinese."""
     for pattern, chinese in _DETAILS_ZH:

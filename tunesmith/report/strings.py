@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.errors import RecipeError, nearest
 from tunesmith.report import measured_strings, training_strings
-from tunesmith.report.data_words import WORDS_ZH, detail_in_chinese, environment_in_chinese
+from tunesmith.report.data_words import GAP, WORDS_ZH, detail_in_chinese, environment_in_chinese
 
 Language = Literal["en", "zh"]
 
@@ -354,10 +353,6 @@ _ZH = {
     "scale_no_projection": "没有推算：{reason}。",
 }
 
-_GAP = re.compile(
-    r"(?<=[\u3000-\u9fff\uff00-\uffef]) (?=[\u3000-\u9fff\uff00-\uffef])"
-)  # between two Chinese characters
-
 
 @dataclass(frozen=True)
 class Words:
@@ -368,7 +363,7 @@ class Words:
     def __call__(self, key: str, **values: object) -> str:
         if self.language == "en":
             return _EN[key].format(**values)
-        return _GAP.sub("", _ZH[key].format(**values))
+        return GAP.sub("", _ZH[key].format(**values))
 
     def data(self, text: str) -> str:
         """A word that came from the data, translated part by part where it is known."""
