@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pytest
+
+from tunesmith.bench import matrix
 from tunesmith.bench.matrix import Event, bench
 from tunesmith.bench.statistics import ratio
+from tunesmith.bench.worker import Worker
 from tunesmith.recipe.schema import Recipe
 from tunesmith.report.load import read_run
 from tunesmith.report.rows import rows_of
 
 MakeRecipe = Callable[..., Recipe]
 SAME = {"grid": {"train.eps": [1e-8, 2e-8]}, "matrix": "grid"}
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with Worker(tmp_path_factory.mktemp("worker") / "worker.log") as started:
+        yield started
+
+
+@pytest.fixture
+def _started_before(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that forks the cells is that of the test before: its imports are all that would be new."""
+
+    def started(log: Path) -> contextlib.AbstractContextManager[Worker]:
+        log.touch()
+        return contextlib.nullcontext(worker)
+
+    monkeypatch.setattr(matrix, "Worker", started)
 
 
 def test_methods_are_measured_in_equal_conditions(tiny_recipe: MakeRecipe) -> None:
@@ -34,6 +57,7 @@ def test_methods_are_measured_in_equal_conditions(tiny_recipe: MakeRecipe) -> No
     assert len(list((result.run_dir / "logs").glob("*.plan.json"))) == 0
 
 
+@pytest.mark.usefixtures("_started_before")
 def test_the_same_cell_twice_differs_by_no_more_than_its_interval(tiny_recipe: MakeRecipe) -> None:
     """A/A: two cells that differ in nothing that takes time. On a busy machine a process may be slowed as a whole, so
     the interval of the ratio is widened by a quarter on either side."""
@@ -49,6 +73,7 @@ def test_the_same_cell_twice_differs_by_no_more_than_its_interval(tiny_recipe: M
     assert len(work) == 1
 
 
+@pytest.mark.usefixtures("_started_before")
 def test_what_fails_is_a_row_with_its_reason(tiny_recipe: MakeRecipe) -> None:
     """One cell fails in Python, one takes too long; the other is measured all the same."""
     overrides = {
