@@ -34,7 +34,7 @@ def test_no_two_tokens_of_the_embedded_model_are_alike(script: ModuleType) -> No
 def test_only_rows_that_are_alike_change_and_keep_what_they_share(script: ModuleType) -> None:
     draw = torch.Generator().manual_seed(1)
     embedding = torch.randn(400, 64, generator=draw)
-    embedding[:150] = torch.ones(64) + 0.01 * torch.randn(150, 64, generator=draw)
+    embedding[:150] = torch.ones(64) / 8 + 0.001 * torch.randn(150, 64, generator=draw)  # of length 1
     unseen = script.unseen_rows(embedding)
     assert unseen.tolist() == [True] * 150 + [False] * 250
     changed = script.spread(embedding, unseen)
