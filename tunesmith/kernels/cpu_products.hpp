@@ -53,7 +53,7 @@ struct Input {  // what a product reads of up to MOST tokens, in the form of its
     uint16_t *tiles;  // bfloat16 as tiles are: [ld / 32, 16 pairs of columns, MOST, 2]
     int16_t *codes;   // [MOST, ld], or the bytes of as many
     float *steps;     // [MOST]
-    float *sums;      // int4: codes added up by groups, [MOST, ld / FINEST]
+    float *sums;      // int4: codes added up by groups, [MOST, ld / FINEST]; for the matrix unit [groups, MOST]
 };
 
 struct Output {

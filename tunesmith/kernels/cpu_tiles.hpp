@@ -38,6 +38,9 @@ inline void prepare_tiles(
         uint8_t *tile = reinterpret_cast<uint8_t *>(in.codes + k * MOST);
         for (int i = 0; i < 4 && (w.kind == INT4 || k + i / 2 * 64 < w.width); i++)
             scatter(bytes[i % 2] + i / 2 * 64, 16, token, tile + i * TILE_BYTES);
+        if (w.kind != INT4) continue;
+        float *sums = in.sums + k / w.group * MOST + token;
+        sum_groups(q, int(w.group / 16), [&](float sum) { *sums = sum, sums += MOST; });
     }
 }
 
@@ -161,103 +164,125 @@ inline void panel_int8(const Weight &w, int64_t row, const Input &in, __m512 *su
     }
 }
 
-// The codes of a block of 16 rows less their zero points, as two tiles.
+// The codes of a block of 16 rows, as two tiles.
 template <int GROUPS>
-inline void unpack_rows(const Weight &w, int64_t row, int64_t block, int64_t blocks, __m512i *codes) {
-    const uint8_t *words = static_cast<const uint8_t *>(w.data) + (row * blocks + block) * 64;
-    const uint8_t *zeros = w.zeros ? w.zeros + (row * blocks + block) * GROUPS : nullptr;
-    for (int r = 0; r < 16; r++, words += 64 * blocks) {
-        __m512i half[2], zero[2] = {_mm512_set1_epi8(8), _mm512_set1_epi8(8)};
-        unpack<GROUPS>(_mm512_loadu_si512(words), half[0], half[1]);
-        if (zeros) {
-            zero[0] = _mm512_set1_epi8(char(zeros[0]));
-            zero[1] = GROUPS == 1 ? zero[0] : _mm512_set1_epi8(char(zeros[GROUPS / 2]));
-            if (GROUPS == 4) {
-                zero[0] = _mm512_mask_set1_epi8(zero[0], 0xffffffff00000000u, char(zeros[1]));
-                zero[1] = _mm512_mask_set1_epi8(zero[1], 0xffffffff00000000u, char(zeros[3]));
-            }
-            zeros += GROUPS * blocks;
-        }
-        codes[r] = _mm512_sub_epi8(half[0], zero[0]);
-        codes[16 + r] = _mm512_sub_epi8(half[1], zero[1]);
-    }
+inline void unpack_rows(const uint8_t *words, int64_t row_bytes, __m512i *codes) {
+    for (int r = 0; r < 16; r++, words += row_bytes) unpack<GROUPS>(_mm512_loadu_si512(words), codes[r], codes[16 + r]);
 }
 
-// GROUPS: of a block. A group's sums leave the unit when those of the next are under way.
-template <int GROUPS>
+// Of 16 groups: each row's scale, and that times its zero point.
+struct Scales {
+    alignas(64) float scale[32][16], zero[32][16];
+
+    void read(const Weight &w, int64_t row, int rows, int64_t group, int64_t groups) {
+        __mmask16 mask = groups - group >= 16 ? 0xffff : (1u << (groups - group)) - 1;
+        for (int r = 0; r < rows; r++) {
+            int64_t place = (row + r) * groups + group;
+            __m512 own = _mm512_maskz_loadu_ps(mask, w.scale + place), point = _mm512_set1_ps(8);
+            if (w.zeros) {
+                __m128i bytes = _mm_maskz_loadu_epi8(mask, w.zeros + place);
+                point = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+            }
+            _mm512_store_ps(scale[r], own);
+            _mm512_store_ps(zero[r], _mm512_mul_ps(own, point));
+        }
+    }
+};
+
+// GROUPS: of a block. While the unit multiplies a block the next one is unpacked, and the sums of the group before it
+// are scaled.
+template <int GROUPS, int COUNT>
 inline void panel_int4(const Weight &w, int64_t row, const Input &in, __m512 *sums) {
-    int64_t blocks = padded(w.width) / BLOCK;
-    const uint8_t *next = static_cast<const uint8_t *>(w.data) + (row + 16) * blocks * 64;
-    const uint8_t *x = reinterpret_cast<const uint8_t *>(in.codes);
-    alignas(64) __m512i codes[2][32], whole[2][2][16];
-    __m512 sum[16];
-    for (auto &s : sum) s = _mm512_setzero_ps();
+    int64_t blocks = padded(w.width) / BLOCK, row_bytes = 64 * blocks;
+    const uint8_t *words = static_cast<const uint8_t *>(w.data) + row * row_bytes;
+    const uint8_t *next = words + 16 * COUNT * row_bytes, *x = reinterpret_cast<const uint8_t *>(in.codes);
+    alignas(64) __m512i codes[2][COUNT][32], whole[2][2 * COUNT][16];
+    Scales scales;
+    for (int r = 0; r < 16 * COUNT; r++) sums[r] = _mm512_setzero_ps();
+    auto unpack_next = [&](int64_t block) {
+        for (int i = 0; i < COUNT; i++)
+            unpack_rows<GROUPS>(words + 16 * i * row_bytes + 64 * block, row_bytes, codes[block % 2][i]);
+    };
     auto take = [&](int64_t group) {
+        if (group % 16 == 0) scales.read(w, row, 16 * COUNT, group, blocks * GROUPS);
         const auto &from = whole[group % 2];
-        const float *scale = w.scale + row * blocks * GROUPS + group;
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++) {
-            __m512i both = _mm512_add_epi32(_mm512_slli_epi32(from[0][r], 8), from[1][r]);
-            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(both), _mm512_set1_ps(scale[r * blocks * GROUPS]), sum[r]);
+        __m512 own = _mm512_loadu_ps(in.sums + group * MOST);
+        const float *scale = scales.scale[0] + group % 16, *zero = scales.zero[0] + group % 16;
+#pragma GCC unroll 32
+        for (int r = 0; r < 16 * COUNT; r++) {
+            __m512i high = _mm512_slli_epi32(from[r / 16 * 2][r % 16], 8);
+            __m512 both = _mm512_cvtepi32_ps(_mm512_add_epi32(high, from[r / 16 * 2 + 1][r % 16]));
+            __m512 sum = _mm512_fmadd_ps(both, _mm512_set1_ps(scale[16 * r]), sums[r]);
+            sums[r] = _mm512_fnmadd_ps(own, _mm512_set1_ps(zero[16 * r]), sum);
         }
     };
-    for (int64_t block = 0; block < blocks; block++, next += 1024, x += 2 * PAIR) {
-        __m512i *own = codes[block % 2];
-        unpack_rows<GROUPS>(w, row, block, blocks, own);
-        ask_for(next, 16);
+    unpack_next(0);
+    for (int64_t block = 0; block < blocks; block++, next += 1024 * COUNT, x += 2 * PAIR) {
+        ask_for(next, 16 * COUNT);
+        if (block + 1 < blocks) unpack_next(block + 1);
         asm volatile("" ::: "memory");  // older compilers do not know that a tile is loaded from memory
+        const __m512i *own = codes[block % 2][0];
         for (int g = 0; g < GROUPS; g++) {
             int64_t group = block * GROUPS + g;
-            int half = g * 2 / GROUPS, part = GROUPS == 4 ? g % 2 : 0;
-            const uint8_t *tile = reinterpret_cast<const uint8_t *>(own + 16 * half) + 32 * part;
-            const uint8_t *from = x + half * PAIR + part * TILE_BYTES / 2;
+            auto &to = whole[group % 2];
             _tile_zero(0);
             _tile_zero(1);
-            _tile_loadd(2, tile, 64);
-            _tile_loadd(4, from, 64);
-            _tile_loadd(5, from + TILE_BYTES, 64);
-            _tile_dpbssd(0, 2, 4);
-            _tile_dpbsud(1, 2, 5);
-            if (GROUPS == 1) {
-                _tile_loadd(3, tile + TILE_BYTES, 64);
-                _tile_loadd(6, from + PAIR, 64);
-                _tile_loadd(7, from + PAIR + TILE_BYTES, 64);
-                _tile_dpbssd(0, 3, 6);
-                _tile_dpbsud(1, 3, 7);
+            if (COUNT > 1) {
+                _tile_zero(2);
+                _tile_zero(3);
             }
-            _tile_stored(0, whole[group % 2][0], 64);
-            _tile_stored(1, whole[group % 2][1], 64);
+            for (int half = g * 2 / GROUPS; half < (g + 1) * 2 / GROUPS || half == g * 2 / GROUPS; half++) {
+                int part = GROUPS == 4 ? g % 2 : 0;
+                const uint8_t *from = x + half * PAIR + part * TILE_BYTES / 2;
+                const uint8_t *tile = reinterpret_cast<const uint8_t *>(own + 16 * half) + 32 * part;
+                _tile_loadd(6, from, 64);
+                _tile_loadd(4, tile, 64);
+                _tile_loadd(7, from + TILE_BYTES, 64);
+                _tile_dpbssd(0, 4, 6);
+                _tile_dpbsud(1, 4, 7);
+                if (COUNT > 1) {
+                    _tile_loadd(5, tile + PAIR, 64);
+                    _tile_dpbssd(2, 5, 6);
+                    _tile_dpbsud(3, 5, 7);
+                }
+            }
+            _tile_stored(0, to[0], 64);
+            _tile_stored(1, to[1], 64);
+            if (COUNT > 1) {
+                _tile_stored(2, to[2], 64);
+                _tile_stored(3, to[3], 64);
+            }
             if (group > 0) take(group - 1);
         }
     }
     take(blocks * GROUPS - 1);
     __m512 steps = _mm512_loadu_ps(in.steps);
-    for (int r = 0; r < 16; r++) sums[r] = _mm512_mul_ps(sum[r], steps);
+    for (int r = 0; r < 16 * COUNT; r++) sums[r] = _mm512_mul_ps(sums[r], steps);
 }
 
 template <int COUNT>
 inline void panel(const Weight &w, int64_t row, const Input &in, __m512 *sums) {
+    constexpr int SOME = COUNT > 1 ? 2 : 1;
     if (w.kind == BFLOAT16) panel_half<COUNT>(w, row, in, sums);
-    else if (w.kind == INT8) panel_int8<(COUNT > 1 ? 2 : 1)>(w, row, in, sums);
-    else if (w.group == 128) panel_int4<1>(w, row, in, sums);
-    else if (w.group == 64) panel_int4<2>(w, row, in, sums);
-    else panel_int4<4>(w, row, in, sums);
+    else if (w.kind == INT8) panel_int8<SOME>(w, row, in, sums);
+    else if (w.group == 128) panel_int4<1, SOME>(w, row, in, sums);
+    else if (w.group == 64) panel_int4<2, SOME>(w, row, in, sums);
+    else panel_int4<4, SOME>(w, row, in, sums);
 }
 
 inline void by_tiles(const Weight &w, const Input &in, int tokens, int64_t row, int64_t last, const Output &out) {
     TileShape shape;
     bool narrower = w.kind == INT4 && w.group == 32;  // a group is half a tile
     for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
-    for (int i = 2; i < 4 && narrower; i++) shape.bytes[i] = 32;
-    for (int i = 4; i < 8 && narrower; i++) shape.rows[i] = 8;
+    for (int i = 4; i < 6 && narrower; i++) shape.bytes[i] = 32;
+    for (int i = 6; i < 8 && narrower; i++) shape.rows[i] = 8;
     asm volatile("" ::: "memory");
     _tile_loadconfig(&shape);
     alignas(64) __m512 sums[64];
-    int count = w.kind == BFLOAT16 ? 4 : w.kind == INT8 ? 2 : 1;
+    int count = w.kind == BFLOAT16 ? 4 : 2;
     for (; row + 16 * count <= last; row += 16 * count) {
         if (count == 4) panel<4>(w, row, in, sums);
-        else if (count == 2) panel<2>(w, row, in, sums);
-        else panel<1>(w, row, in, sums);
+        else panel<2>(w, row, in, sums);
         for (int i = 0; i < count; i++) {
             int64_t from = row + 16 * i;
             put_tile(w, from, from, from + 16, tokens, sums + 16 * i, out);

@@ -163,18 +163,23 @@ inline void split(const float *x, int64_t count, float inverse, bool one_group, 
     }
 }
 
+// put(what the codes of so many planes add up to), for each group of a block.
+template <class Put>
+inline void sum_groups(const __m512i *q, int planes, const Put &put) {
+    for (int j = 0; j < 8; j += planes) {
+        __m512i sum = q[j];
+        for (int i = 1; i < planes; i++) sum = _mm512_add_epi32(sum, q[j + i]);
+        put(float(_mm512_reduce_add_epi32(sum)));
+    }
+}
+
 // A row of x for int4: of each block 128 high bytes, then 128 low ones. sums: of the codes of each group.
 inline void prepare_int4(const Weight &w, const float *x, float inverse, int16_t *codes, float *sums) {
     uint8_t *bytes = reinterpret_cast<uint8_t *>(codes);
-    int planes = int(w.group / 16);
     for (int64_t k = 0; k < w.width; k += BLOCK, bytes += 2 * BLOCK) {
         __m512i q[8];
         split(x + k, w.width - k, inverse, w.group == BLOCK, q, bytes, bytes + BLOCK);
-        for (int j = 0; j < 8; j += planes) {
-            __m512i sum = q[j];
-            for (int i = 1; i < planes; i++) sum = _mm512_add_epi32(sum, q[j + i]);
-            *sums++ = float(_mm512_reduce_add_epi32(sum));
-        }
+        sum_groups(q, int(w.group / 16), [&](float sum) { *sums++ = sum; });
     }
 }
 
