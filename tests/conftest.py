@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Plain torch, but where a test asks for `cpu_operations`: every worker would compile our own in its empty cache.
+os.environ.setdefault("TUNESMITH_CPU_TRAIN", "0")
 # A process that trained keeps its memory (train/allocator.py), and tests of memory come after tests of training.
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")
 # Compiling takes as long as many tests: engines go through torch but where a test asks for the library.
@@ -146,6 +148,20 @@ def compiled_library(kernel_cache: Path) -> Any:
     if library is None:
         pytest.skip("no C++ compiler here")
     return library
+
+
+@pytest.fixture
+def cpu_operations(kernel_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Training in float32 computes by our own C++ (kernels/cpu_train.py), as it does for a user who has a compiler."""
+    from tunesmith.kernels import cpu_train
+
+    monkeypatch.setenv(cpu_train.SWITCH, "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel_cache))
+    cpu_train.forget()
+    if not cpu_train.prepare():
+        pytest.skip(f"no operations compiled here: {cpu_train.facts()['reason']}")
+    yield
+    cpu_train.forget()
 
 
 @pytest.fixture(scope="session")

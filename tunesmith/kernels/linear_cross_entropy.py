@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels.cross_entropy import cross_entropy, cross_entropy_and_grad_
 from tunesmith.kernels.scale import scale_
 from tunesmith.units import ceil_div
@@ -130,7 +131,7 @@ class _Head:
     def _chunk(self, chunk: slice, logits_CV: Tensor) -> Tensor:
         rows = None if self.index is None else self.index[chunk]
         hidden_CD = self.hidden[chunk] if rows is None else self.hidden.index_select(0, rows)
-        torch.mm(hidden_CD, self.weight.t(), out=logits_CV)
+        _multiply(hidden_CD, self.weight, logits_CV, flat=False)
         if not self.with_gradient:
             return cross_entropy(logits_CV, self.targets[chunk])
         losses = cross_entropy_and_grad_(logits_CV, self.targets[chunk], self.scale)
@@ -140,11 +141,19 @@ class _Head:
     def _add_gradients(self, dlogits_CV: Tensor, hidden_CD: Tensor, chunk: slice, rows: Tensor | None) -> None:
         if self.grad_hidden is not None:
             if rows is None:
-                torch.mm(dlogits_CV, self.weight, out=self.grad_hidden[chunk])
+                _multiply(dlogits_CV, self.weight, self.grad_hidden[chunk], flat=True)
             else:
-                self.grad_hidden.index_copy_(0, rows, torch.mm(dlogits_CV, self.weight))
+                grad_CD = torch.empty_like(hidden_CD)
+                self.grad_hidden.index_copy_(0, rows, _multiply(dlogits_CV, self.weight, grad_CD, flat=True))
         if self.grad_weight is not None:
             _add_product(self.grad_weight, dlogits_CV.t(), hidden_CD, 1.0 / self.scale, first=chunk.start == 0)
+
+
+def _multiply(left_CK: Tensor, weight_VD: Tensor, out: Tensor, *, flat: bool) -> Tensor:
+    """out = left @ weight where `flat`, else left @ weight.T."""
+    if cpu_train.takes_product(left_CK, weight_VD):
+        return cpu_train.product(left_CK, cpu_train.Adapted(weight_VD), flat=flat, out=out)
+    return torch.mm(left_CK, weight_VD if flat else weight_VD.t(), out=out)
 
 
 def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, alpha: float, *, first: bool) -> None:

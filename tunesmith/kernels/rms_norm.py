@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 
@@ -27,6 +28,8 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
         from tunesmith.kernels.rms_norm_triton import rms_norm_operator
 
         return rms_norm_operator(x_TD, weight_D, eps)
+    if cpu_train.takes(x_TD, weight_D) and x_TD.dim() > 1:
+        return cpu_train.rms_norm(x_TD, weight_D, eps)
     if in_float32_on_cpu(x_TD, weight_D):
         rstd = x_TD.square().mean(-1).add_(eps).rsqrt_()
         return rms_norm_again(x_TD, weight_D, rstd), rstd
@@ -39,6 +42,8 @@ def rms_norm_again(x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor) -> Tensor:
         from tunesmith.kernels.rms_norm_triton import rms_norm_again_operator
 
         return rms_norm_again_operator(x_TD, weight_D, rstd_T)
+    if cpu_train.takes(x_TD, weight_D, rstd_T) and x_TD.dim() > 1:
+        return cpu_train.rms_norm(x_TD, weight_D, 0.0, rstd_T)[0]
     if in_float32_on_cpu(x_TD, weight_D):
         return x_TD.mul(rstd_T[..., None]).mul_(weight_D).contiguous()
     return rms_norm_again_reference(x_TD, weight_D, rstd_T)
@@ -54,6 +59,8 @@ def rms_norm_backward(
     Returns: grad_x contiguous, of x's shape and dtype; grad_weight float32 [D] or None, summed in an order that is
     the same in every run on the same chip.
     """
+    if cpu_train.takes(grad_y_TD, x_TD, weight_D, rstd_T, add_TD) and x_TD.dim() > 1:
+        return cpu_train.rms_norm_backward(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
     if in_float32_on_cpu(grad_y_TD, x_TD, weight_D, add_TD):
         return _rms_norm_backward_in_place(grad_y_TD, x_TD, weight_D, rstd_T, add_TD, weight_grad)
     if not use_kernel(x_TD.device):

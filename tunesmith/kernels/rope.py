@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 
@@ -25,6 +26,8 @@ def rope_(x_TNH: Tensor, cos_TH2: Tensor, sin_TH2: Tensor, inverse: bool = False
         from tunesmith.kernels.rope_triton import rope_operator
 
         rope_operator(x_TNH, cos_TH2, sin_TH2, inverse)
+    elif x_TNH.dim() == 3 and cpu_train.takes(x_TNH, cos_TH2, sin_TH2):
+        cpu_train.rope_(x_TNH, cos_TH2, sin_TH2, inverse)
     elif in_float32_on_cpu(x_TNH):
         _rope_in_place(x_TNH, cos_TH2, sin_TH2, inverse)
     else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.kernels.nf4 import use_kernel
 
@@ -21,6 +22,8 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
         from tunesmith.kernels.swiglu_triton import swiglu_operator
 
         return swiglu_operator(gate_up_TF)
+    if gate_up_TF.dim() == 2 and cpu_train.takes(gate_up_TF):
+        return cpu_train.swiglu(gate_up_TF)
     if in_float32_on_cpu(gate_up_TF):
         return _swiglu_in_place(gate_up_TF)
     return swiglu_reference(gate_up_TF)
@@ -39,6 +42,8 @@ def swiglu_backward(
         from tunesmith.kernels.swiglu_triton import swiglu_backward_on_gpu
 
         return swiglu_backward_on_gpu(grad_h_TI, gate_up_TF, want_h, out)
+    if gate_up_TF.dim() == 2 and cpu_train.takes(grad_h_TI, gate_up_TF, out):
+        return cpu_train.swiglu_backward(grad_h_TI, gate_up_TF, want_h, out)
     if in_float32_on_cpu(grad_h_TI, gate_up_TF, out):
         return _swiglu_backward_in_place(grad_h_TI, gate_up_TF, want_h, out)
     return swiglu_backward_reference(grad_h_TI, gate_up_TF, want_h, out)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tunesmith.arch import ModelConfig
 from tunesmith.model.attention_choice import choose, shape_of
 from tunesmith.model.checkpointing import goes_by_operators
-from tunesmith.model.cpu_attention import attend_held, fits_held
+from tunesmith.model.cpu_attention import attend_compiled, attend_held, fits_compiled, fits_held
 from tunesmith.model.packed import BoundedPack, PackedTokens
 from tunesmith.model.uncompiled import import_uncompiled
 
@@ -82,7 +82,10 @@ class PackedAttention:
             if query_TNH.is_cuda and fits_varlen(query_TNH, _capability(query_TNH.device)):
                 return self._attend_fastest(query_TNH, key_TKH, value_TKH, window)
             lengths = self.pack.lengths
-            if query_TNH.device.type == "cpu" and (window is None or window >= lengths[0]) and len(set(lengths)) == 1:
+            sees_all = window is None or window >= max(lengths)
+            if sees_all and not goes_by_operators() and fits_compiled(query_TNH, key_TKH, value_TKH):
+                return attend_compiled(query_TNH, key_TKH, value_TKH, lengths)
+            if query_TNH.device.type == "cpu" and sees_all and len(set(lengths)) == 1:
                 holds = fits_held(query_TNH, key_TKH, value_TKH, lengths[0]) and not goes_by_operators()
                 attend_even = attend_held if holds else _attend_dense
                 return attend_even(query_TNH, key_TKH, value_TKH, lengths[0])

@@ -10,11 +10,13 @@ length, so this is for short documents. Source: arXiv 1706.03762, section 3.2.1;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels.in_float32 import in_float32_on_cpu
 
 BLOCK = 64
@@ -30,6 +32,44 @@ def fits_held(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor, length: int
     tensors = (query_TNH, key_TKH, value_TKH)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return wanted and SHORTEST <= length <= LONGEST and in_float32_on_cpu(*tensors)
+
+
+def fits_compiled(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> bool:
+    """Whether `attend_compiled` takes these heads."""
+    return query_TNH.shape[-1] % 16 == 0 and cpu_train.takes(query_TNH, key_TKH, value_TKH)
+
+
+def attend_compiled(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor, lengths: Sequence[int]) -> Tensor:
+    """out_TNH of documents of any lengths, by our own C++ (kernels/cpu_attention.hpp); N a multiple of K."""
+    return cast(Tensor, _Compiled.apply(query_TNH, key_TKH, value_TKH, tuple(lengths)))
+
+
+class _Compiled(torch.autograd.Function):
+    """The same sums; the probabilities are made again in the backward pass, from the logarithm of each row's sum."""
+
+    @staticmethod
+    def forward(ctx: Any, query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        out, logs = query_TNH.new_empty(query_TNH.shape), query_TNH.new_empty(query_TNH.shape[:2])
+        cpu_train.attend(logs, lengths, query_TNH, key_TKH, value_TKH, out)
+        ctx.save_for_backward(query_TNH, key_TKH, value_TKH, out, logs)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        query, key, value, out, logs = ctx.saved_tensors
+        parts = _joined_grads(query, key)
+        g = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        cpu_train.attend(logs, ctx.lengths, query, key, value, out, g, *parts, is_backward=True)
+        return *parts, None
+
+
+def _joined_grads(query_TNH: Tensor, key_TKH: Tensor) -> tuple[Tensor, ...]:
+    """Where gradients of query, key and value go: one buffer, the layout of a fused projection, so that whoever joins
+    the three needs no copy."""
+    heads = (query_TNH.shape[1], key_TKH.shape[1], key_TKH.shape[1])
+    joined = query_TNH.new_empty(query_TNH.shape[0], sum(heads), query_TNH.shape[2])
+    return joined.split(heads, dim=1)
 
 
 def attend_held(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor, length: int) -> Tensor:
@@ -62,11 +102,8 @@ class _Held(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         out_TNH, key_CSH, value_CSH, *held = ctx.saved_tensors
         (g_TNH,), length = grads, ctx.length
-        num_tokens, num_heads, head_dim = g_TNH.shape
-        num_kv_heads = key_CSH.shape[0] * length // num_tokens
-        # One buffer, the layout of a fused projection: whoever joins the three needs no copy.
-        joined = g_TNH.new_empty(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-        dquery, dkey, dvalue = joined.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+        num_kv_heads = key_CSH.shape[0] * length // g_TNH.shape[0]
+        dquery, dkey, dvalue = _joined_grads(g_TNH, g_TNH[:, :num_kv_heads])
         dquery_BKGSH = _grouped(dquery, num_kv_heads, length)
         g_BKGSH = _grouped(g_TNH, num_kv_heads, length)
         along_BKGS1 = _grouped(torch.linalg.vecdot(g_TNH, out_TNH)[..., None], num_kv_heads, length)

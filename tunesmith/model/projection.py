@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels.dropout import Noise, add_dropout_, dropout
 from tunesmith.kernels.in_float32 import in_float32_on_cpu
 from tunesmith.model.fp8 import Fp8Linear
@@ -114,7 +115,7 @@ class Projection:
 
     def input_grad_apart(self, g_TF: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
         """`input_grad` with the product of `beside_grad` left to the caller: g W, and g up [T, R]."""
-        dx = g_TF @ self._merged_weight() if self.merges(g_TF) else self.base.input_grad(g_TF)
+        dx = self._merged_grad(g_TF) if self.merges(g_TF) else self.base.input_grad(g_TF)
         if self.low_rank is None:
             return dx, None
         dlow = self.low_rank.inner_grad(g_TF)
@@ -160,11 +161,26 @@ class Projection:
         return self.base.product(x_TD).add_(residual_TF)
 
     def _merged_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
-        weight, bias = self._merged_weight(), self.base.bias
+        bias = self.base.bias
+        adapted = self._adapted()
+        if cpu_train.takes_product(x_TD, adapted.weight_FD, residual_TF, bias):
+            return cpu_train.product(x_TD, adapted, flat=False, residual=residual_TF, bias=bias)
+        weight = self._merged_weight()
         if residual_TF is None:
             return F.linear(x_TD, weight, None if bias is None else bias.to(x_TD.dtype))
         y = torch.addmm(residual_TF, x_TD, weight.t())
         return y if bias is None else y.add_(bias)
+
+    def _merged_grad(self, g_TF: Tensor) -> Tensor:
+        adapted = self._adapted()
+        if cpu_train.takes_product(g_TF, adapted.weight_FD):
+            return cpu_train.product(g_TF, adapted, flat=True)
+        return g_TF @ self._merged_weight()
+
+    def _adapted(self) -> cpu_train.Adapted:
+        assert self.low_rank is not None and isinstance(self.base, Linear)
+        low_rank = self.low_rank
+        return cpu_train.Adapted(self.base.weight.detach(), low_rank.up_FR, low_rank.down_RD, low_rank.blocks)
 
     def _merged_weight(self) -> Tensor:
         assert self.low_rank is not None and isinstance(self.base, Linear)

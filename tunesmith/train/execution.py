@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tunesmith.kernels import cpu_train
 from tunesmith.model.attention_choice import choices
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
@@ -14,12 +15,15 @@ def execution_facts(model: LanguageModel) -> dict[str, Any]:
     """What run.json keeps under `execution`: plain data.
 
     fused_blocks of blocks, those of this process's pipeline stage; graphs: pairs recorded; graphs_refused: why none
-    are; attention: the kernel chosen for each shape, with the milliseconds of every candidate.
+    are; attention: the kernel chosen for each shape, with the milliseconds of every candidate; cpu: whether a CPU's
+    operations were our own C++, and products split for its matrix unit.
     """
+    cpu = cpu_train.facts()
     if not isinstance(model, Decoder):
-        return {"blocks": None, "fused_blocks": 0, "graphs": 0, "graphs_refused": None, "attention": []}
+        return {"blocks": None, "fused_blocks": 0, "graphs": 0, "graphs_refused": None, "attention": [], "cpu": cpu}
     captured = model.captured
     return {
+        "cpu": cpu,
         "blocks": len(own_blocks(model)),
         "fused_blocks": model.num_fused_blocks,
         "graphs": 0 if captured is None else captured.num_graphs,

@@ -27,6 +27,7 @@ from tunesmith.rundir.io import read_jsonl, write_json_atomic, write_text_atomic
 from tunesmith.rundir.layout import RunDir, create_run, open_run
 from tunesmith.text.preview import check_trainable, mask_preview
 from tunesmith.train.allocator import prepare_allocator
+from tunesmith.train.cpu_operations import prepare_cpu_operations
 from tunesmith.train.determinism import configure_cublas
 from tunesmith.train.directories import check_resumable as check_resumable
 from tunesmith.train.directories import missing_folders, opened_run, recorded, shared_run, with_steps_of
@@ -114,6 +115,7 @@ def train(
             asked = _for_this_process(asked, mesh)
         with watch.part("recipe and device"):
             resolved = resolve_recipe(asked, mesh.world_size)
+            prepare_cpu_operations(resolved)
         folders = None if resume is not None else missing_folders(Path(resolved.output if run_dir is None else run_dir))
         with watch.part("run directory"):
             make = partial(_run_directory, resolved, resume, run_dir)

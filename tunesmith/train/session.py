@@ -31,6 +31,7 @@ from tunesmith.train import randomness
 from tunesmith.train.allocator import cap_device_memory, prepare_allocator
 from tunesmith.train.batches import Dataset, MicroBatch, build_micro_batch, describe_rows
 from tunesmith.train.clock import StepClock, StepTime
+from tunesmith.train.cpu_operations import prepare_cpu_operations
 from tunesmith.train.deepspeed_update import DeepSpeedUpdater
 from tunesmith.train.determinism import set_determinism
 from tunesmith.train.engines import loss_without_step, spread_and_updater
@@ -349,6 +350,7 @@ def build_session(
         prepare_allocator(recipe.model.device)
         resolved = resolve_recipe(recipe, 1 if mesh is None else mesh.world_size)
         set_determinism(resolved)
+        prepare_cpu_operations(resolved)
         cap_device_memory(torch.device(resolved.model.device), resolved.train.device_memory_gb)
         directory = resolve_model(resolved.model.path, resolved.model.revision)
     with (

@@ -1,4 +1,4 @@
-"""What is computed in place in float32 on a CPU, against the references."""
+"""What is computed in float32 on a CPU, in place by torch and by our own C++, against the references."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels.cross_entropy import IGNORED, cross_entropy_and_grad_, cross_entropy_and_grad_reference_
 from tunesmith.kernels.in_float32 import in_float32_on_cpu
-from tunesmith.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_backward_reference, rms_norm_reference
+from tunesmith.kernels.rms_norm import (
+    rms_norm,
+    rms_norm_again,
+    rms_norm_backward,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+)
 from tunesmith.kernels.rope import rope_, rope_reference_, rope_tables_half
 from tunesmith.kernels.swiglu import swiglu, swiglu_backward, swiglu_backward_reference, swiglu_reference
 from tunesmith.kernels.swiglu_low_rank import (
@@ -26,11 +33,20 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SHAPES = [(1, 48), (3, 200), (17, 96), (2, 3584)]
 
 
+@pytest.fixture(params=["torch", "compiled"], autouse=True)
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether the operations are our own C++."""
+    if request.param == "compiled":
+        request.getfixturevalue("cpu_operations")
+    return bool(request.param == "compiled")
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_only_float32_on_a_cpu() -> None:
+def test_only_float32_on_a_cpu(compiled: bool) -> None:
+    assert cpu_train.takes(torch.zeros(2)) == compiled
     x = torch.zeros(2)
     assert in_float32_on_cpu(x, None)
     assert not in_float32_on_cpu(x, x.bfloat16())
@@ -68,11 +84,13 @@ def test_swiglu_with_adapters(adapted: str, over_the_input: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 48), (17, 200), (5, 3, 16)])
 @pytest.mark.parametrize("with_stream", [True, False])
-def test_rms_norm(shape: tuple[int, ...], with_stream: bool) -> None:
+def test_rms_norm(shape: tuple[int, ...], with_stream: bool, compiled: bool) -> None:
     x, weight, grad_y = random(*shape), random(shape[-1], seed=1), random(*shape, seed=2)
     add = random(*shape, seed=3) if with_stream else None
     y, rstd = rms_norm(x, weight, 1e-6)
-    assert torch.equal(y, rms_norm_reference(x, weight, 1e-6)[0])
+    expected = rms_norm_reference(x, weight, 1e-6)[0]
+    torch.testing.assert_close(y, expected, rtol=1e-6 if compiled else 0, atol=0)
+    assert torch.equal(rms_norm_again(x, weight, rstd), y)
     given = grad_y.clone()
     mine = rms_norm_backward(grad_y, x, weight, rstd, add, True)
     torch.testing.assert_close(mine, rms_norm_backward_reference(grad_y, x, weight, rstd, add, True), **CLOSE)

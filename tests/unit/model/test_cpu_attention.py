@@ -9,7 +9,7 @@ from torch import Tensor
 from tunesmith.arch import ModelConfig
 from tunesmith.model import cpu_attention
 from tunesmith.model.attention import PackedAttention
-from tunesmith.model.cpu_attention import LONGEST, SHORTEST, attend_held, fits_held
+from tunesmith.model.cpu_attention import LONGEST, SHORTEST, attend_compiled, attend_held, fits_compiled, fits_held
 from tunesmith.model.packed import pack_documents
 
 
@@ -101,3 +101,40 @@ def test_packed_attention_takes_it(
     torch.testing.assert_close(out, reference, atol=1e-5, rtol=1e-5)
     for got, wanted in zip(grads, torch.autograd.grad(reference, parts, g), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_operations")
+@pytest.mark.parametrize("lengths", [(1, 2), (40, 33, 64, 1), (150,)])
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 3, 48), (2, 1, 128)])
+def test_compiled_equals_the_formula(lengths: tuple[int, ...], heads: tuple[int, int, int]) -> None:
+    parts, g = _drawn(1, sum(lengths), heads)
+    assert fits_compiled(*parts)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    documents = zip(*(part.split(lengths) for part in exact), strict=True)
+    expected = torch.cat([_formula(q, k, v, len(q)) for q, k, v in documents])
+    out = attend_compiled(*parts, lengths)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    grads = torch.autograd.grad(out, parts, g, retain_graph=True)
+    truth = torch.autograd.grad(expected, exact, g.double())
+    for got, wanted in zip(grads, truth, strict=True):
+        torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5)
+    again = torch.autograd.grad(out, parts, g)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+
+
+@pytest.mark.usefixtures("cpu_operations")
+def test_compiled_isolates_documents_to_the_bit() -> None:
+    """What a document is packed with does not show in its output or gradients."""
+    parts, g = _drawn(1, 90, (4, 2, 16))
+    packed = attend_compiled(*parts, (37, 53))
+    alone = attend_compiled(*(part[37:] for part in parts), (53,))
+    assert torch.equal(packed[37:], alone)
+    found = torch.autograd.grad(packed, parts, g)
+    lone = torch.autograd.grad(alone, parts, g[37:])
+    assert all(torch.equal(a[37:], b[37:]) for a, b in zip(found, lone, strict=True))
+
+
+@pytest.mark.usefixtures("cpu_operations")
+def test_compiled_only_heads_of_whole_vectors() -> None:
+    parts, _ = _drawn(1, 4, (2, 2, 8))
+    assert not fits_compiled(*parts)

@@ -1,0 +1,112 @@
+"""Our own C++ for training on a CPU: its products, its threads, and what happens where there is none.
+
+Its other operations are compared with the references in test_in_float32.py and model/test_cpu_attention.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tunesmith.kernels import cpu_compile, cpu_train
+from tunesmith.kernels.cpu_train import Adapted, product
+from tunesmith.kernels.swiglu import swiglu, swiglu_reference
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def splits(cpu_operations: None) -> None:
+    if not cpu_train.facts()["split_products"]:
+        pytest.skip("products are split only where the CPU has a matrix unit for bfloat16")
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize(("rows", "deep", "width"), [(256, 64, 32), (300, 1100, 45), (261, 77, 272)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_products_are_as_exact_as_float32(rows: int, deep: int, width: int, flat: bool) -> None:
+    """The error against float64 is no larger than that of torch's own float32 product by more than a half."""
+    x = random(rows, deep + 3)[:, :deep]
+    weight = random(*((deep, width) if flat else (width, deep)), seed=1)
+    factor = weight if flat else weight.t()
+    truth = x.double() @ factor.double()
+    found, plain = (((y - truth).square().mean().sqrt()) for y in (product(x, Adapted(weight), flat=flat), x @ factor))
+    assert found < 1.5 * plain
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_product_with_all_that_is_added(flat: bool) -> None:
+    """Adapters on two bands of the weight's rows, a residual, a bias, and an output with rows that are apart."""
+    weight, up, down = random(96, 80), torch.zeros(96, 5), random(5, 80, seed=2)
+    blocks = [(slice(0, 40), slice(0, 2)), (slice(50, 96), slice(2, 5))]
+    for rows, inner in blocks:
+        up[rows, inner] = random(rows.stop - rows.start, inner.stop - inner.start, seed=3)
+    x = random(290, 96 if flat else 80, seed=4)
+    width = 80 if flat else 96
+    residual, bias = random(290, width, seed=5), random(width, seed=6)
+    whole = weight + up @ down
+    out = torch.full((290, width + 4), 7.0)
+    right = Adapted(weight, up, down, blocks)
+    product(x, right, flat=flat, residual=residual, bias=bias, out=out[:, :width])
+    expected = x @ (whole if flat else whole.t()) + residual + bias
+    torch.testing.assert_close(out[:, :width], expected, rtol=1e-4, atol=1e-4)
+    assert (out[:, width:] == 7).all()
+
+
+@pytest.mark.usefixtures("splits")
+def test_what_is_not_finite_stays_so() -> None:
+    x = random(256, 32)
+    x[3, 5], x[9, 1], x[10, 1] = torch.nan, torch.inf, 3e38
+    y = product(x, Adapted(torch.ones(32, 32)), flat=True)
+    assert not y[3].isfinite().any()
+    assert not y[9].isfinite().any()
+    assert y[10].isfinite().all()
+    assert y[11:].isfinite().all()
+
+
+@pytest.mark.usefixtures("cpu_operations")
+def test_the_same_bits_by_any_number_of_threads() -> None:
+    gate_up, x, weight = random(300, 64), random(300, 48, seed=1), random(40, 48, seed=2)
+    norm, threads = torch.ones(48), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y, rstd = cpu_train.rms_norm(x, norm, 1e-6)
+            dx, dnorm = cpu_train.rms_norm_backward(y, x, norm, rstd, None, True)
+            assert dnorm is not None
+            made = [swiglu(gate_up), y, dx, dnorm]
+            if cpu_train.takes_product(x, weight):
+                made.append(product(x, Adapted(weight), flat=False))
+            found.append(made)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_without_a_compiler_it_is_torch(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv(cpu_train.SWITCH, "1")
+    monkeypatch.setattr(cpu_compile, "find_compiler", lambda: None)
+    cpu_train.forget()
+    try:
+        assert not cpu_train.prepare()
+        assert "slower: no C++ compiler" in caplog.text
+        assert "no C++ compiler" in str(cpu_train.facts()["reason"])
+        gate_up = random(4, 8)
+        torch.testing.assert_close(swiglu(gate_up), swiglu_reference(gate_up))
+    finally:
+        cpu_train.forget()
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv(cpu_train.SWITCH, "off")
+    cpu_train.forget()
+    try:
+        assert not cpu_train.prepare()
+        assert not caplog.text
+    finally:
+        cpu_train.forget()

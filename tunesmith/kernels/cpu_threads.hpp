@@ -1,0 +1,75 @@
+// Work shared by the threads that torch's own operators run on, and vectors of 16 floats.
+#pragma once
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+// libgomp's GOMP_parallel, as torch has loaded it: a second set of threads would fight the first for the cores.
+using Fork = void (*)(void (*)(void *), void *, unsigned, unsigned);
+inline Fork fork_threads = nullptr;
+
+// work(0) ... work(count - 1), each by whichever thread is free: what a part computes may not depend on the thread.
+template <class Work>
+void for_each(int64_t count, int64_t threads, const Work &work) {
+    struct Shared {
+        std::atomic<int64_t> next{0};
+        int64_t count;
+        const Work *work;
+    } shared;
+    shared.count = count;
+    shared.work = &work;
+    auto run = [](void *given) {
+        Shared *s = static_cast<Shared *>(given);
+        for (int64_t i; (i = s->next.fetch_add(1)) < s->count;) (*s->work)(i);
+    };
+    unsigned wanted = unsigned(threads < count ? threads : count);
+    if (wanted <= 1) run(&shared);
+    else fork_threads(run, &shared, wanted, 0);
+}
+
+inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t LANES = 16;
+typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline Vector all(float x) { return x - Vector{}; }
+
+inline Vector load(const float *from, int64_t left) {
+    if (left >= LANES) return *(const Vector *)from;
+    Vector v = {};
+    std::memcpy(&v, from, 4 * left);
+    return v;
+}
+
+inline void store(float *to, Vector v, int64_t left) {
+    if (left >= LANES) *(Vector *)to = v;
+    else std::memcpy(to, &v, 4 * left);
+}
+
+inline float sum_of(Vector v) {
+    float half[LANES / 2], sum = 0;
+    for (int i = 0; i < LANES / 2; i++) half[i] = v[i] + v[i + LANES / 2];
+    for (int i = 0; i < LANES / 2; i++) sum += half[i];
+    return sum;
+}
+
+// e^x to float32's precision: 2^n * e^r, r within ln 2 / 2, by the series. 0 below the smallest normal number's x.
+inline Vector exponential(Vector x) {
+    Whole none = x < -87.0f;
+    Vector y = none ? all(-87.0f) : x;
+    y = y > 88.0f ? all(88.0f) : y;
+    Vector n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
+    Vector r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector sum = r * (1.0f / 5040) + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    Vector power = (Vector)((__builtin_convertvector(n, Whole) + 127) << 23);
+    return none ? Vector{} : sum * power;
+}
