@@ -1,7 +1,7 @@
 """The Triton kernels of fp8, as torch custom operators. Imported only where Triton is installed.
 
-`quantize_rows` is limited by memory: a row is read once where it fits into the registers of one program, and from the
-cache a second time where it does not.
+`quantize_rows` is limited by memory: a row is read once where it fits into the registers of one program (wide ones by
+the kernel of `fp8_held_triton`), and a second time where it does not.
 """
 
 # Triton's decorator and its kernels' arguments have no types.
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.fp8_held_triton import code_of, held, launch_held, scale_of
 from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
@@ -28,29 +29,40 @@ TILE = 128
 def quantize_rows_operator(x: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes [T, D] and scales float32 [T, 1] of x [T, D], its columns multiplied by `fold` (float32 [D]) before."""
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    fold = None if fold is None else fold.contiguous()
     num_rows, width = x.shape
     codes = torch.empty(num_rows, width, dtype=FP8, device=x.device)
     scale = torch.empty(num_rows, 1, device=x.device)
     if codes.numel() == 0:
         return codes, scale.fill_(SMALLEST_SCALE)
     columns = min(WIDEST, triton.next_power_of_2(width))
+    form = None if columns >= width else held(width * x.element_size(), fold is not None)
     with current(x.device):
-        _quantize_rows_kernel[(num_rows,)](
-            x,
-            x if fold is None else fold,
-            codes,
-            scale,
-            x.stride(0),
-            width,
-            FOLD=fold is not None,
-            WHOLE=columns >= width,
-            COLUMNS=columns,
-            INVERSE_LARGEST=1 / LARGEST,
-            SMALLEST=SMALLEST_SCALE,
-            num_warps=max(1, min(8, columns // _COLUMNS_PER_WARP)),
-            enable_fp_fusion=False,  # nothing is multiplied and added
-        )
+        if form is None:
+            launch_by_columns(x, fold, codes, scale, columns, max(1, min(8, columns // _COLUMNS_PER_WARP)))
+        else:
+            launch_held(x, fold, codes, scale, form)
     return codes, scale
+
+
+def launch_by_columns(x: Tensor, fold: Tensor | None, codes: Tensor, scale: Tensor, columns: int, warps: int) -> None:
+    """Codes and scales of the rows of x, so many columns (a power of two) at a time: wider rows are read twice."""
+    num_rows, width = x.shape
+    _quantize_rows_kernel[(num_rows,)](
+        x,
+        x if fold is None else fold,
+        codes,
+        scale,
+        x.stride(0),
+        width,
+        FOLD=fold is not None,
+        WHOLE=columns >= width,
+        COLUMNS=columns,
+        INVERSE_LARGEST=1 / LARGEST,
+        SMALLEST=SMALLEST_SCALE,
+        num_warps=warps,
+        enable_fp_fusion=False,  # nothing is multiplied and added
+    )
 
 
 @quantize_rows_operator.register_fake
@@ -91,20 +103,6 @@ def _load_columns(x, fold, column, width, FOLD: tl.constexpr):
     if FOLD:
         value *= tl.load(fold + column, mask=column < width, other=0.0)
     return value
-
-
-@triton.jit
-def scale_of(largest, INVERSE_LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
-    """The scale of rows whose largest magnitude is this."""
-    scale = largest * INVERSE_LARGEST
-    # Written so that NaN stays NaN.
-    return tl.where(scale < SMALLEST, SMALLEST, scale)
-
-
-@triton.jit
-def code_of(value, scale):
-    """float32 values in units of their scale, rounded to fp8."""
-    return (value * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.fp8_triton import code_of, scale_of
+from tunesmith.kernels.fp8_held_triton import code_of, scale_of
 from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE
 from tunesmith.kernels.launch import current, in_rows
 

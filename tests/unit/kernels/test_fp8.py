@@ -143,7 +143,7 @@ def test_an_old_gpu_is_refused_by_name_with_what_to_use(monkeypatch: pytest.Monk
 
 
 KERNELS = """
-from tunesmith.kernels import fp8_triton
+from tunesmith.kernels import fp8_held_triton, fp8_triton
 from tunesmith.kernels.fp8 import FP8, quantize_rows_reference
 from tunesmith.kernels.fp8_triton import quantize_rows_operator, transpose_operator
 
@@ -152,7 +152,8 @@ def same(a, b):
 
 generator = torch.Generator().manual_seed(0)
 float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
-# Rows at once, and rows wider than what is held at once: whole steps of it, and a step with columns missing.
+# Rows at once, and rows that are read twice: whole steps of what is held at once, and a step with columns missing.
+fp8_held_triton.ALONE = fp8_held_triton.FOLDED = ()
 shapes = {8192: [(1, 48), (3, 1), (5, 200), (2, 3584)], 64: [(2, 1), (2, 128), (3, 200)]}
 for widest in (8192, 64):
     fp8_triton.WIDEST = widest
