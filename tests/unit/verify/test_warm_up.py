@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_the_device_is_the_recipes(device: str, index: int) -> None:
     assert warm_up_worker._device_index({"model": {"path": "x", "device": device}}) == index
 
 
-def test_the_work_compiles_a_recipes_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_work_compiles_a_recipes_kernels(torch_forks: Callable[..., str], tmp_path: Path) -> None:
     """In a process of its own, as the worker is, in which two compile."""
     pytest.importorskip("triton")
     code = (
@@ -111,9 +112,7 @@ def test_the_work_compiles_a_recipes_kernels(monkeypatch: pytest.MonkeyPatch, tm
         f"raw = recipe_from_mapping({{**{RECIPE!r}, 'method': {{'kind': 'lora', 'targets': ['q_proj']}}}})\n"
         "print(json.dumps(work(raw.model_dump(mode='json'), (9, 0), 2)))"
     )
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    answer = json.loads(done.stdout)
+    answer = json.loads(torch_forks(code, TRITON_CACHE_DIR=str(tmp_path)))
     assert answer["failed"] == []
     assert answer["kernels"] >= 8
     assert len(list(tmp_path.rglob("*.cubin"))) == answer["kernels"]
