@@ -39,11 +39,17 @@ class StoppedError(Exception):
 mode = Mode()
 
 
+PIPE_COLUMNS = 240
+"""The width of a pipe or a file: rich takes 80 there, and cuts tables to it."""
+
+
 @cache
 def _console(stderr: bool) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else PIPE_COLUMNS
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
 
 
 def __getattr__(name: str) -> Console:

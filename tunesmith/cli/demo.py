@@ -90,6 +90,7 @@ def demo(
     words_for(language)
     began, folder, size = time.monotonic(), _folder(output), QUICK if quick else FULL
     with _says_what_is_kept(folder):
+        _announce()
         if not _doctor():
             console.emit({"ready": False})
             return 1
@@ -143,6 +144,17 @@ def _stage(number: int, title: str, *lines: str) -> None:
         console.err.print(line, markup=False)
 
 
+def _announce() -> None:
+    """What is going to happen, and whether the machine has time for it."""
+    from tunesmith.bench.machine import machine_load
+    from tunesmith.cli.demo_clock import busy_line, outline
+
+    for line in outline(METHODS):
+        console.err.print(line, markup=False)
+    if (warning := busy_line(machine_load())) is not None:
+        console.err.print(warning, style="yellow", markup=False)
+
+
 def _doctor() -> bool:
     """Whether the machine is ready."""
     from tunesmith.cli.doctor import show
@@ -173,6 +185,7 @@ def _matrix(folder: Path, model: str, size: Size) -> tuple[Path, int]:
     """The run directory of the five methods, and how many of them were measured."""
     from tunesmith.bench.display import BenchDisplay
     from tunesmith.bench.matrix import bench
+    from tunesmith.cli.demo_clock import DemoClock
 
     _stage(
         2,
@@ -185,8 +198,9 @@ def _matrix(folder: Path, model: str, size: Size) -> tuple[Path, int]:
     )
     recipe = _recipe("demo", model, size.matrix)
     with BenchDisplay(console.err) as display:
+        clock = DemoClock(display, lambda line: console.err.print(line, style="dim", markup=False))
         result = bench(
-            recipe, run_dir=folder / "matrix", command="tunesmith bench train recipes/demo.yaml", progress=display
+            recipe, run_dir=folder / "matrix", command="tunesmith bench train recipes/demo.yaml", progress=clock
         )
     return result.run_dir, result.num_ok
 

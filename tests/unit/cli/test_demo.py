@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from tunesmith.bench.matrix import Event
 from tunesmith.cli import demo, main
+from tunesmith.cli.demo_clock import REST, DemoClock, busy_line
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.layout import RunDir, create_run
 
@@ -53,3 +56,22 @@ def test_ctrl_c_ends_with_that_line_and_130(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"tunesmith: interrupted: kept in {folder}: 3 of 5 methods measured: tunesmith report ")
     assert last.endswith("tunesmith demo")
+
+
+def test_the_time_left_follows_from_what_was_measured() -> None:
+    """Nothing said how long the demo takes; a constant would be wrong on every other machine."""
+    said: list[str] = []
+    times = iter([0.0, 6.0, 10.0])
+    clock = DemoClock(lambda event: None, said.append, lambda: next(times))
+    for cell in (None, {}, None, {}):
+        clock(Event(cast(Any, None), repeat=0, position=0, count=10, cell=cell))
+    assert REST == 0.6
+    assert said == [
+        "  about 1 min 30 s more for the whole demo, as fast as so far (the first of 10 measurements took 6 s)",
+        "  about 1 min 10 s more for the whole demo, as fast as so far",
+    ]
+
+
+def test_a_busy_machine_is_warned_of() -> None:
+    assert busy_line({"load_average": 0.9, "cores": 2, "is_busy": False}) is None
+    assert "3.5 programs want its 2 cores" in (busy_line({"load_average": 3.5, "cores": 2, "is_busy": True}) or "")
