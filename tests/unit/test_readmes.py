@@ -19,7 +19,8 @@ def commands(text: str) -> list[str]:
 
 
 def links(text: str) -> list[str]:
-    return sorted({target for target in re.findall(r"\]\(([^)]*)\)", text) if target not in (ENGLISH, CHINESE)})
+    targets = {target for target in re.findall(r"\]\(([^)]*)\)", text) if target not in (ENGLISH, CHINESE)}
+    return sorted("#" if target.startswith("#") else target for target in targets)
 
 
 def figures(text: str) -> list[list[str]]:
@@ -33,3 +34,12 @@ def test_both_languages_say_the_same(part) -> None:
     """The Chinese one had lost a third of its content."""
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in (ENGLISH, CHINESE))
     assert part(chinese) == part(english)
+
+
+@pytest.mark.parametrize("name", [ENGLISH, CHINESE])
+def test_links_into_the_page_meet_a_heading(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+    inside = re.findall(r"\]\(#([^)]*)\)", text)
+    assert inside and set(inside) <= anchors
