@@ -35,7 +35,8 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, int], int]]:
         "swiglu_low_rank_grads": (
             sums._grads_kernel,
             {**{name: kind for name, kind in backward.items() if name not in ("h", "out", "out_stride")}, **gradients},
-            {**shape, **GRAD_RANKS, "ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS, "STEPS": sums.STEPS},
+            {**shape, **GRAD_RANKS, "ROWS": sums.ROWS, "COLUMNS": sums.COLUMNS, "STEPS": sums.STEPS}
+            | {"STAGES": sums.STAGES},
             sums.WARPS,
         ),
     }
