@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ MORE_CASES = [("qlora", "zero3", {}), ("full", "auto", {"tensor": 2}), ("full", 
 """Of `make test-long`."""
 
 
+@pytest.fixture(scope="module")
+def one_rank(
+    ranks: Callable[..., list[Any]],
+    tiny_model_dir: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], dict[str, Any]]:
+    """The run of one process, by its method: made once for all that are compared with it."""
+
+    @cache
+    def alone(kind: str) -> dict[str, Any]:
+        output = str(tmp_path_factory.mktemp("one"))
+        (outcome,) = ranks(run, 1, _recipe(str(tiny_model_dir("qwen2")), output, kind, "auto"))
+        return outcome
+
+    return alone
+
+
 @pytest.mark.parametrize(
     ("kind", "strategy", "parallel"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE_CASES)]
 )
@@ -100,9 +118,10 @@ def test_two_processes_make_the_run_of_one(
     kind: str,
     strategy: str,
     parallel: dict[str, Any],
+    one_rank: Callable[[str], dict[str, Any]],
 ) -> None:
     model = str(tiny_model_dir("qwen2"))
-    (alone,) = ranks(run, 1, _recipe(model, str(tmp_path / "one"), kind, strategy))
+    alone = one_rank(kind)
     first, second = ranks(run, 2, _recipe(model, str(tmp_path / "two"), kind, strategy, **parallel))
     assert list(first["losses"]) == list(second["losses"]) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(first["losses"].values()), list(alone["losses"].values()), rtol=1e-5)
@@ -117,11 +136,14 @@ def test_two_processes_make_the_run_of_one(
 
 
 def test_a_chain_of_one_two_four_one_sees_every_sample_once_in_the_same_order(
-    ranks: Callable[..., list[Any]], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    ranks: Callable[..., list[Any]],
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    one_rank: Callable[[str], dict[str, Any]],
 ) -> None:
     """A signal to the last process stops all after the same step; the state is gone on with by another number."""
     model = str(tiny_model_dir("qwen2"))
-    (alone,) = ranks(run, 1, _recipe(model, str(tmp_path / "alone")))
+    alone = one_rank("full")
     recipe = _recipe(model, str(tmp_path / "chain"))
     order: dict[int, Any] = {}
     losses: dict[int, float] = {}
