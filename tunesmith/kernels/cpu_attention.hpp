@@ -8,6 +8,7 @@
 #pragma once
 #include <vector>
 
+#include "cpu_blocks.hpp"
 #include "cpu_rows.hpp"
 
 struct Attention {
@@ -19,59 +20,6 @@ struct Attention {
 };
 
 constexpr int64_t QUERIES = 32;  // of a block
-constexpr int64_t WIDE = 4 * LANES;
-
-// Read once: a compiler may take a vector from memory for every sum instead.
-inline Vector in_register(Vector v) {
-#if defined(__AVX512F__)
-    asm("" : "+v"(v));
-#endif
-    return v;
-}
-
-// c [HIGH, 16 VECTORS] (+)= a b; a's element (i, k) lies at i * row + k * column.
-template <int HIGH, int VECTORS>
-inline void add_block(const float *a, int64_t row, int64_t column, const float *b, int64_t b_ld, float *c, int64_t c_ld,
-                      int64_t depth, bool adds) {
-    Vector sums[HIGH][VECTORS];
-    for (int i = 0; i < HIGH; i++) {
-        for (int v = 0; v < VECTORS; v++) sums[i][v] = adds ? *(const Vector *)(c + i * c_ld + v * LANES) : Vector{};
-    }
-    for (int64_t k = 0; k < depth; k++) {
-        Vector right[VECTORS];
-        for (int v = 0; v < VECTORS; v++) right[v] = in_register(*(const Vector *)(b + k * b_ld + v * LANES));
-        for (int i = 0; i < HIGH; i++) {
-            float left = a[i * row + k * column];
-            for (int v = 0; v < VECTORS; v++) sums[i][v] += left * right[v];
-        }
-    }
-    for (int i = 0; i < HIGH; i++) {
-        for (int v = 0; v < VECTORS; v++) *(Vector *)(c + i * c_ld + v * LANES) = sums[i][v];
-    }
-}
-
-template <int VECTORS>
-inline void add_columns(const float *a, int64_t row, int64_t column, const float *b, int64_t b_ld, float *c,
-                        int64_t c_ld, int64_t rows, int64_t depth, bool adds) {
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) add_block<4, VECTORS>(a + i * row, row, column, b, b_ld, c + i * c_ld, c_ld, depth, adds);
-    for (; i < rows; i++) add_block<1, VECTORS>(a + i * row, row, column, b, b_ld, c + i * c_ld, c_ld, depth, adds);
-}
-
-// c [rows, width] (+)= a b, width a multiple of 16. What is read of b by all rows stays in the nearest cache.
-inline void add_product(const float *a, int64_t row, int64_t column, const float *b, int64_t b_ld, float *c,
-                        int64_t c_ld, int64_t rows, int64_t width, int64_t depth, bool adds) {
-    for (int64_t k = 0; k < depth; k += WIDE, adds = true) {
-        const float *left = a + k * column, *right = b + k * b_ld;
-        int64_t n = 0, deep = least(WIDE, depth - k);
-        for (; n + WIDE <= width; n += WIDE) {
-            add_columns<4>(left, row, column, right + n, b_ld, c + n, c_ld, rows, deep, adds);
-        }
-        for (; n < width; n += LANES) {
-            add_columns<1>(left, row, column, right + n, b_ld, c + n, c_ld, rows, deep, adds);
-        }
-    }
-}
 
 // One document's one key head: its keys and values side by side and transposed, padded with zeros to whole vectors.
 class Head {

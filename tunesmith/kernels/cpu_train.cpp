@@ -8,6 +8,8 @@
 
 namespace {
 
+std::mutex in_use;  // memory that calls share
+
 // work(token) for all tokens, by parts.
 template <class Work>
 void for_tokens(int64_t tokens, int64_t threads, const Work &work) {
@@ -102,8 +104,12 @@ void tunesmith_attention(const Attention *job, int64_t is_backward, int64_t thre
     });
 }
 
+void tunesmith_outer(const Outer *jobs, int64_t count, int64_t tokens, int64_t threads) {
+    std::lock_guard<std::mutex> lock(in_use);
+    multiply_outer(jobs, count, tokens, threads);
+}
+
 void tunesmith_product(const Product *job, int64_t threads) {
-    static std::mutex in_use;
     std::lock_guard<std::mutex> lock(in_use);
     multiply(*job, threads);
 }

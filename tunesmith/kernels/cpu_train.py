@@ -40,6 +40,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     "swiglu_backward": [_POINTER] * 4 + [_I64],
     "cross_entropy": [_POINTER] * 3 + [_FLOAT, _I64, _I64],
     "attention": [_POINTER, _I64, _I64],
+    "outer": [_POINTER, _I64, _I64, _I64],
     "product": [_POINTER, _I64],
     "threads": [_POINTER],
 }
@@ -80,6 +81,14 @@ class _Attention(ctypes.Structure):
     ]
 
 
+class _Outer(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("left", "right", "out")),
+        *((name, _I64) for name in ("left_ld", "right_ld", "rank", "width", "turned")),
+        ("scale", _FLOAT),
+    ]
+
+
 @dataclass
 class _State:
     """What `prepare` found. library: None until then, and where there is none."""
@@ -91,6 +100,16 @@ class _State:
 
 
 _state = _State()
+
+
+@dataclass(frozen=True)
+class Outer:
+    """scale * left.T @ right, or where `turned` its transpose. left [T, R], right [T, D]."""
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,6 +279,26 @@ def attend(logs_TN: Tensor, lengths: Sequence[int], *tensors: Tensor, is_backwar
     scale = tensors[0].shape[-1] ** -0.5
     job = _Attention(*rows, logs_TN.data_ptr(), ctypes.addressof(starts), len(lengths), scale)
     _library().tunesmith_attention(ctypes.byref(job), is_backward, torch.get_num_threads())
+
+
+def takes_outer(*jobs: Outer) -> bool:
+    """Whether `outer` takes these: see `takes`; and their right sides are whole vectors wide."""
+    return takes(*(t for job in jobs for t in (job.left, job.right))) and all(
+        job.right.shape[1] % 16 == 0 for job in jobs
+    )
+
+
+def outer(*jobs: Outer) -> list[Tensor]:
+    """The products of adapters' gradients, all of the same tokens."""
+    found, given = [], (_Outer * len(jobs))()
+    for place, job in enumerate(jobs):
+        rank, width = job.left.shape[1], job.right.shape[1]
+        out = job.left.new_empty((width, rank) if job.turned else (rank, width))
+        pointers = (job.left.data_ptr(), job.right.data_ptr(), out.data_ptr())
+        given[place] = _Outer(*pointers, job.left.stride(0), job.right.stride(0), rank, width, job.turned, job.scale)
+        found.append(out)
+    _library().tunesmith_outer(ctypes.byref(given), len(jobs), len(jobs[0].left), torch.get_num_threads())
+    return found
 
 
 def product(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels import cpu_train
 from tunesmith.model.lora import AdaptedLinear
 
 
@@ -63,6 +64,12 @@ class LowRank:
 
         Args: as `Projection.parameter_grads`.
         """
+        jobs = []
+        for (rows, columns), scale, _, _ in self._parts():
+            jobs.append(cpu_train.Outer(dlow_TR[:, columns], x_TD, scale))
+            jobs.append(cpu_train.Outer(low_TR[:, columns], g_TF[:, rows], turned=True))
+        if cpu_train.takes_outer(*jobs) and all(master.dtype == torch.float32 for master in self.masters):
+            return cpu_train.outer(*jobs)
         grad_down = dlow_TR.t() @ x_TD
         grads = []
         for (rows, columns), scale, down, up in self._parts():

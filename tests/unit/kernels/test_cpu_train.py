@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels import cpu_compile, cpu_train
-from tunesmith.kernels.cpu_train import Adapted, product
+from tunesmith.kernels.cpu_train import Adapted, Outer, outer, product, takes_outer
 from tunesmith.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -69,6 +69,19 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 @pytest.mark.usefixtures("cpu_operations")
+@pytest.mark.parametrize("tokens", [3, 256, 600])
+def test_products_of_adapters_gradients(tokens: int) -> None:
+    """Of columns of wider tensors, as they are, scaled and turned, within float32's error of the sums."""
+    low, wide = random(tokens, 11), random(tokens, 96, seed=1)
+    jobs = [Outer(low[:, :5], wide, 0.5), Outer(low[:, 3:], wide[:, 16:64], turned=True)]
+    assert takes_outer(*jobs)
+    expected = [0.5 * low[:, :5].double().t() @ wide.double(), wide[:, 16:64].double().t() @ low[:, 3:].double()]
+    for found, wanted in zip(outer(*jobs), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert not takes_outer(Outer(low, wide[:, :50]))
+
+
+@pytest.mark.usefixtures("cpu_operations")
 def test_the_same_bits_by_any_number_of_threads() -> None:
     gate_up, x, weight = random(300, 64), random(300, 48, seed=1), random(40, 48, seed=2)
     norm, threads = torch.ones(48), torch.get_num_threads()
@@ -79,7 +92,7 @@ def test_the_same_bits_by_any_number_of_threads() -> None:
             y, rstd = cpu_train.rms_norm(x, norm, 1e-6)
             dx, dnorm = cpu_train.rms_norm_backward(y, x, norm, rstd, None, True)
             assert dnorm is not None
-            made = [swiglu(gate_up), y, dx, dnorm]
+            made = [swiglu(gate_up), y, dx, dnorm, *outer(Outer(y[:, :7], x))]
             if cpu_train.takes_product(x, weight):
                 made.append(product(x, Adapted(weight), flat=False))
             found.append(made)
