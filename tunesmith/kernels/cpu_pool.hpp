@@ -86,9 +86,7 @@ class Pool {
     }
 
     void help(int id) {
-        int spin = 0;
-        auto idle_since = std::chrono::steady_clock::now();
-        for (;;) {
+        for (int spin = 0;;) {
             int64_t part = id < active.load(std::memory_order_relaxed) ? take() : -1;
             if (part >= 0) {
                 call(given, part);
@@ -97,19 +95,31 @@ class Pool {
             } else if (is_open.load(std::memory_order_acquire)) {
                 wait_briefly(spin++);
             } else {
-                if (spin >= 0) idle_since = std::chrono::steady_clock::now();
-                spin = -1;
-                for (int i = 0; i < 32; i++) pause_briefly();
-                if (std::chrono::steady_clock::now() - idle_since < std::chrono::microseconds(60)) continue;
-                std::unique_lock<std::mutex> lock(mutex);
-                sleeping++;
-                wake.wait(lock, [&] { return is_open.load(std::memory_order_acquire); });
-                sleeping--;
+                rest();
                 spin = 0;
             }
         }
     }
 
+    // Until there is work again: awake for a moment, others first, then asleep.
+    void rest() {
+        auto begun = std::chrono::steady_clock::now();
+        while (!is_open.load(std::memory_order_acquire)) {
+            for (int i = 0; i < 32; i++) pause_briefly();
+            auto waited = std::chrono::steady_clock::now() - begun;
+            if (waited > std::chrono::microseconds(ALERT_US)) return sleep();
+            if (waited > std::chrono::microseconds(ALERT_US / 4)) std::this_thread::yield();
+        }
+    }
+
+    void sleep() {
+        std::unique_lock<std::mutex> lock(mutex);
+        sleeping++;
+        wake.wait(lock, [&] { return is_open.load(std::memory_order_acquire); });
+        sleeping--;
+    }
+
+    static constexpr int ALERT_US = 60;
     void (*call)(const void *, int64_t) = nullptr;
     const void *given = nullptr;
     uint64_t number = 0;

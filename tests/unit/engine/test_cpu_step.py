@@ -14,9 +14,14 @@ import torch
 from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine import cpu_step
+from tunesmith.engine import runner as runner_module
 from tunesmith.engine.attend import PagedAttention
+from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.cpu_pass import CpuPass
 from tunesmith.engine.cpu_step import takes
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.runner import NativeRunner
 from tunesmith.model.decoder import Decoder
 
 
@@ -115,3 +120,39 @@ def test_what_is_no_number_stays_none(tiny_model_dir: Any, library: Any) -> None
         x[0, 3] = float("nan")
         found = step.logits(x)
         assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_an_engine_says_what_torch_says(
+    family: str, tiny_model_dir: Any, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy and drawn, in float32, more requests than fit at once; the compiled step was really taken."""
+    source = tiny_model_dir(family, initializer_range=0.2)
+    config = EngineConfig(max_model_len=96, max_num_seqs=3, max_num_batched_tokens=32)
+    said = []
+    for used in (None, library):
+        monkeypatch.setattr(runner_module, "load", lambda used=used: used)
+        runner = NativeRunner(load_for_inference(source, device="cpu", dtype=torch.float32), config, 40)
+        engine = Engine(runner, config=config)
+        for number, options in enumerate([{}, {"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.8}, {}]):
+            params = SamplingParams(**{"temperature": 0.0, **options}, max_tokens=20, seed=number, ignore_eos=True)
+            engine.submit([7 + number] * (1 + 9 * number), params)
+        tokens: dict[int, list[int]] = {}
+        while engine.has_work:
+            for output in engine.step():
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+        said.append(tokens)
+        assert isinstance(runner._fused, CpuPass) and (runner._fused._step is not None) == (used is not None)
+    assert said[0] == said[1]
+
+
+def test_a_token_that_is_none_of_the_vocabularys_is_an_error(
+    tiny_model_dir: Any, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "load", lambda: library)
+    config = EngineConfig(max_model_len=64, max_num_seqs=2)
+    engine = Engine(NativeRunner(load_decoder(tiny_model_dir("llama")).float().eval(), config, 8), config=config)
+    engine.submit([10_000], SamplingParams(max_tokens=2))
+    with pytest.raises(IndexError):
+        engine.step()
+    assert not engine.has_work and engine.runner.pages.num_used == 0

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import warnings
 from typing import Any
 
 import pytest
@@ -108,3 +112,29 @@ def test_tokens_are_drawn_from_the_softmax(compiled_library: Any) -> None:
     drawn = tables.native(compiled_library)(logits, torch.arange(num) % SLOTS, torch.arange(num))
     shares = torch.bincount(drawn, minlength=5) / num
     torch.testing.assert_close(shares, (logits[0] / 0.8).softmax(0), atol=0.03, rtol=0)
+
+
+def test_a_fork_has_threads_of_its_own(compiled_library: Any) -> None:
+    """A child has none of its parent's threads, and must not wait for them."""
+    tables = Tables(4)
+    logits, rows = torch.randn(4, 20_000), torch.arange(4)
+    native, threads = tables.native(compiled_library), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        wanted = native(logits, rows, rows)
+        reading, writing = os.pipe()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+            child = os.fork()
+        if not child:
+            os.write(writing, b"same" if torch.equal(native(logits, rows, rows), wanted) else b"other")
+            os._exit(0)
+        ready, _, _ = select.select([reading], [], [], 60)
+        if not ready:
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert ready and os.read(reading, 8) == b"same"
+    finally:
+        torch.set_num_threads(threads)
+        os.close(reading)
+        os.close(writing)
