@@ -73,6 +73,9 @@ class Residue:
         self.next, self.left = (self.next + 1) % 3, self.left - 1
         return True
 
+    def rollback(self, num_tokens: int) -> None:
+        self.next, self.left = (self.next - num_tokens) % 3, self.left + num_tokens
+
 
 class Residues:
     """Grammars by their length; ready at the second look."""

@@ -106,6 +106,8 @@ class SampledRow:
         prompt's: what penalties count from.
     stop_ids: all tokens that end the answer; not to be drawn while fewer than `params.min_tokens` were generated.
     has_grammar: the row is masked by a bitmask in every step (`StepBatch` comes with one row for it).
+    drafted: guesses that the row stands behind, which count as seen: an object for this step alone (guesses.py). Rows
+        without penalties don't say.
     """
 
     slot: int
@@ -115,6 +117,7 @@ class SampledRow:
     seen_ids: Sequence[int]
     stop_ids: frozenset[int]
     has_grammar: bool = False
+    drafted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

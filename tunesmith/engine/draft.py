@@ -125,7 +125,7 @@ class DraftModel:
         if held.target_row is not sequence.row:
             params = replace(sequence.row.params, logprobs=None, prompt_logprobs=None)
             held.target_row, held.slot = sequence.row, sequence.slot
-            held.row = replace(sequence.row, params=params)
+            held.row = replace(sequence.row, params=params, has_grammar=False)  # of which the smaller one knows nothing
         length = len(sequence.all_ids)
         held.agree(sequence.all_ids)
         room = self.runner.max_model_len - length

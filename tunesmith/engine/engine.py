@@ -18,6 +18,7 @@ from tunesmith.engine.answers import advance, complete, rest
 from tunesmith.engine.batching import BatchBuilder
 from tunesmith.engine.collection import FrozenWhileBusy
 from tunesmith.engine.config import EngineConfig, EngineStats
+from tunesmith.engine.guesses import behind_guesses, take_guesses
 from tunesmith.engine.interfaces import Adapters, Drafter, Grammars, Pending, Runner
 from tunesmith.engine.limits import answer_limit
 from tunesmith.engine.masks import grammar_masks
@@ -221,6 +222,8 @@ class Engine:
                 time.sleep(WAIT_S)  # for a thread that compiles a grammar or loads an adapter
             return outputs + self._read()
         batch, rows = self.builder.build(plan, self.runner.fixed_rows)
+        if self.drafter is not None:
+            rows = behind_guesses(plan.scheduled, rows)
         self.clock.mark("build")
         self.runner.forward(batch)
         self.clock.launch(batch)
@@ -241,16 +244,9 @@ class Engine:
         return outputs + self._read_one(before)
 
     def _draft(self) -> None:
-        if self.drafter is None:
-            return
-        running = self.scheduler.running
-        able = [s for s in running if s.num_missing == 1 and not s.in_flight and s.may_draft]
-        spare = self.config.max_num_batched_tokens - len(running)  # every request has its turn before any guess
-        for sequence, drafts in zip(able, self.drafter.propose(able), strict=True):
-            room = sequence.request.max_tokens - sequence.num_generated - 1
-            sequence.drafts = list(drafts[: min(room, self.drafter.max_drafts, spare)])
-            spare -= len(sequence.drafts)
-            self.counts["drafted_tokens"] += len(sequence.drafts)
+        if self.drafter is not None:
+            num_guesses = take_guesses(self.drafter, self.scheduler.running, self.config)
+            self.counts["drafted_tokens"] += num_guesses
 
     def _prepare_waiting(self) -> list[StepOutput]:
         """Let those in whose adapter is loaded and whose grammar is compiled; end those whose failed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # whoever only reads grammars imports no torch
     import numpy as np
@@ -75,6 +75,14 @@ class GrammarState(Protocol):
 
     def accept(self, token: int) -> bool:
         """Go on by a token; False where the grammar doesn't allow it."""
+
+
+@runtime_checkable
+class RollingState(GrammarState, Protocol):
+    """A state that can go back, as speculation needs."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Take the last accepted tokens back."""
 
 
 class Grammars(Protocol):

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from tunesmith.engine.grammar_compile import fill_masks
+from tunesmith.engine.interfaces import GrammarState, RollingState
 from tunesmith.engine.scheduler import Scheduled
 from tunesmith.engine.sequence import Sequence as Running
+from tunesmith.engine.structured import draft_masks
 from tunesmith.units import ceil_div
 
 
@@ -24,9 +26,30 @@ def grammar_masks(
     if not masked:
         return None, []
     masks = np.full((sum(part.num_rows for part in masked), ceil_div(vocab_size, 32)), -1, dtype=np.int32)
-    states = [
-        (row, part.sequence.grammar)
-        for row, part in enumerate(masked)
-        if part.sequence.grammar is not None and not part.sequence.is_finished
-    ]
-    return masks, [(masked[row].sequence, error) for row, error in fill_masks(states, masks)]
+    states: list[tuple[int, GrammarState]] = []
+    sequences: dict[int, Running] = {}
+    failed: list[tuple[Running, Exception]] = []
+    first = 0
+    for part in masked:
+        sequence, rows = part.sequence, masks[first : first + part.num_rows]
+        if sequence.grammar is not None and not sequence.is_finished:
+            if part.num_drafts:
+                failed += _behind_guesses(sequence, rows)
+            else:
+                states.append((first, sequence.grammar))
+                sequences[first] = sequence
+        first += part.num_rows
+    return masks, failed + [(sequences[row], error) for row, error in fill_masks(states, masks)]
+
+
+def _behind_guesses(sequence: Running, rows: np.ndarray) -> list[tuple[Running, Exception]]:
+    """The rows of a sequence with guesses. Behind one that its grammar does not allow they allow everything: the row
+    before can't draw that guess, so nobody asks what comes after it."""
+    grammar = sequence.grammar
+    assert isinstance(grammar, RollingState)
+    try:
+        draft_masks(grammar, sequence.drafts[: len(rows) - 1], rows)
+    except Exception as error:
+        rows.fill(-1)
+        return [(sequence, error)]
+    return []

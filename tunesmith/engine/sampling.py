@@ -6,7 +6,7 @@
 
 A row's token depends on its own logits, parameters and position alone: not on the batch, nor on what ran before.
 Penalties are vLLM's and OpenAI's: presence and frequency count the answer's tokens, repetition the prompt's too.
-Rows with drafts (one slot several times) may not have penalties: their counts are of the drawn tokens only.
+Behind a guess a row with penalties counts it as seen (`SampledRow.drafted`).
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ class SamplingState:
             and all(a is b for a, b in zip(last.rows, rows, strict=True))
         ):
             return last
-        self._enter([row for row in dict.fromkeys(rows) if self._entered.get(row.slot) is not row])
+        own = [row for row in dict.fromkeys(rows) if not row.drafted]
+        self._enter([row for row in own if self._entered.get(row.slot) is not row])
+        self.counts.follow([row for row in rows if row.drafted], self)
         self._plan = self._make_plan(tuple(rows))
         return self._plan
 
@@ -153,7 +155,7 @@ class SamplingState:
             if 0 <= token < self.vocab_size
         ]
         is_changed = bool(penalised or biases or stops or masked)
-        places = [self.counts.places[row.slot] if needs_counts(row.params) else -1 for row in rows]
+        places = [self.counts.place(row) if needs_counts(row.params) else -1 for row in rows]
         mask_of = {i: number for number, i in enumerate(masked)}
         mask_rows = [mask_of.get(i, -1) for i in range(len(rows))]
         return SamplingPlan(
@@ -176,7 +178,7 @@ class SamplingState:
     def _penalised(self, rows: Sequence[SampledRow], which: list[int]) -> Penalised | None:
         if not which:
             return None
-        places = [self.counts.places[rows[i].slot] for i in which]
+        places = [self.counts.place(rows[i]) for i in which]
         return Penalised(self.tensor(which, torch.int64), self.tensor(places, torch.int64))
 
     def _entries(self, entries: list[tuple[int, int, float]]) -> Entries | None:
@@ -210,7 +212,30 @@ class Counts:
         self.places: dict[int, int] = {}
         self.answers_NV = torch.zeros(0, vocab_size, dtype=torch.int16, device=device)
         self.prompts_NV = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
+        self._guessed: dict[tuple[int, int], int] = {}
         self._free: list[int] = []
+
+    def place(self, row: SampledRow) -> int:
+        """Where a row's counts are."""
+        return self._guessed[row.slot, len(row.drafted)] if row.drafted else self.places[row.slot]
+
+    def follow(self, rows: Sequence[SampledRow], state: SamplingState) -> None:
+        """Rows behind guesses have places of their own until the next ones come: what was seen before the guesses, and
+        the guesses. The first has been counted already."""
+        self._free += self._guessed.values()
+        self._guessed.clear()
+        for row in rows:
+            place, own = self._take(), self.places[row.slot]
+            self._guessed[row.slot, len(row.drafted)] = place
+            ids = state.tensor(row.drafted, torch.int64)
+            self.prompts_NV[place].copy_(self.prompts_NV[own])
+            self.answers_NV[place].copy_(self.answers_NV[own])
+            self.answers_NV[place].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int16))
+
+    def _take(self) -> int:
+        if not self._free:
+            self._grow()
+        return self._free.pop()
 
     def free(self, slot: int) -> None:
         """The slot's sequence has no place any more."""
@@ -221,10 +246,7 @@ class Counts:
     def fill(self, slot: int, prompt: Sequence[int], answer: Sequence[int], state: SamplingState) -> None:
         """Count a sequence from the beginning."""
         self.free(slot)
-        if not self._free:
-            self._grow()
-        place = self._free.pop()
-        self.places[slot] = place
+        place = self.places[slot] = self._take()
         self.prompts_NV[place].zero_().index_fill_(0, state.tensor(prompt, torch.int64), True)
         ids = state.tensor(answer, torch.int64)
         self.answers_NV[place].zero_().index_add_(0, ids, torch.ones_like(ids, dtype=torch.int16))

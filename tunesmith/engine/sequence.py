@@ -30,6 +30,7 @@ class Sequence:
     num_cached: tokens of the prompt that were found in the prefix cache when it was first admitted.
     num_scored: rows of the prompt whose log-probabilities were launched, where they are asked for.
     drafts: tokens to be verified in the step that is being planned (see interfaces.Drafter).
+    was_guessed: sampling's counts of its tokens, if it keeps any, may be of wrong guesses too.
     grammar: its state after all of `all_ids`; None where nothing is asked of the answer.
     num_prompt: tokens of the prompt. limit: tokens of prompt and answer at which it ends.
     may_stop_at: the same below which nothing ends it.
@@ -54,6 +55,7 @@ class Sequence:
     num_remembered: int = 0
     num_cached: int = 0
     drafts: list[int] = field(default_factory=list)
+    was_guessed: bool = True
     grammar: GrammarState | None = None
     is_ready: bool = True
     was_admitted: bool = False
@@ -112,10 +114,8 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """Whether its next tokens may be guessed: not where a draw depends on which tokens were drawn before it."""
-        params = self.request.params
-        penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-        return params.structured is None and not penalised
+        """Whether its next tokens may be guessed: a grammar must be able to go back where guesses were wrong."""
+        return self.request.params.structured is None or hasattr(self.grammar, "rollback")
 
     def enter(self, slot: int) -> None:
         """Begin to run in a slot."""

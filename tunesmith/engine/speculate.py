@@ -7,8 +7,8 @@ The step draws a token behind every guess just as it would without guesses: the 
 request's seed and the token's position alone. Guesses are kept as far as they are what was drawn, so the answer is the
 one without speculation, greedy or sampled, as far as the logits of a step do not depend on how many tokens it has.
 That is rejection sampling: a single guess is right with the probability that the model gives it, and what is drawn
-instead is distributed as the rest. Requests with penalties or a grammar, whose draws depend on the tokens drawn
-before, are not guessed for (`Sequence.may_draft`).
+instead is distributed as the rest. Draws with penalties or a grammar depend on the tokens before them: a row behind a
+guess counts it as seen, and its grammar goes on by it (`guesses.py`), for the row is used only if the guess was right.
 
 n-gram lookup guesses that what followed the last few tokens before follows them again. Sources: arXiv 2211.17192,
 section 2.3 (rejection sampling); arXiv 2304.04487, section 3 (guesses copied from the text itself).

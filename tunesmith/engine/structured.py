@@ -10,27 +10,22 @@ the grammar may end; where nothing else may follow, `is_finished` is true and th
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from tunesmith.engine.grammar_library import MAX_SPEC_BYTES
-from tunesmith.engine.interfaces import GrammarState
+from tunesmith.engine.interfaces import RollingState
 from tunesmith.engine.request import StructuredSpec
 from tunesmith.errors import RequestError
 
+_log = logging.getLogger(__name__)
 WORD_BITS = 32
 MAX_CHOICES = 4096
 # llguidance's own readers refuse deeper ones too; here it is refused before any of them sees it.
 MAX_DEPTH = 60
-
-
-class RollingState(GrammarState, Protocol):
-    """A state that can go back, as speculation needs."""
-
-    def rollback(self, num_tokens: int) -> None:
-        """Take the last accepted tokens back."""
 
 
 def mask_words(vocab_size: int) -> int:
@@ -43,15 +38,19 @@ def draft_masks(state: RollingState, draft: Sequence[int], rows_DW: np.ndarray) 
 
     Args: `rows_DW`: at least len(draft) + 1 rows.
     Returns: how many draft tokens the grammar allows; that many rows + 1 are written.
+    Raises: RequestError where the first row can't be written. Behind a guess a row that can't is left as it is: the
+    guess may be wrong; where it is right, the next step fails as this one would have.
     """
     accepted = 0
+    state.mask_into(rows_DW[0])
     try:
-        state.mask_into(rows_DW[0])
         for token in draft:
             if not state.accept(token):
                 break
             accepted += 1
             state.mask_into(rows_DW[accepted])
+    except RequestError:
+        _log.debug("a grammar can't follow a guess", exc_info=True)
     finally:
         state.rollback(accepted)
     return accepted

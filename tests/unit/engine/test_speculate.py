@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine import guesses
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.draft import DraftModel
 from tunesmith.engine.engine import Engine
-from tunesmith.engine.interfaces import Drafter
+from tunesmith.engine.interfaces import Drafter, Grammars
 from tunesmith.engine.llm import LLM
-from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.speculate import NgramDrafter, Pace, Speculation
 from tunesmith.errors import RequestError
@@ -53,8 +55,9 @@ def generate(
     params: Sequence[SamplingParams],
     prompts: Sequence[list[int]],
     num_pages: int = 40,
+    grammars: Grammars | None = None,
 ) -> tuple[list[list[int]], Engine]:
-    engine = Engine(runner_of(model, num_pages), config=CONFIG, drafter=drafter)
+    engine = Engine(runner_of(model, num_pages), config=CONFIG, drafter=drafter, grammars=grammars)
     ids = [engine.submit(p, own) for p, own in zip(prompts, params, strict=True)]
     done: dict[int, list[int]] = {}
     told: dict[int, list[int]] = {i: [] for i in ids}
@@ -123,6 +126,107 @@ def test_a_draft_model_that_is_the_model_is_always_right(
     assert stats.accepted_tokens == stats.drafted_tokens
     assert stats.steps <= 3 + 20 // 5 + 1
     assert drafter.runner.pages.num_used == 0
+
+
+COUNTED = [
+    SamplingParams(max_tokens=16, presence_penalty=0.7),
+    SamplingParams(max_tokens=16, frequency_penalty=0.4, repetition_penalty=1.2, temperature=0.8, seed=3),
+    SamplingParams(max_tokens=16, repetition_penalty=0.8, logit_bias={5: 2.0}),
+    SamplingParams(max_tokens=16, temperature=0.8, seed=5),
+]
+
+
+@pytest.mark.parametrize("most", [64, 5])
+def test_rows_behind_guesses_count_them_as_seen(
+    most: int, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests with penalties were not guessed for. A draft model that is the model is right all the time, so what each
+    row of both has counted must be the same; where counts are short, fewer are guessed for."""
+    monkeypatch.setattr(guesses, "MOST_COUNTED", most)
+    directory = tiny_model_dir("qwen2", initializer_range=SPREAD)
+    model = load(directory)
+    expected, _ = generate(model, None, COUNTED, PROMPTS)
+    for drafter in (draft_of(load(directory)), NgramDrafter(4, min_ngram=1)):
+        mine, engine = generate(model, drafter, COUNTED, PROMPTS, 40 if most == 64 else 12)
+        assert mine == expected
+        stats = engine.stats()
+        assert stats.drafted_tokens > 0
+        if isinstance(drafter, DraftModel):
+            assert stats.accepted_tokens == stats.drafted_tokens
+            assert most == 5 or stats.steps <= 4 + 16 // 5 + 1
+    assert len(engine.runner.sampling.state.counts.answers_NV) <= (8 if most == 5 else 16)  # type: ignore[attr-defined]
+
+
+class Threes:
+    """A grammar of so many tokens: a token's remainder by 3 is that of its place."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.place = length, 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.place >= self.length
+
+    def mask_into(self, bitmask_row: np.ndarray) -> None:
+        bits = np.arange(bitmask_row.size * 32) % 3 == self.place % 3
+        bitmask_row[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def accept(self, token: int) -> bool:
+        is_right = token % 3 == self.place % 3
+        self.place += is_right
+        return is_right
+
+    def rollback(self, num_tokens: int) -> None:
+        self.place -= num_tokens
+
+
+class AllThrees:
+    """Ready at once."""
+
+    def submit(self, request_id: int, spec: StructuredSpec) -> None:
+        pass
+
+    def ready(self, request_id: int) -> Threes:
+        return Threes(11)
+
+    def forget(self, request_id: int) -> None:
+        pass
+
+
+def test_a_grammar_goes_on_by_guesses(tiny_model_dir: Callable[..., Path]) -> None:
+    """Requests with a grammar were not guessed for. The smaller model knows no grammar: it guesses what may not be."""
+    directory = tiny_model_dir("qwen2", initializer_range=SPREAD)
+    model, spec = load(directory), StructuredSpec("regex", "threes")
+    params = [SamplingParams(max_tokens=20, structured=spec), SamplingParams(max_tokens=20)]
+    params.append(SamplingParams(max_tokens=20, structured=spec, temperature=1.0, seed=2, presence_penalty=0.5))
+    expected, _ = generate(model, None, params, PROMPTS[:3], grammars=AllThrees())
+    assert [len(answer) for answer in expected] == [11, 20, 11]
+    texts = [[*text, *answer] for text, answer in zip(PROMPTS, expected, strict=False)]
+    for drafter in (draft_of(load(directory)), Knowing(texts)):
+        mine, engine = generate(model, drafter, params, PROMPTS[:3], grammars=AllThrees())
+        assert mine == expected
+        assert engine.stats().drafted_tokens > engine.stats().accepted_tokens > 0
+    assert engine.stats().steps < 14
+
+
+class Knowing:
+    """Knows what will be said; every third guess is another token, allowed or not."""
+
+    max_drafts = 3
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self.texts = texts
+
+    def propose(self, sequences: Sequence[Any]) -> list[list[int]]:
+        found = []
+        for sequence in sequences:
+            (text,) = (t for t in self.texts if t[: len(sequence.all_ids)] == sequence.all_ids)
+            first = len(sequence.all_ids)
+            found.append([(text[i] + (i % 6 == 0) + 3 * (i % 6 == 3)) % 250 for i in range(first, len(text))][:3])
+        return found
+
+    def forget(self, request_id: int) -> None:
+        pass
 
 
 def test_repetitive_text_takes_fewer_steps(tiny_model_dir: Callable[..., Path]) -> None:
