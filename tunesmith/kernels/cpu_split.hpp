@@ -20,7 +20,7 @@
 #endif
 
 // The right factor: weight [rows, columns], plus wide @ narrow for bands of its rows. out = x @ weight.T, or, where
-// it lies `flat`, x @ weight.
+// it lies `flat`, x @ weight; and where it is wanted low = x @ narrow.T, or x @ wide, by columns behind the weight's.
 struct Band {
     int64_t row, row_end, inner, inner_end;
 };
@@ -28,12 +28,15 @@ struct Right {
     const float *weight, *wide, *narrow;  // wide [rows, rank], narrow [rank, columns]
     int64_t rows, columns, wide_ld, narrow_ld, flat, num_bands;
     const Band *bands;
+    int64_t rank;  // of low, or 0
 };
 struct Product {
     const float *x, *residual, *bias;  // residual [tokens, width] and bias [width], or none
     float *out;
     int64_t tokens, x_ld, residual_ld, out_ld;
     Right right;
+    float *low;
+    int64_t low_ld;
 };
 
 #if SPLITS
@@ -98,20 +101,25 @@ inline void weight_row(const Right &r, int64_t row, float *out) {
 // Left factor:  [panel of 32 rows][step of 32 k][piece][row][32 k].
 constexpr int64_t STEP = PIECES * PANEL * DEEP;  // numbers of a panel's step
 
+inline int64_t padded(int64_t columns) { return parts_of(columns, PANEL) * PANEL; }
+
 inline uint16_t *tile_of(uint16_t *to, int64_t k, int64_t n, int64_t steps) {
     return to + (n / PANEL * steps + k / DEEP) * STEP + n % PANEL / TILE * TILE * DEEP;
 }
 
 // Two rows of a flat weight: k is the row.
 inline void pack_pair(const Right &r, int64_t k, int64_t steps, float *rows, uint16_t *to) {
-    int64_t padded = parts_of(r.columns, PANEL) * PANEL;
-    std::memset(rows, 0, 8 * padded);
-    for (int64_t i = 0; i < 2 && k + i < r.rows; i++) weight_row(r, k + i, rows + i * padded);
+    int64_t behind = padded(r.columns), total = behind + padded(r.rank);
+    std::memset(rows, 0, 8 * total);
+    for (int64_t i = 0; i < 2 && k + i < r.rows; i++) {
+        weight_row(r, k + i, rows + i * total);
+        if (r.rank) std::memcpy(rows + i * total + behind, r.wide + (k + i) * r.wide_ld, 4 * r.rank);
+    }
     const __m512i together = _mm512_set_epi16(  // a number of the first row, one of the second
         31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
         16, 0);
-    for (int64_t n = 0; n < padded; n += TILE) {
-        __m512 first = _mm512_loadu_ps(rows + n), second = _mm512_loadu_ps(rows + padded + n);
+    for (int64_t n = 0; n < total; n += TILE) {
+        __m512 first = _mm512_loadu_ps(rows + n), second = _mm512_loadu_ps(rows + total + n);
         uint16_t *at = tile_of(to, k, n, steps) + k % DEEP / 2 * DEEP;
         for (int64_t p = 0; p < PIECES; p++, at += PANEL * DEEP) {
             _mm512_storeu_si512(at, _mm512_permutexvar_epi16(together, next_piece(first, second)));
@@ -121,13 +129,17 @@ inline void pack_pair(const Right &r, int64_t k, int64_t steps, float *rows, uin
 
 // 16 rows of a weight that is multiplied transposed: n is the row.
 inline void pack_rows(const Right &r, int64_t n, int64_t steps, float *rows, uint16_t *to) {
-    int64_t padded = steps * DEEP;
-    std::memset(rows, 0, 4 * TILE * padded);
-    for (int64_t i = 0; i < TILE && n + i < r.rows; i++) weight_row(r, n + i, rows + i * padded);
-    for (int64_t k = 0; k < padded; k += DEEP) {
+    int64_t deep = steps * DEEP, behind = padded(r.rows);
+    std::memset(rows, 0, 4 * TILE * deep);
+    for (int64_t i = 0; i < TILE; i++) {
+        int64_t inner = n + i - behind;
+        if (n + i < r.rows) weight_row(r, n + i, rows + i * deep);
+        else if (inner >= 0 && inner < r.rank) std::memcpy(rows + i * deep, r.narrow + inner * r.narrow_ld, 4 * r.columns);
+    }
+    for (int64_t k = 0; k < deep; k += DEEP) {
         uint16_t *tile = tile_of(to, k, n, steps);
         for (int64_t i = 0; i < TILE; i++) {
-            const float *from = rows + i * padded + k;
+            const float *from = rows + i * deep + k;
             __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + TILE);
             for (int64_t p = 0; p < PIECES; p++) {
                 alignas(64) uint32_t pairs[TILE];
@@ -249,17 +261,24 @@ inline void output_panel(const Product &job, const uint16_t *a, const uint16_t *
 inline void output_rows(const Product &job, int64_t row, const uint16_t *right, int64_t depth, int64_t width) {
     thread_local Scratch pieces;
     int64_t count = least(PART, job.tokens - row), all_steps = parts_of(depth, DEEP);
+    int64_t behind = padded(width), total = behind + padded(job.right.rank);
+    Product low = job;
+    low.residual = nullptr;
+    low.out = job.low;
+    low.out_ld = job.low_ld;
     TileShape shape;
     _tile_loadconfig(&shape);
     for (int64_t k = 0; k < depth; k += MOST_DEEP) {
         int64_t deep = least(MOST_DEEP, depth - k), steps = parts_of(deep, DEEP);
         uint16_t *a = pieces.of(PART * MOST_DEEP * PIECES);
         split_rows(job, row, count, k, deep, a);
-        for (int64_t group = 0; group < width; group += GROUP) {
+        for (int64_t group = 0; group < total; group += GROUP) {
             for (int64_t t = 0; t < count; t += PANEL) {
-                for (int64_t column = group; column < least(width, group + GROUP); column += PANEL) {
+                for (int64_t column = group; column < least(total, group + GROUP); column += PANEL) {
                     const uint16_t *b = right + (column / PANEL * all_steps + k / DEEP) * STEP;
-                    output_panel(job, a + t / PANEL * steps * STEP, b, steps, row + t, column, width, k == 0);
+                    const uint16_t *panel = a + t / PANEL * steps * STEP;
+                    if (column < behind) output_panel(job, panel, b, steps, row + t, column, width, k == 0);
+                    else output_panel(low, panel, b, steps, row + t, column - behind, job.right.rank, k == 0);
                 }
             }
         }
@@ -278,12 +297,12 @@ inline void multiply(const Product &job, int64_t threads) {
     static Scratch kept;  // one product at a time: see cpu_train.cpp
     const Right &r = job.right;
     int64_t depth = r.flat ? r.rows : r.columns, width = r.flat ? r.columns : r.rows;
-    int64_t steps = parts_of(depth, DEEP), padded = parts_of(width, PANEL) * PANEL;
-    uint16_t *right = kept.of(steps * DEEP * padded * PIECES);
+    int64_t steps = parts_of(depth, DEEP), total = padded(width) + padded(r.rank);
+    uint16_t *right = kept.of(steps * DEEP * total * PIECES);
     int64_t unit = r.flat ? 2 : TILE, deep = steps * DEEP;  // rows of the weight
-    for_each((r.flat ? deep : padded) / unit, threads, [&](int64_t part) {
+    for_each((r.flat ? deep : total) / unit, threads, [&](int64_t part) {
         thread_local Scratch rows;
-        float *numbers = reinterpret_cast<float *>(rows.of(2 * (r.flat ? 2 * padded : TILE * deep)));
+        float *numbers = reinterpret_cast<float *>(rows.of(2 * (r.flat ? 2 * total : TILE * deep)));
         if (r.flat) pack_pair(r, 2 * part, steps, numbers, right);
         else pack_rows(r, TILE * part, steps, numbers, right);
     });

@@ -65,6 +65,9 @@ class _Product(ctypes.Structure):
         *((name, _POINTER) for name in ("weight", "wide", "narrow")),
         *((name, _I64) for name in ("rows", "columns", "wide_ld", "narrow_ld", "flat", "num_bands")),
         ("bands", _POINTER),
+        ("rank", _I64),
+        ("low", _POINTER),
+        ("low_ld", _I64),
     ]
 
 
@@ -120,6 +123,11 @@ class Adapted:
     up_FR: Tensor | None = None
     down_RD: Tensor | None = None
     blocks: Sequence[tuple[slice, slice]] = ()
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return 0 if self.down_RD is None else len(self.down_RD)
 
 
 def prepare() -> bool:
@@ -309,10 +317,12 @@ def product(
     residual: Tensor | None = None,
     bias: Tensor | None = None,
     out: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> Tensor:
     """residual + x @ w.T + bias, or where `flat` residual + x @ w + bias, w being the adapted weight.
 
-    Args: out: where it is written; nothing else that is given may lie there.
+    Args: out: where it is written; nothing else that is given may lie there. low: [T, R], where x @ down.T, or x @ up
+    where `flat`, is written.
     """
     weight = right.weight_FD.contiguous()
     rows, columns = weight.shape
@@ -326,6 +336,7 @@ def product(
         *map(_pointer, (weight, up, down)),
         *(rows, columns, 0 if up is None else up.stride(0), 0 if down is None else down.stride(0), flat, len(bands)),
         ctypes.addressof(bands),
+        *((0, None, 0) if low is None else (low.shape[1], low.data_ptr(), low.stride(0))),
     )
     _library().tunesmith_product(ctypes.byref(job), torch.get_num_threads())
     return out

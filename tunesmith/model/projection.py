@@ -71,7 +71,7 @@ class Projection:
         self, x_TD: Tensor, residual_TF: Tensor | None = None, noise: Noise | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """y_TF = residual + x W.T + bias + (x down.T) up.T; what `parameter_grads` takes as low [T, R] and free."""
-        y, low = self._base_product(x_TD, residual_TF), self._low(x_TD, noise)
+        y, low = self._base_and_low(x_TD, residual_TF, noise)
         left, right = self.beside(low)
         if left is not None and right is not None:
             y.addmm_(left, right.t())
@@ -93,7 +93,9 @@ class Projection:
 
         low_TR: what this returned the first time, where it did.
         """
-        return self._base_product(x_TD, None), self._low(x_TD, noise) if low_TR is None else low_TR
+        if low_TR is None:
+            return self._base_and_low(x_TD, None, noise)
+        return self._base_product(x_TD, None), low_TR
 
     def output(self, free_TF: Tensor) -> Tensor:
         """The output that `forward_apart` leads to: free itself, or a tensor of its own."""
@@ -115,7 +117,9 @@ class Projection:
 
     def input_grad_apart(self, g_TF: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor | None]:
         """`input_grad` with the product of `beside_grad` left to the caller: g W, and g up [T, R]."""
-        dx = self._merged_grad(g_TF) if self.merges(g_TF) else self.base.input_grad(g_TF)
+        if self.merges(g_TF):
+            return self._merged_grad(g_TF)
+        dx = self.base.input_grad(g_TF)
         if self.low_rank is None:
             return dx, None
         dlow = self.low_rank.inner_grad(g_TF)
@@ -160,9 +164,20 @@ class Projection:
             return torch.addmm(residual_TF, x_TD, self.base.weight.to(x_TD.dtype).t())
         return self.base.product(x_TD).add_(residual_TF)
 
+    def _base_and_low(
+        self, x_TD: Tensor, residual_TF: Tensor | None, noise: Noise | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `_base_product` and `_low` return: by one product where our own takes both."""
+        if self.merges(x_TD):
+            adapted, bias = self._adapted(), self.base.bias
+            if cpu_train.takes_product(x_TD, adapted.weight_FD, residual_TF, bias):
+                low = x_TD.new_empty(len(x_TD), adapted.rank)
+                y = cpu_train.product(x_TD, adapted, flat=False, residual=residual_TF, bias=bias, low=low)
+                return y, low
+        return self._base_product(x_TD, residual_TF), self._low(x_TD, noise)
+
     def _merged_product(self, x_TD: Tensor, residual_TF: Tensor | None) -> Tensor:
-        bias = self.base.bias
-        adapted = self._adapted()
+        adapted, bias = self._adapted(), self.base.bias
         if cpu_train.takes_product(x_TD, adapted.weight_FD, residual_TF, bias):
             return cpu_train.product(x_TD, adapted, flat=False, residual=residual_TF, bias=bias)
         weight = self._merged_weight()
@@ -171,11 +186,14 @@ class Projection:
         y = torch.addmm(residual_TF, x_TD, weight.t())
         return y if bias is None else y.add_(bias)
 
-    def _merged_grad(self, g_TF: Tensor) -> Tensor:
+    def _merged_grad(self, g_TF: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of x and of the adapters' inner activation, where the adapters are added to the weight."""
         adapted = self._adapted()
         if cpu_train.takes_product(g_TF, adapted.weight_FD):
-            return cpu_train.product(g_TF, adapted, flat=True)
-        return g_TF @ self._merged_weight()
+            dlow = g_TF.new_empty(len(g_TF), adapted.rank)
+            return cpu_train.product(g_TF, adapted, flat=True, low=dlow), dlow
+        assert self.low_rank is not None
+        return g_TF @ self._merged_weight(), self.low_rank.inner_grad(g_TF)
 
     def _adapted(self) -> cpu_train.Adapted:
         assert self.low_rank is not None and isinstance(self.base, Linear)

@@ -40,7 +40,7 @@ def test_products_are_as_exact_as_float32(rows: int, deep: int, width: int, flat
 @pytest.mark.usefixtures("splits")
 @pytest.mark.parametrize("flat", [False, True])
 def test_a_product_with_all_that_is_added(flat: bool) -> None:
-    """Adapters on two bands of the weight's rows, a residual, a bias, and an output with rows that are apart."""
+    """Adapters on two bands of the weight's rows, their inner products, a residual, a bias, and rows that are apart."""
     weight, up, down = random(96, 80), torch.zeros(96, 5), random(5, 80, seed=2)
     blocks = [(slice(0, 40), slice(0, 2)), (slice(50, 96), slice(2, 5))]
     for rows, inner in blocks:
@@ -51,10 +51,14 @@ def test_a_product_with_all_that_is_added(flat: bool) -> None:
     whole = weight + up @ down
     out = torch.full((290, width + 4), 7.0)
     right = Adapted(weight, up, down, blocks)
-    product(x, right, flat=flat, residual=residual, bias=bias, out=out[:, :width])
+    low = torch.empty(290, right.rank)
+    product(x, right, flat=flat, residual=residual, bias=bias, out=out[:, :width], low=low)
     expected = x @ (whole if flat else whole.t()) + residual + bias
     torch.testing.assert_close(out[:, :width], expected, rtol=1e-4, atol=1e-4)
     assert (out[:, width:] == 7).all()
+    torch.testing.assert_close(low, x @ (up if flat else down.t()), rtol=1e-4, atol=1e-4)
+    without = product(x, right, flat=flat, residual=residual, bias=bias)
+    assert torch.equal(without, out[:, :width])
 
 
 @pytest.mark.usefixtures("splits")
