@@ -82,10 +82,10 @@ class PackedAttention:
             if query_TNH.is_cuda and fits_varlen(query_TNH, _capability(query_TNH.device)):
                 return self._attend_fastest(query_TNH, key_TKH, value_TKH, window)
             lengths = self.pack.lengths
-            sees_all = window is None or window >= max(lengths)
+            sees_all = query_TNH.device.type == "cpu" and (window is None or window >= max(lengths))
             if sees_all and not goes_by_operators() and fits_compiled(query_TNH, key_TKH, value_TKH):
                 return attend_compiled(query_TNH, key_TKH, value_TKH, lengths)
-            if query_TNH.device.type == "cpu" and sees_all and len(set(lengths)) == 1:
+            if sees_all and len(set(lengths)) == 1:
                 holds = fits_held(query_TNH, key_TKH, value_TKH, lengths[0]) and not goes_by_operators()
                 attend_even = attend_held if holds else _attend_dense
                 return attend_even(query_TNH, key_TKH, value_TKH, lengths[0])
