@@ -50,8 +50,8 @@ def split_product_operator(
             sums,
             num_tokens,
             num_rows,
+            ceil_div(width // STEP, parts),
             WIDTH=width,
-            OF_PART=ceil_div(width // STEP, parts),
             TOKENS=tokens,
             ROWS=ROWS,
             STEP=STEP,
@@ -67,7 +67,8 @@ def split_product_operator(
             y,
             num_tokens * num_rows,
             num_rows,
-            PARTS=parts,
+            parts,
+            PARTS=triton.next_power_of_2(parts),
             BIAS=bias is not None,
             COLUMNS=_OUT_COLUMNS,
             num_warps=4,
@@ -83,20 +84,23 @@ def _split_product_fake(
     return torch.empty(x_codes.shape[0], w_codes.shape[0], device=x_codes.device, dtype=torch.bfloat16)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "of_part"])
 def _part_kernel(
     x,
     w,
     sums,
     num_tokens,
     num_rows,
+    of_part,
     WIDTH: tl.constexpr,
-    OF_PART: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The sums of a tile over OF_PART steps of columns. Rows and tokens that are not there are others once more."""
+    """The sums of a tile over `of_part` steps of columns. Rows and tokens that are not there are others once more.
+
+    Nothing is known when compiling that depends on the number of tokens: prompts of every length come while serving.
+    """
     part = tl.program_id(2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -104,13 +108,13 @@ def _part_kernel(
     x_at = x + tl.minimum(token, num_tokens - 1).to(tl.int64)[:, None] * WIDTH + column[None, :]
     w_at = w + tl.minimum(row, num_rows - 1).to(tl.int64)[None, :] * WIDTH + column[:, None]
     acc = tl.zeros([TOKENS, ROWS], tl.float32)
-    for step in range(part * OF_PART, tl.minimum((part + 1) * OF_PART, WIDTH // STEP)):
+    for step in range(part * of_part, tl.minimum((part + 1) * of_part, WIDTH // STEP)):
         acc = tl.dot(tl.load(x_at + step * STEP), tl.load(w_at + step * STEP), acc)
     at = (part * num_tokens + token).to(tl.int64)[:, None] * num_rows + row[None, :]
     tl.store(sums + at, acc, mask=(token < num_tokens)[:, None] & (row < num_rows)[None, :])
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "parts"])
 def _sum_kernel(
     sums,
     x_scale,
@@ -119,17 +123,20 @@ def _sum_kernel(
     y,
     size,
     num_rows,
+    parts,
     PARTS: tl.constexpr,
     BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    # PARTS: at least the parts there are, a power of two.
     token = tl.program_id(0)
     row = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < num_rows
     at = token.to(tl.int64) * num_rows + row
     total = tl.zeros([COLUMNS], tl.float32)
     for part in tl.static_range(PARTS):
-        total += tl.load(sums + part * size.to(tl.int64) + at, mask=inside, other=0.0)
+        is_there = inside & (row * 0 + part < parts)
+        total += tl.load(sums + part * size.to(tl.int64) + at, mask=is_there, other=0.0)
     total *= tl.load(x_scale + token) * tl.load(w_scale + row, mask=inside, other=0.0)
     if BIAS:
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
