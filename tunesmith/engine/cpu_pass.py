@@ -120,12 +120,12 @@ class CpuPass:
             self._step, self._library = None, self._given if takes(self.decoder, dtype) else None
             windows = [self.decoder.config.window(layer) for layer in range(len(blocks))]
             self._layers = [
-                _Layer(block, layer, window, dtype, self.packs, self._library is None)
+                _Layer(block, layer, window, dtype, self.packs, self._library)
                 for layer, (block, window) in enumerate(zip(blocks, windows, strict=True))
             ]
             self._final = _norm_of(cast(RMSNorm, self.decoder.norm), dtype, self.packs)
             if self.decoder.head is not None:
-                self._head = product_of(self.decoder.head, dtype, self.packs, self._library is None).plain
+                self._head = product_of(self.decoder.head, dtype, self.packs, self._library).plain
             else:
                 self._head = head_of(self.decoder.embedding.weight, dtype, self.packs)
 
@@ -161,22 +161,28 @@ class CpuPass:
 
 
 class _Layer:
-    """One block. columns: float32 weights may be laid out by columns."""
+    """One block."""
 
     def __init__(
-        self, block: Block, layer: int, window: int | None, dtype: torch.dtype, packs: bool, columns: bool
+        self,
+        block: Block,
+        layer: int,
+        window: int | None,
+        dtype: torch.dtype,
+        packs: bool,
+        library: ctypes.CDLL | None,
     ) -> None:
         attention, mlp = block.attention, block.mlp
         self.layer, self.window = layer, window
         self.heads = (attention.num_heads, attention.num_kv_heads, attention.head_dim)
         self.attention_norm = _norm_of(cast(RMSNorm, block.attention_norm), dtype, packs)
         self.mlp_norm = _norm_of(cast(RMSNorm, block.mlp_norm), dtype, packs)
-        self.qkv = product_of(attention.qkv, dtype, packs, columns).plain
-        self.output = product_of(attention.output, dtype, packs, columns).added
+        self.qkv = product_of(attention.qkv, dtype, packs, library).plain
+        self.output = product_of(attention.output, dtype, packs, library).added
         self.head_norm = _head_norm_of(attention, dtype, packs)
         if isinstance(mlp, Mlp) and mlp.is_swiglu:
-            gated = gated_of(mlp.up, dtype, packs, columns)
-            down = product_of(mlp.down, dtype, packs, columns).added
+            gated = gated_of(mlp.up, dtype, packs, library)
+            down = product_of(mlp.down, dtype, packs, library).added
             self.mlp: Callable[[Tensor, Tensor], Tensor] = lambda y, stream: down(gated(y), stream)
         else:
             self.mlp = lambda y, stream: stream + mlp(y)

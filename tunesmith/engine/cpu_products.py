@@ -9,6 +9,7 @@ float32 for 4 rows 2.5 ms by rows and 1.6 ms by columns. A module that is no pla
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.engine.cpu_int4 import Int4Table
 from tunesmith.engine.cpu_int8 import int8_of
+from tunesmith.kernels.gemv import CPU_TOKENS, dense_product
 from tunesmith.model.held import HeldLinear
+from tunesmith.model.int4 import Int4Linear
 from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.layers import Linear
 
@@ -38,24 +42,33 @@ class Product:
     added: Callable[[Tensor, Tensor], Tensor]
 
 
-def product_of(linear: nn.Module, dtype: torch.dtype, packs: bool, columns: bool = True) -> Product:
-    """How to multiply by this linear. packs: its weight never changes, and may be laid out anew; columns: in float32"""
+def product_of(linear: nn.Module, dtype: torch.dtype, packs: bool, library: ctypes.CDLL | None = None) -> Product:
+    """How to multiply by this linear.
+
+    packs: its weight never changes, and may be laid out anew: in float32 where there is no library, which reads weights
+    as they lie. library: our own C++ (kernels/cpu_library.py).
+    """
     if packs and type(linear) is Int8Linear and not linear.has_int8_products:
         int8 = int8_of(linear)
         return Product(int8, lambda x, stream: stream.add_(int8(x)))
+    if packs and library is not None and type(linear) is Int4Linear and linear.shell is None and linear.order is None:
+        int4 = _int4_of(linear, library)
+        return Product(int4, lambda x, stream: stream.add_(int4(x)))
     if packs and isinstance(linear, HeldLinear) and linear.shell is None:
         held = linear.product  # without the function that gradients need
         return Product(held, lambda x, stream: stream + held(x))
     if type(linear) is not Linear or not packs or linear.weight.dtype != dtype:
         return _as_it_is(linear)
     if dtype == torch.float32:
-        return _by_columns(linear) if columns else _as_it_is(linear)
+        return _by_columns(linear) if library is None else _as_it_is(linear)
     if dtype == torch.bfloat16 and can_pack():
         return _packed(pack(linear.weight), linear.bias)
     return _as_it_is(linear)
 
 
-def gated_of(linear: nn.Module, dtype: torch.dtype, packs: bool, columns: bool = True) -> Callable[[Tensor], Tensor]:
+def gated_of(
+    linear: nn.Module, dtype: torch.dtype, packs: bool, library: ctypes.CDLL | None = None
+) -> Callable[[Tensor], Tensor]:
     """silu(gate) * up of a fused gate-up linear."""
     if type(linear) is Linear and packs and linear.weight.dtype == dtype == torch.bfloat16 and can_pack():
         gate, up = (pack(half) for half in linear.weight.detach().chunk(2))
@@ -66,7 +79,7 @@ def gated_of(linear: nn.Module, dtype: torch.dtype, packs: bool, columns: bool =
             return ops.binary(x, ops(x, gate, gate_bias, "swish", [], ""), up, up_bias, "mul")
 
         return fused
-    product = product_of(linear, dtype, packs, columns).plain
+    product = product_of(linear, dtype, packs, library).plain
 
     def gated(x: Tensor) -> Tensor:
         gate, up = product(x).chunk(2, dim=-1)
@@ -90,6 +103,18 @@ def head_of(weight_VD: Tensor, dtype: torch.dtype, packs: bool) -> Callable[[Ten
 
 def _as_it_is(linear: nn.Module) -> Product:
     return Product(linear, lambda x, stream: stream + linear(x))
+
+
+def _int4_of(linear: Int4Linear, library: ctypes.CDLL) -> Callable[[Tensor], Tensor]:
+    """y_TF = x @ weight.T + bias: of many tokens by the weight in bfloat16, which is made for each product."""
+    weight = Int4Table(linear)
+
+    def run(x: Tensor) -> Tensor:
+        if x.shape[0] <= CPU_TOKENS["int4"]:
+            return linear.product(x)
+        return dense_product(x, weight.widened(library), linear.bias)
+
+    return run
 
 
 def _by_columns(linear: Linear) -> Product:

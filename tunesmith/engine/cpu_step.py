@@ -30,7 +30,9 @@ _INT8, _INT4 = 2, 3
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
+    """A linear's weight, as it is held."""
+
     _fields_ = [
         *((name, _I64) for name in ("kind", "rows", "width", "group")),
         *((name, _POINTER) for name in ("data", "scale", "zeros", "bias")),
@@ -40,7 +42,7 @@ class _Weight(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        *((name, _Weight) for name in ("qkv", "output", "up", "down")),
+        *((name, Weight) for name in ("qkv", "output", "up", "down")),
         ("keys", _POINTER),
         ("values", _POINTER),
         ("window", _I64),
@@ -171,24 +173,32 @@ class CpuStep:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _weight_of_head(self, decoder: Decoder) -> _Weight:
+    def _weight_of_head(self, decoder: Decoder) -> Weight:
         if decoder.head is not None:
             return self._weight(decoder.head)
         weight = decoder.embedding.weight.detach()
-        return _Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, None)
+        return Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, None)
 
-    def _weight(self, linear: nn.Module) -> _Weight:
+    def _weight(self, linear: nn.Module) -> Weight:
         bias = cast("nn.Parameter | None", linear.bias)
         place = None if bias is None else self._floats(bias)
         if isinstance(linear, Int8Linear):
             codes = self._keep(linear.codes)
-            return _Weight(_INT8, *linear.codes.shape, 0, codes, self._floats(linear.scale), None, place)
+            return Weight(_INT8, *linear.codes.shape, 0, codes, self._floats(linear.scale), None, place)
         if isinstance(linear, Int4Linear):
-            zeros = None if linear.zeros is None else self._keep(linear.zeros)
-            shape, scale = (linear.out_features, linear.in_features), self._floats(linear.scales)
-            return _Weight(_INT4, *shape, linear.group_size, self._keep(linear.words), scale, zeros, place)
+            return int4_weight(linear, self._kept)
         weight = cast(Linear, linear).weight.detach()
-        return _Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, place)
+        return Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, place)
+
+
+def int4_weight(linear: Int4Linear, kept: list[Any]) -> Weight:
+    """An int4 linear's weight. kept: is given what must stay as long as it is used."""
+    scales = linear.scales.detach().float().contiguous()
+    bias = None if linear.bias is None else linear.bias.detach().float().contiguous()
+    tensors = (linear.words, scales, linear.zeros, bias)
+    kept += [tensor for tensor in tensors if tensor is not None]
+    places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return Weight(_INT4, linear.out_features, linear.in_features, linear.group_size, *places)
 
 
 def takes(decoder: Decoder, dtype: torch.dtype) -> bool:

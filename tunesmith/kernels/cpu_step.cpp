@@ -338,9 +338,30 @@ class Decoder {
     std::vector<int16_t> codes;
 };
 
+// An int4 weight as bfloat16 [rows, width]: (code - zero) * scale, rounded once.
+void widen_int4(const Weight &w, uint16_t *to, int threads) {
+    int64_t blocks = padded(w.width) / BLOCK, each = BLOCK / w.group;
+    Crew crew(threads);
+    crew->phase((w.rows + 63) / 64, [&](int64_t part) {
+        for (int64_t row = part * 64; row < std::min(w.rows, part * 64 + 64); row++) {
+            const int32_t *words = static_cast<const int32_t *>(w.data) + row * blocks * LANES;
+            for (int64_t k = 0; k < w.width; k += LANES) {
+                int64_t block = k / BLOCK, plane = k % BLOCK / LANES;
+                int64_t group = (row * blocks + block) * each + k % BLOCK / w.group;
+                Whole codes = (*(const Whole *)(words + block * LANES) >> int(4 * plane)) & 15;
+                Vector x = __builtin_convertvector(codes, Vector) - float(w.zeros ? w.zeros[group] : 8);
+                Words bits = (Words)(x * w.scale[group]);
+                Halves half = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves);
+                std::memcpy(to + row * w.width + k, &half, 2 * std::min<int64_t>(LANES, w.width - k));
+            }
+        }
+    });
+}
+
 }  // namespace
 
 extern "C" {
+void tunesmith_widen(const Weight *w, uint16_t *to, int64_t threads) { widen_int4(*w, to, int(threads)); }
 void *tunesmith_decoder(const Model *model) { return new Decoder(*model); }
 void tunesmith_forget(void *decoder) { delete static_cast<Decoder *>(decoder); }
 int64_t tunesmith_step(void *decoder, const Step *step) { return static_cast<Decoder *>(decoder)->step(*step); }

@@ -17,7 +17,9 @@ from tunesmith.engine import cpu_step
 from tunesmith.engine import runner as runner_module
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.cpu_int4 import Int4Table
 from tunesmith.engine.cpu_pass import CpuPass
+from tunesmith.engine.cpu_products import product_of
 from tunesmith.engine.cpu_step import takes
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.request import SamplingParams
@@ -156,3 +158,13 @@ def test_a_token_that_is_none_of_the_vocabularys_is_an_error(
     with pytest.raises(IndexError):
         engine.step()
     assert not engine.has_work and engine.runner.pages.num_used == 0
+
+
+@pytest.mark.parametrize("quantize", ["int4", "int4-g32", "int4-sym"])
+def test_int4_is_widened_to_the_same_bits(quantize: str, tiny_model_dir: Any, library: Any) -> None:
+    source = tiny_model_dir("qwen2", hidden_size=96)
+    decoder: Any = load_for_inference(source, device="cpu", dtype=torch.bfloat16, quantize=quantize)
+    for linear in (decoder.blocks[0].mlp.up, decoder.blocks[1].attention.output):
+        assert torch.equal(Int4Table(linear).widened(library), linear.weight(torch.bfloat16))
+        x = torch.randn(70, linear.in_features)
+        torch.testing.assert_close(product_of(linear, x.dtype, True, library).plain(x), linear(x), rtol=1e-6, atol=1e-6)
