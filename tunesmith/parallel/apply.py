@@ -69,10 +69,14 @@ def full_shard(
     mesh: Mesh, settings: ParallelSection, compute_dtype: torch.dtype | None, *, has_adapters: bool
 ) -> FullShard | None:
     """How data-parallel processes share weights, which a block may be subject to before the next is loaded; None where
-    each of them holds all. Args: compute_dtype: see `spread_out`."""
+    each of them holds all. Args: compute_dtype: see `spread_out`. Raises: ParallelError."""
     kind = resolve_strategy(settings, has_adapters=has_adapters)
     if mesh.size("dp") == 1 or kind == "ddp":
         return None
+    if settings.offload == "cpu" and mesh.device.type != "cuda":
+        raise ParallelError(
+            f"parallel.offload cpu moves shares from a GPU to the host, and the device is {mesh.device}: set it to none"
+        )
     precision = Precision(None if has_adapters else compute_dtype)
     return FullShard(mesh, kind, precision, offloads=settings.offload == "cpu")
 

@@ -83,6 +83,7 @@ class ZeroEngine:
         self.device, self.world_size = mesh.device, mesh.world_size
         self._library = require_deepspeed(mesh.device.type)
         _require_operators(config, mesh.device)
+        forget_process_group()  # an earlier run of this program may have left with its own
         self._owns_group = _join_alone(mesh)
         values = _prepared(module, config)
         optimizer = _own_optimizer(config, groups, options)

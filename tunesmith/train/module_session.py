@@ -26,6 +26,7 @@ from tunesmith.recipe.parallel import ParallelSection
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, LogSection, TrainSection
 from tunesmith.rundir.layout import RunDir
 from tunesmith.train import randomness
+from tunesmith.train.allocator import cap_device_memory
 from tunesmith.train.clock import StepClock
 from tunesmith.train.directories import RANKS
 from tunesmith.train.loop import Hooks, LoopResult, resume, run_loop
@@ -217,6 +218,7 @@ def fit(
         check_module(module, settings, mesh)
         if mesh.world_size > 1:
             module.to(mesh.device)
+        cap_device_memory(next(module.parameters()).device, settings.device_memory_gb)
         asked = {"settings": settings.model_dump(mode="json"), "parallel": wanted.model_dump(mode="json")}
         begin_alike(module, mesh, {**asked, "run_dir": str(run_dir)})
         with watched(mesh, wanted, run_dir / "logs") as progress:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.errors import RecipeError
+from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.model.uncompiled import spare_compiler
 from tunesmith.recipe.schema import TrainSection
@@ -69,6 +69,19 @@ def initial_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[s
         return {}
     kind = adam8bit if isinstance(optimizer, AdamW8bit) else adamw
     return kind.initial_state(parameter)
+
+
+def check_states(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor, found: Mapping[str, bool]) -> None:
+    """`found`: the states that a checkpoint has of a parameter, and whether each is a tensor.
+
+    Raises: CheckpointError where they are another optimiser's.
+    """
+    own = initial_state(optimizer, torch.empty_like(parameter, device="meta"))
+    if found and found != {key: isinstance(value, Tensor) for key, value in own.items()}:
+        raise CheckpointError(
+            f"the checkpoint's states of {name} are another optimiser's: set train.optimizer to what the run was "
+            f"started with, or start a new run"
+        )
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, stopped: Tensor) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 from tunesmith.checkpoint.shards import Shard, whole
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.checkpoint.stored import fill
-from tunesmith.errors import CheckpointError
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.spread import Piece
 from tunesmith.train import randomness
+from tunesmith.train.adam8bit import AdamW8bit
 from tunesmith.train.deepspeed_update import DeepSpeedUpdater
+from tunesmith.train.optimizers import check_states
+from tunesmith.train.states import divided_otherwise
 from tunesmith.train.update import Updater
 
 _OWN_GENERATORS = ("torch", "cuda")
@@ -108,23 +110,23 @@ def _make_states(state: TrainingState, updater: Updater) -> None:
     updater.optimizer.state.clear()
     scalars: Mapping[str, Mapping[str, Any]] = state.facts["optimizer"]
     for piece in updater.pieces:
-        held = {key: _room(state, piece, key) for key in dict.fromkeys(keys.get(piece.name, []))}
-        held.update(scalars.get(piece.name, {}))
+        found = {key: _room(state, piece, key, updater.optimizer) for key in dict.fromkeys(keys.get(piece.name, []))}
+        held: dict[str, Any] = {**found, **scalars.get(piece.name, {})}
+        check_states(updater.optimizer, piece.name, piece.local, {key: key in found for key in held})
         if held:
             updater.optimizer.state[piece.local] = held
 
 
-def _room(state: TrainingState, piece: Piece, key: str) -> Tensor:
+def _room(state: TrainingState, piece: Piece, key: str, optimizer: torch.optim.Optimizer) -> Tensor:
     name = f"optimizer.{piece.name}.{key}"
     if name not in state.stored:
         name = f"{name}.{_part(piece)}"
         if name not in state.stored:
-            raise CheckpointError(
-                f"the checkpoint's 8-bit states of {piece.name} are divided in another way, and their blocks can't be "
-                f"cut: go on with as many processes as before, or use train.optimizer adamw from the start"
-            )
+            raise divided_otherwise(piece.name)
         return _empty(state.stored.entry(name).global_shape, state, name, piece)
     shape = state.stored.entry(name).global_shape
+    if shape and isinstance(optimizer, AdamW8bit) and shape != piece.shape and not _is_whole(piece):
+        raise divided_otherwise(piece.name)
     return _empty(piece.local.shape if shape == piece.shape and shape else shape, state, name, piece)
 
 

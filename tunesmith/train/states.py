@@ -12,6 +12,7 @@ from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, NonFiniteError
 from tunesmith.train import randomness
 from tunesmith.train.host_states import HostStates
+from tunesmith.train.optimizers import check_states
 from tunesmith.train.update import Updater
 
 
@@ -84,17 +85,37 @@ def _optimizer_states(updater: Updater) -> dict[str, dict[str, Any]]:
 
 def _restore_optimizer(state: TrainingState, updater: Updater) -> None:
     parameters, optimizer = {piece.name: piece.local for piece in updater.pieces}, updater.optimizer
+    facts = state.facts["optimizer"].items()
+    values: dict[str, dict[str, Any]] = {name: dict(scalars) for name, scalars in facts if name in parameters}
+    full_names = _under(state.tensors, "optimizer.")
+    keys = {name: dict.fromkeys(scalars, False) for name, scalars in values.items()}
+    for full_name in full_names:
+        name, _, part = full_name.partition(".part-")
+        name, _, key = name.rpartition(".")
+        if part:
+            raise divided_otherwise(name)
+        if name in parameters:  # else it is frozen now
+            keys.setdefault(name, {})[key] = True
+    inner = optimizer.inner if isinstance(optimizer, HostStates) else optimizer
+    for name, found in keys.items():
+        check_states(inner, name, parameters[name], found)
     if isinstance(optimizer, HostStates):
         optimizer.forget()
-    values: dict[str, dict[str, Any]] = {name: dict(scalars) for name, scalars in state.facts["optimizer"].items()}
-    for full_name in _under(state.tensors, "optimizer."):
-        name, _, key = full_name.rpartition(".")
-        tensor, parameter = state.tensors[f"optimizer.{full_name}"], parameters[name]
+    for name, key in ((name, key) for name, found in keys.items() for key, is_tensor in found.items() if is_tensor):
+        tensor, parameter = state.tensors[f"optimizer.{name}.{key}"], parameters[name]
         here = optimizer.placed(parameter, tensor) if isinstance(optimizer, HostStates) else tensor.to(parameter.device)
         values.setdefault(name, {})[key] = here
     optimizer.state.clear()
     for name, entries in values.items():
         optimizer.state[parameters[name]] = entries
+
+
+def divided_otherwise(name: str) -> CheckpointError:
+    """8-bit states that can't be had from a checkpoint, because their blocks would have to be cut."""
+    return CheckpointError(
+        f"the checkpoint's 8-bit states of {name} are divided in another way, and their blocks can't be cut: go on "
+        f"with as many processes as before, or use train.optimizer adamw from the start"
+    )
 
 
 def _under(names: Iterable[str], prefix: str) -> list[str]:

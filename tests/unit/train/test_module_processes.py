@@ -246,6 +246,35 @@ def take_any_layout() -> dict[str, Any]:
     return {**{name: tensor.tolist() for name, tensor in module.state_dict().items()}, "behind": backing[1:].tolist()}
 
 
+def change_optimizer(folder: str, optimizers: tuple[str, str], strategy: str) -> str:
+    """What going on from one optimiser's states with another says; "" where it goes on."""
+    for steps, optimizer in zip((2, 4), optimizers, strict=True):
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(6, 1000), nn.Linear(1000, 1))
+        settings = TrainSection(max_steps=steps, optimizer=optimizer, learning_rate=0.01)
+        wanted = ParallelSection(strategy=strategy, micro_batches=3)
+        try:
+            fit(module, Made(VALIDATION, []), _loss, run_dir=Path(folder), settings=settings, parallel=wanted)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_states_that_can_not_be_taken_over_are_refused(ranks: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Another optimiser's were taken as they came, and its arithmetic failed; parts of 8-bit ones were a KeyError."""
+    ways = (("adamw", "adamw8bit"), ("adamw8bit", "adamw"), ("adamw", "sgd"))
+    for count, strategy in ((1, "ddp"), (2, "zero3")):
+        for number, way in enumerate(ways[: 3 if count == 1 else 1]):
+            for said in ranks(change_optimizer, count, str(tmp_path / f"{count}-{number}"), way, strategy):
+                assert "another optimiser's: set train.optimizer" in said
+    way = ("adamw8bit", "adamw8bit")
+    for first, then in (((1, "ddp"), (2, "zero3")), ((2, "zero3"), (1, "ddp"))):
+        folder = str(tmp_path / f"from-{first[0]}")
+        ranks(change_optimizer, first[0], folder, way, first[1])
+        for said in ranks(change_optimizer, then[0], folder, way, then[1]):
+            assert "8-bit states of 0.weight are divided in another way" in said
+
+
 def test_modules_begin_alike_however_their_tensors_lie(ranks: Callable[..., list[Any]]) -> None:
     """gloo knows no bool and no int16, and sent of an expanded tensor what lies behind it in memory."""
     first, second = ranks(take_any_layout, 2)
