@@ -83,7 +83,7 @@ class PackedAttention:
                 return self._attend_fastest(query_TNH, key_TKH, value_TKH, window)
             lengths = self.pack.lengths
             sees_all = query_TNH.device.type == "cpu" and (window is None or window >= max(lengths))
-            if sees_all and not goes_by_operators() and fits_compiled(query_TNH, key_TKH, value_TKH):
+            if sees_all and fits_compiled(query_TNH, key_TKH, value_TKH):
                 return attend_compiled(query_TNH, key_TKH, value_TKH, lengths)
             if sees_all and len(set(lengths)) == 1:
                 holds = fits_held(query_TNH, key_TKH, value_TKH, lengths[0]) and not goes_by_operators()

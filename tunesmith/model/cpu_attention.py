@@ -40,7 +40,10 @@ def fits_compiled(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor) -> bool
 
 
 def attend_compiled(query_TNH: Tensor, key_TKH: Tensor, value_TKH: Tensor, lengths: Sequence[int]) -> Tensor:
-    """out_TNH of documents of any lengths, by our own C++ (kernels/cpu_attention.hpp); N a multiple of K."""
+    """out_TNH of documents of any lengths, by our own C++ (kernels/cpu_attention.hpp); N a multiple of K.
+
+    Checkpointing that goes by operators does not see it, and computes it twice: the same bits as without checkpointing.
+    """
     return cast(Tensor, _Compiled.apply(query_TNH, key_TKH, value_TKH, tuple(lengths)))
 
 
