@@ -76,7 +76,10 @@ def test_the_compiled_step_answers_by_default(
 ) -> None:
     """And says what torch says in float32. Without a compiler there is one line, and torch."""
     arguments = ("chat", model_dir, "--prompt", "你好", "--max-tokens", 12, "--temperature", 0)
+    monkeypatch.setenv(cpu_library.SWITCH, "0")
+    cpu_library.load.cache_clear()
     plain = run(*arguments)
+    assert cpu_library.load() is None
     monkeypatch.delenv(cpu_library.SWITCH)
     monkeypatch.setenv("XDG_CACHE_HOME", str(kernel_cache if has_compiler else tmp_path))
     if not has_compiler:
