@@ -22,7 +22,7 @@ from tunesmith.cli.main import run
         (["--weights", "none"], "--weights is"),
         (["--peer-python", "vllm"], "NAME=PATH"),
         (["--option", "max_num_seqs"], "KEY=VALUE"),
-        (["--language", "fr"], "not one of en, zh"),
+        (["--language", "fr"], "not one of auto, en, zh"),
     ],
 )
 def test_mistakes_of_use(

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
         (["--nodes", "4", "--network", "quick"], "--network is what a node has"),
         (["--cpu", "--gpus", "1", "--nodes", "4", "--network", "400Gb"], "measure two GPUs or more"),
         (["--cpu", "--gpus", "1,2", "--set", "parallel.tensor=2"], "--gpus 1 can't be divided"),
-        (["--language", "fr"], "not one of en, zh"),
+        (["--language", "fr"], "not one of auto, en, zh"),
         (["--set", "parallel.strateg=ddp"], "strategy"),
     ],
 )

@@ -63,7 +63,7 @@ HANG_AT_THE_SECOND = """
         (["builtin:tiny", "--rate", "1", "--prompt-tokens", "9..3"], "FROM..TO"),
         (["builtin:tiny", "--rate", "1", "--workload", "sharegtp"], "did you mean 'sharegpt'"),
         (["builtin:tiny", "--rate", "1", "--workload", "azure"], "--data"),
-        (["builtin:tiny", "--rate", "1", "--language", "fr"], "not one of en, zh"),
+        (["builtin:tiny", "--rate", "1", "--language", "fr"], "not one of auto, en, zh"),
     ],
 )
 def test_mistakes_of_use(
