@@ -1,4 +1,4 @@
-"""Groups that lose a process to SIGKILL go on as if nothing had happened: one kill here, fifty in the campaign."""
+"""Groups that lose a process to SIGKILL go on as if nothing had happened: two kills here, fifty in the campaign."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def trained(recipe: str, run: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_kill(ranks: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a random step; the run it is compared with is that of two ranks which are there already."""
+def test_two_kills(ranks: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At random steps, the second of a group that had resumed; the run to compare with is of ranks that are there."""
     monkeypatch.syspath_prepend(str(HERE))
     import rank_kill_campaign as campaign
 
     def undisturbed(recipe: Path, run: Path) -> None:
         ranks(trained, 2, str(recipe), str(run))
 
-    moment = campaign.by_steps(random.Random(0), 12, 20)
-    result = campaign.run_campaign(1, 2, 0, 40, tmp_path / "runs", undisturbed, moment)
-    assert result.kills == 1
-    assert result.restarts >= 1
-    assert result.resumes_from_a_checkpoint == 1
-    assert result.losses_compared > 40
+    moment = campaign.by_steps(random.Random(0), 6, 14)
+    result = campaign.run_campaign(2, 2, 0, 60, tmp_path / "runs", undisturbed, moment)
+    assert result.kills == 2
+    assert result.restarts >= 2
+    assert result.resumes_from_a_checkpoint >= 1
+    assert result.losses_compared > 60
     assert result.mismatches == []
 
 

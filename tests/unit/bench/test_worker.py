@@ -93,7 +93,7 @@ def test_a_kill_is_told_by_its_signal(worker: Worker, tmp_path: Path) -> None:
 def test_a_job_that_takes_too_long_is_stopped(worker: Worker, tmp_path: Path) -> None:
     began = time.monotonic()
     outcome = worker.run(["bench_jobs", "hang"], tmp_path / "log", 0.2)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 5
     assert outcome.verdict(0.2) == ("timeout", "stopped after 0.2 s (bench.timeout_s)")
 
 
@@ -126,7 +126,7 @@ def test_leaving_the_worker_ends_a_running_job(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 5
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
