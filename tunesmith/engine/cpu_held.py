@@ -7,7 +7,8 @@ tokens to rows that are there already, and attention reads a view:
                   1   k0 k1 ...
 
 A row is what its pages hold as long as the sequence in that slot goes on by one token in the same pages, step after
-step. Where it did anything else (a prompt, guesses) the row is forgotten, and made from the pages when it decodes next.
+step. Where it did anything else (a prompt, guesses, or left) the row is forgotten, and made from the pages when the
+slot decodes next: equal pages alone say nothing, since others may have filled them meanwhile.
 """
 
 from __future__ import annotations

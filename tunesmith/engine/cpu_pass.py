@@ -82,6 +82,11 @@ class CpuPass:
             return self._step.logits(hidden_TD)
         return self._head(hidden_TD)
 
+    def release(self, slot: int) -> None:
+        """A sequence has left this slot: its pages may be filled by others before the next one comes."""
+        if self.held is not None:
+            self.held.forget((slot,))
+
     def decode(self, batch: StepBatch, cache: PagedCache, last_ids: Tensor) -> Tensor | None:
         """logits_TV of one new token a sequence by the compiled step; None where it does not take this.
 

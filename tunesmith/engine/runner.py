@@ -302,6 +302,8 @@ class NativeRunner:
     def release(self, slot: int) -> None:
         """A sequence has left this slot."""
         self.sampling.release(slot)
+        if isinstance(self._fused, CpuPass):
+            self._fused.release(slot)
 
     def _worst_pass(self) -> None:
         """The largest pass there can be, over one page that is never written: what pages must leave room for."""

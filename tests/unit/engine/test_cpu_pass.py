@@ -12,8 +12,12 @@ from torch import nn
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.engine.batch import StepBatch
+from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.cpu_pass import CpuPass
+from tunesmith.engine.engine import Engine
 from tunesmith.engine.pages import PAGE_SLOTS, PagedCache
+from tunesmith.engine.request import SamplingParams
+from tunesmith.engine.runner import NativeRunner
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.layers import Linear
 from tunesmith.units import ceil_div
@@ -124,6 +128,31 @@ def test_a_sequence_that_takes_over_slot_and_pages_has_a_row_of_its_own(tiny_mod
             wanted = decoder(batch.tokens_T, batch.positions_T, PagedAttention(one, batch))
             found = run(batch.tokens_T, batch.positions_T, PagedAttention(other, batch))
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_page_that_another_has_filled_is_read_anew(tiny_model_dir) -> None:
+    """A row was held for as long as its slot's next sequence began with the same pages and as many tokens as the last
+    one ended with. These may hold another text: here the first sequence leaves slot 0 and page 0 with 16 tokens, the
+    third fills that page from slot 1, and the last one shares it from slot 0 and has one token of its own."""
+    config = EngineConfig(max_model_len=64, max_num_seqs=3)
+    prefix = list(range(40, 56))
+
+    def answers(*requests: tuple[list[int], int, int | None]) -> list[int]:
+        """Prompt, tokens of the answer, and steps before the next request (None: until all is done)."""
+        engine = Engine(NativeRunner(load(tiny_model_dir, "llama", initializer_range=0.2), config, 3), config=config)
+        said: dict[int, list[int]] = {}
+        last = -1
+        for prompt, length, num_steps in requests:
+            last = engine.submit(prompt, SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True))
+            while engine.has_work and num_steps != 0:
+                for output in engine.step():
+                    said.setdefault(output.request_id, []).extend(output.token_ids)
+                num_steps = None if num_steps is None else num_steps - 1
+        return said[last]
+
+    before = [(list(range(100, 110)), 7, 0), (list(range(120, 140)), 13, None), ([*prefix, 1], 12, 3)]
+    wanted = ([*prefix, 2], 6, None)
+    assert answers(*before, wanted) == answers(wanted)
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_the_decoder(tiny_model_dir) -> None:
