@@ -5,7 +5,7 @@ it: the fastest of `--runs` runs between CUDA events, each after 1 GiB was overw
 move (every input once, every output once), and these bytes' time at `--bandwidth` (what an H200's memory gives) as
 `floor_ms`. `once`: a row is held (`kernels/fp8_held_triton.Held`), `by_columns`: so many columns at a time, which reads
 wider rows twice. The codes of every way are compared with those of the first. The last lines say for every width what
-was fastest beside what the rule takes today: `ALONE` and `FOLDED` are set by them.
+was fastest beside what the rule takes today: `FORMS` is set by them.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class ByColumns:
 Form = Held | ByColumns
 
 
-def rule(width: int, folded: bool) -> Form:
+def rule(width: int) -> Form:
     """What `quantize_rows_fp8` takes for rows of bfloat16 today."""
     columns = min(fp8_triton.WIDEST, 1 << (width - 1).bit_length())
-    form = None if columns >= width else held(2 * width, folded)
+    form = None if columns >= width else held(2 * width)
     return form or ByColumns(columns, max(1, min(8, columns // fp8_triton._COLUMNS_PER_WARP)))
 
 
@@ -86,7 +86,7 @@ def forms(width: int, folded: bool) -> list[Form]:
     else:
         found = [ByColumns(*size) for size in ((8192, 8), (4096, 4), (4096, 8), (8192, 16), (16384, 16))]
     found += [form for form in (NARROW if whole <= fp8_triton.WIDEST else WIDE) if folded or not form.wide]
-    found.append(rule(width, folded))
+    found.append(rule(width))
     return list(dict.fromkeys(found))
 
 
@@ -157,7 +157,7 @@ def rows_of(width: int, folded: bool, options: argparse.Namespace, flush: Tensor
         floor_ms = num_bytes / options.bandwidth * 1e3
         rates = {"ms": round(ms, 4), "floor_ms": round(floor_ms, 4), "gb_per_s": round(num_bytes / ms / 1e6)}
         yield {**row, **rates, "same_bits": same}
-    today = rule(width, folded)
+    today = rule(width)
     best = min(measured, key=lambda form: measured[form])
     found_ms = {"best_ms": round(measured[best], 4), "rule_ms": round(measured.get(today, float("nan")), 4)}
     yield {"width": width, "folded": folded, "best": repr(best), "rule": repr(today), **found_ms}

@@ -36,7 +36,7 @@ def quantize_rows_operator(x: Tensor, fold: Tensor | None = None) -> tuple[Tenso
     if codes.numel() == 0:
         return codes, scale.fill_(SMALLEST_SCALE)
     columns = min(WIDEST, triton.next_power_of_2(width))
-    form = None if columns >= width else held(width * x.element_size(), fold is not None)
+    form = None if columns >= width else held(width * x.element_size())
     with current(x.device):
         if form is None:
             launch_by_columns(x, fold, codes, scale, columns, max(1, min(8, columns // _COLUMNS_PER_WARP)))

@@ -5,7 +5,7 @@ reads for an output row of D columns:
 
     bfloat16 2 D      int8, fp8 D + 4      int4 D / 2 + 2 D / G (+ D / G with zero points)      NF4 D / 2 + 4 D / 64
 
-On a GPU up to `MOST_TOKENS` go through our kernels (weights widened in registers; of 16 bits small ones alone); more go
+On a GPU up to `MOST_TOKENS` go through our kernels (weights widened in registers; 16 bits: `takes_float`); more go
 through the dequantised weight and cuBLAS, where the product's own time hides the extra pass. On a CPU torch's
 weight-only kernels take up to `CPU_TOKENS`, in bfloat16; more of int8 up to `CPU_SPLIT_TOKENS` go through the integer
 units (`int8_split_product`), all others through the dequantised weight, in bfloat16.
@@ -28,8 +28,9 @@ from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, use_kernel
 
 Format = Literal["float", "int8", "fp8", "int4", "nf4"]
 MOST_TOKENS: dict[Format, int] = {"float": 8, "int8": 64, "fp8": 64, "int4": 64, "nf4": 1}
-# Weights of 16 bits up to so many bytes: of small ones cuBLAS starts too few programs, of large ones it reads what a
-# copy does. On an H200, one token, it took 12.1 us of 12.6 MB (Qwen3-0.6B, gate and up), 73.5 of 272 MB (Qwen2.5-7B).
+# Weights of 16 bits up to so many bytes, with several tokens: of small ones cuBLAS starts too few programs. With one
+# token all of them: on an H200 qkv, output, gate and up, down of Qwen2.5-7B took it 11.1, 10.7, 72.7, 40.9 us, and our
+# kernel 10.5, 8.8, 69.7, 37.7.
 FLOAT_BYTES = 2**24
 # Columns that a step of that kernel reads.
 FLOAT_STEP = 64
@@ -50,11 +51,11 @@ def takes(name: Format, x_TD: Tensor) -> bool:
 
 
 def takes_float(x_TD: Tensor, weight_FD: Tensor) -> bool:
-    """Whether our kernel is the faster for this weight of 16 bits: a small one, in whole steps of columns."""
+    """Whether our kernel is the faster for this weight of 16 bits: a small one or one token; whole steps of columns."""
     return (
         weight_FD.dtype == x_TD.dtype
         and weight_FD.dtype.itemsize == 2
-        and weight_FD.nbytes <= FLOAT_BYTES
+        and (weight_FD.nbytes <= FLOAT_BYTES or x_TD.shape[0] == 1)
         and weight_FD.shape[1] % FLOAT_STEP == 0
         and weight_FD.is_contiguous()
     )

@@ -58,6 +58,8 @@ COLUMNS = {0: 64, 1: 128, 2: 128, 3: 256}
 _WARPS_HELD = {0: (24, 16), 1: (28, 16), 2: (28, 16), 3: (16, 8)}
 # Registers of a thread with which two programs of 16 warps run at once.
 _REGISTERS_OF_TWO = 64
+# Values of a weight of 16 bits from which it counts as large.
+_LARGE_VALUES = 2**23
 _WARPS_WANTED = 12
 _STEPS_WANTED = 10
 _log = logging.getLogger(__name__)
@@ -198,6 +200,8 @@ def shape_of(format_id: int, num_rows: int, width: int, processors: int, num_tok
     waits for the others to end costs as much as they did.
     """
     is_many = num_tokens > 8
+    if format_id == 0 and num_tokens <= 8 and num_rows * width > _LARGE_VALUES:
+        return _shape_of_large(num_rows, width, processors)
     rows = 32 if is_many and format_id == 3 else 16
     if format_id == 0 and num_rows <= 8 * processors:
         rows = 8
@@ -211,6 +215,15 @@ def shape_of(format_id: int, num_rows: int, width: int, processors: int, num_tok
             break
         warps *= 2
     return rows, warps, 2 if format_id == 0 else 1
+
+
+def _shape_of_large(num_rows: int, width: int, processors: int) -> Shape:
+    """Of a large weight of 16 bits: as many warps, from 4 to 16, as run at once, each with one step under way."""
+    programs = ceil_div(num_rows, 16)
+    # Of 16 warps, whose registers are limited for it, two programs run at once.
+    warps = 16 if 16 * programs <= 32 * processors else 8 if 8 * programs <= 24 * processors else 4
+    most = 1 << max(1, (width // COLUMNS[0]).bit_length() - 1)
+    return 16, min(warps, most), 1
 
 
 def quads(

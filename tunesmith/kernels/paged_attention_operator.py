@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels import paged_attention_tiles as tiles
-from tunesmith.kernels.launch import current, num_processors
+from tunesmith.kernels.launch import current, num_processors, shared_bytes
 from tunesmith.kernels.paged_attention_parts_triton import join_kernel
 from tunesmith.kernels.paged_attention_tiles import Tile
 from tunesmith.kernels.paged_attention_triton import attend_kernel
@@ -67,7 +67,7 @@ def paged_attention_operator(
             parts = tiles.num_splits(len(context), keys.shape[2], max_context, processors)
             launch.decode(tile, max_query, parts, False)
         if max_query * group > tile.rows:
-            shared = tiles.shared_bytes(query.device)
+            shared = shared_bytes(query.device)
             launch.prefill(tiles.prefill_tile(head_dim, value_bytes, page_bytes, shared), tile.rows, False)
 
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
-import torch
-
-from tunesmith.hardware import GENERATIONS
+from tunesmith.kernels.launch import LEAST_SHARED_BYTES
 from tunesmith.units import ceil_div
 
 DECODE_ROWS = 16
@@ -29,7 +26,6 @@ MOST_SPLITS = 64
 JOINED_VALUES, JOIN_ROUNDS = 4096, 4
 """Values that a program joins at once, one request's rows of some parts, and how often it may: then a kernel joins."""
 _PROGRAMS_PER_PROCESSOR = 4
-_LEAST_SHARED_BYTES = GENERATIONS[8, 6].shared_bytes
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ def decode_tile(head_dim: int, value_bytes: int, page_bytes: int, group: int) ->
     return Tile(rows, 64 if width * page_bytes <= 256 else 32, 4, 3)
 
 
-def prefill_tile(head_dim: int, value_bytes: int, page_bytes: int, shared_bytes: int = _LEAST_SHARED_BYTES) -> Tile:
+def prefill_tile(head_dim: int, value_bytes: int, page_bytes: int, shared_bytes: int = LEAST_SHARED_BYTES) -> Tile:
     """The tile of requests with many new tokens."""
     if "prefill" in _forced:
         return _forced["prefill"]
@@ -76,8 +72,8 @@ def prefill_tile(head_dim: int, value_bytes: int, page_bytes: int, shared_bytes:
     if value_bytes == 4:
         return Tile(64, 32, 4, 3) if width <= 128 else Tile(32, 16, 4, 3)
     if width > 128:
-        return Tile(64, 32, 4, 3) if shared_bytes <= _LEAST_SHARED_BYTES else Tile(128, 64, 8, 3)
-    if width <= 64 or shared_bytes > _LEAST_SHARED_BYTES:
+        return Tile(64, 32, 4, 3) if shared_bytes <= LEAST_SHARED_BYTES else Tile(128, 64, 8, 3)
+    if width <= 64 or shared_bytes > LEAST_SHARED_BYTES:
         return Tile(128, 64, 8 if width > 64 else 4, 3)
     return Tile(64, 64, 4, 3)
 
@@ -116,12 +112,3 @@ def padded(head_dim: int) -> int:
 def power_of_two(number: int) -> int:
     """The least power of two that is not below."""
     return 1 << max(0, number - 1).bit_length()
-
-
-@cache
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program may have; the least of all chips for one that is not known."""
-    if device.type != "cuda":
-        return _LEAST_SHARED_BYTES
-    generation = GENERATIONS.get(torch.cuda.get_device_capability(device))
-    return _LEAST_SHARED_BYTES if generation is None else generation.shared_bytes

@@ -1,7 +1,6 @@
 """A model's linears in the forms that answer fastest: the same weights, other kernels where there are few tokens.
 
-What is held does not change, so this is done after loading, and for any model whose linears are ours. Of weights of 16
-bits only small ones have a kernel of ours (`kernels/gemv.py`, FLOAT_BYTES); cuBLAS reads the others as fast as a copy.
+What is held does not change, so this is done after loading, and for any model whose linears are ours.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.fp8 import quantize_rows_fp8
 from tunesmith.kernels.gemv import (
-    FLOAT_BYTES,
     float_product,
     fp8_few_product,
     fp8_weight_product,
@@ -37,7 +35,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class DecodeLinear(Linear):
-    """A `Linear` whose product with few tokens reads a small weight by our kernel, where nothing wants gradients."""
+    """A `Linear` whose product with one token, or few and a small weight, is our kernel's; nothing wants gradients."""
 
     def product(self, x_TD: Tensor) -> Tensor:
         """y_TF = x @ weight.T + bias in the dtype of x."""
@@ -115,7 +113,7 @@ def adopted(form: type[Module], linear: nn.Module) -> Module:
 
 
 def _form(linear: nn.Module) -> type[nn.Module] | None:
-    if isinstance(linear, HeldLinear) or (type(linear) is Linear and linear.weight.nbytes > FLOAT_BYTES):
+    if isinstance(linear, HeldLinear):
         return None
     forms: dict[type[nn.Module], type[nn.Module]] = {
         Linear: DecodeLinear,

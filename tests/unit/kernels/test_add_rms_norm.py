@@ -68,7 +68,7 @@ def test_it_waits_for_what_it_reads_where_it_may_begin_early(tmp_path: Path, mon
     assert "ld.global.v4" in ptx
 
 
-def test_launches_overlap_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_overlap_inside_an_answering_pass_unless_it_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_has_overlap", lambda _: True)
     gpu = torch.device("cuda", 0)
     for value, wanted in (("1", True), ("0", False)):

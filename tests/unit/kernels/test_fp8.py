@@ -153,7 +153,7 @@ def same(a, b):
 generator = torch.Generator().manual_seed(0)
 float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
 # Rows at once, and rows that are read twice: whole steps of what is held at once, and a step with columns missing.
-fp8_held_triton.ALONE = fp8_held_triton.FOLDED = ()
+fp8_held_triton.FORMS = ()
 shapes = {8192: [(1, 48), (3, 1), (5, 200), (2, 3584)], 64: [(2, 1), (2, 128), (3, 200)]}
 for widest in (8192, 64):
     fp8_triton.WIDEST = widest
