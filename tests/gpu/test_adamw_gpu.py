@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from tunesmith.train.optimizers import guarded_step
 from tunesmith.train.update import Updater
 
 pytestmark = pytest.mark.gpu
+Guard = Callable[[], AbstractContextManager[None]]
 
 SETTINGS = AdamWSettings(1e-2, (0.9, 0.999), 1e-8, 0.1)
 WIDE, BRAIN = torch.float32, torch.bfloat16
@@ -26,23 +27,15 @@ MIXES = [(WIDE, WIDE, WIDE), (BRAIN, BRAIN, BRAIN), (BRAIN, BRAIN, WIDE), (WIDE,
 PLACES = {WIDE: 2e-6, BRAIN: 2**-7, torch.float16: 2**-10}
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def _random(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(size, device="cuda").to(dtype)
 
 
 @pytest.mark.parametrize("sizes", [(1, 200), (3584 * 17 + 48, 5_000_001), (2**22,)])
 @pytest.mark.parametrize("dtypes", [*MIXES, (torch.float16,) * 3])
-def test_kernel_equals_the_reference(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def test_kernel_equals_the_reference(
+    sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], no_waiting: Guard
+) -> None:
     torch.manual_seed(0)
     of_weight, of_grad, of_moments = dtypes
     held = [[_random(size, of_weight) for size in sizes]]
@@ -115,7 +108,7 @@ def test_the_optimiser_is_torchs_to_a_unit_in_the_last_place(dtype: torch.dtype)
     assert ours.state[mine[0]]["step"].item() == 9
 
 
-def test_the_host_does_not_wait_and_a_graph_counts_its_steps() -> None:
+def test_the_host_does_not_wait_and_a_graph_counts_its_steps(no_waiting: Guard) -> None:
     weights, optimizer = _optimised(AdamW, BRAIN)
     again, eager = _optimised(AdamW, BRAIN)
     for one, other in zip(weights, again, strict=True):
@@ -137,7 +130,7 @@ def test_the_host_does_not_wait_and_a_graph_counts_its_steps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [WIDE, BRAIN, torch.float16])
-def test_norms_of_parts(dtype: torch.dtype) -> None:
+def test_norms_of_parts(dtype: torch.dtype, no_waiting: Guard) -> None:
     torch.manual_seed(0)
     gradients = [_random(size, dtype) for size in (1, 200, PART, 3 * PART + 48, 5_000_001)]
     with no_waiting():
@@ -146,7 +139,7 @@ def test_norms_of_parts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [WIDE, BRAIN])
-def test_the_norm_is_right_and_repeats_its_bits(dtype: torch.dtype) -> None:
+def test_the_norm_is_right_and_repeats_its_bits(dtype: torch.dtype, no_waiting: Guard) -> None:
     torch.manual_seed(0)
     gradients = [_random(size, dtype) * 3**i for i, size in enumerate((5_000_001, 200, 2**22 + 48, 17))]
     with no_waiting():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 
 pytestmark = pytest.mark.gpu
+Guard = Callable[[], AbstractContextManager[None]]
 Make = Callable[..., Path]
 SHAPE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
 REQUESTS: list[dict[str, Any]] = [
@@ -122,7 +124,7 @@ def test_smaller_sizes_fit_into_the_memory_of_the_largest(tiny_model_dir: Make) 
     assert stats.seconds < 60
 
 
-def test_launching_a_step_never_waits_for_the_device(tiny_model_dir: Make) -> None:
+def test_launching_a_step_never_waits_for_the_device(tiny_model_dir: Make, no_waiting: Guard) -> None:
     runner = _runner(tiny_model_dir("qwen2", **SHAPE), 6, step_ahead=True)
     engine = Engine(runner, config=runner.config)
     expected = _answers(runner, engine)  # what happens at first calls only (kernels, buffers) may wait
@@ -130,11 +132,8 @@ def test_launching_a_step_never_waits_for_the_device(tiny_model_dir: Make) -> No
 
     def guarded(work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with no_waiting():
                 return work(*given)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
 
         return run
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tunesmith.train.module_session import ModuleSession
 from tunesmith.train.session import Session, build_session
 
 pytestmark = pytest.mark.gpu
+Guard = Callable[[], AbstractContextManager[None]]
 CONFIG = {
     "model_type": "qwen2",
     "vocab_size": 512,
@@ -46,26 +46,16 @@ def _session(folder: Path, kind: str, **train: Any) -> Session:
     return build_session(recipe_from_mapping(recipe))
 
 
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    """An operation that makes the host wait for the device is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "sgd"])
 @pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
-def test_queueing_a_step_never_waits(tmp_path: Path, kind: str, optimizer: str, checkpointing: str) -> None:
+def test_queueing_a_step_never_waits(
+    tmp_path: Path, kind: str, optimizer: str, checkpointing: str, no_waiting: Guard
+) -> None:
     session = _session(tmp_path, kind, optimizer=optimizer, checkpointing=checkpointing, accumulation=2)
     for _ in range(3):
         session.step()
-    with _no_waiting():
+    with no_waiting():
         queued = [session.submit() for _ in range(3)]
     steps = [pending.read() for pending in queued]
     session.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tunesmith.model.transfer import CudaTransfer
 from tunesmith.recipe.schema import MethodSection
 
 pytestmark = pytest.mark.gpu
+Guard = Callable[[], AbstractContextManager[None]]
 Make = Callable[..., Path]
 NUM_BLOCKS = 6
 EVEN = [256] * 4
@@ -141,15 +143,12 @@ def test_nothing_is_read_before_it_is_there(is_captured: bool, tiny_model_dir: M
         _assert_close(expected, grads)
 
 
-def test_the_host_never_waits(tiny_model_dir: Make) -> None:
+def test_the_host_never_waits(tiny_model_dir: Make, no_waiting: Guard) -> None:
     decoder = _decoder(tiny_model_dir("llama", **LARGE), "lora", "offload", is_captured=False)
     pack = _pack(EVEN, 0)
     _gradients(decoder, [pack])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         _gradients(decoder, [pack])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_pass_that_breaks_off_leaves_nothing(tiny_model_dir: Make) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,12 @@ from tunesmith.train.update import Updater
 from tunesmith.units import MIB
 
 pytestmark = pytest.mark.gpu
+Guard = Callable[[], AbstractContextManager[None]]
 DEVICE = torch.device("cuda", 0)
 WIDTH = 4096
 PIECE_BYTES = 24 * MIB
 """A weight of the model below is cut into parts of 11 MB: still large ones for AdamW."""
 WITHIN: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def _loss(module: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
@@ -120,7 +111,7 @@ def test_a_checkpoint_goes_on_with_and_without(
 
 
 @pytest.mark.parametrize("more", [{}, WITHIN], ids=["after", "within"])
-def test_the_host_never_waits(more: dict[str, Any], small_pieces: None) -> None:
+def test_the_host_never_waits(more: dict[str, Any], small_pieces: None, no_waiting: Guard) -> None:
     updater = _updater(True, **more)
     _train(updater, range(2))
     batch = _batches(0, torch.bfloat16)

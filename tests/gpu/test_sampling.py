@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from tunesmith.kernels.sampling import (
 from tunesmith.kernels.sampling_logits import Allowed, Seen, change_logits, change_logits_reference
 
 pytestmark = pytest.mark.gpu
+Guard = Callable[[], AbstractContextManager[None]]
 VOCAB = 151_936
 WANTED = [
     (0.7, 0, 1.0, 0.0),
@@ -49,20 +50,10 @@ def wanted(num: int) -> list[Tensor]:
     return [torch.tensor(column, device="cuda") for column in columns]
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Fails where the host waits for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [3.0, 0.05])
 @pytest.mark.parametrize("num", [1, 7, 200])
-def test_tokens_equal_the_references(num: int, scale: float, dtype: torch.dtype) -> None:
+def test_tokens_equal_the_references(num: int, scale: float, dtype: torch.dtype, no_waiting: Guard) -> None:
     """But for a logarithm's last bit, which now and then decides between two tokens."""
     logits = make_logits(num, dtype, scale=scale)
     if num > 1:
@@ -89,7 +80,7 @@ def test_tokens_equal_the_references(num: int, scale: float, dtype: torch.dtype)
 
 @pytest.mark.parametrize("scale", [3.0, 0.05])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_thresholds_equal_the_references(dtype: torch.dtype, scale: float) -> None:
+def test_thresholds_equal_the_references(dtype: torch.dtype, scale: float, no_waiting: Guard) -> None:
     """Where two tokens' masses round to either side of top-p, both are right."""
     logits, given = make_logits(30, dtype, scale=scale), wanted(30)
     with no_waiting():
@@ -111,7 +102,7 @@ def test_a_threshold_does_not_depend_on_the_batch() -> None:
         assert torch.equal(one[0], whole[i])
 
 
-def test_penalised_and_masked_logits_equal_the_references() -> None:
+def test_penalised_and_masked_logits_equal_the_references(no_waiting: Guard) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     rows = torch.arange(9, device="cuda")
     prompts = torch.rand(4, VOCAB, device="cuda", generator=generator) < 0.1
@@ -170,7 +161,7 @@ def _rows(slots: Sequence[int]) -> list[SampledRow]:
     ]
 
 
-def test_a_batch_of_every_kind_waits_for_nothing_and_says_what_a_cpu_says() -> None:
+def test_a_batch_of_every_kind_waits_for_nothing_and_says_what_a_cpu_says(no_waiting: Guard) -> None:
     rows, num = _rows(range(len(MIXED))), len(MIXED)
     masks = torch.zeros(1, VOCAB // 32, dtype=torch.int32)
     masks[0, 100] = -1

@@ -44,7 +44,7 @@ def test_the_rule_is_what_the_operator_launches(bench: ModuleType) -> None:
     for width in bench.WIDTHS:
         for folded in (False, True):
             x, fold, codes, scale = bench.tensors(64, width, folded, "meta")
-            rule = bench.rule(width, folded)
+            rule = bench.rule(width)
             assert rule in bench.forms(width, folded)
             ours = recorded(partial(quantize_rows_operator, x, fold))
             theirs = recorded(partial(bench.launch, rule, x, fold, codes, scale))
