@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
@@ -108,7 +109,7 @@ inline float step_of(const float *x, int64_t width, float &inverse) {
     }
     float largest;
     std::memcpy(&largest, &most, 4);
-    inverse = largest > 1e-30f && largest < 3e38f ? 32767 / largest : 0;
+    inverse = largest > 1e-30f && largest <= std::numeric_limits<float>::max() ? 32767 / largest : 0;
     return largest / 32767;
 }
 

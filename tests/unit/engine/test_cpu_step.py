@@ -124,6 +124,19 @@ def test_what_is_no_number_stays_none(tiny_model_dir: Any, library: Any) -> None
         assert found[0].isnan().all() and found[1].isfinite().all()
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_the_largest_numbers_are_numbers(quantize: str, tiny_model_dir: Any, library: Any) -> None:
+    """A row with a finite value beyond 3e38 was taken for one that is no number, and its codes were zero."""
+    decoder: Any = load_for_inference(tiny_model_dir("llama"), device="cpu", dtype=torch.float32, quantize=quantize)
+    decoder.head = copy.deepcopy(decoder.blocks[0].mlp.up)
+    step = cpu_step.CpuStep(library, decoder, schedules.cache_of(decoder, torch.float32), torch.float32)
+    x = torch.zeros(2, decoder.config.hidden_size)
+    x[0, 3], x[1, 3] = torch.finfo(torch.float32).max, 1.0
+    found = step.logits(x)
+    assert found[1].any()
+    torch.testing.assert_close(found[0] / x[0, 3], found[1], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_an_engine_says_what_torch_says(
     family: str, tiny_model_dir: Any, library: Any, monkeypatch: pytest.MonkeyPatch
