@@ -328,6 +328,9 @@ def _pass(host: HostBatch, owner: np.ndarray, first: int, rows: int) -> HostBatc
     )
 
 
+SMALL_PROMPT, SMALL_CONTEXT = 75, 100
+
+
 def worst_batches(config: EngineConfig) -> list[HostBatch]:
     """The largest step of prompts there can be, and the largest of decoding at full context. All pages are page 0, and
     nothing is written: for measuring."""
@@ -335,6 +338,19 @@ def worst_batches(config: EngineConfig) -> list[HostBatch]:
     counts = ([config.max_model_len] * full + ([rest] if rest else []))[: config.max_num_seqs]
     decoding = [1] * config.max_num_seqs
     return [_worst(np.array(counts), np.array(counts)), _worst(np.array(decoding), config.max_model_len)]
+
+
+def small_batches(config: EngineConfig) -> list[HostBatch]:
+    """Small steps of every kind: one request that decodes and many, alone and beside a prompt, with short and with the
+    longest contexts. What they launch is compiled before anyone waits for it. Nothing is written."""
+    longest, most = config.max_model_len, config.max_num_seqs
+    found = []
+    for requests in sorted({1, max(1, most - 1)}):
+        prompt = min(SMALL_PROMPT, longest, config.max_num_batched_tokens - requests)
+        beside = [[], [prompt]] if prompt > 0 and requests < most else [[]]
+        for context in sorted({min(SMALL_CONTEXT, longest), longest}):
+            found += [_worst(np.array([1] * requests + prompts), context) for prompts in beside]
+    return found
 
 
 def _worst(counts: np.ndarray, contexts: np.ndarray | int) -> HostBatch:

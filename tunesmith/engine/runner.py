@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
-from tunesmith.engine.batching import to_device, worst_batches
+from tunesmith.engine.batching import small_batches, to_device, worst_batches
 from tunesmith.engine.cache_size import kv_torch_dtype, num_pages
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.cpu_pass import CpuPass
@@ -36,6 +36,7 @@ from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator, PagedCache
 from tunesmith.engine.sampling import Sampled, Sampling
 from tunesmith.errors import RequestError
 from tunesmith.kernels.cpu_library import load
+from tunesmith.kernels.paged_attention_fresh import warming_fresh
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.stream import WHOLE
@@ -306,10 +307,15 @@ class NativeRunner:
             self._fused.release(slot)
 
     def _worst_pass(self) -> None:
-        """The largest pass there can be, over one page that is never written: what pages must leave room for."""
+        """The largest pass there can be, over one page that is never written: what pages must leave room for.
+
+        And small ones of every other kind, so that nothing is compiled while requests wait.
+        """
         cache = PagedCache(self.model.config, 1, dtype=self.page_dtype, device=self.device)
-        with self._passing():
-            for host in worst_batches(self.config):
+        config = self.model.config
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        with warming_fresh(*heads, self.page_dtype, self.device), self._passing():
+            for host in [*small_batches(self.config), *worst_batches(self.config)]:
                 batch = to_device(host, self.device)
                 hidden_TD = self._pass(batch.tokens_T, batch, cache)
             logits_BV = self.logits(hidden_TD[: self.config.max_num_seqs])

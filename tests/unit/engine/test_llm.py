@@ -12,7 +12,7 @@ import torch
 
 import tunesmith
 from tunesmith.checkpoint.load import load_decoder
-from tunesmith.engine.batching import worst_batches
+from tunesmith.engine.batching import small_batches, worst_batches
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
@@ -384,6 +384,11 @@ def test_the_largest_pass_can_be_measured(model_dir: Path) -> None:
     assert (largest.starts[-1], decoding.starts[-1]) == (70, 5)
     assert largest.contexts.tolist() == [32, 32, 6] and set(decoding.contexts) == {32}
     assert decoding.positions.tolist() == [31] * 5
+    small = [
+        (host.starts[-1], len(host.contexts), int(host.contexts.max())) for host in small_batches(llm.engine.config)
+    ]
+    assert small == [(1, 1, 32), (33, 2, 32), (4, 4, 32), (36, 5, 32)]
+    assert all((host.slots == -1).all() for host in small_batches(llm.engine.config))
     llm.runner._worst_pass()
     before = llm.generate("one", max_tokens=5)[0].token_ids
     llm.runner._worst_pass()

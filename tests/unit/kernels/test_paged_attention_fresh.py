@@ -30,3 +30,15 @@ def test_short_and_uneven_prompts_do_not_pay(monkeypatch: pytest.MonkeyPatch) ->
     for lengths in ([], [fresh.LEAST_TOKENS - 1], [3000, 3001, 3002, 3003]):
         assert not fresh.pays_fresh(lengths, 28, 128, torch.bfloat16, CPU)
     assert not fresh._seen
+
+
+def test_the_library_is_loaded_beside_what_is_done_and_no_failure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, loaded = torch.device("cpu"), []
+    monkeypatch.setattr(fresh, "_warm", lambda *given: loaded.append(given))
+    with fresh.warming_fresh(4, 2, 16, torch.bfloat16, cpu):
+        pass
+    assert not loaded
+    monkeypatch.setattr(fresh, "_fits", lambda *_: True)
+    with pytest.raises(ValueError, match="mine"), fresh.warming_fresh(4, 2, 16, torch.bfloat16, cpu):
+        raise ValueError("mine")
+    assert loaded == [(4, 2, 16, torch.bfloat16, cpu)]
