@@ -14,6 +14,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 
@@ -32,13 +33,17 @@ inline void wait_briefly(int spin) {
 
 class Pool {
    public:
+    // As many threads as the system gives, which may be fewer.
     explicit Pool(int size) : owner(getpid()), size(size) {
-        for (int id = 1; id < size; id++) std::thread([this, id] { help(id); }).detach();
+        try {
+            for (; there < size; there++) std::thread([this, id = there] { help(id); }).detach();
+        } catch (const std::exception &) {
+        }
     }
 
     // From here to `close`, helpers wait for phases without sleeping.
     void open(int threads) {
-        active.store(std::max(1, std::min(threads, size)), std::memory_order_relaxed);
+        active.store(std::max(1, std::min(threads, there)), std::memory_order_relaxed);
         if (active == 1) return;
         {
             std::lock_guard<std::mutex> lock(mutex);
@@ -61,8 +66,7 @@ class Pool {
         call = [](const void *given, int64_t i) { (*static_cast<const Work *>(given))(i); };
         given = &work;
         done.store(0, std::memory_order_relaxed);
-        number = (number + 1) & 0xffffff;
-        ticket.store(number << 40 | uint64_t(count) << 20, std::memory_order_release);
+        ticket.store(uint64_t(count) << 32, std::memory_order_release);
         int64_t mine = 0, part;
         for (; (part = take()) >= 0; mine++) work(part);
         for (int spin = 0; done.load(std::memory_order_acquire) != count - mine; spin++) wait_briefly(spin);
@@ -73,8 +77,8 @@ class Pool {
     std::mutex in_use;
 
    private:
-    static int64_t count_of(uint64_t t) { return t >> 20 & 0xfffff; }
-    static int64_t next_of(uint64_t t) { return t & 0xfffff; }
+    static int64_t count_of(uint64_t t) { return t >> 32; }
+    static int64_t next_of(uint64_t t) { return t & 0xffffffff; }
 
     // A part of the phase that runs, or -1. What is taken is of the phase that the ticket names at that moment, and
     // that phase can't end before the part is done.
@@ -122,8 +126,8 @@ class Pool {
     static constexpr int ALERT_US = 60;
     void (*call)(const void *, int64_t) = nullptr;
     const void *given = nullptr;
-    uint64_t number = 0;
-    std::atomic<uint64_t> ticket{0};  // 24 bits number of the phase, 20 its parts, 20 the next of them
+    int there = 1;  // the caller's with them
+    std::atomic<uint64_t> ticket{0};  // 32 bits of the phase's parts, 32 of the next of them
     std::atomic<int64_t> done{0};
     std::atomic<int> active{1}, sleeping{0};
     std::atomic<bool> is_open{false};

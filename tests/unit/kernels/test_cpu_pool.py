@@ -1,0 +1,62 @@
+"""The threads of compiled steps: how many there are, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.kernels import cpu_library
+
+DRAW = """
+import resource, threading
+import torch
+from tunesmith.kernels import cpu_library
+from tunesmith.kernels.sampling_native import NativeDraw
+
+none, zeros = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+native = NativeDraw(cpu_library.load(), temperatures_N=none, top_p_N=none + 1, min_p_N=none, seeds_N=zeros,
+                    top_k_N=zeros, last_tokens_N=zeros.clone())
+
+def is_right(rows, vocab_size, threads):
+    slots = torch.zeros(rows, dtype=torch.int64)
+    logits = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(0))
+    wanted = logits.argmax(1)
+    torch.set_num_threads(threads)
+    found = native(logits, slots, slots)
+    torch.set_num_threads(1)
+    return torch.equal(found, wanted)
+"""
+
+
+@pytest.fixture
+def drawing(compiled_library: Any, kernel_cache: Path, torch_forks: Callable[..., str]) -> Callable[[str], str]:
+    """What code prints behind DRAW, in a process of its own."""
+    assert compiled_library is not None
+    environment = {"XDG_CACHE_HOME": str(kernel_cache), cpu_library.SWITCH: "1"}
+    return lambda code: torch_forks(DRAW + code, **environment).strip()
+
+
+def test_where_the_system_gives_no_more_threads_there_are_fewer(drawing: Callable[[str], str]) -> None:
+    """An exception of the first call left C++ and ended the process."""
+    code = """
+assert is_right(4, 20_000, 2)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))  # some stacks more
+print(is_right(4, 20_000, 64), is_right(4, 20_000, 64))
+"""
+    assert drawing(code) == "True True"
+
+
+def test_a_phase_has_any_number_of_parts(drawing: Callable[[str], str]) -> None:
+    """Of 2^20 parts and more the number ran into its neighbour in the ticket, and the caller waited for ever."""
+    code = """
+found = []
+caller = threading.Thread(target=lambda: found.append(is_right(2**20 + 1, 2, 2)), daemon=True)
+caller.start()
+caller.join(60)
+print(found)
+"""
+    assert drawing(code) == "[True]"
