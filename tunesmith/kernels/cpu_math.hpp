@@ -1,49 +1,21 @@
-// Vectors of 16 numbers as compilers know them for any processor, and functions of float32.
+// Functions of vectors of float32, and of whole numbers.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-constexpr int LANES = 16;
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#include "cpu_vectors.hpp"
+
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint64_t Pairs __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-// e^x to float32's precision: 2^n * e^r, r within ln 2 / 2, by the series.
-inline float exponential(float x) {
-    x = std::min(std::max(x, -87.0f), 88.0f);
-    float turns = x * 1.44269504f + 12582912.0f, n = turns - 12582912.0f;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return sum * power;
-}
+// e^x to float32's precision, of x from -87 to 88; e^-87 below, e^88 above.
+inline float exponential(float x) { return exponential_within(std::min(std::max(x, -87.0f), 88.0f)); }
 
 inline Vector exponential(Vector x) {
     Vector least = Vector{} - 87.0f, most = Vector{} + 88.0f;
-    x = x < least ? least : x > most ? most : x;
-    Vector n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-    Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector sum = r * (1.0f / 5040) + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    return sum * (Vector)((__builtin_convertvector(n, Whole) + 127) << 23);
+    return exponential_within(x < least ? least : x > most ? most : x);
 }
 
 // ln x of normal x above zero: n ln 2 + ln m, m from sqrt(1/2) to sqrt(2), by 2 artanh((m - 1) / (m + 1)).

@@ -5,9 +5,10 @@
 //     int8      sums in int32                             x = q * step, q of 16 bits, a step for each token
 //     int4      code - zero, sums in int32 by groups      likewise
 //
-// A step of 16 bits is exact to max |x| / 65534 (bfloat16: |x| / 512). Where a unit multiplies bytes, q is two of them:
-// q = 256 high + low, low without a sign. With AVX-512 that has bfloat16 and VNNI products go through intrinsics, and of
-// several tokens through the matrix unit where there is one; elsewhere plain loops, which the compiler vectorises.
+// A step of 16 bits is exact to max |x| / 65534 (bfloat16: |x| / 512). Where a unit multiplies bytes, q is two of
+// them: q = 256 high + low, low without a sign. With AVX-512 that has bfloat16 and VNNI products go through intrinsics,
+// and of several tokens through the matrix unit where there is one; elsewhere plain loops, which the compiler
+// vectorises.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,6 +16,8 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+
+#include "cpu_unit.hpp"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__) && \
     defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -26,8 +29,6 @@
 
 #if WIDE && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define TILES 1
-#include <sys/syscall.h>
-#include <unistd.h>
 #else
 #define TILES 0
 #endif
@@ -80,15 +81,7 @@ inline uint16_t narrow(float x) {  // to the nearest, ties to even; what is no n
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
 }
 
-// Whether there is a matrix unit, which Linux lets a process use that asks for it.
-inline bool has_tiles() {
-#if TILES
-    static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    return allowed;
-#else
-    return false;
-#endif
-}
+inline bool has_tiles() { return TILES && may_use_unit(); }
 
 // Whether products of so many tokens go through it.
 inline bool uses_tiles(const Weight &w, int64_t tokens) {

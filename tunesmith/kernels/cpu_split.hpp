@@ -8,13 +8,12 @@
 #include <cstdlib>
 
 #include "cpu_threads.hpp"
+#include "cpu_unit.hpp"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__AMX_BF16__) && \
     defined(__linux__)
 #define SPLITS 1
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #else
 #define SPLITS 0
 #endif
@@ -45,10 +44,7 @@ constexpr int64_t PIECES = 3, TILE = 16, DEEP = 32, PANEL = 32;  // a panel: 32 
 constexpr int64_t MOST_DEEP = 512, PART = 128;  // k of a pass and rows of a part: what these take stays in L2
 constexpr int64_t GROUP = 4 * PANEL;            // columns whose lines are written one after the other
 
-inline bool can_split() {
-    static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-    return allowed;
-}
+inline bool can_split() { return may_use_unit(); }
 
 // Memory that a process keeps for the pieces of right factors, or a thread for those of its rows.
 class Scratch {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu_vectors.hpp"
+
 // libgomp's GOMP_parallel, as torch has loaded it: a second set of threads would fight the first for the cores.
 using Fork = void (*)(void (*)(void *), void *, unsigned, unsigned);
 inline Fork fork_threads = nullptr;
@@ -31,10 +33,6 @@ void for_each(int64_t count, int64_t threads, const Work &work) {
 inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int64_t LANES = 16;
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 inline Vector all(float x) { return x - Vector{}; }
 
 inline Vector load(const float *from, int64_t left) {
@@ -56,20 +54,10 @@ inline float sum_of(Vector v) {
     return sum;
 }
 
-// e^x to float32's precision: 2^n * e^r, r within ln 2 / 2, by the series. 0 below the smallest normal number's x.
+// e^x to float32's precision: 0 below -87, e^88 above 88.
 inline Vector exponential(Vector x) {
     Whole none = x < -87.0f;
     Vector y = none ? all(-87.0f) : x;
-    y = y > 88.0f ? all(88.0f) : y;
-    Vector n = (y * 1.44269504f + 12582912.0f) - 12582912.0f;
-    Vector r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector sum = r * (1.0f / 5040) + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    Vector power = (Vector)((__builtin_convertvector(n, Whole) + 127) << 23);
-    return none ? Vector{} : sum * power;
+    y = exponential_within(y > 88.0f ? all(88.0f) : y);
+    return none ? Vector{} : y;
 }
