@@ -19,11 +19,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread")
 _LIMIT_S = 600.0
+_ABANDONED_S = 3600.0
+"""Age of an unfinished file whose compiler was killed: no other takes so long."""
+_UNFINISHED = "tmp"
 _LEAST_BYTES = 2**25
 """Free space below which a folder counts as full."""
 _log = logging.getLogger(__name__)
@@ -112,13 +116,22 @@ def _load_once(command: list[str]) -> ctypes.CDLL:
 
 def _compile(command: list[str], target: Path) -> None:
     """Write the target whole or not at all."""
-    handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    _sweep(target.parent)
+    handle, unfinished = tempfile.mkstemp(dir=target.parent, prefix=_UNFINISHED, suffix=".so")
     os.close(handle)
     try:
         _run([*command, "-o", unfinished])
         Path(unfinished).replace(target)
     finally:
         Path(unfinished).unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what compilers that were killed have left."""
+    for path in folder.glob(f"{_UNFINISHED}*.so"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                path.unlink()
 
 
 @contextlib.contextmanager

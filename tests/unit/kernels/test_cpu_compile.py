@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,18 @@ def test_a_damaged_file_is_compiled_again(workshop: Workshop) -> None:
     assert (compiled(other).seven(), workshop.times) == (7, 2)
     assert damaged.stat().st_size > 1000
     assert {path.suffix for path in cache_folder().iterdir()} == {".so", ".lock"}
+
+
+def test_what_a_killed_compiler_has_left_goes_away(workshop: Workshop) -> None:
+    """An unfinished file stayed for ever where its process was killed; one that is still written is let be."""
+    cache_folder().mkdir(parents=True)
+    left, written = cache_folder() / "tmp0left.so", cache_folder() / "tmp1written.so"
+    for file in (left, written):
+        file.touch()
+    os.utime(left, (time.time() - 4000,) * 2)
+    assert workshop.seven() == 7
+    assert not left.exists()
+    assert written.exists()
 
 
 @pytest.mark.parametrize("lack", ["a file where the folder should be", "no space"])
