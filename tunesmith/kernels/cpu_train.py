@@ -219,10 +219,16 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
+def _check(t: Tensor | None, *shape: int) -> None:
+    """Whether memory that is addressed by these sizes has them, and rows that are contiguous. Raises: ValueError."""
+    if t is not None and (t.shape != shape or (t.stride(-1) != 1 and t.shape[-1] > 1)):
+        raise ValueError(f"got {list(t.shape)} with strides {t.stride()} where rows {list(shape)} are read or written")
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, rstd_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y and rstd, which is read where it is given: see `kernels.rms_norm`."""
-    rstd = x_TD.new_empty(x_TD.shape[:-1]) if rstd_T is None else rstd_T.contiguous()
-    y, weight = x_TD.new_empty(x_TD.shape), weight_D.contiguous()
+    rstd = x_TD.new_empty(x_TD.shape[:-1]) if rstd_T is None else rstd_T.expand(x_TD.shape[:-1]).contiguous()
+    y, weight = x_TD.new_empty(x_TD.shape), weight_D.expand(x_TD.shape[-1]).contiguous()
     arguments = (_rows(x_TD), _rows(y), weight.data_ptr(), rstd.data_ptr(), eps, rstd_T is not None)
     _library().tunesmith_norm(*map(_by_reference, arguments), torch.get_num_threads())
     return y, rstd
@@ -232,18 +238,22 @@ def rms_norm_backward(
     grad_y_TD: Tensor, x_TD: Tensor, weight_D: Tensor, rstd_T: Tensor, add_TD: Tensor | None, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.rms_norm`."""
-    out, rstd = x_TD.new_empty(x_TD.shape), rstd_T.contiguous()
+    _check(grad_y_TD, *x_TD.shape)
+    _check(add_TD, *x_TD.shape)
+    out, rstd = x_TD.new_empty(x_TD.shape), rstd_T.expand(x_TD.shape[:-1]).contiguous()
+    weight = weight_D.expand(x_TD.shape[-1]).contiguous()
     parts = x_TD.new_zeros(-(-len(x_TD) // _PART_ROWS), x_TD.shape[-1]) if weight_grad else None
     add = _Rows() if add_TD is None else _rows(add_TD)
-    arguments = (_rows(grad_y_TD), _rows(x_TD), add, _rows(out), weight_D.contiguous().data_ptr(), rstd.data_ptr())
+    arguments = (_rows(grad_y_TD), _rows(x_TD), add, _rows(out), weight.data_ptr(), rstd.data_ptr())
     _library().tunesmith_norm_backward(*map(_by_reference, arguments), _pointer(parts), torch.get_num_threads())
     return out, None if parts is None else parts.sum(0)
 
 
 def rope_(x_TNH: Tensor, cos_TH2: Tensor, sin_TH2: Tensor, inverse: bool) -> None:
     """See `kernels.rope`."""
-    rows = ctypes.byref(_rows(x_TNH))
-    _library().tunesmith_rope(rows, cos_TH2.data_ptr(), sin_TH2.data_ptr(), inverse, torch.get_num_threads())
+    rows, shape = ctypes.byref(_rows(x_TNH)), (x_TNH.shape[0], x_TNH.shape[2] // 2)
+    cos, sin = (table.expand(shape).contiguous() for table in (cos_TH2, sin_TH2))
+    _library().tunesmith_rope(rows, cos.data_ptr(), sin.data_ptr(), inverse, torch.get_num_threads())
 
 
 def swiglu(gate_up_TF: Tensor) -> Tensor:
@@ -258,7 +268,9 @@ def swiglu_backward(
     grad_h_TI: Tensor, gate_up_TF: Tensor, want_h: bool, out: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """See `kernels.swiglu`."""
-    out = torch.empty_like(gate_up_TF) if out is None else out
+    out = gate_up_TF.new_empty(gate_up_TF.shape) if out is None else out
+    _check(out, *gate_up_TF.shape)
+    _check(grad_h_TI, len(gate_up_TF), gate_up_TF.shape[1] // 2)
     h = grad_h_TI.new_empty(grad_h_TI.shape) if want_h else None
     halves = [_rows(t.unflatten(1, (2, -1))) for t in (gate_up_TF, out)]
     arguments = (_rows(grad_h_TI), *halves, _Rows() if h is None else _rows(h))
@@ -268,7 +280,8 @@ def swiglu_backward(
 
 def cross_entropy_and_grad_(logits_TV: Tensor, targets_T: Tensor, scale: float, ignored: int) -> Tensor:
     """See `kernels.cross_entropy`."""
-    losses, targets = logits_TV.new_empty(len(logits_TV)), targets_T.contiguous()
+    losses, targets = logits_TV.new_empty(len(logits_TV)), targets_T.long().contiguous()
+    _check(targets, len(logits_TV))
     _library().tunesmith_cross_entropy(
         ctypes.byref(_rows(logits_TV)), targets.data_ptr(), losses.data_ptr(), scale, ignored, torch.get_num_threads()
     )
@@ -280,8 +293,15 @@ def attend(logs_TN: Tensor, lengths: Sequence[int], *tensors: Tensor, is_backwar
 
     Args: logs_TN: float32, contiguous; written, and read in the backward pass. tensors: query_TNH, key_TKH, value_TKH,
     out_TNH, which is written; in the backward pass also the gradient of out, and where those of query, key and value
-    go. H is a multiple of 16.
+    go. H is a multiple of 16, N one of K.
+    Raises: ValueError.
     """
+    query, key = (t.shape for t in tensors[:2])
+    for place, tensor in enumerate(tensors):
+        _check(tensor, *(query if _ATTENDED[place] in ("query", "out", "grad", "of_query") else key))
+    _check(logs_TN, *query[:2])
+    if sum(lengths) != query[0] or key != (query[0], key[1], query[2]) or query[1] % key[1] or query[2] % 16:
+        raise ValueError(f"no attention of queries {list(query)} and keys {list(key)} in documents of {lengths} tokens")
     starts = (_I64 * (len(lengths) + 1))(0, *accumulate(lengths))
     rows = [*map(_rows, tensors), *(_Rows() for _ in _ATTENDED[len(tensors) :])]
     scale = tensors[0].shape[-1] ** -0.5
@@ -301,6 +321,8 @@ def outer(*jobs: Outer) -> list[Tensor]:
     found, given = [], (_Outer * len(jobs))()
     for place, job in enumerate(jobs):
         rank, width = job.left.shape[1], job.right.shape[1]
+        _check(job.left, len(jobs[0].left), rank)
+        _check(job.right, len(jobs[0].left), width)
         out = job.left.new_empty((width, rank) if job.turned else (rank, width))
         pointers = (job.left.data_ptr(), job.right.data_ptr(), out.data_ptr())
         given[place] = _Outer(*pointers, job.left.stride(0), job.right.stride(0), rank, width, job.turned, job.scale)
@@ -326,10 +348,15 @@ def product(
     """
     weight = right.weight_FD.contiguous()
     rows, columns = weight.shape
-    out = x_TK.new_empty(len(x_TK), columns if flat else rows) if out is None else out
+    depth, width = (rows, columns) if flat else (columns, rows)
+    out = x_TK.new_empty(len(x_TK), width) if out is None else out
+    for tensor, size in ((x_TK, depth), (residual, width), (out, width), (low, right.rank)):
+        _check(tensor, len(x_TK), size)
+    _check(right.up_FR, rows, right.rank)
+    _check(right.down_RD, right.rank, columns)
     bands = (_Band * len(right.blocks))(*(_Band(r.start, r.stop, c.start, c.stop) for r, c in right.blocks))
     up, down = right.up_FR, right.down_RD
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.expand(width).contiguous()
     job = _Product(
         *map(_pointer, (x_TK, residual, bias, out)),
         *(len(x_TK), x_TK.stride(0), 0 if residual is None else residual.stride(0), out.stride(0)),

@@ -151,7 +151,7 @@ class _Head:
 
 def _multiply(left_CK: Tensor, weight_VD: Tensor, out: Tensor, *, flat: bool) -> Tensor:
     """out = left @ weight where `flat`, else left @ weight.T."""
-    if cpu_train.takes_product(left_CK, weight_VD):
+    if cpu_train.takes_product(left_CK, weight_VD, out):
         return cpu_train.product(left_CK, cpu_train.Adapted(weight_VD), flat=flat, out=out)
     return torch.mm(left_CK, weight_VD if flat else weight_VD.t(), out=out)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tunesmith.kernels import cpu_compile, cpu_train
 from tunesmith.kernels.cpu_train import Adapted, Outer, outer, product, takes_outer
+from tunesmith.kernels.cross_entropy import cross_entropy_and_grad_, cross_entropy_and_grad_reference_
+from tunesmith.kernels.rms_norm import rms_norm, rms_norm_reference
+from tunesmith.kernels.rope import rope_, rope_reference_
 from tunesmith.kernels.swiglu import swiglu, swiglu_reference
 
 
@@ -83,6 +86,46 @@ def test_products_of_adapters_gradients(tokens: int) -> None:
     for found, wanted in zip(outer(*jobs), expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     assert not takes_outer(Outer(low, wide[:, :50]))
+
+
+@pytest.mark.usefixtures("cpu_operations")
+def test_layouts_and_dtypes_that_are_read_otherwise_are_brought_into_form() -> None:
+    """Tables that were parts of a wider tensor, or one row for all tokens, and targets in int32 were read as if they
+    lay together: wrong rotations and losses without a word."""
+    x, tables, logits = random(5, 2, 8), random(5, 16, seed=1), random(6, 10)
+    for cos, sin in ((tables[:, :4], tables[:, 8:12]), (tables[:1, :4], tables[:1, 8:12])):
+        turned, wanted = x.clone(), x.clone()
+        rope_(turned, cos, sin)
+        rope_reference_(wanted, cos, sin)
+        torch.testing.assert_close(turned, wanted)
+    found, wanted = logits.clone(), logits.clone()
+    targets = torch.arange(6)
+    losses = cross_entropy_and_grad_(found, targets.int())
+    torch.testing.assert_close(losses, cross_entropy_and_grad_reference_(wanted, targets))
+    torch.testing.assert_close(found, wanted)
+    one = torch.full((1,), 2.0)
+    torch.testing.assert_close(rms_norm(x, one, 1e-6)[0], rms_norm_reference(x, one, 1e-6)[0])
+
+
+@pytest.mark.usefixtures("cpu_operations")
+def test_memory_that_is_not_there_is_an_error() -> None:
+    """Of shapes that do not fit each other what lay behind a tensor was read, or written over."""
+    x, norm, rstd = random(5, 8), torch.ones(8), torch.ones(5)
+    q, k = random(9, 4, 16), random(9, 2, 16)
+    out, logs = torch.empty_like(q), torch.empty(9, 4)
+    with pytest.raises(ValueError, match="rows"):
+        cross_entropy_and_grad_(x.clone(), torch.arange(3))
+    with pytest.raises(ValueError, match="rows"):
+        cpu_train.rms_norm_backward(x[:3], x, norm, rstd, None, True)
+    with pytest.raises(ValueError, match="rows"):
+        cpu_train.swiglu_backward(x, x, False, None)
+    with pytest.raises(ValueError, match="rows"):
+        outer(Outer(x, random(4, 16)), Outer(random(4, 3), random(4, 16)))
+    for lengths, key in (((5, 5), k), ((5,), k), ((9,), random(9, 3, 16)), ((9,), random(9, 2, 32))):
+        with pytest.raises(ValueError, match=r"rows|documents"):
+            cpu_train.attend(logs, lengths, q, key, torch.empty_like(key), out)
+    with pytest.raises(RuntimeError):
+        cpu_train.rms_norm(x, norm[:3], 1e-6)
 
 
 @pytest.mark.usefixtures("cpu_operations")

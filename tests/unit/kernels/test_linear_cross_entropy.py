@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tunesmith.kernels import cpu_train
 from tunesmith.kernels import linear_cross_entropy as module
-from tunesmith.kernels.cross_entropy import IGNORED
+from tunesmith.kernels.cross_entropy import IGNORED, cross_entropy_and_grad_reference_
 from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy_sum
 
 T, D, V = 37, 8, 23
@@ -173,6 +174,27 @@ def test_what_memory_held_before_does_not_matter(dtype: torch.dtype, monkeypatch
     linear_cross_entropy_sum(hidden, weight, targets, 64).backward()
     assert hidden.grad.isfinite().all()
     assert weight.grad.isfinite().all()
+
+
+def test_split_products_write_where_rows_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a transposed hidden lies transposed too, and products through a matrix unit write by rows."""
+    hidden, weight, targets = _inputs(shape=(300, D, V))
+    turned = hidden.detach().t().contiguous().t().requires_grad_()
+    written = []
+
+    def product(x: torch.Tensor, right: Any, *, flat: bool, out: torch.Tensor) -> torch.Tensor:
+        written.append(out.stride(-1))
+        return torch.mm(x, right.weight_FD if flat else right.weight_FD.t(), out=out)
+
+    monkeypatch.setattr(cpu_train, "takes", lambda *tensors: all(t.stride(-1) == 1 for t in tensors))
+    monkeypatch.setattr(cpu_train._state, "splits", True)
+    monkeypatch.setattr(cpu_train, "product", product)
+    monkeypatch.setattr(module, "cross_entropy_and_grad_", cross_entropy_and_grad_reference_)
+    linear_cross_entropy_sum(turned, weight, targets, 300).backward()
+    assert set(written) <= {1}
+    _, grad, _ = _truth(hidden, weight, targets, 1.0)
+    assert turned.grad is not None
+    torch.testing.assert_close(turned.grad.double(), grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_incoming_scalar_is_not_rounded_to_the_gradients_dtype() -> None:
