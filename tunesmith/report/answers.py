@@ -116,10 +116,21 @@ def _facts(sides: Sides, words: Words) -> list[tuple[str, str]]:
         ("perplexity", _perplexity),
     )
     for name, value in asked:
-        texts = [(_show(name, number)) for _, side in sides if (number := value(side)) is not None]
+        texts = [_fact(name, number, side, words) for _, side in sides if (number := value(side)) is not None]
         if texts:
             facts.append((words(name), " → ".join(texts)))
     return facts
+
+
+def _fact(name: str, number: float, side: Node, words: Words) -> str:
+    """A number; of an accuracy also how many were right, and its interval, where `tunesmith eval` wrote them."""
+    counts = {key: side.number("accuracy", f"num_{of}") for key, of in (("right", "right"), ("count", "questions"))}
+    ends = {key: side.number("accuracy", key) for key in ("low", "high")}
+    if name != "accuracy" or None in counts.values() or None in ends.values():
+        return _show(name, number)
+    shown = {key: f"{value:,.0f}" for key, value in counts.items() if value is not None}
+    shown |= {key: f"{value * 100:.0f} %" for key, value in ends.items() if value is not None}
+    return words("accuracy_interval", value=_show(name, number), **shown)
 
 
 def _show(name: str, number: float) -> str:

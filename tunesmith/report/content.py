@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tunesmith.report.answers import Evaluation, evaluations_of
 from tunesmith.report.infer import infer_sections
 from tunesmith.report.load import Node, Run
+from tunesmith.report.profile import profile_sections
 from tunesmith.report.rows import Row, rows_of
 from tunesmith.report.scale import Scale, scale_of
 from tunesmith.report.section import Section
@@ -45,7 +46,7 @@ class Content:
     sections: tuple[Section, ...]
     trains: tuple[Training, ...]
     evaluations: tuple[Evaluation, ...]
-    certificates: tuple[Node, ...]
+    certificates: tuple[tuple[str, Node], ...]
     environment: tuple[tuple[str, str], ...]
 
 
@@ -54,7 +55,7 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
     benches = tuple(Bench(run.name, tuple(rows_of(run))) for run in runs if run.kind == "bench")
     evaluations = tuple(evaluations_of(runs, words))
     scales = tuple(scale_of(run, words) for run in runs if run.kind == "scale")
-    sections = (*serve_sections(runs, words), *infer_sections(runs, words))
+    sections = (*serve_sections(runs, words), *infer_sections(runs, words), *profile_sections(runs, words))
     trains = tuple(run for run in runs if run.metrics)
     headline, sentences = _verdict(benches, scales, sections, trains, evaluations, words)
     if headline is None:
@@ -72,9 +73,16 @@ def gather(runs: Sequence[Run], words: Words) -> Content:
         sections=sections,
         trains=tuple(training_of(run, words) for run in trains),
         evaluations=evaluations,
-        certificates=tuple(run.certificate for run in runs if run.certificate is not None),
+        certificates=tuple(_certificates(runs, words)),
         environment=tuple(words.environment(name, text) for name, text in environment_items(runs)),
     )
+
+
+def _certificates(runs: Sequence[Run], words: Words) -> Iterator[tuple[str, Node]]:
+    """Each with its heading, which of several runs says whose it is."""
+    for run in runs:
+        if run.certificate is not None:
+            yield words("certificate_of", name=run.name) if len(runs) > 1 else words("certificate"), run.certificate
 
 
 def _verdict(

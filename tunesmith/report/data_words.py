@@ -36,6 +36,9 @@ WORDS_ZH = {
     "linear": "线性",
     "cosine": "余弦",
     "constant": "恒定",
+    "forward": "前向",
+    "loss and backward": "损失与反向",
+    "optimiser": "优化器",
     **CHECKS_ZH,
 }
 """Words that runs write into their JSON: gains of a matrix, schedules, checks."""
@@ -46,7 +49,12 @@ _ENVIRONMENT_ZH = {
     "name": "名称",
     "cores": "核数",
     "usable_cores": "可用核数",
-    "memory_bytes": "内存（字节）",
+    "memory": "内存",
+    "chip": "芯片",
+    "model": "模型",
+    "weights": "权重",
+    "checkpoint": "检查点",
+    "random": "随机",
     "omp_num_threads": "OMP 线程数",
     "cuda_allocator": "CUDA 分配器",
     "host_allocator": "主机分配器",

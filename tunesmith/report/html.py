@@ -52,7 +52,11 @@ def render_page(content: Content) -> str:
         sections=[_section(section, f"m{index}") for index, section in enumerate(content.sections)],
         trains=[_training(training, words, f"t{index}") for index, training in enumerate(content.trains)],
         evaluations=[_evaluation(evaluation) for evaluation in content.evaluations],
-        certificates=[rows for node in content.certificates if (rows := certificate_rows(node, words))],
+        certificates=[
+            {"title": title, "checks": rows}
+            for title, node in content.certificates
+            if (rows := certificate_rows(node, words))
+        ],
         environment=[{"name": name, "text": text} for name, text in content.environment],
     )
 
@@ -145,6 +149,7 @@ def _section(section: Section, key: str) -> dict[str, Any]:
                 "title": figure.title,
                 "note": figure.note,
                 "svg": Markup(svg),
+                "is_wide": figure.is_wide,
                 "legend": [{"name": name, "colour": colour} for name, colour in figure.legend],
             }
             for figure, svg in drawn

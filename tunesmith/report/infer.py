@@ -55,7 +55,7 @@ def _section(run: Run, words: Words) -> Section:
 
 def _note(run: Run, rows: Sequence[Node], columns: Sequence[Column], words: Words) -> str:
     """Where the numbers are from, and what marks in the table mean: of the marks that it has."""
-    parts = [_key(run), words("infer_table_note")]
+    parts = [_key(run, words), words("infer_table_note")]
     if any(_range(row, column) for row in rows for column in columns):
         parts.append(words("infer_spread_note"))
     if any(row.get("ours_is") for row in rows):
@@ -94,10 +94,12 @@ def _worst(rows: Sequence[Node], name: str) -> float:
     return min(ratio for row in rows if (ratio := row.number("ours_is", name)) is not None)
 
 
-def _key(run: Run) -> str:
+def _key(run: Run, words: Words) -> str:
+    """What was measured, and by what, as one sentence; empty where it is unknown."""
     key = run.table.get("key")
-    shown = {name: value for name, value in key.items() if value} if isinstance(key, dict) else {}
-    return ", ".join(f"{name} {value}" for name, value in shown.items()) + ("." if shown else "")
+    shown = {str(name): str(value) for name, value in key.items() if value} if isinstance(key, dict) else {}
+    pairs = words("comma").join(" ".join(words.environment(name, value)) for name, value in shown.items())
+    return words("infer_key", pairs=pairs) if pairs else ""
 
 
 def _columns(rows: Sequence[Node], words: Words) -> list[Column]:

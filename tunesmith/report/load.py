@@ -17,6 +17,9 @@ from tunesmith.errors import RunDirError
 from tunesmith.rundir.io import read_json, read_jsonl
 from tunesmith.rundir.layout import RunDir, migrate, open_run
 
+EVALUATED = ("accuracy", "perplexity", "before", "after")
+"""Keys of which an evaluation has at least one."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -73,6 +76,7 @@ class Run:
     recipe: Node = field(default_factory=lambda: Node({}))
     scaling: Node = field(default_factory=lambda: Node({}))
     table: Node = field(default_factory=lambda: Node({}))
+    profile: Node = field(default_factory=lambda: Node({}))
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
@@ -93,9 +97,12 @@ def _folder_name(path: Path, folders: Mapping[str, int]) -> str:
 
 
 def read_run(path: Path) -> Run:
-    """One run: a directory, or the JSON file of an evaluation."""
+    """One run: a directory, or the JSON file of an evaluation.
+
+    Raises: RunDirError for anything else.
+    """
     if path.is_file():
-        return Run(path, "eval", path.stem, evaluations=((path.stem, Node(read_json(path))),))
+        return Run(path, "eval", path.stem, evaluations=((path.stem, _read_evaluation(path)),))
     run = open_run(path)
     info = run.info()
     cells = tuple(_read_cells(run.cells))
@@ -115,7 +122,19 @@ def read_run(path: Path) -> Run:
         recipe=_read_recipe(run.recipe),
         scaling=_read_scaling(run),
         table=_read_table(run),
+        profile=_read_profile(run),
     )
+
+
+def _read_evaluation(path: Path) -> Node:
+    """Raises: RunDirError for a file that is none: a page was made of it that said nothing."""
+    node = Node(read_json(path))
+    if not any(node.get(key) is not None for key in EVALUATED):
+        raise RunDirError(
+            f"{path} is no evaluation: a report is made of run directories, and of what tunesmith eval wrote "
+            "(RUN/evaluations/NAME.json)"
+        )
+    return node
 
 
 def evaluation_files(path: Path) -> list[Path]:
@@ -144,6 +163,12 @@ def _read_table(run: RunDir) -> Node:
     """The rows of an inference run; empty of any other."""
     file = run.path / "infer.json"
     return Node(migrate(read_json(file), INFER_VERSION, {}, file)) if file.is_file() else Node({})
+
+
+def _read_profile(run: RunDir) -> Node:
+    """A profile's operators and memory by these names; empty of any other run."""
+    files = {name: run.profile / f"{name}.json" for name in ("operators", "memory")}
+    return Node({name: read_json(file) for name, file in files.items() if file.is_file()})
 
 
 def _read_recipe(file: Path) -> Node:

@@ -35,8 +35,8 @@ def render_markdown(content: Content) -> str:
     for training in content.trains:
         parts += _training(training, words)
     parts += _evaluations(content)
-    for certificate in content.certificates:
-        parts += _certificate(content, [*certificate_rows(certificate, words)])
+    for title, certificate in content.certificates:
+        parts += _certificate(title, words, [*certificate_rows(certificate, words)])
     if content.environment:
         parts += [f"## {words('environment')}", _table(("", ""), content.environment)]
     parts.append(f"<sub>{words('made_by', version=__version__)}</sub>")
@@ -109,8 +109,7 @@ def _evaluations(content: Content) -> list[str]:
     return parts
 
 
-def _certificate(content: Content, rows: Sequence[object]) -> list[str]:
-    words = content.words
+def _certificate(title: str, words: Words, rows: Sequence[object]) -> list[str]:
     head = (words("check"), words("status"), words("value"), words("limit"))
     cells = [[str(getattr(row, key)) for key in ("name", "status", "value", "limit")] for row in rows]
-    return [f"## {words('certificate')}", _table(head, cells)] if cells else []
+    return [f"## {_escape(title)}", _table(head, cells)] if cells else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EN = {
+    "infer_key": "{pairs}.",
     "nothing_measured": "Nothing was measured (the run: {status}).",
     "serve_table": "Every load",
     "serve_table_note": (
@@ -81,6 +82,7 @@ EN = {
 }
 
 ZH = {
+    "infer_key": "{pairs}。",
     "nothing_measured": "没有测量结果（运行状态：{status}）。",
     "serve_table": "各负载",
     "serve_table_note": (

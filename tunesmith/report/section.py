@@ -16,6 +16,7 @@ class Drawn:
     note: str
     draw: Callable[[str], str | None]
     legend: tuple[tuple[str, str], ...] = ()
+    is_wide: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from tunesmith.report.load import Node, Run
 from tunesmith.report.rows import Row
@@ -158,14 +159,18 @@ def environment_items(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return []
 
 
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _flatten(prefix: str, node: dict[str, object]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for key, value in node.items():
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key.removesuffix('_bytes')}"
         if isinstance(value, dict):
             found += _flatten(f"{name} · ", value)
         elif isinstance(value, list):
             found += _flatten(f"{name} · ", {str(i): item for i, item in enumerate(value)})
         elif value is not None and value != "":
-            found.append((name, str(value)))
+            found.append((name, format_bytes(value) if key.endswith("_bytes") and _is_count(value) else str(value)))
     return found

@@ -15,6 +15,12 @@ HELD = ("weights", "adapters", "optimizer")  # in memory during the whole step
 
 def timeline_svg(memory: Node, words: Words) -> str | None:
     """The timeline in profile/memory.json as an SVG file, or None where it has no points."""
+    svg = timeline_plot(memory, words, "timeline")
+    return None if svg is None else standalone(svg)
+
+
+def timeline_plot(memory: Node, words: Words, key: str) -> str | None:
+    """The timeline in profile/memory.json as an SVG element of a page, or None where it has no points."""
     points = [(time, held) for time, held in _pairs(memory.get("points"))]
     if len(points) < 2:
         return None
@@ -23,10 +29,10 @@ def timeline_svg(memory: Node, words: Words) -> str | None:
         axes.fill_between(times, held, step="post", color=SERIES[1], alpha=0.18, linewidth=0)
         axes.step(times, held, where="post", color=SERIES[1], linewidth=1.4)
         _owners(axes, memory, times[-1], words)
-        _phases(axes, memory, max(held))
+        _phases(axes, memory, max(held), words)
         _frame(axes, times[-1], max(held))
         peak = format_bytes(max(held))
-        return standalone(to_svg(figure, title=words("memory"), description=f"peak {peak}", key="timeline"))
+        return to_svg(figure, title=words("memory"), description=f"{words('peak')} {peak}", key=key)
 
 
 def _pairs(value: Any) -> list[tuple[float, float]]:
@@ -49,10 +55,10 @@ def _owners(axes: Any, memory: Node, end: float, words: Words) -> None:
         axes.annotate(f"{words(owner)} {format_bytes(size)}", (end, y), color=OWNER_COLOURS[owner], **note)
 
 
-def _phases(axes: Any, memory: Node, peak: float) -> None:
+def _phases(axes: Any, memory: Node, peak: float, words: Words) -> None:
     phases = memory.get("phases")
     for entry in phases if isinstance(phases, list) else []:
-        time, name = float(entry[0]), str(entry[1])
+        time, name = float(entry[0]), words.data(str(entry[1]))
         axes.axvline(time, color=RULE, linewidth=1, zorder=0)
         axes.annotate(name, (time, peak * 1.1), xytext=(5, 0), textcoords="offset points", va="top", color=MUTED)
 

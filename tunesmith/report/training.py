@@ -8,6 +8,7 @@ from statistics import median
 
 from tunesmith.report.load import Node, Run
 from tunesmith.report.strings import Words
+from tunesmith.report.verdict import UNFINISHED
 from tunesmith.units import format_bytes, format_count, format_seconds
 
 _KINDS = {"lora": "LoRA", "qlora": "QLoRA"}
@@ -29,6 +30,7 @@ def training_of(run: Run, words: Words) -> Training:
         ("model", run.recipe.text("model", "path")),
         ("data", _data(run)),
         ("length", _length(run, words)),
+        ("status", words(f"run_{run.status}") if run.status in UNFINISHED else None),
         ("learning_rate", _learning_rate(run, words)),
         ("throughput", _speed(run, words)),
         *_memory(run),

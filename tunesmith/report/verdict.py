@@ -186,13 +186,19 @@ def _percent(share: float) -> str:
     return f"{share * 100:.0f} %"
 
 
+UNFINISHED = ("interrupted", "failed", "running")
+
+
 def train_sentence(run: Run, words: Words) -> str | None:
-    """Where a training run ended; None where it logged no loss."""
+    """Where a training run ended, or how far it came; None where it logged no loss."""
     steps = [int(step) for node in run.metrics if (step := node.number("step")) is not None]
     validation = [loss for node in run.metrics if (loss := node.number("validation_loss")) is not None]
     training = [loss for node in run.metrics if (loss := node.number("loss")) is not None]
     losses = validation or training
     if not losses or not steps:
         return None
-    key = "train_verdict" if validation else "train_verdict_plain"
-    return words(key, name=run.name, loss=f"{losses[-1]:.3f}", steps=max(steps))
+    shown = {"name": run.name, "loss": f"{losses[-1]:.3f}", "steps": max(steps)}
+    if run.status in UNFINISHED:
+        key = "train_unfinished_validated" if validation else "train_unfinished"
+        return words(key, **shown, status=words(f"run_{run.status}"))
+    return words("train_verdict" if validation else "train_verdict_plain", **shown)

@@ -69,3 +69,9 @@ def test_marks_are_explained_where_they_are_and_only_there(tmp_path: Path) -> No
 def test_a_newer_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match="version 99"):
         read_run(_run(tmp_path / "run", version=99))
+
+
+def test_a_chinese_page_says_what_was_measured_in_chinese(tmp_path: Path) -> None:
+    """It began with "chip A chip, ..."."""
+    (section,) = infer_sections([read_run(_run(tmp_path / "run", _row("tunesmith", 2600.0)))], words_for("zh"))
+    assert section.note.startswith("芯片 A chip，torch 2.11，提交 abc。")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,34 @@ def test_auto_is_the_language_of_the_locale(
     for name, value in set_.items():
         monkeypatch.setenv(name, value)
     assert words_for("auto").language == language
+
+
+def test_a_run_that_was_stopped_says_so(tuned: Path) -> None:
+    """It read as finished: "training loss 1.000 after 3 steps"."""
+    write_json_atomic(tuned / "run.json", {**read_json(tuned / "run.json"), "status": "interrupted"})
+    files = write_report([tuned])
+    assert files.headline == "tuned: training loss 1.000 at step 3: stopped before its end."
+    assert "state <b>stopped before its end</b>" in files.html.read_text(encoding="utf-8")
+    assert write_report([tuned], language="zh").headline == "tuned：第 3 步的训练损失 1.000，在结束之前停下。"
+
+
+def test_certificates_of_several_runs_say_whose_they_are(tuned: Path, tmp_path: Path) -> None:
+    """Two tables had the same heading."""
+    write_json_atomic(tuned / "certificate.json", {"checks": [{"name": "mask shown", "passed": True}]})
+    other = tmp_path / "other"
+    shutil.copytree(tuned, other)
+    files = write_report([tuned, other])
+    page, markdown = (path.read_text(encoding="utf-8") for path in (files.html, files.markdown))
+    for name in ("train", "other"):
+        assert f"<h2>Certificate: {name}</h2>" in page and f"## Certificate: {name}" in markdown
+    assert "<h2>Certificate</h2>" in write_report([tuned]).html.read_text(encoding="utf-8")
+
+
+def test_an_accuracy_comes_with_its_interval_and_memory_with_its_unit(train_run: Path) -> None:
+    (train_run / "evaluations").mkdir()
+    accuracy = {"questions": "q.jsonl", "accuracy": 1.0, "low": 0.566, "high": 1.0, "num_right": 5, "num_questions": 5}
+    write_json_atomic(train_run / "evaluations" / "quality.json", {"model": "x", "accuracy": accuracy})
+    write_json_atomic(train_run / "environment.json", {"memory_bytes": 25_276_502_016})
+    page = write_report([train_run]).html.read_text(encoding="utf-8")
+    assert "exact answers <b>100 % (5 of 5; 95 % interval 57 % to 100 %)</b>" in page
+    assert "<dt>memory</dt><dd>25.3 GB</dd>" in page
