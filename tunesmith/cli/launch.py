@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.main
 
 from tunesmith.cli import console
 from tunesmith.errors import LaunchError, nearest
@@ -59,6 +60,7 @@ def launch(
     from tunesmith.launch.plan import check_endpoint, parse_nodes
 
     nodes = parse_nodes(nnodes)
+    _check_order(command)
     target = Target(command, run_dir, cpu=cpu)
     _check_kind(mpi=mpi, slurm=slurm, hostfile=hostfile, submit=submit)
     if slurm:
@@ -105,6 +107,32 @@ def _meant(command: list[str]) -> str:
     if command[0].endswith((".yaml", ".yml")) or command[0].startswith("builtin:"):
         return f"; type: tunesmith launch train {shlex.join(command)}"
     return f"; type: tunesmith launch {shlex.join(['train', *command[1:]])}" if nearest(command[0], LAUNCHABLE) else ""
+
+
+def _check_order(command: list[str]) -> None:
+    """Raises: LaunchError for launch's own options behind `train`, with the command in the right order."""
+    from tunesmith.cli.train import app as train_app
+
+    if command[0] not in LAUNCHABLE:
+        return  # a script's options are its own
+    ours, theirs = (_options(typer.main.get_command(each)) for each in (app, train_app))
+    moved, kept, words = [], [command[0]], iter(command[1:])
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ours or name in theirs:
+            kept.append(word)
+            continue
+        moved.append(word)
+        if not ours[name] and not value and (following := next(words, None)) is not None:
+            moved.append(following)
+    if moved:
+        right = shlex.join(["tunesmith", "launch", *moved, *kept])
+        raise LaunchError(f"options of launch stand before {command[0]}; type: {right}")
+
+
+def _options(command: Any) -> dict[str, bool]:
+    """The long options of a verb, and whether each is a switch, which takes no value."""
+    return {name: bool(each.is_flag) for each in command.params for name in each.opts if name.startswith("--")}
 
 
 def _check_kind(*, mpi: bool, slurm: bool, hostfile: Path | None, submit: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -48,6 +49,8 @@ GLOBAL_OPTIONS = {
     "--help": "print this; tunesmith VERB --help explains a verb",
 }
 INTERRUPTED = 130
+_TEMPORARY = re.compile(r"\.([^/]+)\.tmp-\d+-[0-9a-f]{8}\b")
+"""What a file is called while it is written: its own name, which people know, is the group."""
 _ELSEWHERE = {"run": "train", "methods": "train", "matrix": "train", "new": "init", "create": "init", "print": "show"}
 """What subcommands are called in other tools."""
 _OUTPUTS = ("o", "out", "output", "output_dir", "out_dir", "save_dir")
@@ -160,7 +163,8 @@ def _explain(error: Exception) -> int:
     if hasattr(error, "format_message"):  # typer's mistakes of use
         return _fail(_usage_message(error), int(getattr(error, "exit_code", 2)))
     if isinstance(error, OSError) and error.strerror:
-        return _fail(f"{error.strerror}{f': {error.filename!r}' if error.filename else ''}", 1)
+        name = _TEMPORARY.sub(r"\1", str(error.filename)) if error.filename else ""
+        return _fail(f"{error.strerror}{f': {name!r}' if name else ''}", 1)
     if is_out_of_memory(error):
         reason = str(error).split("DefaultCPUAllocator: ")[-1].split("\n")[0]
         advice = "lower train.micro_batch_tokens, or set train.checkpointing=block or method.kind=qlora"

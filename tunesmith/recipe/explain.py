@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -173,20 +174,29 @@ def _unknown_key(place: Place) -> str:
     near = nearest(key, allowed_keys(parent))
     if near and parent:
         near = f", did you mean '{_dotted_place((*parent, near.split(chr(39))[1]))}'?"
-    hint = near or _elsewhere(key)
+    hint = _of_that_name(key) or near or _elsewhere(key)
     if not hint:
         section = f"'{_dotted_place(parent)}'" if parent else "a recipe"
         hint = f"; {section} has {', '.join(allowed_keys(parent))}"
     return f"{_dotted_place(place)} is not a key{hint}"
 
 
+def _by_name() -> dict[str, str]:
+    """From the last part of each key to the key; of several, the first."""
+    return {dotted.rpartition(".")[2]: dotted for dotted in reversed(all_keys())}
+
+
+def _of_that_name(key: str) -> str:
+    """A hint when the key belongs to another section."""
+    found = _by_name().get(key)
+    return f", did you mean '{found}'?" if found else ""
+
+
 def _elsewhere(key: str) -> str:
-    """A hint when the key belongs to another section, exactly or nearly."""
-    by_name = {dotted.rpartition(".")[2]: dotted for dotted in reversed(all_keys())}
-    if key in by_name:
-        return f", did you mean '{by_name[key]}'?"
-    near = nearest(key, by_name)
-    return near and f", did you mean '{by_name[near.split(chr(39))[1]]}'?"
+    """A hint when the key belongs to another section and is misspelt: of so many names one is always a little near."""
+    by_name = _by_name()
+    close = difflib.get_close_matches(key, by_name, n=1, cutoff=0.75)
+    return f", did you mean '{by_name[close[0]]}'?" if close else ""
 
 
 def _wanted(detail: Mapping[str, Any]) -> str:

@@ -188,6 +188,8 @@ def claim_run(output: str, name: str, path: Path | None = None) -> Path:
 def open_run(path: Path | str) -> RunDir:
     """An existing run directory. Raises: RunDirError when it is missing, not a run directory, or of a newer version."""
     run = RunDir(Path(path))
+    if run.path.is_file():
+        raise RunDirError(f"{run.path} is a file, a run is a directory{_list_runs(run.path.parent)}")
     if not run.path.is_dir():
         raise RunDirError(f"there is no run directory {run.path}{_list_runs(run.path.parent)}")
     _read_info(run)
@@ -199,9 +201,15 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file()
 
 
+def runs_inside(folder: Path) -> list[str]:
+    """The last three runs that lie in a folder, as they are named on a command line."""
+    return [str(path) for path in sorted(folder.iterdir()) if is_run(path)][-3:] if folder.is_dir() else []
+
+
 def _list_runs(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if is_run(p))[-3:] if folder.is_dir() else []
-    return f"; {folder} holds {', '.join(names)}" if names else ""
+    """A hint at the runs there are: in the usual place below the folder, else in the folder itself."""
+    names = runs_inside(folder / "runs") or runs_inside(folder)
+    return f"; there are: {', '.join(names)}" if names else ""
 
 
 def _typed() -> list[str]:
@@ -232,6 +240,8 @@ def _new_info(name: str, kind: Kind, command: list[str]) -> dict[str, Any]:
 
 def _read_info(run: RunDir) -> RunInfo:
     if not run.run.is_file():
+        if names := runs_inside(run.path):
+            raise RunDirError(f"{run.path} holds runs and is none itself: name one of them: {', '.join(names)}")
         raise RunDirError(f"{run.path} is not a run directory: it has no run.json")
     raw = _migrated(read_json(run.run), run.run)
     try:
@@ -270,8 +280,19 @@ def migrate(raw: Any, newest: int, migrations: Mapping[int, Migration], path: Pa
     return dict(raw)
 
 
+def _make_folder(path: Path) -> None:
+    """Raises: RunDirError where it can't be made, with what it was for: the system's words alone name a path."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(
+            f"the run directory {path} can't be made ({error.strerror}): name another with --run-dir or --output, or "
+            "another folder for runs with --set output=FOLDER"
+        ) from None
+
+
 def _claim(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
+    _make_folder(path)
     if any(path.iterdir()) and not ((path / _CLAIMED).exists() and not is_run(path)):
         raise RunDirError(f"{path} exists and is not empty: name another folder, or resume it")
     return path
@@ -279,7 +300,7 @@ def _claim(path: Path) -> Path:
 
 def _claim_unique(folder: Path, name: str) -> Path:
     """A directory that no other process has: mkdir is what decides."""
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     first, attempt = _stem(folder, name), 1
     while True:
         path = first if attempt == 1 else first.with_name(f"{first.name}-{attempt}")

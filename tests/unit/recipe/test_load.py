@@ -77,6 +77,8 @@ def test_a_missing_file_names_its_neighbour_and_the_next_command(tmp_path: Path)
         ("train:\n  learning_rat: 1", "r.yaml:2: train.learning_rat is not a key, did you mean 'train.learning_rate'?"),
         ("learning_rate: 1", "r.yaml:1: learning_rate is not a key, did you mean 'train.learning_rate'?"),
         ("data:\n  epoch: 1", "r.yaml:2: data.epoch is not a key, did you mean 'train.epochs'?"),
+        ("epochs: 3", "r.yaml:1: epochs is not a key, did you mean 'train.epochs'?"),  # it was 'bench'
+        ("data:\n  files: [x]", "r.yaml:2: data.files is not a key; 'data' has train, validation"),  # it was 'train.eps'
         ("mehtod: {}", "r.yaml:1: mehtod is not a key, did you mean 'method'?"),
         ("method: {kind: lorra}", "got 'lorra', did you mean 'lora'?"),
         ("method:\n  rank: many", "r.yaml:2: method.rank must be a whole number, got 'many'"),

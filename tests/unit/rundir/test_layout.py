@@ -124,3 +124,28 @@ def test_all_paths_lie_inside(tmp_path: Path) -> None:
     paths = [getattr(run, name) for name in names]
     assert all(path.parent == tmp_path for path in paths)
     assert len(set(paths)) == len(paths) == 10
+
+
+def test_the_runs_there_are_are_named_as_they_are_typed(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was "there is no run directory nope; . holds prof", and of a folder of runs "it has no run.json"."""
+    monkeypatch.chdir(tmp_path)
+    create_run(recipe, path=Path("runs/one"))
+    create_run(recipe, path=Path("other"))
+    Path("mine.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(RunDirError, match=r"there is no run directory nope; there are: runs/one$"):
+        open_run("nope")
+    with pytest.raises(RunDirError, match=r"mine\.json is a file, a run is a directory; there are: runs/one$"):
+        open_run("mine.json")
+    with pytest.raises(RunDirError, match=r"runs holds runs and is none itself: name one of them: runs/one$"):
+        open_run("runs")
+
+
+def test_a_folder_that_cannot_be_made_is_said_to_be_the_runs(recipe: Recipe, tmp_path: Path) -> None:
+    """The system's words stood there alone."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(
+        RunDirError, match=r"the run directory .*file/x can't be made \(Not a directory\): name another"
+    ):
+        create_run(recipe, path=tmp_path / "file" / "x")
