@@ -91,7 +91,10 @@ def _refuse_run(model: str) -> None:
 
 
 def _documents(path: Path, model: str, revision: str | None, limit: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of a text in pieces of 512: to calibrate on, and up to eight more that come after, to measure on."""
+    """Token ids of a text in pieces: to calibrate on, and up to eight more that come after, to measure on.
+
+    A piece has 512 tokens, of a short text half of them. Raises: DataError for less than two pieces of 64 tokens.
+    """
     from tunesmith.checkpoint.source import resolve_model
     from tunesmith.text.tokenizer import load_tokenizer
 
@@ -99,11 +102,13 @@ def _documents(path: Path, model: str, revision: str | None, limit: int) -> tupl
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise DataError(f"the text {path} can't be read: {error.strerror}") from None
     ids = load_tokenizer(resolve_model(model, revision)).encode(text)
-    pieces = [ids[start : start + 512] for start in range(0, len(ids), 512)]
-    pieces = [piece for piece in pieces if len(piece) >= 64]
-    if len(pieces) < 2:
-        raise DataError(f"{path} holds {len(ids)} tokens: calibration wants two pieces of 64 at least")
+    if len(ids) < 128:
+        raise DataError(f"{path} holds {len(ids)} tokens: calibration wants 128 at least, half of them to measure on")
+    size = min(512, len(ids) // 2)
+    pieces = [piece for start in range(0, len(ids), size) if len(piece := ids[start : start + size]) >= 64]
     num_held_out = min(8, max(1, len(pieces) // 4))
     used = pieces[: min(len(pieces) - num_held_out, max(1, limit // 512))]
     return used, pieces[len(used) : len(used) + num_held_out]

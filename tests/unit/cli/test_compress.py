@@ -44,3 +44,29 @@ def test_a_run_is_led_to_what_of_it_can_be_compressed(tmp_path: Path, capsys: py
 def test_a_misspelt_format_names_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["compress", "builtin:tiny", "--output", str(tmp_path / "x"), "--format", "int4-g46"]) == 2
     assert "did you mean 'int4-g64'" in capsys.readouterr().err
+
+
+def test_a_short_text_calibrates_too_and_too_short_a_one_says_what_is_wanted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a text with 318 tokens it said "wants two pieces of 64 at least"."""
+    text = tmp_path / "text.txt"
+    arguments = [
+        "compress",
+        "builtin:tiny",
+        "--calibration",
+        "gptq",
+        "--device",
+        "cpu",
+        "--calibration-text",
+        str(text),
+    ]
+    output = tmp_path / "small"
+    assert run([*arguments, "--output", str(output)]) == 2
+    assert f"the text {text} can't be read: No such file or directory" in capsys.readouterr().err
+    text.write_text("We open at nine. " * 10, encoding="utf-8")
+    assert run([*arguments, "--output", str(output)]) == 2
+    assert "tokens: calibration wants 128 at least" in capsys.readouterr().err
+    text.write_text("We open at nine. " * 60, encoding="utf-8")
+    assert run([*arguments, "--output", str(output)]) == 0
+    assert "On held-out text" in capsys.readouterr().err
