@@ -49,8 +49,9 @@ class Head {
 
     void backward() {
         take(4 * padded * width + QUERIES * (3 * width + 2 * padded) + 2 * padded * width);
-        float *keys_across = piece(padded * width), *values_across = piece(padded * width), *keys = piece(padded * width);
-        float *of_keys = piece(padded * width), *of_values = piece(padded * width), *rows = piece(QUERIES * width);
+        float *keys_across = piece(padded * width), *values_across = piece(padded * width);
+        float *keys = piece(padded * width), *of_keys = piece(padded * width), *of_values = piece(padded * width);
+        float *rows = piece(QUERIES * width);
         float *grads = piece(QUERIES * width), *found = piece(QUERIES * width);
         float *p = piece(QUERIES * padded), *d = piece(QUERIES * padded);
         turn(job.key, keys_across);
@@ -65,13 +66,14 @@ class Head {
             }
             add_product(grads, width, 1, values_across, padded, d, padded, count, parts_of(end, LANES) * LANES, width,
                         false);
-            for (int64_t i = 0; i < count; i++) turn_row(head, s + i, end, grads + i * width, p + i * padded, d + i * padded);
+            for (int64_t i = 0; i < count; i++) {
+                turn_row(head, s + i, end, grads + i * width, p + i * padded, d + i * padded);
+            }
             add_product(p, 1, padded, grads, width, of_values, width, end, width, count, true);
             add_product(d, 1, padded, rows, width, of_keys, width, end, width, count, true);
             add_product(d, padded, 1, keys, width, found, width, count, width, end, false);
             for (int64_t i = 0; i < count; i++) {
-                float *to = job.of_query.at(start + s + i, head);
-                for (int64_t j = 0; j < width; j += LANES) *(Vector *)(to + j) = *(const Vector *)(found + i * width + j) * job.scale;
+                scaled(found + i * width, job.of_query.at(start + s + i, head));
             }
         });
         for (int64_t t = 0; t < length; t++) {
@@ -120,10 +122,14 @@ class Head {
     void probabilities(int64_t head, int64_t s, int64_t count, int64_t end, const float *keys_across, float *rows,
                        float *scores) {
         for (int64_t i = 0; i < count; i++) {
-            const float *from = job.query.at(start + s + i, head);
-            for (int64_t j = 0; j < width; j += LANES) *(Vector *)(rows + i * width + j) = *(const Vector *)(from + j) * job.scale;
+            scaled(job.query.at(start + s + i, head), rows + i * width);
         }
-        add_product(rows, width, 1, keys_across, padded, scores, padded, count, parts_of(end, LANES) * LANES, width, false);
+        int64_t columns = parts_of(end, LANES) * LANES;
+        add_product(rows, width, 1, keys_across, padded, scores, padded, count, columns, width, false);
+    }
+
+    void scaled(const float *from, float *to) {
+        for (int64_t j = 0; j < width; j += LANES) *(Vector *)(to + j) = *(const Vector *)(from + j) * job.scale;
     }
 
     // Scores of position `at` become probabilities, those of later positions zero.

@@ -39,7 +39,9 @@ template <int VECTORS>
 inline void add_columns(const float *a, int64_t row, int64_t column, const float *b, int64_t b_ld, float *c,
                         int64_t c_ld, int64_t rows, int64_t depth, bool adds) {
     int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) add_block<4, VECTORS>(a + i * row, row, column, b, b_ld, c + i * c_ld, c_ld, depth, adds);
+    for (; i + 4 <= rows; i += 4) {
+        add_block<4, VECTORS>(a + i * row, row, column, b, b_ld, c + i * c_ld, c_ld, depth, adds);
+    }
     for (; i < rows; i++) add_block<1, VECTORS>(a + i * row, row, column, b, b_ld, c + i * c_ld, c_ld, depth, adds);
 }
 

@@ -129,8 +129,9 @@ inline void pack_rows(const Right &r, int64_t n, int64_t steps, float *rows, uin
     std::memset(rows, 0, 4 * TILE * deep);
     for (int64_t i = 0; i < TILE; i++) {
         int64_t inner = n + i - behind;
-        if (n + i < r.rows) weight_row(r, n + i, rows + i * deep);
-        else if (inner >= 0 && inner < r.rank) std::memcpy(rows + i * deep, r.narrow + inner * r.narrow_ld, 4 * r.columns);
+        float *own = rows + i * deep;
+        if (n + i < r.rows) weight_row(r, n + i, own);
+        else if (inner >= 0 && inner < r.rank) std::memcpy(own, r.narrow + inner * r.narrow_ld, 4 * r.columns);
     }
     for (int64_t k = 0; k < deep; k += DEEP) {
         uint16_t *tile = tile_of(to, k, n, steps);

@@ -1,6 +1,6 @@
 // Rows of products of several tokens by the matrix unit: what cpu_products.hpp includes.
 //
-//     a tile of the weight, 16 rows of 64 bytes as it lies  x  a tile of x, [16, MOST, 4 bytes]  =  16 rows of MOST sums
+//     a tile of the weight, 16 rows of 64 bytes as it lies, x a tile of x [16, MOST, 4 bytes]: 16 rows of MOST sums
 //
 // A panel is what is summed at a time: rows that lie behind each other, so the next one is asked for line by line.
 #pragma once
@@ -158,7 +158,8 @@ inline void panel_int8(const Weight &w, int64_t row, const Input &in, __m512 *su
     }
     __m512 steps = _mm512_loadu_ps(in.steps);
     for (int r = 0; r < 16 * COUNT; r++) {
-        __m512 high = _mm512_cvtepi32_ps(whole[r / 16 * 2][r % 16]), low = _mm512_cvtepi32_ps(whole[r / 16 * 2 + 1][r % 16]);
+        const auto *both = whole + r / 16 * 2;
+        __m512 high = _mm512_cvtepi32_ps(both[0][r % 16]), low = _mm512_cvtepi32_ps(both[1][r % 16]);
         __m512 scale = _mm512_mul_ps(steps, _mm512_set1_ps(w.scale[row + r]));
         sums[r] = _mm512_mul_ps(_mm512_fmadd_ps(high, _mm512_set1_ps(256), low), scale);
     }

@@ -140,7 +140,8 @@ inline void unpack(__m512i words, __m512i &first, __m512i &second) {
 
 // The bytes of a block of x in the order of `unpack`, and its codes by planes of 16 columns. Where x holds what is no
 // number the inverse is 0 and the bytes are 0.
-inline void split(const float *x, int64_t count, float inverse, bool one_group, __m512i *q, uint8_t *high, uint8_t *low) {
+inline void split(
+    const float *x, int64_t count, float inverse, bool one_group, __m512i *q, uint8_t *high, uint8_t *low) {
     const __m512i byte = _mm512_set1_epi32(255);
     for (int j = 0; j < 8; j++) {
         int64_t left = std::max<int64_t>(0, count - 16 * j);
@@ -219,7 +220,8 @@ void rows_int4(const Weight &w, int64_t row, const Input &in, float *out) {
             __m512 step[2];
             for (int half = 0; half < 2; half++) {
                 step[half] = _mm512_set1_ps(scale[half * GROUPS / 2]);
-                if (GROUPS == 4) step[half] = _mm512_mask_mov_ps(step[half], 0xff00, _mm512_set1_ps(scale[2 * half + 1]));
+                if (GROUPS != 4) continue;
+                step[half] = _mm512_mask_mov_ps(step[half], 0xff00, _mm512_set1_ps(scale[2 * half + 1]));
             }
             for (int t = 0; t < T; t++) {
                 const uint8_t *x = reinterpret_cast<const uint8_t *>(in.codes + t * in.ld + block * BLOCK);
