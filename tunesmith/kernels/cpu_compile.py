@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -117,13 +118,13 @@ def _load_once(command: list[str]) -> ctypes.CDLL:
 def _compile(command: list[str], target: Path) -> None:
     """Write the target whole or not at all."""
     _sweep(target.parent)
-    handle, unfinished = tempfile.mkstemp(dir=target.parent, prefix=_UNFINISHED, suffix=".so")
-    os.close(handle)
+    # Made by the compiler, and not by mkstemp: whoever may read the folder may read the library.
+    unfinished = target.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}.so")
     try:
-        _run([*command, "-o", unfinished])
-        Path(unfinished).replace(target)
+        _run([*command, "-o", str(unfinished)])
+        unfinished.replace(target)
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:

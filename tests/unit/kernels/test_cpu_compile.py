@@ -66,6 +66,17 @@ def test_it_is_compiled_once_for_sources_compiler_and_processor(
     assert len(workshop.kept()) == 3
 
 
+def test_others_may_read_what_is_kept(workshop: Workshop) -> None:
+    """In a container's image, say, that was made by another user: only its owner could load it."""
+    before = os.umask(0o022)
+    try:
+        assert workshop.seven() == 7
+    finally:
+        os.umask(before)
+    (kept,) = workshop.kept()
+    assert kept.stat().st_mode & 0o777 == 0o755
+
+
 def test_those_who_want_it_at_once_wait_for_one_compiler(workshop: Workshop) -> None:
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(workshop.seven())) for _ in range(4)]
