@@ -291,6 +291,12 @@ def _say_point(cell: Mapping[str, Any]) -> None:
     else:
         how = f"{cell['status']}: {cell['reason']}"
     console.err.print(f"{cell['name']}: {escape(how)}")
+    if whole := measures["answers_whole"]:
+        console.err.print(
+            f"  {whole} of {measures['completed']} answers came whole, faster than they were read: "
+            "their time per token is unknown",
+            markup=False,
+        )
     if saturated:
         console.err.print(f"  [yellow]may have measured the client, not the server:[/yellow] {escape(saturated)}")
 

@@ -131,6 +131,8 @@ class RemoteStream(Iterator[str]):
         self.reason = "abort"
         self.usage: dict[str, Any] = {}
         self.num_chunks = 0
+        self.num_arrivals = 0
+        self._num_bytes = 0
         self._request = remote.http.build_request("POST", path, json=body)
         try:
             self._response = remote.http.send(self._request, stream=True)
@@ -168,6 +170,8 @@ class RemoteStream(Iterator[str]):
         if piece:
             self.first_s = self.first_s or time.perf_counter()
             self.num_chunks += 1
+            self.num_arrivals += self._response.num_bytes_downloaded > self._num_bytes
+            self._num_bytes = self._response.num_bytes_downloaded
             self.text += piece
         return piece or ""
 
@@ -179,7 +183,8 @@ class RemoteStream(Iterator[str]):
         now = time.perf_counter()
         first = self.first_s or now
         num_tokens = int(self.usage.get("completion_tokens", self.num_chunks))
-        tpot_s = (now - first) / (num_tokens - 1) if num_tokens > 1 else None
+        # What arrived as one has no time between its tokens: 8,055 tokens/s were read off an answer of 64 ms.
+        tpot_s = (now - first) / (num_tokens - 1) if num_tokens > 1 and self.num_arrivals > 1 else None
         self.completion = Completion(
             self.text,
             [0] * num_tokens,

@@ -46,6 +46,10 @@ EN = {
         "{tpot}× the time per token."
     ),
     "serve_saturated": "{server}, {load}: this may have measured the client rather than the server: {why}.",
+    "serve_whole": (
+        "{server}, {load}: {count} of {total} answers came whole, faster than they were read: "
+        "their time per token is unknown."
+    ),
     "serve_errors": "{server}, {load}: {count} requests failed, {most} of them so: {text}",
     "infer_table": "Engines and weight formats",
     "infer_table_note": ("Every engine in processes of its own, in turn; medians over all samples of all rounds."),
@@ -123,6 +127,7 @@ ZH = {
         "每词元时间为 {tpot} 倍。"
     ),
     "serve_saturated": "{server}，{load}：此处测到的可能是客户端而非服务器：{why}。",
+    "serve_whole": "{server}，{load}：{total} 个回答中有 {count} 个整个一起到达，快过读取的速度：每词元时间未知。",
     "serve_errors": "{server}，{load}：{count} 个请求失败，其中 {most} 个：{text}",
     "infer_table": "各引擎与权重格式",
     "infer_table_note": ("每个引擎在自己的进程中轮流运行；取各轮所有样本的中位数。"),

@@ -34,6 +34,8 @@ class Load:
     errors: tuple[tuple[str, int], ...] = ()
     saturated: str | None = None
     reason: str | None = None
+    num_whole: int = 0
+    num_answers: int = 0
 
 
 def serve_sections(runs: Sequence[Run], words: Words) -> list[Section]:
@@ -96,7 +98,14 @@ def _load(server: str, mode: str, value: float, cells: Sequence[Node], words: Wo
         errors=tuple(errors.items()),
         saturated=next((text for cell in done if (text := cell.text("client", "saturated"))), None),
         reason=None if done else next((cell.text("reason") for cell in cells), None),
+        num_whole=_count(done, "answers_whole"),
+        num_answers=_count(done, "completed"),
     )
+
+
+def _count(cells: Sequence[Node], name: str) -> int:
+    """The sum of a count over repeats; cells of older versions may lack it."""
+    return int(sum(cell.number("measures", name) or 0 for cell in cells))
 
 
 def load_label(mode: str, value: float, words: Words) -> str:
@@ -191,6 +200,9 @@ def _sentences(loads: Sequence[Load], words: Words) -> Iterator[Sentence]:
     for load in loads:
         if load.saturated:
             yield Sentence(words("serve_saturated", server=load.server, load=load.label, why=load.saturated), "warning")
+        if load.num_whole:
+            counts = {"count": load.num_whole, "total": load.num_answers}
+            yield Sentence(words("serve_whole", server=load.server, load=load.label, **counts), "warning")
         if load.is_stopped:
             yield Sentence(words("serve_stopped", server=load.server, load=load.label), "warning")
         if load.errors:

@@ -55,6 +55,14 @@ def serve_run(tmp_path: Path) -> Any:
     return make
 
 
+def test_answers_that_came_whole_are_told(serve_run: Any) -> None:
+    cell = _cell(2, 20, 0.1)
+    cell["measures"] |= {"answers_whole": 11, "completed": 16, "tpot_s": {"count": 0, "p50": None}}
+    files = write_report([serve_run("a", cell)])
+    assert "11 of 16 answers came whole, faster than they were read" in files.sentences[0]
+    assert files.headline.endswith("time per token p50 –.")
+
+
 def test_loads_are_medians_of_their_repeats_and_all_at_once_is_last(serve_run: Any) -> None:
     path = serve_run("a", _cell(None, 90, 1.0), _cell(4, 40, 0.1), _cell(4, 60, 0.3), _cell(2, 20, 0.1))
     loads = loads_of(read_run(path), EN)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 OURS = "tunesmith"
@@ -76,7 +77,7 @@ def _measures(cells: Sequence[Cell]) -> dict[str, Any]:
         for sample in cell["samples"]:
             samples.setdefault(sample["measure"], []).append(_rates(sample))
     return {
-        name: {key: _spread(one[key] for one in taken if key in one) for key in taken[0]}
+        name: {key: _spread(one[key] for one in taken if key in one) for key in dict.fromkeys(chain(*taken))}
         for name, taken in samples.items()
     }
 
@@ -92,7 +93,9 @@ def _rates(sample: Mapping[str, Any]) -> dict[str, float]:
     }
     each = output / sample["requests"]
     if "first_s" in sample and each > 1:
-        rates |= {"ttft_s": sample["first_s"], "tpot_s": max(0.0, whole_s - sample["first_s"]) / (each - 1)}
+        rates["ttft_s"] = sample["first_s"]
+        if whole_s > sample["first_s"]:  # else one of them was disturbed, and their difference says nothing
+            rates["tpot_s"] = (whole_s - sample["first_s"]) / (each - 1)
     return rates
 
 

@@ -135,6 +135,7 @@ def summarise(records: Sequence[Record], objectives: Sequence[Objective] = ()) -
         "cached_tokens": sum(record.cached_tokens or 0 for record in done),
         "output_tokens": outputs,
         "tokens_counted_by": "usage" if all(record.is_counted for record in done) else "content chunks",
+        "answers_whole": sum(record.is_whole for record in done),
         "tokens_per_chunk": outputs / chunks if chunks else None,
         "requests_per_s": per_s(len(done)),
         "output_tokens_per_s": per_s(outputs),

@@ -65,10 +65,15 @@ class Record:
 
     @property
     def tpot_s(self) -> float | None:
-        """From the first content to the last, by the tokens after the first; None for one token, or one chunk."""
-        if len(self.contents_s) < 2 or self.output_tokens < 2:
+        """From the first content to the last, by the tokens after the first; None for one token, or one arrival."""
+        if len(self.contents_s) < 2 or self.output_tokens < 2 or self.is_whole:
             return None
         return (self.contents_s[-1] - self.contents_s[0]) / (self.output_tokens - 1)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of several chunks were read at the same moment: no time lies between them, and none is known."""
+        return len(self.contents_s) > 1 and self.contents_s[-1] == self.contents_s[0]
 
     @property
     def itl_s(self) -> list[float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tunesmith.bench.infer.compare import InferBench, bench_infer
-from tunesmith.bench.infer.table import OURS, make_table
+from tunesmith.bench.infer.table import OURS, _measures, make_table
 from tunesmith.bench.infer.workload import InferWorkload
 from tunesmith.errors import RecipeError
 from tunesmith.report.write import write_report
@@ -98,3 +98,13 @@ def test_a_table_says_what_failed() -> None:
     (row,) = make_table([cell])
     assert (row["status"], row["reason"], row["rounds"], row["failed_rounds"]) == ("out_of_memory", "no room", 0, 1)
     assert row["measures"] == {} and row["ours_is"] == {}
+
+
+def test_a_sample_that_was_faster_than_its_first_token_has_no_time_per_token() -> None:
+    """It counted as 0 ms a token, and so did the median of a busy machine."""
+    sample = {"measure": "latency", "requests": 1, "output_tokens": 11, "prompt_tokens": 4, "whole_s": 1.0}
+    samples = [{**sample, "first_s": 1.5, "short": 0}, {**sample, "first_s": 0.5, "short": 0}]
+    measured = _measures([{"samples": samples}])["latency"]
+    assert measured["tpot_s"] == {"median": 0.05, "min": 0.05, "max": 0.05, "count": 1}
+    assert measured["ttft_s"]["count"] == 2
+    assert "tpot_s" not in _measures([{"samples": samples[:1]}])["latency"]

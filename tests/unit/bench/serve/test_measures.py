@@ -57,6 +57,15 @@ def test_a_request_that_waited_to_be_sent_took_longer() -> None:
     assert record.tpot_s == pytest.approx(0.1)
 
 
+def test_an_answer_that_was_read_at_once_has_no_time_per_token() -> None:
+    """A median of 0 ms was shown."""
+    whole, streamed = _record(contents=[0.1, 0.1, 0.1], tokens=3), _record(contents=[0.1, 0.3], tokens=3)
+    assert whole.tpot_s is None and whole.is_whole and not streamed.is_whole
+    found = summarise([whole, streamed, _record(contents=[0.1], tokens=1)])
+    assert found["answers_whole"] == 1 and found["tpot_s"]["count"] == 1
+    assert found["tpot_s"]["p50"] == pytest.approx(0.1)
+
+
 def test_a_point_in_numbers() -> None:
     records = [
         _record(0, contents=[0.5, 1.0], tokens=2),
