@@ -175,7 +175,8 @@ inline float threshold_of(const Draw &d, int64_t row, float highest, int64_t slo
         limit = last_within(list, double(top_k));
     }
     double whole = gather(Vector{} + limit);
-    return last_within(list, top_p < 1 ? double(top_p) * whole : INFINITY);
+    // Also of a top-p that float32 rounds to zero the largest logits stay.
+    return last_within(list, top_p < 1 ? std::max(double(top_p) * whole, 1e-300) : INFINITY);
 }
 
 // The row's largest logit, and what may be drawn.

@@ -74,6 +74,18 @@ def test_tokens_are_the_references(vocab_size: int, dtype: torch.dtype, compiled
     assert num_same == num_all
 
 
+def test_a_top_p_that_vanishes_leaves_all_of_the_largest(compiled_library: Any) -> None:
+    """In float32 1e-46 is 0: nothing was left then, and the first of the largest logits was taken for the draw."""
+    tables = Tables(5)
+    tables.temperatures.fill_(1.0)
+    tables.top_p.fill_(1e-46)
+    logits = torch.randint(3, (SLOTS, 50), generator=torch.Generator().manual_seed(5)).float()
+    rows = torch.arange(SLOTS)
+    found = tables.native(compiled_library)(logits, rows, rows)
+    assert torch.equal(found, tables.reference(logits, rows, rows))
+    assert not torch.equal(found, logits.argmax(1))
+
+
 def test_a_row_that_is_not_numbers_is_broken_alone(compiled_library: Any) -> None:
     tables = Tables(1)
     logits = torch.randn(5, 300)
