@@ -106,13 +106,14 @@ def test_fragments_are_right_in_every_tile_and_repeat_their_bits(
         assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("tokens", [17, 64, 100, 129, 256])
+@pytest.mark.parametrize("tokens", [17, 64, 100, 128, 225, 256])
 def test_fp8_products_in_parts_are_those_of_torch(tokens: int) -> None:
-    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
-    fp8 = quantize_fp8_weight(torch.randn(3584, 4096, device="cuda") * 0.05)
+    width = 8192
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    fp8 = quantize_fp8_weight(torch.randn(3584, width, device="cuda") * 0.05)
     bias = torch.randn(3584, device="cuda", dtype=torch.bfloat16)
     codes = quantize_rows_fp8(x)
-    parts = num_parts(tokens, 3584, 4096, num_processors(x.device))
+    parts = num_parts(tokens, 3584, width, num_processors(x.device))
     assert parts > 1
     for b in (None, bias):
         mine = gemv.fp8_few_product(*codes, fp8.codes, fp8.scale, b, x.dtype)

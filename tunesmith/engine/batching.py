@@ -328,7 +328,8 @@ def _pass(host: HostBatch, owner: np.ndarray, first: int, rows: int) -> HostBatc
     )
 
 
-SMALL_PROMPT, SMALL_CONTEXT = 75, 100
+SMALL_PROMPTS, SMALL_CONTEXT = (75, 200, 600), 100
+"""Tokens of prompts: kernels are cut in other ways for some tens, some hundreds and more of them."""
 
 
 def worst_batches(config: EngineConfig) -> list[HostBatch]:
@@ -346,10 +347,12 @@ def small_batches(config: EngineConfig) -> list[HostBatch]:
     longest, most = config.max_model_len, config.max_num_seqs
     found = []
     for requests in sorted({1, max(1, most - 1)}):
-        prompt = min(SMALL_PROMPT, longest, config.max_num_batched_tokens - requests)
-        beside = [[], [prompt]] if prompt > 0 and requests < most else [[]]
+        room = min(longest, config.max_num_batched_tokens - requests) if requests < most else 0
+        beside = [[], *([prompt] for prompt in sorted({min(prompt, room) for prompt in SMALL_PROMPTS} - {0}))]
         for context in sorted({min(SMALL_CONTEXT, longest), longest}):
-            found += [_worst(np.array([1] * requests + prompts), context) for prompts in beside]
+            found += [
+                _worst(np.array([1] * requests + prompts), context) for prompts in beside if sum(prompts) <= context
+            ]
     return found
 
 

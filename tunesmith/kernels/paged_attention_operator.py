@@ -57,17 +57,16 @@ def paged_attention_operator(
         if invariant:
             tile = tiles.invariant_tile(head_dim, value_bytes, page_bytes)
             if max_query * group <= tile.rows:
-                launch.decode(tile, max_query, ceil_div(max_context, tiles.INVARIANT_SPLIT), True)
+                launch.decode(tile, max_query, ceil_div(max_context, tiles.INVARIANT_SPLIT), None)
             else:
                 launch.prefill(tile, 0, True)
             return
-        tile = tiles.decode_tile(head_dim, value_bytes, page_bytes, group)
+        shared = shared_bytes(query.device)
+        tile = tiles.decode_tile(head_dim, value_bytes, page_bytes, group, shared)
         if min_query * group <= tile.rows:
             processors = num_processors(query.device)
-            parts = tiles.num_splits(len(context), keys.shape[2], max_context, processors)
-            launch.decode(tile, max_query, parts, False)
+            launch.decode(tile, max_query, *tiles.splits(len(context), keys.shape[2], max_context, processors))
         if max_query * group > tile.rows:
-            shared = shared_bytes(query.device)
             launch.prefill(tiles.prefill_tile(head_dim, value_bytes, page_bytes, shared), tile.rows, False)
 
 
@@ -124,13 +123,17 @@ class _Launch:
         self.fp8 = key_scales is not None
         self.arrivals: Tensor | None = None
 
-    def decode(self, tile: Tile, max_query: int, parts: int, invariant: bool) -> None:
-        """The requests whose rows fit into one tile, each in at most so many parts of its context."""
+    def decode(self, tile: Tile, max_query: int, parts: int, least: int | None) -> None:
+        """The requests whose rows fit into one tile, each in at most so many parts of its context.
+
+        least: the fewest positions of a part; None: all have the one length that depends on nothing.
+        """
+        invariant = least is None
         held_rows = min(tile.rows, max_query * self.group)
         num_held = self.num_requests * self.num_kv_heads * held_rows * parts if parts > 1 else 0
         found = self.query.new_empty(num_held, tiles.padded(self.query.shape[2]), dtype=torch.float32)
         statistics = self.query.new_empty(num_held, 2, dtype=torch.float32)
-        cut = {"FIXED": tiles.INVARIANT_SPLIT if invariant else 0, "LEAST": tiles.LEAST_SPLIT}
+        cut = {"FIXED": tiles.INVARIANT_SPLIT if least is None else 0, "LEAST": least or tiles.LEAST_SPLIT}
         programs = self.num_kv_heads * self.num_requests
         held = (found, statistics, parts, held_rows)
         join_rows = tiles.power_of_two(held_rows)

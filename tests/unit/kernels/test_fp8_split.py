@@ -15,7 +15,8 @@ def test_parts_fill_the_chip_once() -> None:
 
     shapes = ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944))
     assert [num_parts(64, *shape, 132) for shape in shapes] == [3, 4, 1, 4]
-    assert [num_parts(256, *shape, 132) for shape in shapes] == [1, 2, 1, 2]
+    assert [num_parts(256, *shape, 132) for shape in shapes] == [1, 1, 1, 2]
+    assert [num_parts(192, *shape, 132) for shape in shapes] == [1, 1, 1, 1]
     assert num_parts(64, 3584, 900, 132) == 1
 
 

@@ -143,3 +143,19 @@ torch.library.opcheck(paged_attention_operator, (
 def test_kernels_equal_the_reference_under_tritons_interpreter(check_interpreted: Callable[[str], None]) -> None:
     """The interpreter can't multiply in bfloat16."""
     check_interpreted(KERNEL.replace("TESTS", repr(str(Path(__file__).parent))))
+
+
+def test_contexts_are_cut_where_requests_are_few_or_one_is_very_long() -> None:
+    from tunesmith.kernels.paged_attention_tiles import joins_inside, splits
+
+    assert splits(1, 4, 2048, 132) == (16, 128)
+    assert splits(1, 4, 131_072, 132) == (64, 128)
+    assert splits(16, 4, 2048, 132) == (16, 128)
+    assert splits(64, 4, 8192, 132) == (16, 128)
+    assert splits(66, 4, 2048, 132) == splits(256, 8, 600, 132) == (1, 2048)
+    assert splits(256, 4, 4096, 132) == (2, 2048)
+    assert splits(256, 4, 131_072, 132) == (8, 2048)
+    assert splits(0, 4, 10, 132) == (1, 128)
+    assert joins_inside(16, 2, 128)
+    assert not joins_inside(16, 8, 128)
+    assert not joins_inside(1, 2, 128)

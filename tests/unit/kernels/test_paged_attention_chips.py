@@ -29,7 +29,7 @@ def attend(kind: str, head_dim: int, value: str, page: str, shared: int, window:
     if kind.startswith("invariant"):
         tile = tiles.invariant_tile(*sizes)
     else:
-        tile = tiles.decode_tile(*sizes, GROUP) if kind == "decode" else tiles.prefill_tile(*sizes, shared)
+        tile = tiles.decode_tile(*sizes, GROUP, shared) if kind == "decode" else tiles.prefill_tile(*sizes, shared)
     types = {"query": f"*{value}", "keys": f"*{page}", "values": f"*{page}", "out": f"*{value}", "scale": "fp32"}
     types |= dict.fromkeys(("key_scales", "value_scales", "found", "statistics"), "*fp32")
     types |= dict.fromkeys(("tables", "starts", "contexts", "arrivals"), "*i32")
@@ -40,7 +40,7 @@ def attend(kind: str, head_dim: int, value: str, page: str, shared: int, window:
     constants: dict[str, object] = {"NUM_HEADS": 4, "GROUP": GROUP, "SLOTS": 16, "WIDTH": head_dim}
     constants |= {"COLUMNS": tiles.padded(head_dim), "ROWS": tile.rows, "KEYS": tile.keys, "WINDOW": window}
     constants |= {"DECODE": "decode" in kind, "SPLIT": "decode" in kind, "SMALL": 16 if kind == "prefill" else 0}
-    joined = 8 if kind == "decode" else 0
+    joined = tiles.JOINED_ROWS if kind == "decode" else 0
     constants |= {"JOIN_ROWS": joined, "JOIN_AT_ONCE": tiles.parts_at_once(joined, head_dim)}
     constants |= {"FIXED": tiles.INVARIANT_SPLIT if "invariant" in kind else 0, "LEAST": tiles.LEAST_SPLIT}
     constants |= {"FP8": page == "fp8e4nv", "PHASES": 2 if tile.rows >= tiles.INVARIANT_ROWS and not window else 1}
