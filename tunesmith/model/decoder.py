@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from typing import Literal
 
@@ -138,6 +139,17 @@ class Decoder(nn.Module):
     def _kind_of(self, layer: int, kind: Checkpointing) -> Checkpointing:
         """How one block is checkpointed: the last `skip_last` hold everything, for a moment only."""
         return "none" if layer >= len(self.blocks) - self.skip_last else kind
+
+    def checkpointing_by_block(self) -> dict[Checkpointing, int]:
+        """How many of the blocks here are checkpointed in which way, where what was asked for may not be had."""
+        fused = self._fused.of(self.blocks, self._stream_dtype) if self.is_fused else []
+        remade = {block.layer for block in fused if block.up is not None and block.qkv is not None}
+        here = [layer for layer, block in enumerate(self.blocks) if isinstance(block, Block)]
+        kinds = [self._kind_of(layer, self.checkpointing) for layer in here]
+        if not self.is_fused:
+            return Counter(_EAGER.get(kind, kind) for kind in kinds)
+        had = zip(here, kinds, strict=True)
+        return Counter("selective" if k == "selective-qkv" and layer not in remade else k for layer, k in had)
 
     def _begin_offloading(self, kind: Checkpointing, device: torch.device) -> OffloadedPass | None:
         if kind not in _OFFLOADS or not torch.is_grad_enabled():

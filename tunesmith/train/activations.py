@@ -20,10 +20,12 @@ _log = logging.getLogger(__name__)
 def prepare_activations(model: LanguageModel, recipe: Recipe) -> None:
     """Tiles and offloading, for a model whose method is applied and a recipe that is resolved.
 
-    Says how much host memory offloading takes. Raises: UnsupportedModelError where a block's MLP has no written-out
-    form; DeviceError when the host has too little memory.
+    Says how much host memory offloading takes, and where blocks can't have what was asked for.
+    Raises: UnsupportedModelError where a block's MLP has no written-out form; DeviceError when the host has too little memory.
     """
     offloads, tile_tokens = recipe.train.checkpointing in OFFLOADS, recipe.train.mlp_tile_tokens
+    if recipe.train.checkpointing == "selective-qkv" and isinstance(model, Decoder):
+        _say_what_is_held(model)
     if not offloads and tile_tokens is None:
         return
     name = f"train.checkpointing '{recipe.train.checkpointing}'" if offloads else "train.mlp_tile_tokens"
@@ -35,6 +37,18 @@ def prepare_activations(model: LanguageModel, recipe: Recipe) -> None:
     model.mlp_tile_tokens = tile_tokens
     if offloads:
         _check_host(model, recipe)
+
+
+def _say_what_is_held(model: Decoder) -> None:
+    """Say of how many blocks query, key and value are held after all."""
+    had = model.checkpointing_by_block()
+    if held := had.get("selective", 0):
+        _log.warning(
+            "train.checkpointing 'selective-qkv' is 'selective' in %d of %d blocks, whose query, key and value are "
+            "held: it is for RMS norms and dense MLPs that are written out",
+            held,
+            sum(had.values()),
+        )
 
 
 def _check_host(model: Decoder, recipe: Recipe) -> None:

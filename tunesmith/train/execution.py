@@ -15,12 +15,14 @@ def execution_facts(model: LanguageModel) -> dict[str, Any]:
     """What run.json keeps under `execution`: plain data.
 
     fused_blocks of blocks, those of this process's pipeline stage; graphs: pairs recorded; graphs_refused: why none
-    are; attention: the kernel chosen for each shape, with the milliseconds of every candidate; cpu: whether a CPU's
-    operations were our own C++, and products split for its matrix unit.
+    are; attention: the kernel chosen for each shape, with the milliseconds of every candidate; checkpointing: blocks by
+    what was had of train.checkpointing; cpu: whether a CPU's operations were our own C++, and products split for its
+    matrix unit.
     """
     cpu = cpu_train.facts()
     if not isinstance(model, Decoder):
-        return {"blocks": None, "fused_blocks": 0, "graphs": 0, "graphs_refused": None, "attention": [], "cpu": cpu}
+        none: dict[str, Any] = {"blocks": None, "fused_blocks": 0, "graphs": 0, "graphs_refused": None, "attention": []}
+        return {**none, "checkpointing": None, "cpu": cpu}
     captured = model.captured
     return {
         "cpu": cpu,
@@ -29,6 +31,7 @@ def execution_facts(model: LanguageModel) -> dict[str, Any]:
         "graphs": 0 if captured is None else captured.num_graphs,
         "graphs_refused": None if captured is None else captured.refused,
         "attention": choices(),
+        "checkpointing": dict(model.checkpointing_by_block()),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from tunesmith.checkpoint.shards import Shard, whole
 from tunesmith.errors import ParallelError, RecipeError
@@ -45,6 +46,19 @@ def data_parallel(parallel: ParallelSection) -> ParallelSection:
     if parallel.strategy != "auto":
         return parallel
     return parallel.model_copy(update={"strategy": "zero3" if parallel.offload == "cpu" else "ddp"})
+
+
+def require_shapes(module: nn.Module) -> None:
+    """Raises: RecipeError for a module without parameters, or whose parameters have no shape yet."""
+    parameters = dict(module.named_parameters())
+    if not parameters:
+        raise RecipeError("nothing can be trained: the module has no parameters")
+    for name, parameter in parameters.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise RecipeError(
+                f"{name} has no shape yet: it is a lazy module's, which takes it from its first batch; call the module "
+                "on a batch before fit()"
+            )
 
 
 def check_module(module: nn.Module, settings: TrainSection, mesh: Mesh) -> None:

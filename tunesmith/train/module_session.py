@@ -36,6 +36,7 @@ from tunesmith.train.module_processes import (
     check_buffers,
     check_module,
     data_parallel,
+    require_shapes,
     rest_of,
     through_forward,
     with_aliases,
@@ -209,8 +210,10 @@ def fit(
         parallel: strategy ddp, zero1, zero2 or zero3; `micro_batches` are the batches of a step, of all processes
             together (none: `settings.accumulation` times the processes), so that any number makes the same steps.
 
-    Raises: ParallelError for what several processes can't do.
+    Raises: ParallelError for what several processes can't do; RecipeError for a module without parameters, or a lazy
+    one that was never called.
     """
+    require_shapes(module)
     of_epoch = batches if callable(batches) else lambda _: batches
     wanted = data_parallel(parallel or ParallelSection())
     run = RunDir(run_dir)

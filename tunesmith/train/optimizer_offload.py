@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from tunesmith.cost.memory import optimizer_bytes
+from tunesmith.cost.memory import LEAST_MOVED_BYTES, optimizer_bytes
 from tunesmith.errors import DeviceError, RecipeError
 from tunesmith.hardware import available_memory_bytes
 from tunesmith.model.transfer import CudaTransfer, Transfer, pinned_memory
@@ -68,6 +68,12 @@ def _check_host(states: HostStates, train: TrainSection) -> None:
     said = f"train.offload_optimizer takes {format_bytes(need)} of pinned host memory"
     if need > free:
         raise DeviceError(f"{said}, and {format_bytes(free)} are free: use {_smaller(states, train)}")
+    if not need:
+        _log.warning(
+            "train.offload_optimizer moves nothing here: no trained tensor has %s, as adapters mostly don't",
+            format_bytes(LEAST_MOVED_BYTES),
+        )
+        return
     _log.info("%s (%s are free)", said, format_bytes(free))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.load import load_language_model
 from tunesmith.checkpoint.source import resolve_model
+from tunesmith.errors import UnsupportedModelError
 from tunesmith.model.captured import CapturedBlocks
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
@@ -72,6 +73,11 @@ def _load_model(
         model.is_fused = recipe.train.blocks == "fused"
         model.captured = _captured_blocks(recipe)
         model.skip_last = recipe.train.checkpointing_skip_last
+    elif recipe.train.checkpointing_skip_last:
+        raise UnsupportedModelError(
+            "train.checkpointing_skip_last needs the native decoder; the transformers backend recomputes every block: "
+            "use --set train.checkpointing_skip_last=0"
+        )
     return model
 
 

@@ -72,6 +72,22 @@ def test_another_backend_is_refused(tiny_model_dir: Make) -> None:
         load_trainable(resolve_recipe(recipe))
 
 
+def test_blocks_to_spare_are_refused_by_another_backend(tiny_model_dir: Make) -> None:
+    """The setting did nothing there."""
+    model = {"path": str(tiny_model_dir("llama")), "device": "cpu", "backend": "transformers"}
+    train = {"checkpointing": "block", "checkpointing_skip_last": 1}
+    with pytest.raises(UnsupportedModelError, match=r"use --set train\.checkpointing_skip_last=0"):
+        load_trainable(resolve_recipe(_recipe(tiny_model_dir("llama"), train, model=model)))
+
+
+@pytest.mark.parametrize(("family", "said"), [("llama", ""), ("mixtral", "is 'selective' in 2 of 2 blocks")])
+def test_query_key_and_value_that_are_held_after_all_are_told(
+    family: str, said: str, tiny_model_dir: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_trainable(resolve_recipe(_recipe(tiny_model_dir(family), {"checkpointing": "selective-qkv"})))
+    assert said in caplog.text and bool(said) == ("selective-qkv" in caplog.text)
+
+
 def test_tiles_train_the_same(tiny_model_dir: Make) -> None:
     losses = {}
     for tiles in (None, 24):

@@ -26,6 +26,24 @@ def test_blocks_that_are_written_out_are_counted(family: str, whole: int, tiny_m
     assert (line or "").startswith("2 of the model's 2 blocks ran on tunesmith's own faster passes" if whole else "")
 
 
+@pytest.mark.parametrize(
+    ("family", "fused", "had"),
+    [
+        ("llama", True, {"selective-qkv": 1, "none": 1}),
+        ("llama", False, {"selective": 1, "none": 1}),
+        ("qwen3_moe", True, {"selective": 1, "none": 1}),
+        ("gpt2", True, {"selective": 1, "none": 1}),
+    ],
+)
+def test_what_was_had_of_checkpointing_is_kept(
+    family: str, fused: bool, had: dict[str, int], tiny_model_dir: Make
+) -> None:
+    """Blocks that can't remake query, key and value were `selective` without a word."""
+    decoder = load_decoder(tiny_model_dir(family))
+    decoder.is_fused, decoder.checkpointing, decoder.skip_last = fused, "selective-qkv", 1
+    assert execution_facts(decoder)["checkpointing"] == had
+
+
 def test_refused_graphs_are_said(tiny_model_dir: Make) -> None:
     decoder = load_decoder(tiny_model_dir("llama"))
     decoder.is_fused, decoder.captured = True, CapturedBlocks()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from tunesmith.checkpoint.state import list_states
-from tunesmith.errors import DataError, NonFiniteError, TrainingError
+from tunesmith.errors import DataError, NonFiniteError, RecipeError, TrainingError
 from tunesmith.recipe.schema import CheckpointSection, EvaluationSection, TrainSection
 from tunesmith.rundir.io import read_jsonl
 from tunesmith.rundir.layout import RunDir
@@ -224,6 +224,17 @@ def test_nan_stops_before_the_update(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="step 3: the loss is nan"):
         fit(module, batches, _loss, run_dir=tmp_path, settings=SETTINGS)
     assert all(tensor.isfinite().all() for name, tensor in module.named_parameters())
+
+
+def test_a_module_without_shapes_is_refused_in_one_line(tmp_path: Path) -> None:
+    """A lazy module's was a traceback from its first parameter's device, an empty one's a StopIteration."""
+    lazy = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 1))
+    with pytest.raises(RecipeError, match=r"0\.weight has no shape yet: .* call the module on a batch before fit"):
+        fit(lazy, _batches(), _loss, run_dir=tmp_path / "run", settings=SETTINGS)
+    with pytest.raises(RecipeError, match="the module has no parameters"):
+        fit(nn.ReLU(), _batches(), _loss, run_dir=tmp_path / "run", settings=SETTINGS)
+    lazy(_batches()[0][0])
+    assert fit(lazy, _batches(), _loss, run_dir=tmp_path / "run", settings=SETTINGS).steps > 0
 
 
 def test_no_batches_is_refused(tmp_path: Path) -> None:

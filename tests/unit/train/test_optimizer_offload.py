@@ -379,3 +379,13 @@ def test_what_can_not_be_had_is_one_line(directory: Path, monkeypatch: pytest.Mo
         build_session(_recipe(directory, {"offload_optimizer": True}))
     with pytest.raises(DeviceError, match=r"device_memory_gb is for a GPU, and the device is cpu"):
         build_session(_recipe(directory, {"device_memory_gb": 1}))
+
+
+def test_states_that_are_all_too_small_to_move_are_told(
+    lanes: Lanes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With adapters it said "takes 0 B of pinned host memory", among the news."""
+    monkeypatch.setattr(optimizer_offload, "HostStates", HostStates)
+    _updater(True)
+    assert "train.offload_optimizer moves nothing here: no trained tensor has 1.05 MB" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
