@@ -104,7 +104,7 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{directory} has no config.json: name a Hugging Face model directory") from None
+        raise ModelError(_no_model(directory)) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
     except RecursionError:
@@ -114,6 +114,18 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ModelError(f"{path} must hold a JSON object, got {type(raw).__name__}")
     return raw
+
+
+def _no_model(directory: Path) -> str:
+    """What a folder without a config.json is instead, and what to do with it."""
+    if (directory / "adapter_config.json").is_file():
+        return f"{directory} is an adapter, not a model: name its base model, and beside it --adapter {directory}"
+    if (directory / "run.json").is_file():
+        return (
+            f"{directory} is a run, not a model: make one model of it and its base: tunesmith merge {directory} "
+            "--output DIR (a run of a whole model has it in final/)"
+        )
+    return f"{directory} has no config.json: name a Hugging Face model directory"
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> ModelConfig:

@@ -91,6 +91,18 @@ def test_a_value_of_the_wrong_kind_is_a_model_error(change: dict[str, Any], prob
         config_from_dict({**_LLAMA, **change})
 
 
+def test_a_folder_that_is_no_model_says_what_it_is(tmp_path: Path) -> None:
+    """It was "has no config.json" for an adapter, and for a run."""
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"is a run, not a model: .*tunesmith merge {tmp_path} --output DIR"):
+        read_config(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"is an adapter, not a model: .*--adapter {tmp_path}$"):
+        read_config(tmp_path)
+
+
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ModelError, match="vocab_size"):
         config_from_dict({key: value for key, value in _LLAMA.items() if key != "vocab_size"})

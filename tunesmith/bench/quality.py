@@ -134,7 +134,10 @@ def evaluate(
     Raises: DataError, RequestError, and what LLM raises.
     """
     if data is None and questions is None:
-        raise DataError("nothing to evaluate on: give data (text for perplexity), questions (with answers), or both")
+        raise DataError(
+            "nothing to evaluate on: give data (--data FILE: text, for perplexity), questions (--questions FILE: with "
+            "answers), or both"
+        )
     target = _target(run_dir, model, name)
     llm = _llm(model, adapter, loading)
     result = QualityResult(

@@ -77,7 +77,7 @@ def _builtin(name: str) -> Path:
         return directory
     known = sorted(p.parent.name for p in root.glob("*/config.json"))
     raise ModelError(
-        f"there is no embedded model {BUILTIN}{name}{nearest(name, known)} "
+        f"there is no embedded model {BUILTIN}{name}{nearest(BUILTIN + name, [BUILTIN + each for each in known])} "
         f"(embedded in this installation: {', '.join(known) or 'none'})"
     )
 

@@ -214,7 +214,15 @@ class LLM:
         return list(prompt)
 
     def encode_messages(self, messages: Messages, **template_arguments: Any) -> list[int]:
-        """The token ids of a conversation, up to where the assistant begins to speak."""
+        """The token ids of a conversation, up to where the assistant begins to speak.
+
+        Raises: RequestError for what is no list of messages; DataError where the template can't render it.
+        """
+        if isinstance(messages, (str, Mapping)):
+            raise RequestError(
+                "a conversation is a list of messages, as [{'role': 'user', 'content': 'Hello!'}]; got "
+                f"{'text' if isinstance(messages, str) else 'one message'}"
+            )
         own = {} if self.source is None else self.source.template_arguments or {}
         arguments = {**own, **template_arguments}
         return encode_prompt(self._tokenizer(), messages, **arguments)

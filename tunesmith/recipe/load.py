@@ -110,7 +110,9 @@ def _read(path: Path) -> str:
         near = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
         raise RecipeError(f"there is no such file{near}; write one with: tunesmith recipe init {path}") from None
     except IsADirectoryError:
-        raise RecipeError("this is a folder, a recipe is a YAML file") from None
+        inside = Path(path) / "recipe.yaml"
+        hint = f"; a run's recipe is {inside}" if inside.is_file() else ""
+        raise RecipeError(f"this is a folder, a recipe is a YAML file{hint}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"not UTF-8 text (byte {error.start}): save the file as UTF-8") from None
 

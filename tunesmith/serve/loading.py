@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from tunesmith.checkpoint.held_files import held_method
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.grammar_compile import RequestGrammars
@@ -133,12 +134,22 @@ class LoadedModel:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch."),
             "weights": format_bytes(weights),
-            "quantization": llm.source.quantize if llm.source is not None else None,
+            "quantization": self._held_in(),
             "is_native": isinstance(model, Decoder),
             "has_chat_template": llm.has_chat_template,
             "single_turns": llm.source is not None and llm.source.single_turns,
             "load_s": load_s,
         }
+
+    def _held_in(self) -> str | None:
+        """The format that the blocks' weights are held in: as was asked, or as they are stored; None: not quantised."""
+        source, model = self.llm.source, self.llm.model
+        if source is not None and source.quantize is not None:
+            return source.quantize
+        if not isinstance(model, Decoder) or (method := held_method(model.config)) is None:
+            return None
+        stored = model.config.raw["quantization_config"].get("format")
+        return str(stored["kind"]) if isinstance(stored, dict) and "kind" in stored else method
 
     def _embedding_size(self) -> int | None:
         """None unless the model runs in our own code."""

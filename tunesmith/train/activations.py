@@ -21,7 +21,8 @@ def prepare_activations(model: LanguageModel, recipe: Recipe) -> None:
     """Tiles and offloading, for a model whose method is applied and a recipe that is resolved.
 
     Says how much host memory offloading takes, and where blocks can't have what was asked for.
-    Raises: UnsupportedModelError where a block's MLP has no written-out form; DeviceError when the host has too little memory.
+    Raises: UnsupportedModelError where a block's MLP has no written-out form; DeviceError when the host has too
+    little memory.
     """
     offloads, tile_tokens = recipe.train.checkpointing in OFFLOADS, recipe.train.mlp_tile_tokens
     if recipe.train.checkpointing == "selective-qkv" and isinstance(model, Decoder):

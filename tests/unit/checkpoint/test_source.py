@@ -42,6 +42,8 @@ def test_an_unknown_embedded_model_names_those_there_are() -> None:
         resolve_model("builtin:huge")
     with pytest.raises(ModelError, match="no embedded model"):
         resolve_model("builtin:../checkpoint")
+    with pytest.raises(ModelError, match=r"builtin:tinny, did you mean 'builtin:tiny'\?"):
+        resolve_model("builtin:tinny")
 
 
 def test_a_hub_id_downloads_no_pickle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

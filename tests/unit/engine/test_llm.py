@@ -114,6 +114,8 @@ def test_chat_renders_the_template(llm: LLM) -> None:
     said = llm.chat(MESSAGES, max_tokens=5)
     assert said.token_ids == llm.generate(prompt, max_tokens=5)[0].token_ids
     assert "".join(llm.stream_chat(MESSAGES, max_tokens=5)) == said.text
+    with pytest.raises(RequestError, match=r"a conversation is a list of messages, as .*; got text$"):
+        llm.chat("red?")  # type: ignore[arg-type]
 
 
 def test_an_answer_ends_at_the_end_of_turn(llm: LLM) -> None:

@@ -69,6 +69,11 @@ def test_a_missing_file_names_its_neighbour_and_the_next_command(tmp_path: Path)
     (tmp_path / "shop.yaml").write_text("", encoding="utf-8")
     with pytest.raises(RecipeError, match=r"did you mean 'shop.yaml'.*tunesmith recipe init"):
         load_recipe(tmp_path / "shopp.yaml")
+    with pytest.raises(RecipeError, match=r"this is a folder, a recipe is a YAML file$"):
+        load_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(RecipeError, match=rf"a run's recipe is {tmp_path}/recipe\.yaml$"):
+        load_recipe(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +83,10 @@ def test_a_missing_file_names_its_neighbour_and_the_next_command(tmp_path: Path)
         ("learning_rate: 1", "r.yaml:1: learning_rate is not a key, did you mean 'train.learning_rate'?"),
         ("data:\n  epoch: 1", "r.yaml:2: data.epoch is not a key, did you mean 'train.epochs'?"),
         ("epochs: 3", "r.yaml:1: epochs is not a key, did you mean 'train.epochs'?"),  # it was 'bench'
-        ("data:\n  files: [x]", "r.yaml:2: data.files is not a key; 'data' has train, validation"),  # it was 'train.eps'
+        (
+            "data:\n  files: [x]",
+            "r.yaml:2: data.files is not a key; 'data' has train, validation",
+        ),  # it was 'train.eps'
         ("mehtod: {}", "r.yaml:1: mehtod is not a key, did you mean 'method'?"),
         ("method: {kind: lorra}", "got 'lorra', did you mean 'lora'?"),
         ("method:\n  rank: many", "r.yaml:2: method.rank must be a whole number, got 'many'"),

@@ -14,8 +14,11 @@ import httpx
 import pytest
 from serve_fakes import SAYS, Served, error_of, in_server
 
+from tunesmith.compress.quantize import compress_to_directory
 from tunesmith.rundir.model_notes import ModelNotes, write_notes
 from tunesmith.serve.errors import dumps, to_bytes
+from tunesmith.serve.loading import load_model
+from tunesmith.serve.options import EngineOptions
 from tunesmith.serve.run import Stop
 
 
@@ -110,3 +113,14 @@ async def test_an_empty_text_is_called_so(one: Served) -> None:
     assert error_of(await one.post("/v1/embeddings", input=""), 400)["message"] == "input: the text is empty"
     both = error_of(await one.post("/v1/completions", prompt="", n=0), 400)["message"]
     assert "prompt: the text is empty" in both and "n: " in both
+
+
+def test_a_compressed_model_is_said_to_be_one(tmp_path: Path) -> None:
+    """An int4 model was "7.75 MB of float32"."""
+    small = tmp_path / "small"
+    compress_to_directory("builtin:tiny", small, "int4", device="cpu")
+    formats = {}
+    for model, asked in ((str(small), None), ("builtin:tiny", "int8"), ("builtin:tiny", None)):
+        options = EngineOptions(model=model, device="cpu", max_model_len=64, quantization=asked)
+        formats[model, asked] = load_model(options, lambda _: None).facts["quantization"]
+    assert list(formats.values()) == ["int4", "int8", None]
