@@ -224,6 +224,13 @@ def _announce(options: ServerOptions, news: dict[str, Any]) -> None:
     )
     if "served" in facts:
         err.print(facts["served"], markup=False)
+    if facts["has_own_adapter"] and facts["device"] == "cpu":
+        # Small models most: 6.7 ms a token instead of 1.3 with builtin:tiny on two cores.
+        err.print(
+            "Its adapter is beside the base's weights, which makes answers on a CPU slower: faster is what "
+            "tunesmith merge makes of it.",
+            markup=False,
+        )
     if not facts["is_native"]:
         err.print("This model runs by transformers' own code: slower, and one request after the other.", style="yellow")
     body = f'{{"model": "{options.names[0]}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'

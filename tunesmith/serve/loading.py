@@ -135,6 +135,7 @@ class LoadedModel:
             "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch."),
             "weights": format_bytes(weights),
             "quantization": self._held_in(),
+            "has_own_adapter": llm.source is not None and llm.source.adapter is not None,
             "is_native": isinstance(model, Decoder),
             "has_chat_template": llm.has_chat_template,
             "single_turns": llm.source is not None and llm.source.single_turns,

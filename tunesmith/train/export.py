@@ -78,4 +78,5 @@ def next_commands(session: Session, run: Path) -> list[str]:
     """What to type next, with this run's own paths."""
     path, merged = shlex.quote(str(run)), shlex.quote(str(run / "merged"))
     merge = [] if trains_base(session.recipe.method) else [f"tunesmith merge {path} --output {merged}"]
-    return [f"tunesmith chat {path}", f"tunesmith eval {path} --questions FILE", *merge, f"tunesmith report {path}"]
+    first = [f"tunesmith chat {path}", f"tunesmith serve {path}", f"tunesmith eval {path} --questions FILE"]
+    return [*first, *merge, f"tunesmith report {path}"]
