@@ -27,6 +27,7 @@ _MOST_INT8_TOKENS = 8
 """Where there is no matrix unit: of more, torch's integer products in oneDNN's blocks are faster."""
 _FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
+_NO_MEMORY = -2
 _I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -110,13 +111,15 @@ class CpuStep:
         self.most_tokens = most_int8 if has_int8 else MOST_TOKENS
         self.most_logits = most_int8 if self._head.kind == _INT8 else MOST_TOKENS
         self._decoder = library.tunesmith_decoder(ctypes.byref(model))
+        if self._decoder is None:
+            raise MemoryError("no memory for a decoder's buffers")
         self._ends = weakref.finalize(self, library.tunesmith_forget, self._decoder)
         self._ends.atexit = False
 
     def __call__(self, batch: StepBatch, last_ids: Tensor) -> Tensor:
         """logits_TV of the batch's tokens; keys and values are in their pages.
 
-        last_ids: int64, by slot, what tokens below zero stand for. Raises: IndexError.
+        last_ids: int64, by slot, what tokens below zero stand for. Raises: IndexError, MemoryError.
         """
         num = batch.num_tokens
         logits = torch.empty(num, self._head.rows, dtype=self.dtype)
@@ -133,7 +136,10 @@ class CpuStep:
             num,
             torch.get_num_threads(),
         )
-        if self.library.tunesmith_step(self._decoder, ctypes.byref(step)):
+        status = self.library.tunesmith_step(self._decoder, ctypes.byref(step))
+        if status == _NO_MEMORY:
+            raise MemoryError(f"no memory for a step of {num} tokens")
+        if status:
             raise IndexError("a token is none of the vocabulary's")
         return logits
 

@@ -38,7 +38,7 @@ def load() -> ctypes.CDLL | None:
     library.tunesmith_multiply.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
     library.tunesmith_draw.argtypes = [ctypes.c_void_p]
     library.tunesmith_widen.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    library.tunesmith_step.restype = ctypes.c_int64
-    for name in ("forget", "multiply", "draw", "widen"):
+    library.tunesmith_step.restype = library.tunesmith_draw.restype = ctypes.c_int64
+    for name in ("forget", "multiply", "widen"):
         getattr(library, f"tunesmith_{name}").restype = None
     return library

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
 
 inline void pause_briefly() {
@@ -56,7 +57,8 @@ class Pool {
 
     int threads() const { return active; }
 
-    // work(0) ... work(count - 1), by any thread; all is done when it returns.
+    // work(0) ... work(count - 1), by any thread; all is done when it returns. Throws std::bad_alloc where a part found
+    // no memory.
     template <class Work>
     void phase(int64_t count, const Work &work) {
         if (active == 1 || count <= 1) {
@@ -66,10 +68,12 @@ class Pool {
         call = [](const void *given, int64_t i) { (*static_cast<const Work *>(given))(i); };
         given = &work;
         done.store(0, std::memory_order_relaxed);
+        lacks_memory.store(false, std::memory_order_relaxed);
         ticket.store(uint64_t(count) << 32, std::memory_order_release);
         int64_t mine = 0, part;
-        for (; (part = take()) >= 0; mine++) work(part);
+        for (; (part = take()) >= 0; mine++) attempt([&] { work(part); });
         for (int spin = 0; done.load(std::memory_order_acquire) != count - mine; spin++) wait_briefly(spin);
+        if (lacks_memory.load(std::memory_order_relaxed)) throw std::bad_alloc();
     }
 
     const pid_t owner;
@@ -77,6 +81,15 @@ class Pool {
     std::mutex in_use;
 
    private:
+    template <class Work>
+    void attempt(const Work &work) {
+        try {
+            work();
+        } catch (const std::bad_alloc &) {
+            lacks_memory.store(true, std::memory_order_relaxed);
+        }
+    }
+
     static int64_t count_of(uint64_t t) { return t >> 32; }
     static int64_t next_of(uint64_t t) { return t & 0xffffffff; }
 
@@ -93,7 +106,7 @@ class Pool {
         for (int spin = 0;;) {
             int64_t part = id < active.load(std::memory_order_relaxed) ? take() : -1;
             if (part >= 0) {
-                call(given, part);
+                attempt([&] { call(given, part); });
                 done.fetch_add(1, std::memory_order_release);
                 spin = 0;
             } else if (is_open.load(std::memory_order_acquire)) {
@@ -130,7 +143,7 @@ class Pool {
     std::atomic<uint64_t> ticket{0};  // 32 bits of the phase's parts, 32 of the next of them
     std::atomic<int64_t> done{0};
     std::atomic<int> active{1}, sleeping{0};
-    std::atomic<bool> is_open{false};
+    std::atomic<bool> is_open{false}, lacks_memory{false};
     std::mutex mutex;
     std::condition_variable wake;
 };

@@ -54,7 +54,8 @@ class Scratch {
         if (count > size) {
             std::free(data);
             data = static_cast<uint16_t *>(std::aligned_alloc(64, size_t(2 * count + 63) / 64 * 64));
-            size = count;
+            size = data ? count : 0;
+            if (!data) throw std::bad_alloc();
         }
         return data;
     }

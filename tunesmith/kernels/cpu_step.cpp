@@ -38,6 +38,7 @@ struct Step {
 
 namespace {
 
+constexpr int64_t BAD_ID = -1, NO_MEMORY = -2;  // an id that is none of the vocabulary's; a step without memory
 constexpr int64_t LEAST_BYTES = 1 << 15;  // of a weight for one part of a phase
 constexpr int PARTS = 8;                  // of a phase for each thread, so that none waits long for another
 constexpr int64_t FEW_VALUES = 1 << 13;   // that the caller goes through alone
@@ -107,11 +108,11 @@ class Decoder {
         in.tiles = tiles.data();
     }
 
-    // 0, or -1 where an id is none of the vocabulary's.
+    // 0, or BAD_ID.
     int64_t step(const Step &s) {
         Crew crew(int(s.threads));
         for (int64_t t = 0; t < s.tokens; t++)
-            if (!embed(s, t)) return -1;
+            if (!embed(s, t)) return BAD_ID;
         turns(s);
         for (Layer &layer : layers) {
             normed_for(layer.qkv, layer.attention_norm, s, crew);
@@ -358,14 +359,32 @@ void widen_int4(const Weight &w, uint16_t *to, int threads) {
     });
 }
 
+// What work returns, or NO_MEMORY.
+template <class Work>
+int64_t status_of(const Work &work) {
+    try {
+        return work();
+    } catch (const std::bad_alloc &) {
+        return NO_MEMORY;
+    }
+}
+
 }  // namespace
 
 extern "C" {
 void tunesmith_widen(const Weight *w, uint16_t *to, int64_t threads) { widen_int4(*w, to, int(threads)); }
-void *tunesmith_decoder(const Model *model) { return new Decoder(*model); }
+void *tunesmith_decoder(const Model *model) {
+    Decoder *made = nullptr;
+    status_of([&] { return made = new Decoder(*model), 0; });
+    return made;
+}
 void tunesmith_forget(void *decoder) { delete static_cast<Decoder *>(decoder); }
-int64_t tunesmith_step(void *decoder, const Step *step) { return static_cast<Decoder *>(decoder)->step(*step); }
-void tunesmith_draw(const Draw *given) { draw::tokens_of(*given); }
+int64_t tunesmith_step(void *decoder, const Step *step) {
+    return status_of([&] { return static_cast<Decoder *>(decoder)->step(*step); });
+}
+int64_t tunesmith_draw(const Draw *given) {
+    return status_of([&] { return draw::tokens_of(*given), 0; });
+}
 void tunesmith_multiply(void *decoder, const Weight *w, const void *x, void *y, int64_t tokens, int64_t threads) {
     static_cast<Decoder *>(decoder)->multiply(*w, x, y, tokens, int(threads));
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "cpu_vectors.hpp"
 
@@ -12,10 +13,12 @@ using Fork = void (*)(void (*)(void *), void *, unsigned, unsigned);
 inline Fork fork_threads = nullptr;
 
 // work(0) ... work(count - 1), each by whichever thread is free: what a part computes may not depend on the thread.
+// Throws std::bad_alloc where a part found no memory.
 template <class Work>
 void for_each(int64_t count, int64_t threads, const Work &work) {
     struct Shared {
         std::atomic<int64_t> next{0};
+        std::atomic<bool> lacks_memory{false};
         int64_t count;
         const Work *work;
     } shared;
@@ -23,11 +26,16 @@ void for_each(int64_t count, int64_t threads, const Work &work) {
     shared.work = &work;
     auto run = [](void *given) {
         Shared *s = static_cast<Shared *>(given);
-        for (int64_t i; (i = s->next.fetch_add(1)) < s->count;) (*s->work)(i);
+        try {
+            for (int64_t i; (i = s->next.fetch_add(1)) < s->count;) (*s->work)(i);
+        } catch (const std::bad_alloc &) {
+            s->lacks_memory = true;
+        }
     };
     unsigned wanted = unsigned(threads < count ? threads : count);
     if (wanted <= 1) run(&shared);
     else fork_threads(run, &shared, wanted, 0);
+    if (shared.lacks_memory) throw std::bad_alloc();
 }
 
 inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }

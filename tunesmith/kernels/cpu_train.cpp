@@ -18,6 +18,17 @@ void for_tokens(int64_t tokens, int64_t threads, const Work &work) {
     });
 }
 
+// 0, or -1 where there was not enough memory.
+template <class Work>
+int64_t finished(const Work &work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc &) {
+        return -1;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -96,21 +107,23 @@ void tunesmith_cross_entropy(const Rows *logits, const int64_t *targets, float *
     });
 }
 
-void tunesmith_attention(const Attention *job, int64_t is_backward, int64_t threads) {
-    for_each(job->documents * job->key.heads, threads, [&](int64_t part) {
-        Head head(*job, part);
-        if (is_backward) head.backward();
-        else head.forward();
+int64_t tunesmith_attention(const Attention *job, int64_t is_backward, int64_t threads) {
+    return finished([&] {
+        for_each(job->documents * job->key.heads, threads, [&](int64_t part) {
+            Head head(*job, part);
+            if (is_backward) head.backward();
+            else head.forward();
+        });
     });
 }
 
-void tunesmith_outer(const Outer *jobs, int64_t count, int64_t tokens, int64_t threads) {
+int64_t tunesmith_outer(const Outer *jobs, int64_t count, int64_t tokens, int64_t threads) {
     std::lock_guard<std::mutex> lock(in_use);
-    multiply_outer(jobs, count, tokens, threads);
+    return finished([&] { multiply_outer(jobs, count, tokens, threads); });
 }
 
-void tunesmith_product(const Product *job, int64_t threads) {
+int64_t tunesmith_product(const Product *job, int64_t threads) {
     std::lock_guard<std::mutex> lock(in_use);
-    multiply(*job, threads);
+    return finished([&] { multiply(*job, threads); });
 }
 }

@@ -44,6 +44,7 @@ _ARGUMENTS: dict[str, list[type]] = {
     "product": [_POINTER, _I64],
     "threads": [_POINTER],
 }
+_ALLOCATING = ("attention", "outer", "product")
 _log = logging.getLogger(__name__)
 
 
@@ -165,10 +166,17 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, str(error)
     for name, types in _ARGUMENTS.items():
         function = getattr(library, f"tunesmith_{name}")
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = types, _I64 if name in _ALLOCATING else None
+    for name in _ALLOCATING:
+        getattr(library, f"tunesmith_{name}").errcheck = _with_memory
     library.tunesmith_can_split.restype = _I64
     library.tunesmith_threads(fork)
     return library, None
+
+
+def _with_memory(status: int, function: object, arguments: tuple[object, ...]) -> None:
+    if status:
+        raise MemoryError("no memory for a compiled operation")
 
 
 def _torch_threads() -> int:

@@ -37,7 +37,7 @@ def cross_entropy_and_grad_(logits_TV: Tensor, targets_T: Tensor, scale: Tensor 
     Args: as `cross_entropy`; scale: a number, or a tensor of one element on the logits' device, which is not read by
     the host. In float16 a scale of more than 1 keeps small probabilities from vanishing below 6e-8.
     """
-    if cpu_train.takes(logits_TV):
+    if logits_TV.dim() == 2 and cpu_train.takes(logits_TV):
         return cpu_train.cross_entropy_and_grad_(logits_TV, targets_T, float(scale), IGNORED)
     if in_float32_on_cpu(logits_TV):
         return _cross_entropy_and_grad_in_place(logits_TV, targets_T, scale)

@@ -62,5 +62,6 @@ class NativeDraw:
             self._last_tokens.data_ptr(),
             tokens_B.data_ptr(),
         )
-        self.library.tunesmith_draw(ctypes.byref(draw))
+        if self.library.tunesmith_draw(ctypes.byref(draw)):
+            raise MemoryError(f"no memory to draw from {num} rows of {vocab_size} logits")
         return tokens_B

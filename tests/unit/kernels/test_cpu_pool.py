@@ -50,6 +50,26 @@ print(is_right(4, 20_000, 64), is_right(4, 20_000, 64))
     assert drawing(code) == "True True"
 
 
+def test_a_draw_without_memory_is_an_error(drawing: Callable[[str], str]) -> None:
+    """An exception of whichever thread it was ended the process."""
+    code = """
+assert is_right(4, 20_000, 2)
+vocab_size = 20_000_000
+logits, slots = torch.zeros(2, vocab_size), torch.zeros(2, dtype=torch.int64)
+native = NativeDraw(cpu_library.load(), temperatures_N=none + 1, top_p_N=none + 0.5, min_p_N=none, seeds_N=zeros,
+                    top_k_N=zeros, last_tokens_N=zeros.clone())
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+torch.set_num_threads(2)
+try:
+    native(logits, slots, slots)
+except MemoryError as error:
+    print(error)
+print(native(logits[:, :20_000], slots, slots).shape)
+"""
+    assert drawing(code) == "no memory to draw from 2 rows of 20000000 logits\ntorch.Size([2])"
+
+
 def test_a_phase_has_any_number_of_parts(drawing: Callable[[str], str]) -> None:
     """Of 2^20 parts and more the number ran into its neighbour in the ticket, and the caller waited for ever."""
     code = """

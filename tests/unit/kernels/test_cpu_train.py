@@ -5,6 +5,9 @@ Its other operations are compared with the references in test_in_float32.py and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +129,40 @@ def test_memory_that_is_not_there_is_an_error() -> None:
             cpu_train.attend(logs, lengths, q, key, torch.empty_like(key), out)
     with pytest.raises(RuntimeError):
         cpu_train.rms_norm(x, norm[:3], 1e-6)
+    with pytest.raises(RuntimeError):
+        cross_entropy_and_grad_(random(2, 3, 8), torch.arange(2))
+
+
+def test_an_operation_without_memory_is_an_error(
+    cpu_operations: None, kernel_cache: Path, torch_forks: Callable[..., str]
+) -> None:
+    """An exception of whichever thread it was ended the process."""
+    code = """
+import resource
+import torch
+from tunesmith.kernels import cpu_train
+
+def attend(logs, x, out, *lengths):
+    cpu_train.attend(logs, lengths, x, x, x, out)
+    return "done"
+
+def memory(tokens):
+    return torch.zeros(tokens, 1), torch.zeros(tokens, 1, 128), torch.zeros(tokens, 1, 128)
+
+cpu_train.prepare()
+torch.set_num_threads(2)
+few, many = memory(14), memory(200_000)
+print(attend(*few, 7, 7))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, used + 2**24))
+try:
+    attend(*many, 100_000, 100_000)
+except MemoryError as error:
+    print(error)
+print(attend(*few, 7, 7))
+"""
+    environment = {"XDG_CACHE_HOME": str(kernel_cache), cpu_train.SWITCH: "1"}
+    assert torch_forks(code, **environment).splitlines() == ["done", "no memory for a compiled operation", "done"]
 
 
 @pytest.mark.usefixtures("cpu_operations")
