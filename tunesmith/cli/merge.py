@@ -92,6 +92,9 @@ def adapter_directory(source: Path) -> Path:
             f"the run {source} has not finished, and has no checkpoint yet: go on with: "
             f"tunesmith train --resume {shlex.quote(str(source))}"
         )
+    for candidate in (source, source / "final"):
+        if (candidate / "config.json").is_file():
+            raise AdapterError(f"{candidate} is a whole model already, without an adapter: there is nothing to merge")
     raise AdapterError(f"{source} is neither an adapter (adapter_config.json) nor a run that made one (final/)")
 
 

@@ -117,8 +117,8 @@ class PreferenceSummary:
         out = [
             f"{counted(self.rows, 'row')} in {counted(len(self.formats), 'file')}, format preference"
             + (KEPT if self.cached else ""),
-            f"{self.pairs} pairs to train on, {self.validation_pairs} to validate on; {format_count(self.tokens)} "
-            f"tokens, trained: {format_count(self.chosen_tokens)} of chosen answers, "
+            f"{counted(self.pairs, 'pair')} to train on, {self.validation_pairs} to validate on; "
+            f"{format_count(self.tokens)} tokens, trained: {format_count(self.chosen_tokens)} of chosen answers, "
             f"{format_count(self.rejected_tokens)} of rejected ones",
         ]
         out += [

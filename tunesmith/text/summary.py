@@ -120,7 +120,7 @@ class DataSummary:
         out = [
             f"{counted(self.rows, 'row')} in {counted(len(self.formats), 'file')}, format {' and '.join(formats)}"
             + (KEPT if self.cached else ""),
-            f"{self.documents} documents to train on, {self.validation_documents} to validate on; "
+            f"{counted(self.documents, 'document')} to train on, {self.validation_documents} to validate on; "
             f"{format_count(self.tokens)} tokens, {format_count(self.trained_tokens)} trained "
             f"({self.trained_tokens / max(self.tokens, 1):.0%})",
             f"length in tokens: median {self.length_p50}, 90 % {self.length_p90}, 99 % {self.length_p99}, "

@@ -27,6 +27,14 @@ def test_shows_format_counts_and_mask(tunesmith_cli: Run, tiny_model_dir: Callab
     assert "你好" in done.stderr
 
 
+def test_one_document_is_one(tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """It was "1 documents to train on"."""
+    file = tmp_path / "one.txt"
+    file.write_text("Once upon a time.\n", encoding="utf-8")
+    done = tunesmith_cli("data", file, "--model", tiny_model_dir(), check=True)
+    assert "1 row in 1 file" in done.stderr and "1 document to train on, 0 to validate on" in done.stderr
+
+
 def test_mistake_is_one_line(tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"instruction": "a", "output": 3}])
     done = tunesmith_cli("data", file, "--model", tiny_model_dir())

@@ -84,3 +84,11 @@ def test_refusals(
 def test_a_folder_without_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["merge", str(tmp_path), "--output", str(tmp_path / "x")]) == 2
     assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_a_run_of_a_whole_model_has_nothing_to_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was "neither an adapter nor a run that made one"."""
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}", encoding="utf-8")
+    assert run(["merge", str(tmp_path / "run"), "--output", str(tmp_path / "x")]) == 2
+    assert f"{tmp_path / 'run' / 'final'} is a whole model already" in capsys.readouterr().err
