@@ -297,17 +297,17 @@ def _report(matrix_dir: Path, run_dir: Path, folder: Path, language: str) -> Pat
 
 
 def _side_by_side(before: Quality, after: Quality) -> None:
-    """Held-out questions of both languages with both answers."""
+    """Held-out questions of both languages with the answer that is right, as the shop says it, and both answers."""
     from rich.table import Table
     from rich.text import Text
 
     _stage(5, "The same questions, before and after")
     table = Table(show_lines=True, expand=False)
-    for title in ("entry and question", "before", "after"):
+    for title in ("entry and question", "the shop's own answer", "before", "after"):
         table.add_column(title, overflow="fold")
     pairs = zip(_accuracy(before.heldout).examples, _accuracy(after.heldout).examples, strict=True)
     for old, new in _both_languages(list(pairs)):
-        table.add_row(Text(old.question), *(_verdict(one) for one in (old, new)))
+        table.add_row(Text(old.question), Text(old.expected[0]), *(_verdict(one) for one in (old, new)))
     console.err.print(table)
 
 

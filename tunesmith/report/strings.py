@@ -303,7 +303,7 @@ _ZH = {
     "only_one": "{label}：每步 {time}，{memory}。",
     "train_verdict": "{name}：{steps} 步后验证损失 {loss}。",
     "train_verdict_plain": "{name}：{steps} 步后训练损失 {loss}。",
-    "eval_verdict": "{count} 个问题中完全答对的从 {before} 升到 {after}。",
+    "eval_verdict": "{count} 个问题中完全答对的从 {before} 变为 {after}。",
     "eval_verdict_one": "{count} 个问题中完全答对 {after}。",
     "answers_shown": "显示 {count} 个问题中的 {shown} 个，答错的在前。",
     "ppl_verdict": "困惑度从 {before} 变为 {after}。",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from tunesmith.bench.matrix import Event
-from tunesmith.cli import demo, main
+from tunesmith.bench.quality import Example
+from tunesmith.cli import console, demo, main
 from tunesmith.cli.demo_clock import REST, DemoClock, busy_line
 from tunesmith.recipe.schema import Recipe
 from tunesmith.rundir.layout import RunDir, create_run
@@ -75,3 +77,16 @@ def test_the_time_left_follows_from_what_was_measured() -> None:
 def test_a_busy_machine_is_warned_of() -> None:
     assert busy_line({"load_average": 0.9, "cores": 2, "is_busy": False}) is None
     assert "3.5 programs want its 2 cores" in (busy_line({"load_average": 3.5, "cores": 2, "is_busy": True}) or "")
+
+
+def test_answers_stand_beside_the_one_that_is_right(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bare "frosted orange" was marked wrong, and nothing on the screen said what had been expected."""
+    console._console.cache_clear()
+    example = Example(
+        "x:1", "What colour?", ("The colour? frosted orange, dear guest.",), "frosted orange", False, "stop"
+    )
+    accuracy = SimpleNamespace(heldout=SimpleNamespace(accuracy=SimpleNamespace(examples=[example])))
+    demo._side_by_side(cast(Any, accuracy), cast(Any, accuracy))
+    console._console.cache_clear()
+    said = capsys.readouterr().err
+    assert "dear guest." in said and "✗ frosted" in said
