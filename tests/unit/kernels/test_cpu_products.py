@@ -17,6 +17,11 @@ from tunesmith.kernels.int8 import quantize_int8
 
 KERNELS = Path(tunesmith.kernels.__file__).parent
 INT8, INT4 = 2, 3
+EMULATED = (
+    "-march=native",
+    *(f"-D__AMX_{part}__" for part in ("TILE", "BF16", "INT8")),
+    *("-include", str(Path(__file__).with_name("emulated_tiles.hpp"))),
+)
 PROGRAM = """
 #include "cpu_products.hpp"
 #include <vector>
@@ -102,6 +107,7 @@ def check(library: ctypes.CDLL, held: str, width: int, rows: int) -> int:
         (("-march=icelake-server",), ("avx512_vnni", "avx512vbmi"), 0),
         (("-march=icelake-server", "-mavx512bf16"), ("avx512_bf16", "avx512vbmi"), 1),
         (("-march=sapphirerapids",), ("amx_int8", "avx512_fp16"), 2),
+        (EMULATED, ("avx512_bf16", "avx512vbmi"), 2),
     ],
 )
 def test_every_way_of_compiling_is_right(

@@ -5,6 +5,7 @@ Its other operations are compared with the references in test_in_float32.py and 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +26,20 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture
-def splits(cpu_operations: None) -> None:
-    if not cpu_train.facts()["split_products"]:
-        pytest.skip("products are split only where the CPU has a matrix unit for bfloat16")
+def splits(cpu_operations: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are split: by the matrix unit, or by one that is emulated where the processor has all but that."""
+    if cpu_train.facts()["split_products"]:
+        return
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    if "avx512_bf16" not in flags:
+        pytest.skip("products are split only where the CPU has bfloat16")
+    header = Path(__file__).with_name("emulated_tiles.hpp")
+    version = hashlib.sha256(header.read_bytes()).hexdigest()[:8]
+    flags = f"-O1 -D__AMX_TILE__ -D__AMX_BF16__ -DEMULATION=0x{version} -include {header}"
+    monkeypatch.setenv("CXXFLAGS", flags)
+    cpu_train.forget()
+    assert cpu_train.prepare()
+    assert cpu_train.facts()["split_products"]
 
 
 @pytest.mark.usefixtures("splits")
