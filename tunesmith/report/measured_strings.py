@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 EN = {
+    "scale_other_work": (
+        "With {gpus} a step had {tokens} tokens instead of {wanted}, so this is no {mode} scaling: "
+        "too few data for the batch? (--set data.train=[] --set data.format=tokens: on random ones)"
+    ),
     "infer_key": "{pairs}.",
     "nothing_measured": "Nothing was measured (the run: {status}).",
     "serve_table": "Every load",
@@ -86,6 +90,10 @@ EN = {
 }
 
 ZH = {
+    "scale_other_work": (
+        "规模 {gpus} 的一步有 {tokens} 个词元，而不是 {wanted} 个，因此这不是{mode}：数据太少，填不满批次？"
+        "（--set data.train=[] --set data.format=tokens 用随机词元）"
+    ),
     "infer_key": "{pairs}。",
     "nothing_measured": "没有测量结果（运行状态：{status}）。",
     "serve_table": "各负载",

@@ -14,6 +14,8 @@ PARTS = ("compute", "exposed", "optimizer", "data")
 MODES = ("weak", "strong")
 CLOSE_PERCENT = 5.0
 """States further than this from the formula are a warning."""
+OTHER_WORK = 0.1
+"""A step with so many more or fewer tokens than its mode wants is said to be other work."""
 POOR_FIT = 0.1
 """A model that misses a measured step by more is said to explain little."""
 
@@ -123,6 +125,8 @@ def _sentences(run: Run, points: Sequence[Point], unit: str, words: Words) -> It
         limit = Node(run.scaling.get("limits", mode))
         if limit.data is not None:
             yield Sentence(_limit_sentence(mode, limit, points, unit, words))
+    for mode in MODES:
+        yield from _other_work(run, mode, points, words)
     if (states := _states_sentence(points, words)) is not None:
         yield states
     for mode in MODES:
@@ -144,6 +148,21 @@ def _limit_sentence(mode: str, limit: Node, points: Sequence[Point], unit: str, 
     lost = format_seconds(limit.number("lost_s") or 0.0)
     what = words(f"limit_{limit.text('limit') or 'none'}", lost=lost, step=format_seconds(point.step_s))
     return words("scale_verdict", ratio=ratio, fewest=fewest, what=what, **speed)
+
+
+def _other_work(run: Run, mode: str, points: Sequence[Point], words: Words) -> Iterator[Sentence]:
+    """Steps that had other tokens than the mode says, as where there are too few data for a batch that grows."""
+    counts = [point.gpus for point in points if point.mode == mode and not point.is_projected]
+    found = {gpus: _cell(run, mode, gpus).number("summary", "tokens_per_step") for gpus in sorted(counts)}
+    tokens = {gpus: number for gpus, number in found.items() if number}
+    if len(tokens) < 2:
+        return
+    fewest, least = next(iter(tokens.items()))
+    for gpus, number in tokens.items():
+        wanted = least * gpus / fewest if mode == "weak" else least
+        if abs(number / wanted - 1) > OTHER_WORK:
+            shown = {"gpus": gpus, "tokens": f"{number:,.0f}", "wanted": f"{wanted:,.0f}"}
+            yield Sentence(words("scale_other_work", mode=words(f"mode_{mode}"), **shown), "warning")
 
 
 def _states_sentence(points: Sequence[Point], words: Words) -> Sentence | None:

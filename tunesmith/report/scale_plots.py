@@ -23,7 +23,7 @@ def curve_plot(scale: Scale, words: Words, key: str) -> str | None:
     with canvas(HALF, 300) as (figure, axes):
         for mode in shown:
             _curve(axes, scale, mode, words)
-        _frame(axes, sorted({point.gpus for point in scale.points}), scale.unit)
+        _frame(axes, sorted({point.gpus for point in scale.points}), scale.unit, words)
         text = "; ".join(f"{p.gpus}: {format_count(p.tokens_per_s)}/s" for p in scale.points)
         return to_svg(figure, title=words("scale_curve"), description=text, key=key)
 
@@ -47,7 +47,7 @@ def _xy(points: Sequence[Point]) -> tuple[list[int], list[float]]:
     return [point.gpus for point in points], [point.tokens_per_s for point in points]
 
 
-def _frame(axes: Any, counts: Sequence[int], unit: str) -> None:
+def _frame(axes: Any, counts: Sequence[int], unit: str, words: Words) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
@@ -57,7 +57,7 @@ def _frame(axes: Any, counts: Sequence[int], unit: str) -> None:
     axes.set_axisbelow(True)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel(unit, loc="right")
-    axes.set_title("tokens/s", loc="left", fontsize=13, color=MUTED, pad=10)
+    axes.set_title(words("tokens_per_s"), loc="left", fontsize=13, color=MUTED, pad=10)
 
 
 def parts_plot(scale: Scale, words: Words, key: str) -> str | None:

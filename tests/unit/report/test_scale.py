@@ -13,7 +13,7 @@ from tunesmith.report.load import read_run
 from tunesmith.report.scale import scale_head, scale_of, scale_rows
 from tunesmith.report.strings import words_for
 from tunesmith.report.write import write_report
-from tunesmith.rundir.io import write_json_atomic
+from tunesmith.rundir.io import read_json, write_json_atomic
 
 
 def _point(gpus: int, step_s: float, efficiency: float, exposed_s: float) -> dict[str, Any]:
@@ -39,6 +39,20 @@ def _cell(gpus: int, **changes: Any) -> dict[str, Any]:
     }
     cell = {"mode": "weak", "gpus": gpus, "name": f"weak-{gpus}", "status": "ok", "summary": summary}
     return {"schema_version": 1, "command": f"tunesmith bench scale x.yaml --gpus {gpus}", **cell, **changes}
+
+
+def test_a_batch_that_did_not_grow_is_told(scale_run: Path) -> None:
+    """Twelve documents on two processes were "85.8 % of ideal (weak)": both had all of them in every step."""
+    for gpus, tokens in ((1, 276), (4, 276)):
+        file = scale_run / "cells" / f"weak-{gpus}-0.json"
+        cell = read_json(file)
+        write_json_atomic(file, {**cell, "summary": {**cell["summary"], "tokens_per_step": tokens}})
+    files = write_report([scale_run])
+    assert any(
+        text.startswith("With 4 a step had 276 tokens instead of 1,104, so this is no weak scaling")
+        for text in files.sentences
+    )
+    assert "instead of" not in " ".join(text for text in files.sentences if text.startswith("With 1 "))
 
 
 @pytest.fixture
