@@ -126,7 +126,8 @@ def _other_base(record: BaseRecord, directory: Path, base: Path, named: object) 
     trained_on = record.fingerprint if str(record.fingerprint).startswith(_RANDOM) else named or "another model"
     return AdapterError(
         f"the adapter in {directory} was trained on another base than {base} (their weights differ): name the one it "
-        f"was trained on ({trained_on}), or fold it into this one with: tunesmith merge --force"
+        f"was trained on ({trained_on}), or fold it into this one with: tunesmith merge {directory} "
+        f"--base {base} --force --output DIR"
     )
 
 

@@ -221,5 +221,6 @@ def _refused_dora(where: Path) -> AdapterError:
 def _other_base(adapter: Path, base: Path, named: str) -> AdapterError:
     return AdapterError(
         f"the adapter in {adapter} was trained on another base than {base} (their weights differ): serve the base it "
-        f"was trained on ({named}), or fold it into this one with: tunesmith merge {adapter} --force --output DIR"
+        f"was trained on ({named}), or fold it into this one with: tunesmith merge {adapter} "
+        f"--base {base} --force --output DIR"
     )

@@ -10,6 +10,7 @@ ends by itself: with its standard input, or when one grammar takes it SECONDS of
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -104,8 +105,10 @@ def main(argv: list[str]) -> None:
         _limit_processor(limit_s)
         grammar = json.loads(line)["grammar"]
         wrong, messages = matcher.validate_grammar_with_warnings(grammar, limits=limits) if grammar else (False, [])
-        sys.stdout.buffer.write(json.dumps({"error": messages[0] if wrong else ""}).encode() + b"\n")
-        sys.stdout.buffer.flush()
+        try:
+            os.write(sys.stdout.fileno(), json.dumps({"error": messages[0] if wrong else ""}).encode() + b"\n")
+        except BrokenPipeError:  # whoever asked has ended, and said why
+            return
 
 
 def _limit_processor(more_s: float) -> None:

@@ -290,7 +290,8 @@ def test_another_base_than_the_one_on_record_is_refused(
     base = tiny_model_dir("qwen2")
     other = _other_base(base, tmp_path / "other")
     save_adapter(with_adapter(base), tmp_path / "adapter", "org/name", base_directory=base)
-    with pytest.raises(AdapterError, match=r"another base than .*other .*\(org/name\), or fold it .*merge --force"):
+    fold = r"or fold it .*tunesmith merge .*adapter --base .*other --force --output DIR$"
+    with pytest.raises(AdapterError, match=rf"another base than .*other .*\(org/name\), {fold}"):
         load_model(other, adapter=tmp_path / "adapter", device="cpu", backend=backend)  # type: ignore[arg-type]
     assert adapted_linears(load_model(base, adapter=tmp_path / "adapter", device="cpu"))
 
