@@ -15,12 +15,13 @@ COLOURS = {
     "transformers + PEFT": "#8a8f98",
     "transformers + PEFT + Liger": "#c2540a",
     "Unsloth 2026.10.7": "#2f8f5b",
+    "TRL 1.15 + PEFT + Liger": "#8e5bb5",
 }
 MARKS = {"LoRA": "o", "LoRA + checkpointing": "s", "QLoRA": "^", "QLoRA + checkpointing": "D"}
 
 
 def ours() -> list[dict[str, Any]]:
-    """One row per cell of the 7B matrix."""
+    """One row per cell of the 7B matrix; those without checkpointing as they ran beside peers, where they did."""
     rows = []
     for path in sorted((RESULTS / "matrix-qwen2.5-7b-h200-2026-11-22" / "cells").glob("*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
@@ -29,7 +30,8 @@ def ours() -> list[dict[str, Any]]:
             rows.append(
                 {"peer": "tunesmith", "cell": cell["label"], "tokens_per_s": speed, "allocated_peak_bytes": peak}
             )
-    return rows
+    beside = {row["cell"]: row for row in side_by_side() if row["peer"] == "tunesmith"}
+    return [beside.get(row["cell"], row) if row["cell"] in WITHOUT_CHECKPOINTING else row for row in rows]
 
 
 SIDE_BY_SIDE = {
@@ -38,29 +40,30 @@ SIDE_BY_SIDE = {
     "7b-qlora": "QLoRA",
     "7b-qlora-gc": "QLoRA + checkpointing",
 }
+WITHOUT_CHECKPOINTING = ("LoRA", "QLoRA")
 NAMES = {
     "tunesmith": "tunesmith",
     "transformers": "transformers + PEFT",
+    "bitsandbytes": "transformers + PEFT",
     "liger": "transformers + PEFT + Liger",
     "unsloth": "Unsloth 2026.10.7",
+    "trl": "TRL 1.15 + PEFT + Liger",
 }
 
 
 def side_by_side() -> list[dict[str, Any]]:
-    """The rows of ours and of other projects that ran in turn; where a row ran more than once, the newest run's."""
+    """The rows of ours and of other projects that ran in turn; of each the newest run that it was in."""
     groups = json.loads((RESULTS / "peers" / "peers.json").read_text(encoding="utf-8"))["groups"]
-    newest = {group["key"]["row"]: group for group in groups if group["key"]["row"] in SIDE_BY_SIDE}
-    return [
-        {
-            "peer": NAMES[row["peer"]],
-            "cell": SIDE_BY_SIDE[name],
-            "tokens_per_s": row["tokens_per_s"]["median"],
-            "allocated_peak_bytes": row["all_steps_allocated_peak_bytes"],
-        }
-        for name, group in newest.items()
-        for row in group["rows"]
-        if row["peer"] in NAMES and row["tokens_per_s"] is not None
-    ]
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for group in sorted(groups, key=lambda group: group["last_started"]):
+        cell = SIDE_BY_SIDE.get(group["key"]["row"])
+        for row in group["rows"]:
+            if cell is None or row["peer"] not in NAMES or row["tokens_per_s"] is None:
+                continue
+            peer, peak = NAMES[row["peer"]], row["all_steps_allocated_peak_bytes"]
+            speed = row["tokens_per_s"]["median"]
+            newest[peer, cell] = {"peer": peer, "cell": cell, "tokens_per_s": speed, "allocated_peak_bytes": peak}
+    return list(newest.values())
 
 
 def peers() -> list[dict[str, Any]]:
@@ -101,7 +104,7 @@ def main() -> None:
         axes.scatter([], [], color="#444444", marker=mark, label=cell, facecolor="none")
     axes.set(xlabel="peak allocated memory, GB (left is better)", ylabel="thousand tokens/s (up is better)")
     axes.set_title("Qwen2.5-7B shape, 4 x 2048 tokens, one H200, random weights", loc="left", fontsize=11)
-    axes.set(xlim=(0, 125), ylim=(0, 20))
+    axes.set(xlim=(0, 95), ylim=(0, 20))
     axes.grid(color="#e6e6e6", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(ncols=2, frameon=False, fontsize=8.5, loc="lower right")
