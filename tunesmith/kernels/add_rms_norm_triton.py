@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current, overlaps
+from tunesmith.kernels.quick import quick
 
 # Who is launched next may begin (and ask for its weights); what was launched before has written what is read here.
 _EARLY = tl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
@@ -27,7 +28,7 @@ def add_rms_norm_operator(stream: Tensor, delta: Tensor, weight: Tensor, eps: fl
         columns, warps = row_launch(width)
         overlap = {"launch_pdl": True} if overlaps(stream.device) else {}
         with current(stream.device):
-            _add_rms_norm_kernel[(num_rows,)](
+            quick(_add_rms_norm_kernel)[(num_rows,)](
                 stream,
                 delta,
                 weight.contiguous(),

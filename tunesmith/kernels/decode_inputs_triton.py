@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current
+from tunesmith.kernels.quick import quick
 
 _COLUMNS = 256
 
@@ -50,7 +51,7 @@ def load_inputs_operator(
 ) -> None:
     """See tunesmith.kernels.decode_inputs.load_inputs; all but the tables are contiguous."""
     with current(to_tokens.device):
-        _load_kernel[(to_tokens.shape[0],)](
+        quick(_load_kernel)[(to_tokens.shape[0],)](
             tokens,
             positions,
             slots,

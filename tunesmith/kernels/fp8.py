@@ -21,6 +21,8 @@ from torch import Tensor
 
 from tunesmith.errors import DeviceError
 from tunesmith.hardware import FIRST_FP8
+from tunesmith.kernels.chip import chip_of, is_gpu
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.fp8_weight import ALIGNMENT
 from tunesmith.kernels.fp8_weight import FP8 as FP8
 from tunesmith.kernels.fp8_weight import LARGEST as LARGEST
@@ -56,12 +58,15 @@ CHUNK = 2**24
 def has_fp8(device: torch.device | str) -> bool:
     """Whether the device has fp8 products: GPUs from sm_89 on (Ada, Hopper, Blackwell)."""
     chosen = torch.device(device)
+    if chosen.type == "meta":
+        chip = chip_of(chosen) if is_gpu(chosen) else None
+        return chip is not None and chip.capability >= FIRST_FP8
     return chosen.type == "cuda" and torch.cuda.get_device_capability(chosen) >= FIRST_FP8
 
 
 def use_fp8_kernel(device: torch.device) -> bool:
     """Whether kernels that write fp8 run on this device: Triton compiles the conversion for sm_89 on, not before."""
-    return use_kernel(device) and (device.type != "cuda" or has_fp8(device))
+    return use_kernel(device) and (not is_gpu(device) or has_fp8(device))
 
 
 def require_fp8(device: torch.device | str) -> None:
@@ -90,7 +95,8 @@ def quantize_rows_fp8(x_TD: Tensor, fold_D: Tensor | None = None) -> tuple[Tenso
         return quantize_rows_reference(x_TD, fold_D)
     from tunesmith.kernels.fp8_triton import quantize_rows_operator
 
-    return quantize_rows_operator(x_TD, fold_D)
+    codes_TD, scale_T1 = direct(quantize_rows_operator, x_TD)(x_TD, fold_D)
+    return codes_TD, scale_T1
 
 
 def quantize_rows_reference(x_TD: Tensor, fold_D: Tensor | None = None) -> tuple[Tensor, Tensor]:

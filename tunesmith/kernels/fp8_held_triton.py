@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.fp8_weight import LARGEST, SMALLEST_SCALE
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 
@@ -52,7 +53,7 @@ def launch_held(x: Tensor, fold: Tensor | None, codes: Tensor, scale: Tensor, fo
     """Codes and scales of the rows of x [T, D], whose columns lie next to each other."""
     num_rows, width = x.shape
     options = {} if form.registers is None else {"maxnreg": form.registers}
-    _held_kernel[(ceil_div(num_rows, form.rows),)](
+    quick(_held_kernel)[(ceil_div(num_rows, form.rows),)](
         x,
         x if fold is None else fold,
         codes,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # Of a tile: tokens at most, rows of the weight, columns of a step.
@@ -52,7 +53,7 @@ def split_product_operator(
     y = torch.empty(num_tokens, num_rows, device=x_codes.device, dtype=torch.bfloat16)
     tokens = min(TOKENS, max(16, triton.next_power_of_2(num_tokens)))
     with current(x_codes.device):
-        _part_kernel[(ceil_div(num_rows, ROWS), ceil_div(num_tokens, tokens), parts)](
+        quick(_part_kernel)[(ceil_div(num_rows, ROWS), ceil_div(num_tokens, tokens), parts)](
             x_codes,
             w_codes,
             sums,
@@ -67,7 +68,7 @@ def split_product_operator(
             num_stages=4,
             enable_fp_fusion=True,
         )
-        _sum_kernel[(num_tokens, ceil_div(num_rows, _OUT_COLUMNS))](
+        quick(_sum_kernel)[(num_tokens, ceil_div(num_rows, _OUT_COLUMNS))](
             sums,
             x_scale,
             w_scale,

@@ -17,6 +17,7 @@ from torch import Tensor
 from tunesmith.kernels.fp8_held_triton import code_of, held, launch_held, scale_of
 from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE
 from tunesmith.kernels.launch import current
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # Columns that one program holds at once.
@@ -48,7 +49,7 @@ def quantize_rows_operator(x: Tensor, fold: Tensor | None = None) -> tuple[Tenso
 def launch_by_columns(x: Tensor, fold: Tensor | None, codes: Tensor, scale: Tensor, columns: int, warps: int) -> None:
     """Codes and scales of the rows of x, so many columns (a power of two) at a time: wider rows are read twice."""
     num_rows, width = x.shape
-    _quantize_rows_kernel[(num_rows,)](
+    quick(_quantize_rows_kernel)[(num_rows,)](
         x,
         x if fold is None else fold,
         codes,

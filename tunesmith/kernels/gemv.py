@@ -13,12 +13,14 @@ units (`int8_split_product`), all others through the dequantised weight, in bflo
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.fp8 import dequantize_rows, fp8_product
 from tunesmith.kernels.int4 import Int4Weight, dequantize_int4
 from tunesmith.kernels.int4_cpu import CpuInt4, cpu_product
@@ -64,10 +66,15 @@ def takes_float(x_TD: Tensor, weight_FD: Tensor) -> bool:
 def float_product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
     """y_TF = x @ weight.T + bias in the dtype of x, which is the weight's."""
     if takes("float", x_TD) and takes_float(x_TD, weight_FD):
-        from tunesmith.kernels.gemv_operators import float_operator
-
-        return float_operator(x_TD, weight_FD, bias_F)
+        return few_product(x_TD, weight_FD, bias_F)
     return F.linear(x_TD, weight_FD.to(x_TD.dtype), None if bias_F is None else bias_F.to(x_TD.dtype))
+
+
+def few_product(x_TD: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+    """`float_product` of what `takes` and `takes_float` have taken."""
+    from tunesmith.kernels.gemv_operators import float_operator
+
+    return _called(float_operator, x_TD, weight_FD, bias_F)
 
 
 def int8_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
@@ -75,7 +82,7 @@ def int8_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor
     if takes("int8", x_TD):
         from tunesmith.kernels.gemv_operators import int8_operator
 
-        return int8_operator(x_TD, codes_FD, scale_F, bias_F)
+        return _called(int8_operator, x_TD, codes_FD, scale_F, bias_F)
     if x_TD.device.type == "cpu":
         return _int8_on_cpu(x_TD, codes_FD, scale_F, bias_F)
     return dense_product(x_TD, dequantize_int8(codes_FD, scale_F, dense_dtype(x_TD)), bias_F)
@@ -96,7 +103,7 @@ def int4_product(x_TD: Tensor, weight: Int4Weight, bias_F: Tensor | None, cpu: C
     if takes("int4", x_TD):
         from tunesmith.kernels.gemv_operators import int4_operator
 
-        return int4_operator(x_TD, weight.words, weight.scales, weight.zeros, bias_F)
+        return _called(int4_operator, x_TD, weight.words, weight.scales, weight.zeros, bias_F)
     if cpu is not None and x_TD.shape[0] <= CPU_TOKENS["int4"]:
         y_TF = cpu_product(x_TD, cpu)
         return y_TF if bias_F is None else y_TF + bias_F.to(x_TD.dtype)
@@ -108,7 +115,7 @@ def fp8_weight_product(x_TD: Tensor, codes_FD: Tensor, scale_F: Tensor, bias_F: 
     if takes("fp8", x_TD):
         from tunesmith.kernels.gemv_operators import fp8_operator
 
-        return fp8_operator(x_TD, codes_FD, scale_F, bias_F)
+        return _called(fp8_operator, x_TD, codes_FD, scale_F, bias_F)
     return dense_product(x_TD, dequantize_rows(codes_FD, scale_F, dense_dtype(x_TD)), bias_F)
 
 
@@ -127,7 +134,7 @@ def fp8_few_product(
         parts = num_parts(x_codes_TD.shape[0], num_rows, width, num_processors(x_codes_TD.device))
     if parts == 1:
         return fp8_product(x_codes_TD, x_scale_T1, codes_FD, scale_F, bias_F, dtype)
-    return split_product_operator(x_codes_TD, x_scale_T1, codes_FD, scale_F, bias_F, parts).to(dtype)
+    return _called(split_product_operator, x_codes_TD, x_scale_T1, codes_FD, scale_F, bias_F, parts).to(dtype)
 
 
 def nf4_product(x_TD: Tensor, parts: list[NF4Weight], bias_F: Tensor | None) -> Tensor:
@@ -138,8 +145,14 @@ def nf4_product(x_TD: Tensor, parts: list[NF4Weight], bias_F: Tensor | None) -> 
         empty = x_TD.new_empty(0, dtype=torch.float32)
         inner = [empty if part.scale_scales is None else part.scale_scales for part in parts]
         offsets = [empty if part.offset is None else part.offset for part in parts]
-        return nf4_operator(x_TD, [p.codes for p in parts], [p.scales for p in parts], inner, offsets, bias_F)
+        return _called(nf4_operator, x_TD, [p.codes for p in parts], [p.scales for p in parts], inner, offsets, bias_F)
     return dense_product(x_TD, dequantize_nf4(parts, x_TD.dtype), bias_F)
+
+
+def _called(operator: Callable[..., Any], x: Tensor, *rest: Any) -> Tensor:
+    """What the operator gives for x and the rest, past torch's dispatcher where nothing has to see it."""
+    y: Tensor = direct(operator, x)(x, *rest)
+    return y
 
 
 def dense_dtype(x_TD: Tensor) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tunesmith.kernels.gemv_triton import FLOAT, FP8, INT4
 from tunesmith.kernels.launch import current
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # Output rows of a program, columns (int4: words) of a step, warps, stages.
@@ -146,7 +147,7 @@ def dot(
     rows, step, warps, stages = shape or SHAPES[format_id]
     num_tokens, num_rows = out_TF.shape
     with current(x_TD.device):
-        dot_kernel[(ceil_div(num_rows, rows),)](
+        quick(dot_kernel)[(ceil_div(num_rows, rows),)](
             x_TD,
             weight,
             out_TF if scales is None else scales,

@@ -48,6 +48,7 @@ from tunesmith.kernels.gemv_fragments_triton import once_asked_for, when_earlier
 from tunesmith.kernels.gemv_steps_triton import byte_step, float_step, int4_step, of_step
 from tunesmith.kernels.gemv_triton import FLOAT, FP8, INT4
 from tunesmith.kernels.launch import current, num_processors, overlaps
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # Tokens by format. A program has 16 at most; others with the same rows run beside it and find them in the second cache.
@@ -191,6 +192,7 @@ Shape = tuple[int, int, int]
 """Of a program: rows of the weight, warps, and the steps that each warp has under way."""
 
 
+@cache
 def shape_of(format_id: int, num_rows: int, width: int, processors: int, num_tokens: int = 1) -> Shape:
     """A program's shape for a weight and a number of tokens.
 
@@ -252,7 +254,7 @@ def quads(
     if warps == 16 and ahead * rows <= 16 and token_tiles == 1 and x_TD.device.type != "cpu":
         options["maxnreg"] = _REGISTERS_OF_TWO  # a few more, and only one program ran at once
     with current(x_TD.device):
-        compiled = quad_kernel[(ceil_div(num_tokens, 8 * token_tiles), ceil_div(num_rows, rows))](
+        compiled = quick(quad_kernel)[(ceil_div(num_tokens, 8 * token_tiles), ceil_div(num_rows, rows))](
             x_TD.view(torch.int32),
             weight.view(torch.int32),
             out_TF if scales is None else scales.view(torch.int32) if is_int4 else scales,

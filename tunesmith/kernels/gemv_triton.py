@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # By format: output rows and warps of one program.
@@ -187,7 +188,7 @@ def gemv(
     num_rows, dummy = out_F.shape[0], out_F
     inner, offset, table, dynamic = nf4 or (dummy, dummy, dummy, dummy)
     with current(x_D.device):
-        gemv_kernel[(ceil_div(num_rows, rows),)](
+        quick(gemv_kernel)[(ceil_div(num_rows, rows),)](
             x_D,
             weight,
             dummy if scales is None else scales,

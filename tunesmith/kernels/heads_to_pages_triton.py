@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # Tokens of one program by how many there are: one program a token and head where there are few, to fill the chip; no
@@ -47,7 +48,7 @@ def heads_to_pages_operator(
     tokens = 1 if invariant else tokens_of_a_program(num_tokens)
     columns = 1 << max((head_dim + 1) // 2 - 1, 0).bit_length()
     with current(qkv.device):
-        _heads_to_pages_kernel[(ceil_div(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
+        quick(_heads_to_pages_kernel)[(ceil_div(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
             qkv,
             query_weight,
             key_weight,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.fp8 import to_codes
 from tunesmith.kernels.kv_cache_scale import SMALLEST_SCALE, power_of_two_scale
 from tunesmith.kernels.nf4 import use_kernel
@@ -39,7 +40,8 @@ def write_kv(
     if use_kernel(keys_PSKH.device):
         from tunesmith.kernels.kv_cache_triton import write_kv_operator
 
-        write_kv_operator(key_TKH, value_TKH, keys_PSKH, values_PSKH, slots_T, key_scales_PK, value_scales_PK)
+        pages = (keys_PSKH, values_PSKH, slots_T, key_scales_PK, value_scales_PK)
+        direct(write_kv_operator, key_TKH)(key_TKH, value_TKH, *pages)
         return
     write_kv_reference(key_TKH, value_TKH, keys_PSKH, values_PSKH, slots_T, key_scales_PK, value_scales_PK)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunesmith.kernels.kv_cache_scale import EXPONENT, EXPONENT_OF_448, MANTISSA_ABOVE_448, SMALLEST_SCALE
 from tunesmith.kernels.launch import current, tile
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 
@@ -39,7 +40,7 @@ def write_kv_operator(
     with current(keys.device):
         if key_scales is None or value_scales is None:
             rows, columns, warps = tile(num_heads * head_dim)
-            _write_kernel[(ceil_div(num_tokens, rows),)](
+            quick(_write_kernel)[(ceil_div(num_tokens, rows),)](
                 key,
                 value,
                 keys,
@@ -54,7 +55,7 @@ def write_kv_operator(
                 num_warps=warps,
             )
             return
-        _write_fp8_kernel[(num_tokens, num_heads)](
+        quick(_write_fp8_kernel)[(num_tokens, num_heads)](
             key,
             value,
             keys,

@@ -6,25 +6,29 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from tunesmith.hardware import GENERATIONS
+from tunesmith.kernels.chip import chip_of, known_by_chip
 
 LEAST_SHARED_BYTES = GENERATIONS[8, 6].shared_bytes
 # Values of one tile where rows are narrow: enough 16-byte loads in flight, few enough registers.
 TILE = 2048
 _VALUES_PER_WARP = 512
+_FEW_PROCESSORS = 2
 # The first generation whose kernels may begin while the one before them ends.
 _FIRST_OVERLAP = (9, 0)
+_HERE = nullcontext()
 _overlapping: ContextVar[bool] = ContextVar("overlapping", default=False)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current GPU, wherever the tensors are; its interpreter takes tensors of the CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -46,22 +50,21 @@ def tile(width: int) -> tuple[int, int, int]:
     return rows, columns, max(1, min(16, rows * columns // _VALUES_PER_WARP))
 
 
-@cache
+@known_by_chip
 def num_processors(device: torch.device) -> int:
     """The GPU's streaming multiprocessors; for Triton's interpreter a small number."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    chip = chip_of(device)
+    return _FEW_PROCESSORS if chip is None else chip.num_processors
 
 
-@cache
+@known_by_chip
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a program may have; the least of all chips for one that is not known.
 
-    What is recorded on the meta device is compiled for the GPU that is there.
+    What is recorded on the meta device is compiled for the GPU that is there, or foreseen.
     """
-    if device.type not in ("cuda", "meta") or not torch.cuda.is_available():
-        return LEAST_SHARED_BYTES
-    gpu = device if device.type == "cuda" else None
-    generation = GENERATIONS.get(torch.cuda.get_device_capability(gpu))
+    chip = chip_of(device)
+    generation = None if chip is None else GENERATIONS.get(chip.capability)
     return LEAST_SHARED_BYTES if generation is None else generation.shared_bytes
 
 
@@ -84,8 +87,8 @@ def overlaps(device: torch.device) -> bool:
     return _overlapping.get() and device.type in ("cuda", "meta") and _has_overlap(device)
 
 
-@cache
+@known_by_chip
 def _has_overlap(device: torch.device) -> bool:
-    # What is recorded on the meta device is compiled for the GPU that is there.
-    gpu = device if device.type == "cuda" else None
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(gpu) >= _FIRST_OVERLAP
+    # What is recorded on the meta device is compiled for the GPU that is there, or foreseen.
+    chip = chip_of(device)
+    return chip is not None and chip.capability >= _FIRST_OVERLAP

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.launch import in_rows
 from tunesmith.kernels.multi_lora_tiles import BAND, NO_ADAPTER, TILE, num_tiles, plan_tiles, tile_of
 from tunesmith.kernels.nf4 import use_kernel
@@ -152,7 +153,7 @@ def add_multi_lora(y_TF: Tensor, x_TD: Tensor, stack: AdapterStack, chosen: Toke
     from tunesmith.kernels.multi_lora_triton import multi_lora_operator
 
     held = y_TF if y_TF.stride(-1) == 1 else y_TF.contiguous()
-    multi_lora_operator(
+    direct(multi_lora_operator, held)(
         held,
         in_rows(x_TD),
         stack.down_AQD,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.multi_lora_tiles import BAND, TILE
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 DEPTH = 128
@@ -63,7 +64,7 @@ def multi_lora_operator(
     low = torch.empty(chunks, rows, parts, rank, dtype=torch.float32, device=x.device)
     sizes = {"PARTS": parts, "RANK": rank, "PADDED": padded, "TILE": tile}
     with current(x.device):
-        _shrink_kernel[(tiles.shape[0], parts, chunks)](
+        quick(_shrink_kernel)[(tiles.shape[0], parts, chunks)](
             x,
             down,
             low,
@@ -79,7 +80,7 @@ def multi_lora_operator(
             enable_fp_fusion=False,
             **sizes,
         )
-        _expand_kernel[(tiles.shape[0], bands.shape[0])](
+        quick(_expand_kernel)[(tiles.shape[0], bands.shape[0])](
             y,
             up,
             low,

@@ -148,7 +148,7 @@ def _in_rows(codes: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _quantize_chunk(values: Tensor) -> tuple[Tensor, Tensor]:
     """Packed codes and scales of some whole blocks; the last may be short."""
-    codes, scales = _codes_on_cuda(values) if values.is_cuda else _codes_on_cpu(values)
+    codes, scales = _codes_on_cpu(values) if values.is_cpu else _codes_on_cuda(values)
     if codes.numel() % 2:
         # The idle half of the last byte holds the code of zero.
         codes = torch.cat((codes, codes.new_full((1,), 7)))
@@ -189,7 +189,7 @@ def _quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     num_scales = centred.numel()
     blocks = F.pad(centred, (0, -num_scales % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
     largest = blocks.abs().amax(dim=1)
-    if centred.is_cuda:
+    if not centred.is_cpu:
         largest = _without_subnormals(largest)
     codes = _nearest_dynamic(blocks * _reciprocal(largest)[:, None])
     codes[largest == 0] = 0
@@ -202,7 +202,7 @@ def _nearest_dynamic(normalised: Tensor) -> Tensor:
     The nearest, of two equally near the even one; on a CPU bitsandbytes looks the value up in a grid of 2^16 points.
     """
     bounds = midpoints(dynamic_values(normalised.device))
-    if normalised.is_cuda:
+    if not normalised.is_cpu:
         lower = torch.bucketize(normalised, bounds, out_int32=True)
         upper = torch.bucketize(normalised, bounds, out_int32=True, right=True)
         return torch.where(lower % 2 == 0, lower, upper).to(torch.uint8)

@@ -11,13 +11,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from itertools import groupby
 from threading import Thread
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tunesmith.kernels.chip import chip_of, is_gpu, known_by_chip
 
 log = logging.getLogger(__name__)
 MOST_RUNS = 3
@@ -98,7 +99,7 @@ def warming_fresh(
 
     The first plan of a process took 0.75 s on an H200 where nothing of the library was in memory, later ones 35 ms.
     """
-    if not _fits(dtype, head_dim, device):
+    if device.type != "cuda" or not _fits(dtype, head_dim, device):
         yield
         return
     thread = Thread(target=_warm, args=(num_heads, num_kv_heads, head_dim, dtype, device), daemon=True)
@@ -121,11 +122,16 @@ def _warm(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, 
         log.debug("cuDNN's attention failed ahead of the first prompt", exc_info=True)
 
 
-@cache
+@known_by_chip
 def _fits(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     """Whether both kernels are there, and known to be faster: since Hopper."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > _WIDEST_HEAD:
+    if not is_gpu(device) or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > _WIDEST_HEAD:
         return False
-    if not torch.backends.cudnn.is_available() or not torch.backends.cuda.is_flash_attention_available():
+    if device.type == "cuda" and not _has_libraries():
         return False
-    return torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+    chip = chip_of(device)
+    return chip is not None and chip.capability >= _FIRST_CAPABILITY
+
+
+def _has_libraries() -> bool:
+    return torch.backends.cudnn.is_available() and torch.backends.cuda.is_flash_attention_available()

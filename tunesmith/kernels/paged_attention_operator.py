@@ -15,6 +15,7 @@ from tunesmith.kernels.launch import current, num_processors, shared_bytes
 from tunesmith.kernels.paged_attention_parts_triton import join_kernel
 from tunesmith.kernels.paged_attention_tiles import Tile
 from tunesmith.kernels.paged_attention_triton import attend_kernel
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 PARTS_AT_ONCE, JOIN_WARPS = 16, 4
@@ -142,7 +143,7 @@ class _Launch:
         self._attend((programs, parts), tile, held, {**cut, **shape}, invariant)
         if parts == 1 or joins:
             return
-        join_kernel[(programs, held_rows)](
+        quick(join_kernel)[(programs, held_rows)](
             found,
             statistics,
             self.starts,
@@ -180,7 +181,7 @@ class _Launch:
         cut: dict[str, int],
         invariant: bool,
     ) -> None:
-        attend_kernel[grid](
+        quick(attend_kernel)[grid](
             self.query,
             *self.pages,
             self.value_scales,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current, in_rows, num_processors, row_strides, tile
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # Where the weight's gradient is summed, programs stay and take tile after tile: as many as the registers of a
@@ -51,7 +52,7 @@ def _normalise(x: Tensor, weight: Tensor, rstd: Tensor, eps: float, again: bool)
     tile_rows, columns, warps = tile(x.shape[-1])
     if num_rows:
         with current(x.device):
-            _normalise_kernel[(ceil_div(num_rows, tile_rows),)](
+            quick(_normalise_kernel)[(ceil_div(num_rows, tile_rows),)](
                 source,
                 weight.contiguous(),
                 rstd,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 _COLUMNS = 2048
@@ -33,7 +34,7 @@ def change_operator(
     if not num_rows:
         return changed
     with current(logits.device):
-        change_kernel[(num_rows, ceil_div(vocab_size, _COLUMNS))](
+        quick(change_kernel)[(num_rows, ceil_div(vocab_size, _COLUMNS))](
             logits,
             slots,
             prompts,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tunesmith.kernels.launch import current, num_processors
 from tunesmith.kernels.philox import ROUNDS
+from tunesmith.kernels.quick import quick
 from tunesmith.kernels.sampling_noise import BROKEN, SERIES_BELOW, SITE, quarter
 from tunesmith.units import ceil_div
 
@@ -40,7 +41,7 @@ def choose_operator(
     scores = torch.empty(num_rows, splits, dtype=torch.float32, device=logits.device)
     best = torch.empty(num_rows, splits, dtype=torch.int32, device=logits.device)
     with current(logits.device):
-        _best_kernel[(num_rows, splits)](
+        quick(_best_kernel)[(num_rows, splits)](
             logits,
             temperatures,
             seeds,
@@ -61,7 +62,7 @@ def choose_operator(
             num_warps=_WARPS,
             enable_fp_fusion=False,  # rounds as plain torch does
         )
-        _reduce_kernel[(num_rows,)](
+        quick(_reduce_kernel)[(num_rows,)](
             scores,
             best,
             slots,

@@ -15,6 +15,7 @@ from torch import Tensor
 from tunesmith.kernels.fp8_held_triton import code_of, scale_of
 from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE
 from tunesmith.kernels.launch import current, in_rows
+from tunesmith.kernels.quick import quick
 
 # Columns at a time: two loads of 16 bytes a thread for each of gate and up.
 _COLUMNS = 4096
@@ -31,7 +32,7 @@ def swiglu_rows_operator(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         columns = min(_COLUMNS, triton.next_power_of_2(width))
         with current(gate_up.device):
-            _rows_kernel[(rows,)](
+            quick(_rows_kernel)[(rows,)](
                 source,
                 codes,
                 scale,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.launch import current, in_rows
+from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
 # Columns of one program: two loads of 16 bytes a thread for each of gate and up.
@@ -25,7 +26,7 @@ def swiglu_operator(gate_up: Tensor) -> Tensor:
     h, source = gate_up.new_empty(rows, width), in_rows(gate_up)
     if h.numel():
         with current(h.device):
-            _forward_kernel[(rows * ceil_div(width, _COLUMNS),)](
+            quick(_forward_kernel)[(rows * ceil_div(width, _COLUMNS),)](
                 source, h, source.stride(0), WIDTH=width, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=False
             )
     return h

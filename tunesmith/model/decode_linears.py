@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tunesmith.kernels.fp8 import quantize_rows_fp8
 from tunesmith.kernels.gemv import (
-    float_product,
+    few_product,
     fp8_few_product,
     fp8_weight_product,
     nf4_product,
@@ -39,11 +39,12 @@ class DecodeLinear(Linear):
 
     def product(self, x_TD: Tensor) -> Tensor:
         """y_TF = x @ weight.T + bias in the dtype of x."""
-        flat = x_TD.flatten(0, -2)
         wants_gradients = torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad)
+        flat = x_TD if x_TD.dim() == 2 else x_TD.flatten(0, -2)
         if wants_gradients or not takes("float", flat) or not takes_float(flat, self.weight):
             return super().product(x_TD)
-        return float_product(flat, self.weight, self.bias).view(*x_TD.shape[:-1], self.out_features)
+        y_TF = few_product(flat, self.weight, self.bias)
+        return y_TF if x_TD.dim() == 2 else y_TF.view(*x_TD.shape[:-1], self.out_features)
 
 
 class DecodeNF4Linear(NF4Linear):
@@ -69,7 +70,7 @@ class DecodeFp8Linear(Fp8Linear):
         flat = x_TD.flatten(0, -2)
         if takes("fp8", flat) and (self.compute != "fp8" or flat.shape[0] <= FP8_WEIGHT_TOKENS):
             y_TF = fp8_weight_product(flat, self.codes, self.scale, self.bias)
-        elif self.compute == "fp8" and x_TD.is_cuda:
+        elif self.compute == "fp8" and not x_TD.is_cpu:
             y_TF = self.product_of_codes(*quantize_rows_fp8(flat), x_TD.dtype)
         else:
             return super().product(x_TD)
@@ -77,7 +78,7 @@ class DecodeFp8Linear(Fp8Linear):
 
     def wants_codes(self, num_tokens: int) -> bool:
         """Whether so many tokens are quantised and multiplied in fp8, so that who makes them may do the first."""
-        return self.compute == "fp8" and self.codes.is_cuda and num_tokens > FP8_WEIGHT_TOKENS
+        return self.compute == "fp8" and not self.codes.is_cpu and num_tokens > FP8_WEIGHT_TOKENS
 
     def product_of_codes(self, codes_TD: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
         """y_TF in a dtype, of an input that is quantised by rows."""

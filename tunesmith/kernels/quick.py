@@ -1,0 +1,98 @@
+"""Launches of Triton kernels past Triton's binder, for passes that launch hundreds of them one by one.
+
+Triton looks at every argument of every launch, and turns options and constants into text, before it finds the compiled
+kernel: 15 to 55 us on the host, where a kernel of a decoding step runs for 2 to 10. Nearly always it finds the one that
+it found in the layer before. So a launch is known here by what Triton specialises on (dtypes, whether pointers are
+aligned, whether numbers are 1 or multiples of 16, constants, options): the first of its kind goes through Triton, later
+ones call what that compiled.
+
+    quick(kernel)[grid](x, y, num_rows, WIDTH=width, num_warps=4)        in place of kernel[grid](...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16
+_NARROW = 2**31
+_PLAIN = (int, float, str, type(None))
+_quick: dict[int, Quick] = {}
+
+
+class Quick:
+    """A kernel of Triton's whose launches are remembered. For the interpreter and the meta device it is the kernel.
+
+    All that is no constant comes by position, a tensor first.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        """Launches in so many programs; gives the compiled kernel, or None where nothing is compiled."""
+
+        def launch(*args: Any, **constants: Any) -> Any:
+            device: torch.device = args[0].device
+            kinds = _kinds(args) if _has_handles(device) else None
+            if kinds is None:
+                return self.kernel[grid](*args, **constants)
+            key = (device.index, *kinds, *constants.items())
+            found = self._known.get(key)
+            if found is None:
+                compiled = self.kernel[grid](*args, **constants)
+                names = self.kernel.arg_names[len(args) :]
+                is_plain = all(isinstance(value, _PLAIN) for value in constants.values())
+                if compiled is not None and is_plain and all(name in constants for name in names):
+                    self._known[key] = compiled, tuple(constants[name] for name in names)
+                return compiled
+            compiled, rest = found
+            compiled[(*grid, 1, 1)[:3]](*args, *rest, stream=_stream(device.index))
+            return compiled
+
+        return launch
+
+
+def quick(kernel: Any) -> Quick:
+    """The one `Quick` of a kernel."""
+    found = _quick.get(id(kernel))
+    if found is None:
+        found = _quick[id(kernel)] = Quick(kernel)
+    return found
+
+
+def _kinds(args: Sequence[Any]) -> list[Any] | None:
+    """What Triton looks at in these; None for what is not known here."""
+    kinds: list[Any] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            kinds.append(value.dtype)
+            kinds.append(value.data_ptr() % _ALIGNMENT == 0)
+        elif type(value) is int:
+            kinds.append(_kind_of(value))
+        elif value is None or type(value) is float:
+            kinds.append(type(value))
+        else:
+            return None
+    return kinds
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(number: int) -> tuple[bool, bool, bool]:
+    return number == 1, number % _ALIGNMENT == 0, -_NARROW <= number < _NARROW
+
+
+def _has_handles(device: torch.device) -> bool:
+    """Whether compiled kernels are launched there."""
+    return device.type == "cuda"
+
+
+def _stream(device_index: int) -> int:
+    """The stream that work of this thread goes to."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device_index)
+    return stream
