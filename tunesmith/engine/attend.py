@@ -17,6 +17,9 @@ from tunesmith.kernels.paged_attention import paged_attention
 from tunesmith.kernels.paged_attention_fresh import attend_fresh, pays_fresh
 from tunesmith.model.attention import AttendLayer
 
+PRODUCTS_PER_S = 6e14
+"""What a fast GPU gives, for whether a step of prompts keeps it busy for long."""
+
 
 class PagedAttention:
     """Attention of one pass: every request's new queries over that request's pages, causally, within the window.
@@ -52,7 +55,10 @@ class PagedAttention:
     def _pays(self, fresh: FreshTail) -> bool:
         config = self.cache.config
         shape = (config.num_attention_heads, config.head_dim)
-        return not self.has_scales and pays_fresh(fresh.lengths, *shape, self.cache.dtype, self.cache.device)
+        # The blocks' weights are at least twelve hidden sizes squared each.
+        step_s = 24 * config.num_hidden_layers * config.hidden_size**2 * self.batch.num_tokens / PRODUCTS_PER_S
+        held = self.cache.dtype, self.cache.device
+        return not self.has_scales and pays_fresh(fresh.lengths, *shape, *held, step_s)
 
     def has_fresh(self, layer: int) -> bool:
         """Whether this layer's new keys and values are wanted as they are too, for `over_new`."""

@@ -25,8 +25,10 @@ MOST_RUNS = 3
 """Calls for one layer: more cost the host more than the device saves."""
 LEAST_TOKENS = 1024
 """Tokens of a call, on average."""
-SEEN = 2
-"""Times that a shape goes without a plan before one is built for it."""
+SEEN = 8
+"""Times that a shape goes without a plan before one is built for it, where the device has to wait for it."""
+PLAN_S = 0.045
+"""What a plan takes the host: nothing, where the step before keeps the device busy for longer."""
 REMEMBERED = 256
 """Shapes whose times are counted: of a server's many lengths each comes again some day, and plans are kept for good."""
 _FIRST_CAPABILITY = (9, 0)
@@ -41,21 +43,31 @@ def even_runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [(len(list(run)), length) for length, run in groupby(lengths)]
 
 
-def pays_fresh(lengths: Sequence[int], num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `attend_fresh` is there for prompts of these lengths, and faster. Counts how often their shapes came."""
+def pays_fresh(
+    lengths: Sequence[int],
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    step_s: float = 0.0,
+) -> bool:
+    """Whether `attend_fresh` is there for prompts of these lengths, and faster. Counts how often their shapes came.
+
+    step_s: about what such a step takes the device. Where that hides a plan, a shape has one from its second time on.
+    """
     runs = even_runs(lengths)
     if not runs or len(runs) > MOST_RUNS or sum(lengths) < LEAST_TOKENS * len(runs):
         return False
     if not _fits(dtype, head_dim, device):
         return False
     for run in runs:
-        _see((dtype, num_heads, head_dim, *run))
+        _see((dtype, num_heads, head_dim, *run), SEEN if step_s > PLAN_S else 1)
     return True
 
 
-def _see(shape: _Shape) -> None:
+def _see(shape: _Shape, times: int) -> None:
     """A shape came again; those that did not come for longest are forgotten."""
-    _seen[shape] = _seen.pop(shape, 0) + 1
+    _seen[shape] = _seen.pop(shape, 0) + times
     while len(_seen) > REMEMBERED:
         _seen.popitem(last=False)
 

@@ -32,13 +32,25 @@ def test_short_and_uneven_prompts_do_not_pay(monkeypatch: pytest.MonkeyPatch) ->
     assert not fresh._seen
 
 
+def test_a_plan_that_is_hidden_comes_with_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh, "_seen", OrderedDict())
+    monkeypatch.setattr(fresh, "_fits", lambda *_: True)
+    for step_s, wanted in ((0.2, 2), (0.01, fresh.SEEN + 1)):
+        fresh._seen.clear()
+        times = 0
+        while fresh._seen.get((torch.bfloat16, 28, 128, 4, 2048), 0) <= fresh.SEEN:
+            assert fresh.pays_fresh([2048] * 4, 28, 128, torch.bfloat16, CPU, step_s)
+            times += 1
+        assert times == wanted
+
+
 def test_the_library_is_loaded_beside_what_is_done_and_no_failure_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, loaded = torch.device("cpu"), []
+    gpu, loaded = torch.device("cuda"), []
     monkeypatch.setattr(fresh, "_warm", lambda *given: loaded.append(given))
-    with fresh.warming_fresh(4, 2, 16, torch.bfloat16, cpu):
+    monkeypatch.setattr(fresh, "_fits", lambda *_: True)
+    with fresh.warming_fresh(4, 2, 16, torch.bfloat16, CPU):
         pass
     assert not loaded
-    monkeypatch.setattr(fresh, "_fits", lambda *_: True)
-    with pytest.raises(ValueError, match="mine"), fresh.warming_fresh(4, 2, 16, torch.bfloat16, cpu):
+    with pytest.raises(ValueError, match="mine"), fresh.warming_fresh(4, 2, 16, torch.bfloat16, gpu):
         raise ValueError("mine")
-    assert loaded == [(4, 2, 16, torch.bfloat16, cpu)]
+    assert loaded == [(4, 2, 16, torch.bfloat16, gpu)]
