@@ -18,6 +18,7 @@ from tunesmith.kernels.int4 import dequantize_int4, quantize_int4
 from tunesmith.kernels.int8 import dequantize_int8, int8_integer_product, quantize_int8
 from tunesmith.kernels.launch import num_processors, overlapped
 from tunesmith.kernels.nf4 import dequantize_nf4, quantize_nf4
+from tunesmith.kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.gpu
 
@@ -121,6 +122,31 @@ def test_fp8_products_in_parts_are_those_of_torch(tokens: int) -> None:
         # Hopper keeps some 14 bits of a sum inside its products.
         assert float((mine.float() - truth).abs().max() / truth.abs().max()) < 2.0**-7
         assert torch.equal(mine, gemv.fp8_few_product(*codes, fp8.codes, fp8.scale, b, x.dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_in_the_launch_of_their_product_have_the_same_bits(tokens: int, dtype: torch.dtype) -> None:
+    from tunesmith.kernels.gemv_operators import float_operator, swiglu_few_operator
+
+    dense = torch.randn(2 * 1500, 1536, device="cuda") * 0.05
+    int4, int8, fp8 = (
+        quantize_int4(dense.to(dtype), 128, clips=(1.0,)),
+        quantize_int8(dense),
+        quantize_fp8_weight(dense),
+    )
+    x = torch.randn(tokens, 1536, device="cuda", dtype=dtype)
+    bias = torch.randn(3000, device="cuda", dtype=dtype)
+    cases = [
+        (0, 16, (dense.to(dtype), None, None), lambda b: float_operator(x, dense.to(dtype), b)),
+        (1, 32, (int8.codes, int8.scale, None), lambda b: gemv.int8_product(x, int8.codes, int8.scale, b)),
+        (2, 32, (fp8.codes, fp8.scale, None), lambda b: gemv.fp8_weight_product(x, fp8.codes, fp8.scale, b)),
+        (3, 64, (int4.words, int4.scales, int4.zeros), lambda b: gemv.int4_product(x, int4, b)),
+    ]
+    for format_id, most, held, product in cases:
+        for b in (None, bias) if tokens <= most else ():
+            mine = swiglu_few_operator(format_id, x, *held, b)
+            assert torch.equal(mine, swiglu(product(b))), (format_id, b is None)
 
 
 @pytest.mark.parametrize("tokens", [1, 8])

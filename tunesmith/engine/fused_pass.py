@@ -3,6 +3,7 @@
     product qkv | heads_to_pages | attention | product out | add_rms_norm
     product gate, up | swiglu | product down | add_rms_norm
 
+Of few tokens the product of gate and up is SwiGLU's launch too (`model/decode_linears.py`, swiglu_product).
 A product in fp8 has its input quantised before; of the MLP's second, swiglu does that.
 It calls the decoder's own linears, whatever stands in their place (quantised, with adapters), and holds no weights.
 `Decoder.forward` is the reference. Mixtures of experts, and MLPs other than SwiGLU, run as the block has them.
@@ -26,7 +27,7 @@ from tunesmith.kernels.rope import rope_tables_half
 from tunesmith.kernels.swiglu import swiglu
 from tunesmith.kernels.swiglu_fp8 import swiglu_rows_fp8
 from tunesmith.model.block import Block, Mlp
-from tunesmith.model.decode_linears import DecodeFp8Linear
+from tunesmith.model.decode_linears import DecodeFp8Linear, swiglu_product
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
@@ -94,6 +95,9 @@ class FusedPass:
 
 def _mlp(mlp: nn.Module, y_TD: Tensor) -> Tensor:
     if isinstance(mlp, Mlp) and mlp.is_swiglu:
+        h_TI = swiglu_product(mlp.up, y_TD)
+        if h_TI is not None:
+            return cast(Tensor, mlp.down(h_TI))
         gate_up_TF = mlp.up(y_TD)
         down: nn.Module = mlp.down
         # Not a subclass: one that holds columns of a whole rounds as all its processes agree.

@@ -25,6 +25,7 @@ def _run(
     bias_F: Tensor | None,
     per_block: int = 1,
 ) -> Tensor:
+    """A product by whichever kernel has it."""
     x = x_TD.contiguous()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     is_done = False
@@ -53,6 +54,31 @@ def float_operator(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 @float_operator.register_fake
 def _float_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _like(x, weight.shape[0])
+
+
+@torch.library.custom_op("tunesmith::swiglu_few", mutates_args=())
+def swiglu_few_operator(
+    format_id: int, x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """silu(gate) * up [T, F / 2] of gate and up = x @ weight.T + bias, in one launch, of what `takes_quads`.
+
+    Rounded as product and swiglu apart are. Where this version of Triton can't, by both.
+    """
+    x, held = x.contiguous(), weight.view(torch.int8) if format_id == _FP8 else weight
+    per_block = 1 if format_id != _INT4 or scales is None else scales.shape[1] * BLOCK // (weight.shape[1] * 8)
+    h = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
+    if quads(format_id, x, held, scales, zeros, bias, h, per_block=per_block, is_gated=True):
+        return h
+    from tunesmith.kernels.swiglu import swiglu
+
+    return swiglu(_run(format_id, x, held, scales, zeros, bias, per_block))
+
+
+@swiglu_few_operator.register_fake
+def _swiglu_few_fake(
+    format_id: int, x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    return _like(x, weight.shape[0] // 2)
 
 
 @torch.library.custom_op("tunesmith::int8_linear_few", mutates_args=())

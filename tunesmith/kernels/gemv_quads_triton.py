@@ -88,10 +88,12 @@ def quad_kernel(
     AHEAD: tl.constexpr,
     BY_HAND: tl.constexpr,
     OVERLAP: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]); x, w and int4's scales as int32 words, its zero points as int16.
 
-    A program has ROWS (8, 16 or 32) rows of w and 8 TOKEN_TILES tokens.
+    A program has ROWS (8, 16 or 32) rows of w and 8 TOKEN_TILES tokens. GATED: half of them from the upper half of w,
+    the gates, and those that belong to them from the lower: out[t, f] = silu(gate) * up, both rounded as they would be.
     Rows and tokens that are not there are others once more, and are not stored.
     """
     HALF: tl.constexpr = out.dtype.element_ty == tl.float16
@@ -105,10 +107,15 @@ def quad_kernel(
     warp, quad, place = thread // 32, thread % 32 // 4, thread % 4
     zero = tl.zeros([32 * WARPS], tl.float32)
     ones = tl.full([32 * WARPS], 0x3C003C00 if HALF else 0x3F803F80, tl.int32)
-    first_token, first = tl.program_id(0) * 8 * TOKEN_TILES, tl.program_id(1) * ROWS
+    first_token, first = tl.program_id(0) * 8 * TOKEN_TILES, tl.program_id(1) * (ROWS // 2 if GATED else ROWS)
+    num_out = num_rows // 2 if GATED else num_rows
     held = ()
     for i in tl.static_range(OCTETS):
-        held = held + (tl.minimum(first + 8 * i + quad, num_rows - 1).to(tl.int64),)
+        if GATED:
+            one = tl.minimum(first + 8 * (i // 2) + quad, num_out - 1) + i % 2 * num_out
+        else:
+            one = tl.minimum(first + 8 * i + quad, num_rows - 1)
+        held = held + (one.to(tl.int64),)
     tokens = ()
     for n in tl.static_range(TOKEN_TILES):
         tokens = tokens + (tl.minimum(first_token + 8 * n + quad, num_tokens - 1) * (WIDTH // 2),)
@@ -122,8 +129,12 @@ def quad_kernel(
     lower, odd = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
     factors, biases = (), ()
     for i in tl.static_range(TILES):
-        row = first + 16 * i + 8 * lower + lane // 4
-        inside = (row < num_rows) & (row < first + ROWS)
+        if GATED:
+            place_out = first + 8 * i + lane // 4
+            row, inside = place_out + lower * num_out, (place_out < num_out) & (lower < 2)
+        else:
+            row = first + 16 * i + 8 * lower + lane // 4
+            inside = (row < num_rows) & (row < first + ROWS)
         factor = tl.full([32, 2, 1], 1.0, tl.float32)
         added = tl.zeros([32, 2, 1], tl.float32)
         if FORMAT != INT4 and FORMAT != FLOAT:
@@ -157,6 +168,7 @@ def quad_kernel(
     for i in tl.static_range(TILES):
         row = first + 16 * i + 8 * lower + lane // 4
         inside = (row < num_rows) & (row < first + ROWS)
+        one_row = first + 8 * i + tl.arange(0, 32)[:, None] // 4
         for n in tl.static_range(TOKEN_TILES):
             d = acc[i * TOKEN_TILES + n]
             # [lane, lower, odd] of every warp, added up over the warps in one go.
@@ -165,8 +177,15 @@ def quad_kernel(
             if FORMAT == FP8:
                 y *= 256.0 if HALF else 1152921504606846976.0
             y = y * factors[i] + biases[i].to(tl.float32)
-            token = first_token + 8 * n + lane % 4 * 2 + odd
-            tl.store(out + token * num_rows + row, y.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
+            if GATED:
+                gate, up = tl.split(tl.permute(y.to(out.dtype.element_ty).to(tl.float32), (0, 2, 1)))
+                token = first_token + 8 * n + tl.arange(0, 32)[:, None] % 4 * 2 + tl.arange(0, 2)[None, :]
+                h = gate * tl.sigmoid(gate) * up
+                there = (one_row < num_out) & (token < num_tokens)
+                tl.store(out + token * num_out + one_row, h.to(out.dtype.element_ty), mask=there)
+            else:
+                token = first_token + 8 * n + lane % 4 * 2 + odd
+                tl.store(out + token * num_rows + row, y.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
 
 def takes_quads(format_id: int, x_TD: Tensor) -> bool:
@@ -239,15 +258,17 @@ def quads(
     *,
     per_block: int = 1,
     shape: Shape | None = None,
+    is_gated: bool = False,
 ) -> bool:
     """Launch the kernel: a few tokens' product into `out_TF`, of what `takes_quads`. x contiguous.
 
-    shape: a program's (None: by `shape_of`).
+    shape: a program's (None: by `shape_of`). is_gated: of gates above what they gate, silu(gate) * up [T, F / 2].
     Returns: whether the result is right. Not where a version of Triton moves the loop's values between threads.
     """
-    num_tokens, num_rows = out_TF.shape
+    num_tokens, num_rows = x_TD.shape[0], weight.shape[0]
     width = x_TD.shape[1]
     rows, warps, ahead = shape or shape_of(format_id, num_rows, width, num_processors(x_TD.device), num_tokens)
+    rows = max(16, rows) if is_gated else rows
     token_tiles = 1 if num_tokens <= 8 else 2
     is_int4 = format_id == 3
     options: dict[str, object] = {"launch_pdl": True} if overlaps(x_TD.device) else {}
@@ -275,6 +296,7 @@ def quads(
             AHEAD=ahead,
             BY_HAND=x_TD.device.type != "cpu",  # Triton's interpreter has no assembler
             OVERLAP="launch_pdl" in options,
+            GATED=is_gated,
             num_warps=warps,
             num_stages=1,
             enable_fp_fusion=True,

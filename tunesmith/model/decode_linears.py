@@ -5,11 +5,12 @@ What is held does not change, so this is done after loading, and for any model w
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from tunesmith.kernels.direct import direct
 from tunesmith.kernels.fp8 import quantize_rows_fp8
 from tunesmith.kernels.gemv import (
     few_product,
@@ -23,6 +24,7 @@ from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.fp8 import Fp8Linear
 from tunesmith.model.held import HeldLinear
+from tunesmith.model.int4 import Int4Linear
 from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.layers import Linear
 from tunesmith.model.quant import NF4Linear
@@ -83,6 +85,39 @@ class DecodeFp8Linear(Fp8Linear):
     def product_of_codes(self, codes_TD: Tensor, scale_T1: Tensor, dtype: torch.dtype) -> Tensor:
         """y_TF in a dtype, of an input that is quantised by rows."""
         return fp8_few_product(codes_TD, scale_T1, self.codes, self.scale, self.bias, dtype)
+
+
+def swiglu_product(linear: nn.Module, x_TD: Tensor) -> Tensor | None:
+    """silu(gate) * up of what a fused gate and up would give for x, [T, F / 2], in one launch.
+
+    The bits are those of the product and of SwiGLU after it. None where there is no such kernel: more than few tokens,
+    other forms of linears (with adapters, of rows that are fixed), another device.
+    """
+    if x_TD.dim() != 2 or not torch.is_inference_mode_enabled():
+        return None
+    held = _held_for_few(linear, x_TD)
+    if held is None:
+        return None
+    from tunesmith.kernels.gemv_operators import swiglu_few_operator
+    from tunesmith.kernels.gemv_quads_triton import takes_quads
+
+    if not takes_quads(held[0], x_TD):
+        return None
+    h_TI: Tensor = direct(swiglu_few_operator, x_TD)(held[0], x_TD, *held[1:], cast(Any, linear).bias)
+    return h_TI
+
+
+def _held_for_few(linear: nn.Module, x_TD: Tensor) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
+    """Format, weight, scales and zero points, where `product` would multiply few tokens with them as they are."""
+    if type(linear) is DecodeLinear and takes("float", x_TD) and takes_float(x_TD, linear.weight):
+        return 0, linear.weight, None, None
+    if type(linear) is Int8Linear and not linear.has_int8_products and takes("int8", x_TD):
+        return 1, linear.codes, linear.scale, None
+    if type(linear) is DecodeFp8Linear and takes("fp8", x_TD) and not linear.wants_codes(len(x_TD)):
+        return 2, linear.codes, linear.scale, None
+    if type(linear) is Int4Linear and linear.order is None and takes("int4", x_TD):
+        return 3, linear.words, linear.scales, linear.zeros
+    return None
 
 
 def use_decode_linears(model: nn.Module) -> None:

@@ -99,6 +99,28 @@ held = quantize_int8(torch.randn(5, 300))
 mine = int8_dequantize_operator(held.codes, held.scale, float16)
 assert torch.equal(mine, dequantize_int8(held.codes, held.scale, float16))
 words = quantize_int4(torch.randn(4, 128), 128, True)
+# Gates and what they gate, in one launch: rounded as by two.
+from tunesmith.kernels.swiglu import swiglu_reference
+for format_id, tokens, rows in ((0, 1, 40), (3, 3, 24), (3, 12, 40), (2, 11, 40), (1, 2, 17), (0, 9, 8)):
+    x, dense = torch.randn(tokens, 768).to(float16), torch.randn(2 * rows, 768) * 0.05
+    bias = torch.randn(2 * rows).to(float16)
+    if format_id == 3:
+        held = quantize_int4(dense, 128)
+        given = (held.words, held.scales.to(float16), held.zeros)
+        dense = dequantize_int4(type(held)(*given, held.shape, held.dtype), float32)
+    elif format_id == 2:
+        held = quantize_fp8_weight(dense)
+        given, dense = (held.codes, held.scale, None), dequantize_fp8_weight(held, float32)
+    elif format_id == 1:
+        held = quantize_int8(dense)
+        given, dense = (held.codes, held.scale, None), dequantize_int8(held.codes, held.scale, float32)
+    else:
+        given = (dense.to(float16), None, None)
+    mine = ops.swiglu_few_operator(format_id, x, *given, bias)
+    wide = dense.to(float16).float() if format_id == 0 else dense
+    truth = swiglu_reference((x.float() @ wide.T + bias.float()).to(float16))
+    assert mine.shape == (tokens, rows)
+    torch.testing.assert_close(mine, truth, rtol=4e-3, atol=4e-3)
 from tunesmith.kernels.fp8 import product_reference, quantize_rows_reference
 from tunesmith.kernels.fp8_split_triton import split_product_operator
 for tokens, rows, width, parts, has_bias in ((5, 130, 640, 2, True), (20, 40, 384, 3, False)):
@@ -156,8 +178,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
             words = {**types, "x": "*i32", "w": "*i32", "zeros": "*i16", "num_tokens": "i32"}
             words["scales"] = "*i32" if format_id == 3 else "*fp32"
             sizes = {**constants, "WIDTH": 3584, "SCALE_HALF": False, "ROWS": 16, "TOKEN_TILES": 2, "WARPS": 4}
-            sizes |= {"AHEAD": 2, "BY_HAND": 1, "OVERLAP": 0}
+            sizes |= {"AHEAD": 2, "BY_HAND": 1, "OVERLAP": 0, "GATED": 0}
             found[f"fragments, {format_id}"] = (quads.quad_kernel, words, sizes, 4, 1)
+            found[f"fragments, gated, {format_id}"] = (quads.quad_kernel, words, {**sizes, "GATED": 1}, 4, 1)
     many = {"words": "*i32", "scales": "*bf16", "zeros": "*u8", "out": "*bf16", "num_words": "i32", "width": "i32"}
     sizes = {"PER_BLOCK": 1, "ZEROS": 1, "WORDS": dense.WORDS_AT_ONCE}
     found["int4 dequantised"] = (dense.int4_dequantize_kernel, many, sizes, 2, 1)
@@ -168,9 +191,9 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int, int]]
 
 DENSE = ["int4 dequantised", "int8 dequantised"]
 NAMES = [*DENSE, *[f"one token, {i}" for i in range(5)], *[f"few tokens, {i}" for i in range(4)]]
-NAMES += [f"fragments, {i}" for i in range(4)]
+NAMES += [f"fragments, {gated}{i}" for gated in ("", "gated, ") for i in range(4)]
 QUICK = [*[(name, 90) for name in DENSE], ("one token, 2", 80), ("few tokens, 1", 90)]
-QUICK += [("fragments, 3", 90)]
+QUICK += [("fragments, 3", 90), ("fragments, gated, 2", 90)]
 OTHERS = [pytest.param(n, c, marks=pytest.mark.long) for n in NAMES for c in CHIPS if (n, c) not in QUICK]
 
 
