@@ -2,7 +2,8 @@
 
 It takes up to `MOST_TOKENS` sequences with one new token each, of a dense decoder with RMSNorm and SwiGLU whose weights
 are float32, bfloat16, int8 by rows or int4 by groups, and reads keys and values from the pages. Weights are read where
-they lie: only scales and norms are copied.
+they lie: only scales and norms are copied, and the adapter of one that has one, in the dtype it is computed in. DoRA,
+and adapters on other formats, are torch's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tunesmith.model.decoder import Decoder
 from tunesmith.model.int4 import Int4Linear
 from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.layers import Linear, RMSNorm
+from tunesmith.model.lora import AdaptedLinear
 
 MOST_TOKENS = 16
 _MOST_INT8_TOKENS = 8
@@ -40,10 +42,22 @@ class Weight(ctypes.Structure):
     ]
 
 
+class _LowRankPart(ctypes.Structure):
+    _fields_ = [*((name, _I64) for name in ("row", "rows", "column", "rank", "is_half")), ("up", _POINTER)]
+
+
+class _LowRank(ctypes.Structure):
+    _fields_ = [("down", Weight), ("num_parts", _I64), ("parts", _POINTER)]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [("weight", Weight), ("low", _POINTER)]
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
-        *((name, Weight) for name in ("qkv", "output", "up", "down")),
+        *((name, _Linear) for name in ("qkv", "output", "up", "down")),
         ("keys", _POINTER),
         ("values", _POINTER),
         ("window", _I64),
@@ -106,7 +120,7 @@ class CpuStep:
         )
         self._head = self._weight_of_head(decoder)
         self._head_place = ctypes.addressof(self._head)
-        has_int8 = any(isinstance(block.mlp, Mlp) and isinstance(block.mlp.up, Int8Linear) for block in blocks)
+        has_int8 = any(isinstance(block.mlp, Mlp) and isinstance(_base(block.mlp.up), Int8Linear) for block in blocks)
         most_int8 = MOST_TOKENS if library.tunesmith_has_tiles() else _MOST_INT8_TOKENS
         self.most_tokens = most_int8 if has_int8 else MOST_TOKENS
         self.most_logits = most_int8 if self._head.kind == _INT8 else MOST_TOKENS
@@ -160,10 +174,10 @@ class CpuStep:
             mlp_norm=self._norm(block.mlp_norm),
             query_norm=self._norm(attention.q_norm),
             key_norm=self._norm(attention.k_norm),
-            qkv=self._weight(attention.qkv),
-            output=self._weight(attention.output),
-            up=self._weight(mlp.up),
-            down=self._weight(mlp.down),
+            qkv=self._linear(attention.qkv),
+            output=self._linear(attention.output),
+            up=self._linear(mlp.up),
+            down=self._linear(mlp.down),
             keys=self.cache.keys[index].data_ptr(),
             values=self.cache.values[index].data_ptr(),
             window=self.cache.config.window(index) or 0,
@@ -184,6 +198,30 @@ class CpuStep:
             return self._weight(decoder.head)
         weight = decoder.embedding.weight.detach()
         return Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, None)
+
+    def _linear(self, linear: nn.Module) -> _Linear:
+        weight = self._weight(_base(linear))
+        low = self._low_rank(linear, weight.kind) if isinstance(linear, AdaptedLinear) else None
+        return _Linear(weight, None if low is None else ctypes.addressof(low))
+
+    def _low_rank(self, linear: AdaptedLinear, kind: int) -> _LowRank:
+        """A and scale * B of every projection, rounded as torch's pass rounds them."""
+        downs, parts, column = [], [], 0
+        for name, rows in ((name, linear.rows(name)) for name in linear.parts if name in linear.adapters):
+            adapter = linear.adapter(name)
+            up = (adapter.B * adapter.options.scale).detach().t().to(self.dtype).contiguous()
+            rank, num_rows = up.shape
+            is_half = self.dtype == torch.bfloat16
+            parts.append(_LowRankPart(rows.start, num_rows, column, rank, is_half, self._keep(up)))
+            downs.append(adapter.A.detach().to(self.dtype))
+            column += rank
+        # Beside a weight in codes A reads the input as it is; beside others in the form that the weight reads.
+        down = torch.cat(downs).to(torch.bfloat16 if kind == _FLOAT_KINDS[torch.bfloat16] else torch.float32)
+        place = Weight(_FLOAT_KINDS[down.dtype], *down.shape, 0, self._keep(down), None, None, None)
+        held = (_LowRankPart * len(parts))(*parts)
+        low = _LowRank(place, len(parts), ctypes.cast(held, _POINTER))
+        self._kept += [held, low]
+        return low
 
     def _weight(self, linear: nn.Module) -> Weight:
         bias = cast("nn.Parameter | None", linear.bias)
@@ -231,11 +269,19 @@ def _takes_block(block: Block, dtype: torch.dtype) -> bool:
         return False
     if isinstance(norms[0], RMSNorm) and (not isinstance(norms[1], RMSNorm) or norms[0].eps != norms[1].eps):
         return False
-    return all(_takes(linear, dtype) for linear in (attention.qkv, attention.output, mlp.up, mlp.down))
+    linears = (attention.qkv, attention.output, mlp.up, mlp.down)
+    if any(isinstance(linear, AdaptedLinear) and linear.is_dora for linear in linears):
+        return False
+    return all(_takes(_base(linear), dtype) for linear in linears)
+
+
+def _base(linear: nn.Module) -> nn.Module:
+    """What a linear's adapters are beside, or the linear itself."""
+    return linear.base if isinstance(linear, AdaptedLinear) else linear
 
 
 def _takes(linear: nn.Module, dtype: torch.dtype) -> bool:
-    """Plain linears alone: adapters and other formats are modules of other classes, or have a shell."""
+    """Plain linears alone: other formats are modules of other classes, or have a shell."""
     if type(linear) is Int8Linear:
         return linear.shell is None and not linear.has_int8_products
     if type(linear) is Int4Linear:

@@ -8,13 +8,15 @@
 #include <vector>
 
 #include "cpu_draw.hpp"
+#include "cpu_low_rank.hpp"
 #include "cpu_math.hpp"
 #include "cpu_pool.hpp"
 #include "cpu_products.hpp"
+#include "cpu_row.hpp"
 
 struct Layer {
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
-    Weight qkv, output, up, down;
+    Linear qkv, output, up, down;
     void *keys, *values;  // [pages, slots, kv_heads, head_dim]
     int64_t window;       // 0: none
 };
@@ -43,47 +45,6 @@ constexpr int64_t LEAST_BYTES = 1 << 15;  // of a weight for one part of a phase
 constexpr int PARTS = 8;                  // of a phase for each thread, so that none waits long for another
 constexpr int64_t FEW_VALUES = 1 << 13;   // that the caller goes through alone
 
-inline float total(const float *lanes) {
-    float half[LANES / 2], sum = 0;
-    for (int i = 0; i < LANES / 2; i++) half[i] = lanes[i] + lanes[i + LANES / 2];
-    for (int i = 0; i < LANES / 2; i++) sum += half[i];
-    return sum;
-}
-
-inline float dot(const float *a, const float *b, int64_t count) {
-    Vector sum = {};
-    float rest = 0;
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum += *(const Vector *)(a + i) * *(const Vector *)(b + i);
-    for (; i < count; i++) rest += a[i] * b[i];
-    return total((const float *)&sum) + rest;
-}
-
-inline void norm(const float *x, const float *weight, int64_t width, float eps, float *out) {
-    float scale = 1.0f / std::sqrt(dot(x, x, width) / float(width) + eps);
-    for (int64_t i = 0; i < width; i++) out[i] = x[i] * scale * weight[i];
-}
-
-inline float rounded(float x, bool is_half) { return is_half ? widen(narrow(x)) : x; }
-
-inline void rotate(float *x, const float *cosine, const float *sine, int64_t half) {
-    for (int64_t i = 0; i < half; i++) {
-        float first = x[i], second = x[i + half];
-        x[i] = first * cosine[i] - second * sine[i];
-        x[i + half] = second * cosine[i] + first * sine[i];
-    }
-}
-
-template <class Value>
-inline void widen_all(const Value *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++) to[i] = widen(from[i]);
-}
-
-void write_all(const float *from, int64_t count, void *to, int64_t place, bool is_half) {
-    if (!is_half) std::memcpy(static_cast<float *>(to) + place, from, 4 * count);
-    else for (int64_t i = 0; i < count; i++) static_cast<uint16_t *>(to)[place + i] = narrow(from[i]);
-}
-
 class Decoder {
    public:
     explicit Decoder(const Model &model) : m(model), layers(model.layers, model.layers + model.num_layers) {
@@ -106,6 +67,11 @@ class Decoder {
         in.sums = sums.data();
         tiles.resize(MOST * in.ld);
         in.tiles = tiles.data();
+        int64_t ranks = 0;
+        for (const Layer &layer : layers)
+            for (const Linear &l : {layer.qkv, layer.output, layer.up, layer.down})
+                if (l.low) ranks = std::max(ranks, l.low->down.rows);
+        low.resize(MOST * ranks);
     }
 
     // 0, or BAD_ID.
@@ -115,14 +81,14 @@ class Decoder {
             if (!embed(s, t)) return BAD_ID;
         turns(s);
         for (Layer &layer : layers) {
-            normed_for(layer.qkv, layer.attention_norm, s, crew);
+            normed_for(layer.qkv.weight, layer.attention_norm, s, crew);
             times(layer.qkv, input_of(normed.data(), m.width), s.tokens, {qkv.data(), qkv_rows, SET}, crew);
             crew->phase(s.tokens * m.kv_heads, [&](int64_t task) {
                 thread_local std::vector<float> room;
                 attend(layer, s, task / m.kv_heads, task % m.kv_heads, room);
             });
             add(layer.output, mixed.data(), m.heads * m.head_dim, s, crew);
-            normed_for(layer.up, layer.mlp_norm, s, crew);
+            normed_for(layer.up.weight, layer.mlp_norm, s, crew);
             gate(layer.up, s, crew);
             add(layer.down, gated.data(), 2 * m.inner, s, crew);
         }
@@ -206,28 +172,47 @@ class Decoder {
         crew->phase((rows + size - 1) / size, [&](int64_t i) { work(i * size, std::min(rows, (i + 1) * size)); });
     }
 
-    void times(const Weight &w, const Input &x, int64_t tokens, const Output &out, Crew &crew) {
-        by_rows(w, w.rows, crew, [&](int64_t first, int64_t last) { product(w, x, int(tokens), first, last, out); });
+    void times(const Linear &l, const Input &x, int64_t tokens, const Output &out, Crew &crew) {
+        lower(l, x, tokens, crew);
+        by_rows(l.weight, l.weight.rows, crew, [&](int64_t first, int64_t last) {
+            rows(l, x, tokens, first, last, out);
+        });
+    }
+
+    // low = down x, where there are adapters.
+    void lower(const Linear &l, const Input &x, int64_t tokens, Crew &crew) {
+        if (!l.low) return;
+        const Weight &down = l.low->down;
+        if (uses_tiles(down, tokens) != uses_tiles(l.weight, tokens)) ready(down, x.wide, x.wide_ld, tokens, crew);
+        times({down, nullptr}, x, tokens, {low.data(), down.rows, SET}, crew);
+    }
+
+    // Rows first .. last of y, `low` being there.
+    void rows(const Linear &l, const Input &x, int64_t tokens, int64_t first, int64_t last, const Output &out) const {
+        product(l.weight, x, int(tokens), first, last, out);
+        if (l.low) add_low_rank(*l.low, low.data(), tokens, first, last, static_cast<float *>(out.data), out.ld);
     }
 
     void put_logits(const Weight &w, void *to, int64_t tokens, Crew &crew) {
         ready(w, normed.data(), m.width, tokens, crew);
-        times(w, input_of(normed.data(), m.width), tokens, {to, w.rows, m.is_half ? SET_BFLOAT16 : SET}, crew);
+        Input x = input_of(normed.data(), m.width);
+        times({w, nullptr}, x, tokens, {to, w.rows, m.is_half ? SET_BFLOAT16 : SET}, crew);
     }
 
     // stream += x @ w.T
-    void add(const Weight &w, const float *x, int64_t ld, const Step &s, Crew &crew) {
-        ready(w, x, ld, s.tokens, crew);
-        times(w, input_of(x, ld), s.tokens, {stream.data(), m.width, ADD}, crew);
+    void add(const Linear &l, const float *x, int64_t ld, const Step &s, Crew &crew) {
+        ready(l.weight, x, ld, s.tokens, crew);
+        times(l, input_of(x, ld), s.tokens, {stream.data(), m.width, ADD}, crew);
     }
 
     // gated[t, :inner] = silu(gate) * up; up's rows lie behind gate's.
-    void gate(const Weight &w, const Step &s, Crew &crew) {
+    void gate(const Linear &l, const Step &s, Crew &crew) {
         Input x = input_of(normed.data(), m.width);
         Output out{gated.data(), 2 * m.inner, SET};
-        by_rows(w, m.inner, crew, [&](int64_t first, int64_t last) {
-            product(w, x, int(s.tokens), first, last, out);
-            product(w, x, int(s.tokens), m.inner + first, m.inner + last, out);
+        lower(l, x, s.tokens, crew);
+        by_rows(l.weight, m.inner, crew, [&](int64_t first, int64_t last) {
+            rows(l, x, s.tokens, first, last, out);
+            rows(l, x, s.tokens, m.inner + first, m.inner + last, out);
             for (int64_t t = 0; t < s.tokens; t++) {
                 float *gate = &gated[2 * t * m.inner];
                 const float *up = gate + m.inner;
@@ -334,7 +319,7 @@ class Decoder {
     std::vector<Layer> layers;
     int64_t widest, qkv_rows;
     Input in{};
-    std::vector<float> stream, normed, qkv, mixed, gated, cosine, sine, steps, sums;
+    std::vector<float> stream, normed, qkv, low, mixed, gated, cosine, sine, steps, sums;
     std::vector<uint16_t> half, tiles;
     std::vector<int16_t> codes;
 };

@@ -22,9 +22,14 @@ from tunesmith.engine.cpu_pass import CpuPass
 from tunesmith.engine.cpu_products import product_of
 from tunesmith.engine.cpu_step import takes
 from tunesmith.engine.engine import Engine
+from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.lora import AdaptedLinear, AdapterOptions
+from tunesmith.model.methods import add_adapters, block_linears
+from tunesmith.recipe.schema import DataSection, MethodSection, ModelSection, Recipe
+from tunesmith.rundir.layout import create_run
 
 
 def _beside(name: str) -> ModuleType:
@@ -181,3 +186,92 @@ def test_int4_is_widened_to_the_same_bits(quantize: str, tiny_model_dir: Any, li
         assert torch.equal(Int4Table(linear).widened(library), linear.weight(torch.bfloat16))
         x = torch.randn(70, linear.in_features)
         torch.testing.assert_close(product_of(linear, x.dtype, True, library).plain(x), linear(x), rtol=1e-6, atol=1e-6)
+
+
+RANKS = {"q_proj": 1, "k_proj": 3, "v_proj": 64, "o_proj": 3, "gate_proj": 64, "up_proj": 1, "down_proj": 17}
+ODD = {"hidden_size": 104, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 22, "intermediate_size": 117}
+"""No width of an input and no number of rows is a multiple of 16."""
+
+
+def adapted(decoder: Decoder, ranks: dict[str, int], dora: bool = False) -> Decoder:
+    """Adapters of these ranks that change what a linear says by about as much as it says."""
+    chosen = {t.path: [part for part in t.parts if part in ranks] for t in block_linears(decoder)}
+    chosen = {path: parts for path, parts in chosen.items() if parts}
+    add_adapters(decoder, chosen, lambda name: AdapterOptions(ranks[name.rsplit(".", 1)[1]], 2.0, dora=dora), seed=0)
+    draw = torch.Generator().manual_seed(len(ranks))
+    with torch.no_grad():
+        for linear in (module for module in decoder.modules() if isinstance(module, AdaptedLinear)):
+            for part in linear.adapters:
+                adapter = linear.adapter(part)
+                adapter.B.copy_(0.02 * torch.randn(adapter.B.shape, generator=draw))
+                if adapter.magnitude is not None:
+                    adapter.magnitude.mul_(1 + 0.2 * torch.randn(adapter.magnitude.shape, generator=draw))
+    return decoder.eval()
+
+
+@pytest.mark.parametrize("targets", [tuple(RANKS), ("q_proj", "v_proj"), ("up_proj",), ("gate_proj", "down_proj")])
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("qwen2", ODD), ("qwen3", ODD)])
+def test_an_adapter_is_the_decoders(
+    family: str, changes: dict[str, int], targets: tuple[str, ...], tiny_model_dir: Any, library: Any
+) -> None:
+    """All projections of a linear or some, of ranks 1 to 64, with a bias and without, on widths of no whole vectors."""
+    decoder = load_decoder(tiny_model_dir(family, **changes), device="cpu", dtype=torch.float32)
+    plain = copy.deepcopy(decoder).eval()
+    adapted(decoder, {part: RANKS[part] for part in targets})
+    check(library, decoder, decoder, 1e-5, torch.float32, len(family))
+    with pytest.raises(AssertionError):
+        check(library, decoder, plain, 1e-3, torch.float32, len(family))
+
+
+@pytest.mark.parametrize("changes", [{}, ODD, {"hidden_size": 96}])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4", "int4-g32"])
+def test_an_adapter_on_other_formats_is_within_their_rounding(
+    quantize: str | None, changes: dict[str, int], tiny_model_dir: Any, library: Any
+) -> None:
+    """By the limits of the formats alone."""
+    dtype = torch.bfloat16 if quantize is None else torch.float32
+    source = tiny_model_dir("qwen2", **changes)
+    decoder: Any = load_for_inference(source, device="cpu", dtype=dtype, quantize=quantize)
+    adapted(decoder, RANKS)
+    truth = copy.deepcopy(decoder)
+    for module in truth.modules():
+        if hasattr(module, "dense_product"):
+            module.product = module.dense_product
+    limit = 0.06 if quantize is None else 1e-3 if quantize == "int8" else 2e-2
+    check(library, decoder, truth, limit, dtype, 3)
+
+
+def test_what_the_step_has_no_adapters_for_is_left_to_torch(tiny_model_dir: Any) -> None:
+    source = tiny_model_dir("llama", hidden_size=64)
+    for quantize, is_taken in ((None, True), ("int8", True), ("nf4", False), ("fp8", False)):
+        decoder: Any = load_for_inference(source, device="cpu", dtype=torch.float32, quantize=quantize)
+        assert takes(adapted(decoder, RANKS), torch.float32) == is_taken
+
+
+def test_a_run_answers_by_the_compiled_step(
+    tiny_model_dir: Any, make_adapter: Any, library: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run's own adapter took every token through torch: five times the time of the merged model."""
+    base = tiny_model_dir("qwen2", initializer_range=0.3)
+    recipe = Recipe(
+        output=str(tmp_path / "runs"),
+        model=ModelSection(path=str(base)),
+        method=MethodSection(kind="lora"),
+        data=DataSection(),
+    )
+    run = create_run(recipe)
+    make_adapter(base).rename(run.final)
+
+    def answers(llm: LLM) -> list[list[int]]:
+        found = llm.generate(["hello", "what is red?", "a"], max_tokens=24, temperature=0.0, ignore_eos=True)
+        return [answer.token_ids for answer in found]
+
+    said = []
+    for used in (None, library):
+        monkeypatch.setattr(runner_module, "load", lambda used=used: used)
+        llm = LLM(run.path, device="cpu")
+        runner: Any = llm.runner
+        assert any(isinstance(module, AdaptedLinear) for module in runner.model.modules())
+        said.append(answers(llm))
+        assert (runner._fused._step is not None) == (used is not None)
+    assert said[0] == said[1] != answers(LLM(base, device="cpu"))
