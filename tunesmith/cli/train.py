@@ -18,10 +18,10 @@ from tunesmith.errors import DataError, RecipeError, VerificationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from tunesmith.kernels.compiling import Compiling
     from tunesmith.recipe.schema import Recipe
     from tunesmith.train.metrics import StepMetrics
     from tunesmith.train.run import TrainResult
-    from tunesmith.verify.warm_up import Compiling
     from tunesmith.watch.start_up import StartUp
 
 app = typer.Typer(add_completion=False)
@@ -71,7 +71,7 @@ def train(
         first = "first a check that training is correct here" if verify else "loading"
         console.err.print(f"{recipe.method.kind} on {recipe.model.path}: {first} ...", style="dim", markup=False)
     from tunesmith.checkpoint.read_ahead import read_ahead
-    from tunesmith.verify.cuda_start import start_cuda
+    from tunesmith.kernels.cuda_start import start_cuda
     from tunesmith.verify.warm_up import start_compiling
     from tunesmith.watch.start_up import StartUp, process_age_s
 

@@ -16,6 +16,7 @@ import torch
 
 Known = TypeVar("Known", bound=Callable[..., Any])
 _foreseen: Chip | None = None
+_stand_in = "meta"
 _forget: list[Callable[[], None]] = []
 
 
@@ -28,15 +29,16 @@ class Chip:
 
 
 @contextmanager
-def foreseeing(chip: Chip) -> Iterator[None]:
-    """In here the meta device stands for this GPU."""
-    global _foreseen
-    before, _foreseen = _foreseen, chip
+def foreseeing(chip: Chip, stand_in: str = "meta") -> Iterator[None]:
+    """In here devices of this type stand for this GPU."""
+    global _foreseen, _stand_in
+    before = _foreseen, _stand_in
+    _foreseen, _stand_in = chip, stand_in
     _forget_all()
     try:
         yield
     finally:
-        _foreseen = before
+        _foreseen, _stand_in = before
         _forget_all()
 
 
@@ -49,7 +51,12 @@ def known_by_chip(function: Known) -> Known:
 
 def is_gpu(device: torch.device) -> bool:
     """Whether this is a GPU, or stands for one."""
-    return device.type == "cuda" or (device.type == "meta" and _foreseen is not None)
+    return device.type == "cuda" or stands_in(device)
+
+
+def stands_in(device: torch.device) -> bool:
+    """Whether this stands for a GPU that is foreseen."""
+    return _foreseen is not None and device.type == _stand_in
 
 
 def chip_of(device: torch.device) -> Chip | None:
@@ -57,7 +64,7 @@ def chip_of(device: torch.device) -> Chip | None:
 
     None: no GPU. It may start CUDA.
     """
-    if device.type == "meta" and _foreseen is not None:
+    if stands_in(device):
         return _foreseen
     if device.type not in ("cuda", "meta") or not torch.cuda.is_available():
         return None

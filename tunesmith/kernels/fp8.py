@@ -58,10 +58,10 @@ CHUNK = 2**24
 def has_fp8(device: torch.device | str) -> bool:
     """Whether the device has fp8 products: GPUs from sm_89 on (Ada, Hopper, Blackwell)."""
     chosen = torch.device(device)
-    if chosen.type == "meta":
-        chip = chip_of(chosen) if is_gpu(chosen) else None
-        return chip is not None and chip.capability >= FIRST_FP8
-    return chosen.type == "cuda" and torch.cuda.get_device_capability(chosen) >= FIRST_FP8
+    if chosen.type == "cuda":
+        return torch.cuda.get_device_capability(chosen) >= FIRST_FP8
+    chip = chip_of(chosen) if is_gpu(chosen) else None
+    return chip is not None and chip.capability >= FIRST_FP8
 
 
 def use_fp8_kernel(device: torch.device) -> bool:

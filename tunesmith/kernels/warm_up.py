@@ -50,8 +50,10 @@ class Launch:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that Triton specialises alike; it may tell some apart that Triton does not."""
-        kinds = (*map(_kind, self.arguments), *((name, _exact(value)) for name, value in sorted(self.options.items())))
-        return (id(self.kernel), *kinds)
+        parameters = getattr(self.kernel, "params", ())[: len(self.arguments)]
+        loose = {parameter.num for parameter in parameters if parameter.do_not_specialize}
+        kinds = (_kind(value, place not in loose) for place, value in enumerate(self.arguments))
+        return (id(self.kernel), *kinds, *((name, _exact(value)) for name, value in sorted(self.options.items())))
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,13 @@ def compile_all(launches: Sequence[Launch], capability: tuple[int, int], process
     return WarmUp(len(launches), processes, time.perf_counter() - began, names)
 
 
-def _kind(value: Any) -> Any:
-    """What Triton looks at in an argument that is no constant."""
+def _kind(value: Any, specialised: bool = True) -> Any:
+    """What Triton looks at in an argument that is no constant. specialised: False: at nothing but its type."""
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % _ALIGNMENT == 0
+        return value.dtype, specialised and value.data_ptr() % _ALIGNMENT == 0
     if isinstance(value, int) and not isinstance(value, bool):
-        return "int", value == 1, value % _ALIGNMENT == 0, -(2**31) <= value < 2**31
+        is_narrow = -(2**31) <= value < 2**31
+        return ("int", value == 1, value % _ALIGNMENT == 0, is_narrow) if specialised else ("int", is_narrow)
     return type(value)
 
 

@@ -1,77 +1,18 @@
 """Compiling a recipe's kernels in the background, from the moment the recipe is known until they are needed.
 
-The work is done by another program (`warm_up_worker`), because Triton compiles with Python's lock held and the program
-that trains is importing, reading data and loading weights at that time. This module imports nothing that takes long.
+This module imports nothing that takes long; the work is done by `warm_up_worker`.
 """
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import hashlib
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
-import tunesmith
+from tunesmith.kernels import compiling
+from tunesmith.kernels.compiling import Compiling, can_compile, start_worker
 from tunesmith.recipe.schema import Recipe
-from tunesmith.units import format_seconds
 
-# Longer than any chip's kernels take; after that they are compiled where they are launched.
-PATIENCE_S = 60.0
-# Of what a worker that failed wrote to stderr, which is shown.
-LAST_LINES = 5
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _RELEVANT = {"model": {"path", "revision", "dtype", "backend"}, "method": True, "train": True, "data": {"max_length"}}
-
-
-class Compiling:
-    """A worker under way. errors: the file that its stderr goes to."""
-
-    def __init__(self, process: subprocess.Popen[str], errors: IO[str] | None = None) -> None:
-        self._process = process
-        self._errors = errors
-        atexit.register(self.stop)
-
-    def wait(self, patience_s: float = PATIENCE_S) -> str | None:
-        """A line on what was compiled, once it is done, or the last lines of a worker that failed. Never raises.
-
-        None where there is nothing to say, or it takes too long.
-        """
-        began = time.perf_counter()
-        try:
-            answer, _ = self._process.communicate(timeout=patience_s)
-            if self._process.returncode != 0:
-                return self._failure()
-            done = json.loads(answer)
-        except (subprocess.TimeoutExpired, ValueError, OSError):
-            self.stop()
-            return None
-        if not done.get("kernels"):
-            return None
-        waited = format_seconds(time.perf_counter() - began)
-        took, processes = format_seconds(done["duration_s"]), done["processes"]
-        return f"kernels: {done['kernels']} compiled ahead in {took} by {processes} processes, waited for {waited}"
-
-    def _failure(self) -> str:
-        lines = [f"kernels: not compiled ahead, exit code {self._process.returncode}; they are compiled when launched"]
-        if self._errors is not None:
-            self._errors.seek(0)
-            lines += [f"  {line.rstrip()}" for line in self._errors if line.strip()][-LAST_LINES:]
-        return "\n".join(lines)
-
-    def stop(self) -> None:
-        """End the worker, if it has not ended."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
 
 
 def start_compiling(recipe: Recipe) -> Compiling | None:
@@ -81,57 +22,13 @@ def start_compiling(recipe: Recipe) -> Compiling | None:
     marker = marker_of(recipe)
     if marker.exists():
         return None
-    command = [sys.executable, "-m", "tunesmith.verify.warm_up_worker"]
-    environment = {**os.environ, **dict.fromkeys(_THREADS, "1")}
-    # A file, because nobody reads a pipe while the recipe's run begins.
-    errors = cast(IO[str], tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        env=environment,
-        start_new_session=True,  # Ctrl-C is the training program's, which then ends this one
-    )
-    pipe = cast(IO[str], process.stdin)
-    try:
-        pipe.write(json.dumps({"recipe": recipe.model_dump(mode="json"), "marker": str(marker)}))
-        pipe.close()
-        process.stdin = None
-    except OSError:
-        return None
-    return Compiling(process, errors)
+    return start_worker("tunesmith.verify.warm_up_worker", {"recipe": recipe.model_dump(mode="json")}, marker)
 
 
 def _is_wanted(recipe: Recipe) -> bool:
-    if not recipe.model.device.startswith(("auto", "cuda")) or recipe.model.backend == "transformers":
-        return False
-    if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+    return recipe.model.backend != "transformers" and can_compile(recipe.model.device)
 
 
 def marker_of(recipe: Recipe) -> Path:
-    """The file that says that everything of this recipe is in Triton's cache. It lies in there, to go with it."""
-    content = recipe.model_dump(mode="json", include=cast(Any, _RELEVANT))
-    digest = hashlib.sha256(json.dumps([content, _versions()], sort_keys=True, default=str).encode()).hexdigest()
-    return triton_cache() / f"tunesmith-{digest}"
-
-
-def triton_cache() -> Path:
-    """Where Triton keeps what it has compiled."""
-    named = os.environ.get("TRITON_CACHE_DIR")
-    return Path(named) if named else Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
-
-
-def _versions() -> list[Any]:
-    """Of what decides which kernels there are: the packages, our own files, and which GPUs are visible."""
-    root = Path(tunesmith.__file__).parent
-    files = [(p.name, p.stat().st_mtime_ns) for p in sorted(root.rglob("*.py"))]
-    packages = [metadata.version(name) for name in ("torch", "triton")]
-    return [packages, files, os.environ.get("CUDA_VISIBLE_DEVICES")]
+    """The file that says that everything of this recipe is in Triton's cache."""
+    return compiling.marker_of(recipe.model_dump(mode="json", include=cast(Any, _RELEVANT)))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tunesmith.verify import cuda_start
-from tunesmith.verify.cuda_start import start_cuda
+from tunesmith.kernels import cuda_start
+from tunesmith.kernels.cuda_start import start_cuda
 
 
 class _Driver:
@@ -80,7 +80,7 @@ def test_what_a_first_step_imports_has_no_compiler_in_it(torch_forks: Callable[.
 
 
 def test_importing_it_is_quick() -> None:
-    code = "import sys, tunesmith.verify.cuda_start, tunesmith.watch.start_up; print('torch' in sys.modules)"
+    code = "import sys, tunesmith.kernels.cuda_start, tunesmith.watch.start_up; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert cuda_start.__doc__
