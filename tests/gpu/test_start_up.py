@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tunesmith.engine.asked import Asked
 from tunesmith.recipe.load import recipe_from_mapping
 from tunesmith.train.session import build_session
 
@@ -38,6 +40,32 @@ session.close()
 print(json.dumps(misses))
 """
 
+_ANSWER = """
+import json, sys
+from pathlib import Path
+from triton import knobs
+misses = []
+knobs.compilation.listener = lambda **facts: None if facts["cache_hit"] else misses.append(str(facts["src"].name))
+from tunesmith.checkpoint.inference import load_for_inference
+from tunesmith.engine.engine import Engine
+from tunesmith.engine.loading import make_config, make_runner
+from tunesmith.engine.request import SamplingParams
+asked = json.loads(sys.argv[1])
+model = load_for_inference(
+    Path(asked["model"]), quantize=asked["quantize"], dtype="bfloat16", device="cuda", weights="random"
+)
+config = make_config(model, max_model_len=asked["max_model_len"], enforce_eager=asked["enforce_eager"])
+engine = Engine(make_runner(model, config), config=config)
+for num, length in ((1, 5), (8, 200), (3, 900)):
+    for _ in range(num):
+        engine.submit([7] * length, SamplingParams(max_tokens=20, temperature=0.8, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+while engine.idle():
+    pass
+print(json.dumps(misses))
+"""
+
 _STEP = """
 import json, sys
 from tunesmith.recipe.load import recipe_from_mapping
@@ -58,6 +86,29 @@ def test_a_run_compiles_nothing_that_was_compiled_ahead(method: dict[str, Any], 
     assert answer["failed"] == []
     assert answer["kernels"] >= 10
     run = [sys.executable, "-c", _RUN, json.dumps(raw)]
+    assert json.loads(_output(run, environment).splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8", "int4", "int8", "nf4"])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_an_engine_compiles_nothing_that_was_compiled_ahead(
+    quantize: str | None, enforce_eager: bool, tmp_path: Path
+) -> None:
+    asked = Asked(
+        "recipes/configs/qwen3-0.6b",
+        quantize=quantize,
+        dtype="bfloat16",
+        weights="random",
+        max_model_len=4096,
+        enforce_eager=enforce_eager,
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton"), "XDG_CACHE_HOME": str(tmp_path)}
+    request = json.dumps({"asked": asdict(asked), "marker": str(tmp_path / "marker")})
+    answer = json.loads(_output([sys.executable, "-m", "tunesmith.engine.compiling_worker"], environment, request))
+    assert answer["failed"] == []
+    assert answer["kernels"] >= 20
+    assert (tmp_path / "marker").exists()
+    run = [sys.executable, "-c", _ANSWER, json.dumps(asdict(asked))]
     assert json.loads(_output(run, environment).splitlines()[-1]) == []
 
 

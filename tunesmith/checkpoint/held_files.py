@@ -63,7 +63,7 @@ def load_held(directory: Path, *, device: torch.device | str, dtype: torch.dtype
     files = HeldFiles(directory, device, config.raw["quantization_config"])
     source = HeldWeights(files, config)
     decoder = fill_held(config, source, dtype or source.dtype, device, source.replace_linears)
-    if files.method == OURS and files.section.get("head") == "int8" and decoder.head is None:
+    if files.has_head_beside(decoder):
         hold_head_in_int8(decoder)
     return decoder
 
@@ -83,6 +83,10 @@ class HeldFiles(WeightFiles):
         """The names of the weights, without what belongs to their quantisation."""
         plain = [n for n in super().names() if n.rpartition(".")[0] not in self._held or n.endswith(".bias")]
         return sorted([*plain, *(f"{prefix}.weight" for prefix in self._held)])
+
+    def has_head_beside(self, decoder: Decoder) -> bool:
+        """Whether the head is to be held in int8 beside an embedding that it is tied to."""
+        return self.method == OURS and self.section.get("head") == "int8" and decoder.head is None
 
     def is_held(self, name: str) -> bool:
         """Whether this weight is in codes."""

@@ -67,7 +67,7 @@ def load_for_inference(
             raise ModelError(
                 f"{directory} is quantised already ({stored}): leave quantize out, or take the unquantised model"
             )
-        model: Any = load_held(directory, device=where, dtype=_dtype(dtype))
+        model: Any = load_held(directory, device=where, dtype=inference_dtype(dtype))
         model = _adapted(model, adapter, directory, None)
     elif held is None:
         model = load_model(
@@ -83,7 +83,7 @@ def load_for_inference(
     elif backend == "transformers":
         raise UnsupportedModelError(_only_native(held))
     else:
-        model = load_quantized(directory, held, device=where, dtype=_dtype(dtype), weights=weights, seed=seed)
+        model = load_quantized(directory, held, device=where, dtype=inference_dtype(dtype), weights=weights, seed=seed)
         model = _adapted(model, adapter, directory, seed if weights == "random" else None)
     if isinstance(model, Decoder):
         quantised = held is not None or stored is not None
@@ -112,7 +112,8 @@ def _only_native(held: WeightFormat) -> str:
     )
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def inference_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The dtype of this name; None: the checkpoint's ("auto"). Raises: ModelError for a name that there is not."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto" and dtype not in DTYPES:

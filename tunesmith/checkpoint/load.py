@@ -164,7 +164,7 @@ def load_decoder(
     """
     config = read_config(directory)
     if weights == "random":
-        source: Source = RandomWeights(config, dtype or _config_dtype(config), device, seed)
+        source: Source = RandomWeights(config, dtype or config_dtype(config), device, seed)
     elif config.raw.get("quantization_config"):
         check_bnb_config(config.raw["quantization_config"], directory)
         source = BnbWeights(BnbFiles(directory, device), config)
@@ -376,7 +376,8 @@ def _refuse(directory: Path, problem: str, names: list[str]) -> None:
         raise ModelError(f"the checkpoint in {directory} {problem}: {shown}")
 
 
-def _config_dtype(config: ModelConfig) -> torch.dtype:
+def config_dtype(config: ModelConfig) -> torch.dtype:
+    """The dtype that config.json names; float32 where it names none."""
     return DTYPES.get(str(config.raw.get("dtype") or config.raw.get("torch_dtype")), torch.float32)
 
 

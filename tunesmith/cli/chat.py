@@ -103,17 +103,21 @@ def chat(
 
 def _load(asked: dict[str, Any]) -> Talk:
     """A talk with a model that is loaded here. `asked`: the options of `chat`."""
+    from tunesmith.engine.asked import Asked
+    from tunesmith.engine.compiling import start_ahead
+
+    model, temperature, history = asked["model"], asked["temperature"], asked["history"]
+    loaded = {name: asked[name] for name in ("adapter", "quantize", "dtype", "device", "max_model_len")}
+    use_checkpoint(model, asked["adapter"])
+    start_ahead(Asked.of({"model": model, "max_num_seqs": 1, **loaded}))  # while torch is imported
     from tunesmith.engine.conversation import Conversation
     from tunesmith.engine.llm import LLM
     from tunesmith.engine.request import SamplingParams
 
-    model, temperature, history = asked["model"], asked["temperature"], asked["history"]
     names = ("max_tokens", "top_p", "top_k", "repetition_penalty", "seed")
     params = SamplingParams(
         temperature=TEMPERATURE if temperature is None else temperature, **{name: asked[name] for name in names}
     )
-    use_checkpoint(model, asked["adapter"])
-    loaded = {name: asked[name] for name in ("adapter", "quantize", "dtype", "device", "max_model_len")}
     with err.status("loading the model") if err.is_terminal else contextlib.nullcontext():
         llm = LLM(model, max_num_seqs=1, **loaded)
     if temperature is None and not samples(llm):

@@ -266,9 +266,9 @@ def _fresh_tail(host: HostBatch) -> FreshTail | None:
 
 
 def _move(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors of the device: on a CPU as they are, else through one pinned buffer."""
+    """Arrays as tensors of the device: on a CPU as they are, on a GPU through one pinned buffer."""
     if device.type != "cuda":
-        return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
     places, total = _places([array.nbytes for array in arrays])
     host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
     view = host.numpy()
@@ -337,8 +337,12 @@ def worst_batches(config: EngineConfig) -> list[HostBatch]:
     nothing is written: for measuring."""
     full, rest = divmod(config.max_num_batched_tokens, config.max_model_len)
     counts = ([config.max_model_len] * full + ([rest] if rest else []))[: config.max_num_seqs]
-    decoding = [1] * config.max_num_seqs
-    return [_worst(np.array(counts), np.array(counts)), _worst(np.array(decoding), config.max_model_len)]
+    return [_worst(np.array(counts), np.array(counts)), decode_batch(config.max_num_seqs, config.max_model_len)]
+
+
+def decode_batch(num_requests: int, context: int) -> HostBatch:
+    """A step of so many requests that decode, all with this context; for measuring too."""
+    return _worst(np.ones(num_requests, dtype=np.int64), context)
 
 
 def small_batches(config: EngineConfig) -> list[HostBatch]:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from tunesmith.engine.batch import StepBatch
-from tunesmith.engine.recorder import CudaRecorder, Recorder
+from tunesmith.engine.recorder import CudaRecorder, DryRecorder, Recorder
 from tunesmith.engine.sampling import Sampling
+from tunesmith.kernels.chip import stands_in
 from tunesmith.kernels.decode_inputs import DecodeInputs, load_inputs
 from tunesmith.units import ceil_div, format_bytes
 
@@ -122,7 +123,7 @@ class DecodeGraphs:
         self.run = run
         self.sampling = sampling
         self.slots_of_page = slots_of_page
-        self.recorder: Recorder = CudaRecorder(device) if recorder is None else recorder
+        self.recorder: Recorder = _recorder(device) if recorder is None else recorder
         self.sizes = sorted(sizes or ladder(max_num_seqs))
         self.contexts = [*(bound for bound in CONTEXTS if bound < max_context), max_context]
         self.report = report
@@ -313,6 +314,11 @@ class DecodeGraphs:
             is_decode=True,
             adapter_T=inputs.adapters if kind.has_adapters else None,
         )
+
+
+def _recorder(device: torch.device) -> Recorder:
+    """Of a GPU, or of what stands for one."""
+    return DryRecorder() if stands_in(device) else CudaRecorder(device)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from tunesmith.engine.adapters import AdapterPool
+from tunesmith.engine.asked import Asked
+from tunesmith.engine.compiling import start_compiling
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.loading import (
     draft_page_bytes,
@@ -100,9 +102,11 @@ class LLM:
     ) -> None:
         self.source: ModelSource | None = None
         self.shared: SharedModel | None = None
+        arguments, compiling = dict(locals()), None
         with ExitStack() as undo:
             undo.callback(self.close)  # no process stays where an engine can't be made
             if isinstance(model, str | Path):
+                compiling = start_compiling(Asked.of({**arguments, "max_num_seqs": max_num_seqs or max_running}))
                 self.source = find_source(str(model), adapter, quantize, revision)
                 if tensor_parallel_size > 1:
                     self.shared = share_source(self.source, dtype, device, tensor_parallel_size)
@@ -151,6 +155,7 @@ class LLM:
                 adapters=self.adapters,
                 beside_page_bytes=draft_page_bytes(draft),
                 shared=self.shared,
+                compiling=compiling,
             )
             stop_ids = stop_ids_of(self.model, self.tokenizer)
             self.engine = Engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, cast
@@ -26,10 +27,13 @@ from tunesmith.engine.tensor_shared import SharedModel, load_shared
 from tunesmith.engine.transformers_runner import TransformersRunner
 from tunesmith.errors import RequestError, TokenizerError
 from tunesmith.hardware import pick_device
+from tunesmith.kernels.chip import is_gpu
+from tunesmith.kernels.compiling import Compiling
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.text.tokenizer import Tokenizer, load_tokenizer
 
+log = logging.getLogger(__name__)
 GPU_SEQS, GPU_TOKENS = 256, 8192
 """Requests together, and tokens of a step, where nothing else is asked for."""
 CPU_SEQS, CPU_TOKENS = 16, 2048
@@ -98,7 +102,7 @@ def make_config(
     is_live: the model was loaded elsewhere and may be training. options: other fields of EngineConfig.
     Raises: RequestError, also when `max_model_len` is more than the model has positions.
     """
-    on_gpu = _device(model).type == "cuda"
+    on_gpu = is_gpu(_device(model))
     seqs = max_num_seqs or (LIVE_SEQS if is_live else GPU_SEQS if on_gpu else CPU_SEQS)
     tokens = max_num_batched_tokens or max(GPU_TOKENS if on_gpu else CPU_TOKENS, seqs)
     config = EngineConfig(
@@ -123,11 +127,12 @@ def make_runner(
     adapters: AdapterPool | None = None,
     beside_page_bytes: int = 0,
     shared: SharedModel | None = None,
+    compiling: Compiling | None = None,
 ) -> Runner:
     """The runner for this model: ours where it is native, else transformers'.
 
     adapters: told of every pass. beside_page_bytes: what another cache takes for each page (a draft model's).
-    shared: the processes that hold the model together.
+    shared: the processes that hold the model together. compiling: what the runner's kernels are waited for with.
     """
     if shared is not None:
         own = shared.runner(config, beside_page_bytes=beside_page_bytes)
@@ -140,6 +145,8 @@ def make_runner(
         free, total = torch.cuda.mem_get_info(_device(model))
         share = min(config.gpu_memory_utilization, (total - free + LIVE_SHARE * free) / total)
         config = replace(config, gpu_memory_utilization=share)
+    if compiling is not None:
+        log.debug("%s", compiling.wait())
     runner = NativeRunner(model, config, owns_model=not is_live, beside_page_bytes=beside_page_bytes)
     if adapters is not None:
         attach(adapters.stacks, runner)

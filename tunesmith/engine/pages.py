@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.arch import ModelConfig
+from tunesmith.kernels.chip import is_gpu
 from tunesmith.units import ceil_div
 
 PAGE_SLOTS = 16
@@ -147,8 +148,8 @@ class PagedCache:
         # On a CPU memory that is never written is never taken from the machine, so nothing is zeroed here.
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in layers]
-        on_gpu = device.type == "cuda"
-        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device) if on_gpu else None
+        counts = is_gpu(device)
+        self.arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device) if counts else None
         self.key_scales: list[Tensor] | None = None
         self.value_scales: list[Tensor] | None = None
         if dtype == torch.float8_e4m3fn:

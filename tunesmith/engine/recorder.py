@@ -78,6 +78,28 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
 
+class DryRecorder:
+    """Of what stands for a GPU: the work is done once, for whoever takes down its launches, and nothing repeats it."""
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Nothing that happens at first calls only."""
+
+    def record(self, work: Callable[[], Made]) -> tuple[Callable[[], None], Made]:
+        """The work, done once."""
+        return lambda: None, work()
+
+    def borrow(self, tensor: Tensor) -> Tensor:
+        """There is no memory to spare."""
+        return tensor
+
+    def free_bytes(self) -> int | None:
+        """Not known."""
+        return None
+
+    def renew(self) -> None:
+        """There is nothing to give back."""
+
+
 class _Memory:
     """A contiguous tensor's memory, by the protocol that CUDA libraries share arrays with; it holds nothing."""
 

@@ -35,6 +35,7 @@ from tunesmith.engine.logprobs import LogprobTensors, score_prompt
 from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator, PagedCache
 from tunesmith.engine.sampling import Sampled, Sampling
 from tunesmith.errors import RequestError
+from tunesmith.kernels.chip import is_gpu
 from tunesmith.kernels.cpu_library import load
 from tunesmith.kernels.paged_attention_fresh import warming_fresh
 from tunesmith.model.decoder import Decoder
@@ -113,7 +114,7 @@ class NativeRunner:
         self.beside_page_bytes = beside_page_bytes
         self.after_pass: list[Callable[[], None]] = []
         self.device = model.embedding.weight.device
-        on_gpu = self.device.type == "cuda"
+        on_gpu = is_gpu(self.device)
         has_groups = config.batch_invariant and on_gpu and owns_model
         self.fixed_rows = PASS_ROWS if config.batch_invariant and not has_groups else None
         self.group_rows = GROUP_ROWS if has_groups else self.fixed_rows
@@ -126,7 +127,7 @@ class NativeRunner:
             fix_rows(model.blocks, GROUP_ROWS)
         elif self.fixed_rows is not None and owns_model:
             fix_experts(model.blocks, self.fixed_rows)
-        library = load() if self.device.type == "cpu" and owns_model else None
+        library = load() if self.device.type == "cpu" and owns_model and not on_gpu else None
         self._fused = self._make_pass(owns_model, library) if has_fused_pass(model) else None
         self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device, library)
         self._records = on_gpu and owns_model and not config.enforce_eager and self.fixed_rows is None
@@ -140,7 +141,7 @@ class NativeRunner:
 
     def _make_pass(self, owns_model: bool, library: CDLL | None) -> FusedPass | CpuPass | None:
         """The written-out pass of this kind of device; a CPU's can't keep rows from each other, nor share a model."""
-        if self.device.type == "cuda":
+        if is_gpu(self.device):
             return FusedPass(self.model)
         if self.device.type != "cpu" or self.config.batch_invariant or self.model.stream is not WHOLE:
             return None
@@ -160,7 +161,7 @@ class NativeRunner:
         if pages is None:
             model, beside = self.model.config, self.beside_page_bytes
             graph_bytes = self._graph_bytes if self._records else None
-            pages = num_pages(self.config, model, self.page_dtype, self.device, self._worst_pass, beside, graph_bytes)
+            pages = num_pages(self.config, model, self.page_dtype, self.device, self.worst_pass, beside, graph_bytes)
         return PagedCache(self.model.config, pages, dtype=self.page_dtype, device=self.device)
 
     def _graph_bytes(self) -> int:
@@ -201,7 +202,7 @@ class NativeRunner:
     def _passing(self) -> Iterator[None]:
         """The model as it answers: in evaluation mode, its blocks written out where that is a GPU's."""
         was_fused = self.model.is_fused
-        is_fused = (was_fused or self.device.type == "cuda") and not self.config.batch_invariant
+        is_fused = (was_fused or is_gpu(self.device)) and not self.config.batch_invariant
         if is_fused != was_fused:  # a module's attributes are set by way of a search
             self.model.is_fused = is_fused
         try:
@@ -306,7 +307,7 @@ class NativeRunner:
         if isinstance(self._fused, CpuPass):
             self._fused.release(slot)
 
-    def _worst_pass(self) -> None:
+    def worst_pass(self) -> None:
         """The largest pass there can be, over one page that is never written: what pages must leave room for.
 
         And small ones of every other kind, so that nothing is compiled while requests wait.

@@ -24,6 +24,7 @@ from tunesmith.engine.batch import SampledRow
 from tunesmith.engine.logprobs import LogprobTensors, chosen_and_top, to_host
 from tunesmith.engine.request import TokenLogprobs
 from tunesmith.engine.sampling_state import Entries, SamplingPlan, SamplingState
+from tunesmith.kernels.chip import is_gpu
 from tunesmith.kernels.sampling import choose, choose_greedily, find_thresholds
 from tunesmith.kernels.sampling_logits import Allowed, Seen, change_logits
 from tunesmith.kernels.sampling_native import NativeDraw
@@ -100,7 +101,7 @@ class Sampling:
         """
         state = self.state
         missing = [kind for kind in (dtype, torch.float32) if kind not in self._warm]
-        if state.device.type != "cuda" or not missing:
+        if not is_gpu(state.device) or not missing:
             return False
         self._warm.add(missing[0])
         logits = torch.zeros(1, state.vocab_size, dtype=missing[0], device=state.device)

@@ -198,7 +198,7 @@ class SamplingState:
     def moved(self, host: Tensor) -> Tensor:
         """A tensor of the host on the device; nothing waits for the copy."""
         if self.device.type != "cuda":
-            return host
+            return host.to(self.device)
         return host.pin_memory().to(self.device, non_blocking=True)
 
 

@@ -124,7 +124,7 @@ class ShareRunner(NativeRunner):
         """All processes call it together: with the pages that fit where the least do."""
         if pages is None:
             model, beside = self.model.config, self.beside_page_bytes
-            pages = fitting_pages(self.config, model, self.page_dtype, self.device, self._worst_pass, beside)
+            pages = fitting_pages(self.config, model, self.page_dtype, self.device, self.worst_pass, beside)
             agreed = torch.tensor([pages], device=self.device)
             torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN, group=self.team.group)
             pages = int(agreed)

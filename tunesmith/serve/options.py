@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.engine.asked import Asked
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -34,6 +36,10 @@ class EngineOptions:
     served_check: str = "refuse"
     chat_template: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
+
+    def kernels(self) -> Asked:
+        """What decides which kernels the engine launches."""
+        return Asked.of({**vars(self), "quantize": self.quantization, **self.more})
 
 
 @dataclass(frozen=True)

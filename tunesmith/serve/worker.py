@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from tunesmith.engine.compiling import start_ahead
 from tunesmith.engine.request import Completion, SamplingParams, StepOutput, TokenLogprobs
 from tunesmith.errors import ParallelError, TunesmithError
 from tunesmith.serve import messages
@@ -370,6 +371,7 @@ def main(argv: list[str]) -> None:
     threading.Thread(target=_leave_with, args=(link,), daemon=True).start()
 
     def load(options: EngineOptions, send: Callable[[Message], None]) -> Loaded:
+        start_ahead(options.kernels())  # while torch is imported
         from tunesmith.serve.loading import load_model
 
         return load_model(options, send)

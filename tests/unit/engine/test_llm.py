@@ -391,7 +391,7 @@ def test_the_largest_pass_can_be_measured(model_dir: Path) -> None:
     ]
     assert small == [(1, 1, 32), (33, 2, 32), (4, 4, 32), (36, 5, 32)]
     assert all((host.slots == -1).all() for host in small_batches(llm.engine.config))
-    llm.runner._worst_pass()
+    llm.runner.worst_pass()
     before = llm.generate("one", max_tokens=5)[0].token_ids
-    llm.runner._worst_pass()
+    llm.runner.worst_pass()
     assert llm.generate("one", max_tokens=5)[0].token_ids == before
