@@ -16,6 +16,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "cpu_unit.hpp"
 
@@ -43,7 +44,7 @@ enum Store { SET, ADD, SET_BFLOAT16 };
 struct Weight {  // y = x @ w.T + bias, w [rows, width]
     int64_t kind, rows, width, group;
     const void *data;
-    const float *scale;    // int8: a row's; int4: [rows, padded width / group]
+    const float *scale;    // int8: a row's; int4: [rows, padded width / group]; else a factor of each row, or none
     const uint8_t *zeros;  // int4: like scale, or none: 8 everywhere
     const float *bias;
 };
@@ -63,6 +64,8 @@ struct Output {
     int64_t ld;
     Store store;
 };
+
+inline const float *factors_of(const Weight &w) { return w.kind <= BFLOAT16 ? w.scale : nullptr; }
 
 inline int64_t padded(int64_t width) { return (width + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -159,17 +162,19 @@ inline void prepare(const Weight &w, const float *x, int64_t ld, const Input &in
 
 template <int T>
 void put_rows(const Weight &w, int64_t row, int count, int tokens, const float *sums, const Output &out) {
-    float bias[MOST] = {};
+    float bias[MOST] = {}, scaled[MOST];
     if (w.bias) std::memcpy(bias, w.bias + row, 4 * count);
+    const float *factors = factors_of(w);
     for (int t = 0; t < tokens; t++) {
+        for (int r = 0; r < count; r++) scaled[r] = factors ? sums[r * T + t] * factors[row + r] : sums[r * T + t];
         int64_t place = t * out.ld + row;
         if (out.store == SET_BFLOAT16) {
             uint16_t *to = static_cast<uint16_t *>(out.data) + place;
-            for (int r = 0; r < count; r++) to[r] = narrow(sums[r * T + t] + bias[r]);
+            for (int r = 0; r < count; r++) to[r] = narrow(scaled[r] + bias[r]);
         } else {
             float *to = static_cast<float *>(out.data) + place;
-            if (out.store == SET) for (int r = 0; r < count; r++) to[r] = sums[r * T + t] + bias[r];
-            else for (int r = 0; r < count; r++) to[r] += sums[r * T + t] + bias[r];
+            if (out.store == SET) for (int r = 0; r < count; r++) to[r] = scaled[r] + bias[r];
+            else for (int r = 0; r < count; r++) to[r] += scaled[r] + bias[r];
         }
     }
 }
@@ -202,10 +207,46 @@ void product_of(const Weight &w, const Input &in, int tokens, int64_t first, int
     by(std::integral_constant<int, 1>());
 }
 
+#if WIDE
+template <int T, int R, int ASKS>
+void rows_by_turns(const Weight &w, int64_t row, const Input &in, float *sums) {
+    if (w.kind == FLOAT32) rows_float<T, R, ASKS, 2>(w, row, in, sums);
+    else rows_half<T, R, ASKS, 2>(w, row, in, sums);
+}
+
+// 9 to 8 + REST tokens, floating point: eight and then the rest of them by R rows, so that a line of either is loaded
+// once for several products.
+template <int R, int REST>
+int64_t by_eights(const Weight &w, const Input &in, int tokens, int64_t row, int64_t last, const Output &out) {
+    alignas(64) float sums[64];
+    Input rest = in;
+    rest.half += 8 * in.ld;
+    rest.wide += 8 * in.wide_ld;
+    Output behind = out;
+    behind.data = static_cast<char *>(out.data) + 8 * out.ld * (out.store == SET_BFLOAT16 ? 2 : 4);
+    for (; row + R <= last; row += R) {
+        rows_by_turns<8, R, 0>(w, row, in, sums);
+        put_rows<8>(w, row, R, 8, sums, out);
+        rows_by_turns<REST, R, 1>(w, row, rest, sums);
+        put_rows<REST>(w, row, R, tokens - 8, sums, behind);
+    }
+    return row;
+}
+
+template <int REST>
+void by_eights(const Weight &w, const Input &in, int tokens, int64_t first, int64_t last, const Output &out) {
+    by_eights<1, REST>(w, in, tokens, by_eights<3, REST>(w, in, tokens, first, last, out), last, out);
+}
+#endif
+
 // Rows first .. last of y for these tokens. Inputs have MOST rows, so that more than are asked for may be read.
 inline void product(const Weight &w, const Input &in, int tokens, int64_t first, int64_t last, const Output &out) {
 #if TILES
     if (uses_tiles(w, tokens)) return by_tiles(w, in, tokens, first, last, out);
+#endif
+#if WIDE
+    if (w.kind <= BFLOAT16 && tokens > 12) return by_eights<8>(w, in, tokens, first, last, out);
+    if (w.kind <= BFLOAT16 && tokens > 8) return by_eights<4>(w, in, tokens, first, last, out);
 #endif
     if (tokens == 1) product_of<1>(w, in, tokens, first, last, out);
     else if (tokens == 2) product_of<2>(w, in, tokens, first, last, out);

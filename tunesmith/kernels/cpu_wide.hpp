@@ -31,48 +31,62 @@ inline void sums_to(const __m512 *v, float *out) {
     }
 }
 
+// do_it(0) .. do_it(COUNT - 1), each with a constant: sums that a loop reaches by a variable are kept in memory by GCC,
+// which writes them there in every step (two cycles a sum; three times the time of 16 tokens in bfloat16).
+template <int... I, class Do>
+inline void each_of(std::integer_sequence<int, I...>, const Do &do_it) {
+    (do_it(std::integral_constant<int, I>()), ...);
+}
+template <int COUNT, class Do>
+inline void each(const Do &do_it) {
+    each_of(std::make_integer_sequence<int, COUNT>(), do_it);
+}
+
+// ASKS, TURNS: of every TURNS lines of the rows behind these, which one is asked for.
+template <int T, int R, int ASKS = 0, int TURNS = 1>
+void rows_float(const Weight &w, int64_t row, const Input &in, float *out) {
+    const float *data = static_cast<const float *>(w.data) + row * w.width;
+    __m512 sum[R * T], whole[R * T];
+    each<R * T>([&](auto i) { sum[i] = _mm512_setzero_ps(); });
+    for (int64_t k = 0; k < w.width; k += 16) {
+        __mmask16 mask = w.width - k >= 16 ? 0xffff : (1u << (w.width - k)) - 1;
+        __m512 weight[R];
+        each<R>([&](auto r) { weight[r] = _mm512_maskz_loadu_ps(mask, data + r * w.width + k); });
+        if (TURNS == 1 || k / 16 % TURNS == ASKS) {
+            for (int r = 0; r < R; r++) _mm_prefetch((const char *)(data + (r + R) * w.width + k), _MM_HINT_T0);
+        }
+        each<T>([&](auto t) {
+            __m512 x = _mm512_maskz_loadu_ps(mask, in.wide + t * in.wide_ld + k);
+            each<R>([&](auto r) { sum[r * T + t] = _mm512_fmadd_ps(weight[r], x, sum[r * T + t]); });
+        });
+    }
+    each<R * T>([&](auto i) { whole[i] = sum[i]; });
+    sums_to<R * T>(whole, out);
+}
+
 inline __m512bh load_half(const uint16_t *from, __mmask32 mask) {
     return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
 
-template <int T, int R>
-void rows_float(const Weight &w, int64_t row, const Input &in, float *out) {
-    const float *data = static_cast<const float *>(w.data) + row * w.width;
-    __m512 sum[R * T];
-    for (auto &s : sum) s = _mm512_setzero_ps();
-    for (int64_t k = 0; k < w.width; k += 16) {
-        __mmask16 mask = w.width - k >= 16 ? 0xffff : (1u << (w.width - k)) - 1;
-        __m512 weight[R];
-        for (int r = 0; r < R; r++) {
-            weight[r] = _mm512_maskz_loadu_ps(mask, data + r * w.width + k);
-            _mm_prefetch((const char *)(data + (r + R) * w.width + k), _MM_HINT_T0);
-        }
-        for (int t = 0; t < T; t++) {
-            __m512 x = _mm512_maskz_loadu_ps(mask, in.wide + t * in.wide_ld + k);
-            for (int r = 0; r < R; r++) sum[r * T + t] = _mm512_fmadd_ps(weight[r], x, sum[r * T + t]);
-        }
-    }
-    sums_to<R * T>(sum, out);
-}
-
-template <int T, int R>
+template <int T, int R, int ASKS = 0, int TURNS = 1>
 void rows_half(const Weight &w, int64_t row, const Input &in, float *out) {
     const uint16_t *data = static_cast<const uint16_t *>(w.data) + row * w.width;
-    __m512 sum[R * T];
-    for (auto &s : sum) s = _mm512_setzero_ps();
+    __m512 sum[R * T], whole[R * T];
+    each<R * T>([&](auto i) { sum[i] = _mm512_setzero_ps(); });
     for (int64_t k = 0; k < w.width; k += 32) {
         __mmask32 mask = w.width - k >= 32 ? 0xffffffffu : (1u << (w.width - k)) - 1;
         __m512bh weight[R];
-        for (int r = 0; r < R; r++) {
-            weight[r] = load_half(data + r * w.width + k, mask);
-            _mm_prefetch((const char *)(data + (r + R) * w.width + k), _MM_HINT_T0);
+        each<R>([&](auto r) { weight[r] = load_half(data + r * w.width + k, mask); });
+        if (TURNS == 1 || k / 32 % TURNS == ASKS) {
+            for (int r = 0; r < R; r++) _mm_prefetch((const char *)(data + (r + R) * w.width + k), _MM_HINT_T0);
         }
-        for (int t = 0; t < T; t++) {
+        each<T>([&](auto t) {
             __m512bh x = (__m512bh)_mm512_loadu_si512(in.half + t * in.ld + k);
-            for (int r = 0; r < R; r++) sum[r * T + t] = _mm512_dpbf16_ps(sum[r * T + t], weight[r], x);
-        }
+            each<R>([&](auto r) { sum[r * T + t] = _mm512_dpbf16_ps(sum[r * T + t], weight[r], x); });
+        });
     }
-    sums_to<R * T>(sum, out);
+    each<R * T>([&](auto i) { whole[i] = sum[i]; });
+    sums_to<R * T>(whole, out);
 }
 
 constexpr int AHEAD = 4096;  // bytes of a weight that are asked for early
