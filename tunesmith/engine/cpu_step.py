@@ -2,8 +2,7 @@
 
 It takes up to `MOST_TOKENS` sequences with one new token each, of a dense decoder with RMSNorm and SwiGLU whose weights
 are float32, bfloat16, int8 by rows or int4 by groups, and reads keys and values from the pages. Weights are read where
-they lie: only scales and norms are copied, and the adapter of one that has one, in the dtype it is computed in. DoRA,
-and adapters on other formats, are torch's.
+they lie: only scales and norms are copied, and the adapter of one that has one, in the dtype it is computed in.
 """
 
 from __future__ import annotations
@@ -200,18 +199,30 @@ class CpuStep:
         return Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, None)
 
     def _linear(self, linear: nn.Module) -> _Linear:
-        weight = self._weight(_base(linear))
-        low = self._low_rank(linear, weight.kind) if isinstance(linear, AdaptedLinear) else None
-        return _Linear(weight, None if low is None else ctypes.addressof(low))
+        if not isinstance(linear, AdaptedLinear):
+            return _Linear(self._weight(linear), None)
+        weight = self._weight(linear.base)
+        ratio_F = linear._ratio(*linear._fused_adapters(self.dtype)).detach() if linear.is_dora else None
+        if ratio_F is not None:
+            weight.scale = self._floats(ratio_F if weight.scale is None else self._scales(linear.base, ratio_F))
+        return _Linear(weight, ctypes.addressof(self._low_rank(linear, weight.kind, ratio_F)))
 
-    def _low_rank(self, linear: AdaptedLinear, kind: int) -> _LowRank:
-        """A and scale * B of every projection, rounded as torch's pass rounds them."""
+    @staticmethod
+    def _scales(base: nn.Module, ratio_F: Tensor) -> Tensor:
+        """A quantised weight's scales of its rows, each with its row's factor in it."""
+        if isinstance(base, Int8Linear):
+            return base.scale.float() * ratio_F.view_as(base.scale)
+        return cast(Int4Linear, base).scales.float() * ratio_F[:, None]
+
+    def _low_rank(self, linear: AdaptedLinear, kind: int, ratio_F: Tensor | None) -> _LowRank:
+        """A and scale * B of every projection, rounded as torch's pass rounds them. ratio_F: DoRA's factor of rows."""
         downs, parts, column = [], [], 0
         for name, rows in ((name, linear.rows(name)) for name in linear.parts if name in linear.adapters):
             adapter = linear.adapter(name)
-            up = (adapter.B * adapter.options.scale).detach().t().to(self.dtype).contiguous()
+            up = (adapter.B * adapter.options.scale).detach().t().to(self.dtype)
+            up = (up if ratio_F is None else up.float() * ratio_F[rows]).contiguous()
             rank, num_rows = up.shape
-            is_half = self.dtype == torch.bfloat16
+            is_half = up.dtype == torch.bfloat16
             parts.append(_LowRankPart(rows.start, num_rows, column, rank, is_half, self._keep(up)))
             downs.append(adapter.A.detach().to(self.dtype))
             column += rank
@@ -269,10 +280,7 @@ def _takes_block(block: Block, dtype: torch.dtype) -> bool:
         return False
     if isinstance(norms[0], RMSNorm) and (not isinstance(norms[1], RMSNorm) or norms[0].eps != norms[1].eps):
         return False
-    linears = (attention.qkv, attention.output, mlp.up, mlp.down)
-    if any(isinstance(linear, AdaptedLinear) and linear.is_dora for linear in linears):
-        return False
-    return all(_takes(_base(linear), dtype) for linear in linears)
+    return all(_takes(_base(linear), dtype) for linear in (attention.qkv, attention.output, mlp.up, mlp.down))
 
 
 def _base(linear: nn.Module) -> nn.Module:

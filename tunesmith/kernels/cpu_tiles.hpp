@@ -70,10 +70,12 @@ inline void put_tile(
     const Weight &w, int64_t row, int64_t from, int64_t to, int tokens, __m512 *sums, const Output &out) {
     __mmask16 mask = ((1u << (to - row)) - 1) & ~((1u << (from - row)) - 1);
     __m512 bias = w.bias ? _mm512_maskz_loadu_ps(mask, w.bias + row) : _mm512_setzero_ps();
+    __m512 factors = _mm512_set1_ps(1);
+    if (factors_of(w)) factors = _mm512_maskz_loadu_ps(mask, w.scale + row);
     transpose(sums);
     for (int t = 0; t < tokens; t++) {
         int64_t place = t * out.ld + row;
-        __m512 y = _mm512_add_ps(sums[t], bias);
+        __m512 y = _mm512_fmadd_ps(sums[t], factors, bias);
         if (out.store == SET_BFLOAT16) {
             __m256i half = (__m256i)_mm512_cvtneps_pbh(y);
             _mm256_mask_storeu_epi16(static_cast<uint16_t *>(out.data) + place, mask, half);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from tunesmith.engine.engine import Engine
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
+from tunesmith.kernels import cpu_library
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear, AdapterOptions
 from tunesmith.model.methods import add_adapters, block_linears
@@ -65,6 +67,15 @@ def check(library: Any, decoder: Decoder, truth: Decoder, limit: float, dtype: t
     assert num_compiled > 3
 
 
+def by_dense_products(decoder: Decoder) -> Decoder:
+    """The decoder once more, whose products are with dequantised weights."""
+    truth: Any = copy.deepcopy(decoder)
+    for module in truth.modules():
+        if hasattr(module, "dense_product"):
+            module.product = module.dense_product
+    return truth
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_float32_is_the_decoders(family: str, tiny_model_dir: Any, library: Any) -> None:
     decoder = load_decoder(tiny_model_dir(family), device="cpu", dtype=torch.float32).eval()
@@ -76,10 +87,7 @@ def test_other_formats_are_within_their_rounding(quantize: str | None, tiny_mode
     """The truth is float32 arithmetic with the same held weights; int4 prompts go through torch's bfloat16 kernel."""
     dtype = torch.bfloat16 if quantize is None else torch.float32
     decoder: Any = load_for_inference(tiny_model_dir("qwen2"), device="cpu", dtype=dtype, quantize=quantize)
-    truth = copy.deepcopy(decoder)
-    for module in truth.modules():
-        if hasattr(module, "dense_product"):
-            module.product = module.dense_product
+    truth = by_dense_products(decoder)
     limit = 0.06 if quantize is None else 1e-3 if quantize == "int8" else 2e-2
     check(library, decoder, truth, limit, dtype, 3)
 
@@ -233,12 +241,53 @@ def test_an_adapter_on_other_formats_is_within_their_rounding(
     source = tiny_model_dir("qwen2", **changes)
     decoder: Any = load_for_inference(source, device="cpu", dtype=dtype, quantize=quantize)
     adapted(decoder, RANKS)
-    truth = copy.deepcopy(decoder)
-    for module in truth.modules():
-        if hasattr(module, "dense_product"):
-            module.product = module.dense_product
+    truth = by_dense_products(decoder)
     limit = 0.06 if quantize is None else 1e-3 if quantize == "int8" else 2e-2
     check(library, decoder, truth, limit, dtype, 3)
+
+
+@pytest.mark.parametrize("targets", [tuple(RANKS), ("q_proj", "v_proj", "up_proj")])
+@pytest.mark.parametrize("changes", [{}, ODD])
+@pytest.mark.parametrize("quantize", [None, "bfloat16", "int8", "int4-g32"])
+def test_dora_is_the_decoders(
+    quantize: str | None, changes: dict[str, int], targets: tuple[str, ...], tiny_model_dir: Any, library: Any
+) -> None:
+    """Rows rescaled to their magnitudes, biases not; projections without an adapter stay as they are."""
+    dtype = torch.bfloat16 if quantize == "bfloat16" else torch.float32
+    held = None if quantize == "bfloat16" else quantize
+    source = tiny_model_dir("qwen2", **changes)
+    decoder: Any = load_for_inference(source, device="cpu", dtype=dtype, quantize=held)
+    for block in decoder.blocks:
+        torch.nn.init.normal_(block.attention.qkv.bias, std=0.5, generator=torch.Generator().manual_seed(7))
+    adapted(decoder, {part: RANKS[part] for part in targets}, dora=True)
+    truth = by_dense_products(decoder)
+    limit = {None: 1e-5, "bfloat16": 0.06, "int8": 1e-3}.get(quantize, 2e-2)
+    check(library, decoder, truth, limit, dtype, 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_adapter_beside_a_matrix_unit(
+    quantize: str | None, dora: bool, tiny_model_dir: Any, kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several tokens the weight's rows go through the unit, emulated here, and those of few ranks do not."""
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("a matrix unit comes with AVX-512 and bfloat16")
+    header = Path(__file__).parents[1] / "kernels" / "emulated_tiles.hpp"
+    version = hashlib.sha256(header.read_bytes()).hexdigest()[:8]
+    parts = " ".join(f"-D__AMX_{part}__" for part in ("TILE", "BF16", "INT8"))
+    monkeypatch.setenv("CXXFLAGS", f"-O1 {parts} -DEMULATION=0x{version} -include {header}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel_cache))
+    monkeypatch.setenv(cpu_library.SWITCH, "1")
+    library = cpu_library.load.__wrapped__()
+    assert library.tunesmith_has_tiles()
+    dtype = torch.bfloat16 if quantize is None else torch.float32
+    source = tiny_model_dir("qwen2", hidden_size=64, num_attention_heads=4, head_dim=16, intermediate_size=128)
+    decoder: Any = load_for_inference(source, device="cpu", dtype=dtype, quantize=quantize)
+    adapted(decoder, RANKS, dora)
+    truth = by_dense_products(decoder)
+    check(library, decoder, truth, 0.06 if quantize is None else 1e-3, dtype, 3)
 
 
 def test_what_the_step_has_no_adapters_for_is_left_to_torch(tiny_model_dir: Any) -> None:
@@ -263,7 +312,7 @@ def test_a_run_answers_by_the_compiled_step(
     make_adapter(base).rename(run.final)
 
     def answers(llm: LLM) -> list[list[int]]:
-        found = llm.generate(["hello", "what is red?", "a"], max_tokens=24, temperature=0.0, ignore_eos=True)
+        found = llm.generate([*"hello, what is red?"][:14], max_tokens=24, temperature=0.0, ignore_eos=True)
         return [answer.token_ids for answer in found]
 
     said = []
