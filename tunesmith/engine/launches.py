@@ -31,14 +31,16 @@ from tunesmith.model.decoder import Decoder
 def launches_of(asked: Asked, chip: Chip) -> list[Launch]:
     """The launches of an engine's start on a GPU of this kind, and of its first steps. Empty for what is not native."""
     with foreseeing(chip):
-        models: list[Decoder] = []
-        found = recorded(lambda: models.append(_model(asked)))
-        if not models:
-            return []
-        config = _config(models[-1], asked)
-        for work in _turns(models[-1], config):
+        runners: list[NativeRunner] = []
+        found = recorded(lambda: runners.append(_runner(asked)))
+        for work in _turns(runners[-1]) if runners else ():
             found += recorded(work)
         return list({launch.key: launch for launch in found}.values())
+
+
+def _runner(asked: Asked) -> NativeRunner:
+    model = _model(asked)
+    return NativeRunner(model, _config(model, asked), num_pages=1)
 
 
 def _model(asked: Asked) -> Decoder:
@@ -63,9 +65,8 @@ def _config(model: Decoder, asked: Asked) -> EngineConfig:
     )
 
 
-def _turns(model: Decoder, config: EngineConfig) -> list[Callable[[], object]]:
+def _turns(runner: NativeRunner) -> list[Callable[[], object]]:
     """What happens one after the other; what ends early leaves the rest. What takes longest to compile comes first."""
-    runner = NativeRunner(model, config, num_pages=1)
     return [partial(_sampling, runner), runner.worst_pass, runner.warm_up, partial(_steps, runner)]
 
 
