@@ -150,7 +150,10 @@ def _missing(asked: Asked) -> list[str]:
     return [launch.name for key, launch in launched.items() if key not in foreseen and launch.name not in of_cpus]
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8", "int4", "int8", "nf4", "w8a8", "fp8-inner"])
+@pytest.mark.parametrize(
+    "quantize",
+    [None, "fp8", "int4", "int8", *(pytest.param(name, marks=pytest.mark.long) for name in ("nf4", "w8a8", "fp8-inner"))],
+)
 def test_they_are_those_of_real_tensors(quantize: str | None, model_dir: Callable[..., str]) -> None:
     assert _missing(_asked(model_dir(), quantize)) == []
 
