@@ -27,6 +27,7 @@ from tunesmith.model.decoder import Decoder
 
 pytest.importorskip("triton")
 H200 = Chip((9, 0), 132)
+LATER = ("nf4", "w8a8", "fp8-inner")
 OF_GPUS = ("BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -152,7 +153,7 @@ def _missing(asked: Asked) -> list[str]:
 
 @pytest.mark.parametrize(
     "quantize",
-    [None, "fp8", "int4", "int8", *(pytest.param(name, marks=pytest.mark.long) for name in ("nf4", "w8a8", "fp8-inner"))],
+    [None, "fp8", "int4", "int8", *(pytest.param(name, marks=pytest.mark.long) for name in LATER)],
 )
 def test_they_are_those_of_real_tensors(quantize: str | None, model_dir: Callable[..., str]) -> None:
     assert _missing(_asked(model_dir(), quantize)) == []
