@@ -115,9 +115,14 @@ def test_logits_and_round_trip(case: str, reference: Any, tmp_path: Path) -> Non
     back, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+    stored = back.state_dict()
+    assert stored.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stored[name], tensor), name
     with torch.no_grad():
+        # The same values, but elsewhere in memory: MKL's products then have other last bits on some processors.
         for ours, expected in zip(_theirs(back), theirs, strict=True):
-            assert torch.equal(ours, expected)
+            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
