@@ -18,6 +18,7 @@ import tokenizers
 
 from tunesmith.errors import DataError, TokenizerError
 from tunesmith.text.families import family_template
+from tunesmith.text.surrogates import no_character
 from tunesmith.text.template import render_template
 
 # What `save` copies; everything that a tokenizer is made of in Hugging Face's layout.
@@ -138,7 +139,7 @@ class Tokenizer:
         try:
             return batch(list(texts), add_special_tokens=add_special)
         except (UnicodeEncodeError, TypeError) as error:
-            raise DataError(f"text that can't be tokenised: {error}") from None
+            raise DataError(f"text that can't be tokenised: {no_character(texts) or error}") from None
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of token ids; bytes that form no character become U+FFFD."""
