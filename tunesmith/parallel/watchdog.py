@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _LOOKS = 20
 _ANSWER_S, _STORE_S = 2.0, 5.0
 _VERDICT = "verdict"
+_MEETING = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class _Watchdog:
         self.judge = Judge(limits.limit_s, limits.is_exact)
         self.store = _meet(self.rank, self.size)
         self._report()  # before any step: who never says anything is not judged
+        self._all_met()
         self.answered_at = time.monotonic()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._talk, name="tunesmith-watchdog", daemon=True)]
@@ -113,6 +115,19 @@ class _Watchdog:
             self._threads.append(threading.Thread(target=self._guard, name="tunesmith-guard", daemon=True))
         for thread in self._threads:
             thread.start()
+
+    def _all_met(self) -> None:
+        """Rank 0 goes on when all have reported: if it failed at once, the store would end while they are on the way.
+
+        Raises: ParallelError.
+        """
+        if self.rank != 0:
+            self.store.set(_met(self.rank), "")
+            return
+        try:
+            self.store.wait([_met(rank) for rank in range(1, self.size)], _MEETING)
+        except RuntimeError as error:
+            raise ParallelError(f"not every process has met rank 0: {error}") from None
 
     def close(self) -> None:
         """This rank needs nobody any more. Rank 0, which holds the store, waits a moment for the others to say so."""
@@ -224,6 +239,10 @@ def _key(rank: int) -> str:
     return f"rank{rank}"
 
 
+def _met(rank: int) -> str:
+    return f"met{rank}"
+
+
 def _meet(rank: int, size: int) -> Store:
     """The watchdogs' own store, apart from torch's: a call that waits there must not keep a report waiting.
 
@@ -233,14 +252,13 @@ def _meet(rank: int, size: int) -> Store:
     from torch._C._distributed_c10d import TCPStore
 
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    limit = timedelta(seconds=60)
     store: Any = None
     if rank == 0:
-        store = TCPStore(host, 0, None, True, limit, wait_for_workers=False)
+        store = TCPStore(host, 0, None, True, _MEETING, wait_for_workers=False)
         store.multi_set([_VERDICT, *map(_key, range(size))], ["", *[""] * size])
     place: list[Any] = [None if store is None else store.port]
     dist.broadcast_object_list(place, src=0)
     try:
-        return store or TCPStore(host, place[0], None, False, limit, wait_for_workers=False)
+        return store or TCPStore(host, place[0], None, False, _MEETING, wait_for_workers=False)
     except RuntimeError as error:
         raise ParallelError(f"rank {rank} can't reach rank 0 at {host}:{place[0]}: {error}") from None
