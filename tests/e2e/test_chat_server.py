@@ -15,8 +15,14 @@ class Handler(BaseHTTPRequestHandler):
     """Says the last message back, in two pieces."""
 
     asked: list[Any] = []  # noqa: RUF012 (what the test looks at)
+    starting = 0
+    """Requests that are still answered with 503."""
 
     def do_GET(self) -> None:
+        if type(self).starting:
+            type(self).starting -= 1
+            self._json(503, {"error": {"message": "the engine is starting"}})
+            return
         self._json(200, {"data": [{"id": "echo"}]})
 
     def do_POST(self) -> None:
@@ -84,3 +90,11 @@ def test_one_question(url: str, tunesmith_cli: Any) -> None:
     assert refused.returncode == 2 and "the prompt is too long" in refused.stderr
     other = tunesmith_cli("chat", "--server", url, "nobody")
     assert other.returncode == 2 and "echo" in other.stderr
+
+
+def test_a_server_that_is_starting_is_waited_for(url: str, tunesmith_cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Handler, "starting", 2)
+    done = tunesmith_cli("chat", "--server", url, "--prompt", "hello")
+    assert done.returncode == 0, done.stderr
+    assert "is not ready (the engine is starting): waiting for it" in done.stderr
+    assert "hello" in done.stdout

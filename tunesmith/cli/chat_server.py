@@ -10,12 +10,15 @@ from typing import Any, cast
 
 import httpx
 
+from tunesmith.cli.console import err
 from tunesmith.engine.conversation import Conversation, Mode
 from tunesmith.engine.request import Completion, SamplingParams, Timings
 from tunesmith.errors import RequestError
 
 KEY_VARIABLE = "TUNESMITH_API_KEY"
 _CONNECT_S = 5.0
+# How long a server that says 503 is waited for, and between two looks.
+_START_S, _LOOK_S = 600.0, 0.5
 # What a server that doesn't say its context's length is taken to have.
 _UNKNOWN_CONTEXT = 10**9
 _FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -53,7 +56,7 @@ class RemoteModel:
         timeout = httpx.Timeout(None, connect=_CONNECT_S)
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
         self.given = dict(given)
-        cards = self._json("GET", "/v1/models", None).get("data") or []
+        cards = _checked(self._once_up("/v1/models")).get("data") or []
         names = [str(card.get("id")) for card in cards]
         if model is not None and model not in names:
             raise RequestError(f"the server {self.url} has no model {model!r}; it has: {', '.join(names) or 'none'}")
@@ -99,8 +102,18 @@ class RemoteModel:
             asked["seed"] = params.seed
         return RemoteStream(self, path, asked)
 
-    def _json(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        return _checked(self._send(method, path, body))
+    def _once_up(self, path: str) -> httpx.Response:
+        """The answer of a server that may still be starting (503): it is waited for, and that is said."""
+        response = self._send("GET", path, None)
+        until = time.monotonic() + _START_S
+        if response.status_code == 503:
+            err.print(
+                f"the server {self.url} is not ready ({_reason(_content(response))}): waiting for it; Ctrl-C ends that"
+            )
+        while response.status_code == 503 and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+            response = self._send("GET", path, None)
+        return response
 
     def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         try:
@@ -196,10 +209,7 @@ class RemoteStream(Iterator[str]):
 
 def _checked(response: httpx.Response) -> dict[str, Any]:
     """The answer's object. Raises: RequestError with what the server says is wrong."""
-    try:
-        content = response.json()
-    except ValueError:
-        content = None
+    content = _content(response)
     if response.status_code == 401:
         if "authorization" in response.request.headers:
             raise RequestError(f"the server doesn't know the API key that was sent: look at {KEY_VARIABLE}")
@@ -207,6 +217,13 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
     if response.status_code >= 400 or not isinstance(content, dict):
         raise RequestError(f"the server answered {response.status_code}: {_reason(content)}")
     return content
+
+
+def _content(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        return None
 
 
 def _reason(content: Any) -> str:
