@@ -8,11 +8,13 @@ long.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,8 +70,10 @@ class Compiling:
         return "\n".join(lines)
 
     def stop(self) -> None:
-        """End the worker, if it has not ended."""
+        """End the worker and what it has started, if it has not ended."""
         if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # no session of its own
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
             self._process.wait()
 

@@ -8,6 +8,7 @@ They ask CUDA's driver which chip there is, and take no memory on it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -35,8 +36,9 @@ def serve(finds: Finds, device: Callable[[dict[str, Any]], str]) -> None:
     answer: dict[str, Any] = {"kernels": 0}
     if numbers is not None:
         answer = work(finds, request, numbers, num_processes())
-        if not answer["failed"]:
-            Path(request["marker"]).touch()
+        if answer["kernels"] and not answer["failed"]:
+            with contextlib.suppress(OSError):  # a full disk
+                Path(request["marker"]).touch()
     json.dump(answer, sys.stdout)
 
 

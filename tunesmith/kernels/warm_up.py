@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tunesmith.kernels.forks import done_in_forks
 from tunesmith.kernels.nf4 import kernels_on
 
 _log = logging.getLogger(__name__)
 _ALIGNMENT = 16
-_jobs: list[Launch] = []
 
 
 @dataclass(frozen=True)
@@ -132,20 +130,16 @@ def taken_down() -> Iterator[list[Launch]]:
 def compile_all(launches: Sequence[Launch], capability: tuple[int, int], processes: int) -> WarmUp:
     """Compile for GPUs of this capability into Triton's cache. Forks: call it where nothing else runs."""
     began = time.perf_counter()
-    _jobs[:] = launches
-    processes = max(1, min(processes, len(launches)))
+    count = len(launches)
+    processes = max(1, min(processes, count))
     with compiling_for(capability):
         _build_driver()
         if processes == 1:
-            failed = [_compile(index) for index in range(len(launches))]
+            done = {index for index in range(count) if _compiles(launches[index])}
         else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
-                with multiprocessing.get_context("fork").Pool(processes) as pool:
-                    failed = pool.map(_compile, range(len(launches)), chunksize=1)
-    _jobs.clear()
-    names = tuple(name for name in failed if name is not None)
-    return WarmUp(len(launches), processes, time.perf_counter() - began, names)
+            done = done_in_forks(lambda index: _compiles(launches[index]), count, processes)
+    names = tuple(launches[index].name for index in range(count) if index not in done)
+    return WarmUp(count, processes, time.perf_counter() - began, names)
 
 
 def _kind(value: Any, specialised: bool = True) -> Any:
@@ -162,16 +156,15 @@ def _exact(value: Any) -> Any:
     return _kind(value) if isinstance(value, Tensor) else value
 
 
-def _compile(index: int) -> str | None:
-    """Compile one of the jobs. Returns its name where that failed: the launch will say why."""
-    launch = _jobs[index]
+def _compiles(launch: Launch) -> bool:
+    """Compile for a launch. Returns whether that could be done; where not, the launch itself will say why."""
     try:
         compiled = launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
     except Exception:
         _log.debug("%s did not compile ahead", launch.name, exc_info=True)
-        return launch.name
+        return False
     _build_launcher(compiled)
-    return None
+    return True
 
 
 def _build_driver() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,34 @@ def test_a_worker_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert first == "kernels: not compiled ahead, exit code 1; they are compiled when launched"
     assert 1 < len(rest) <= compiling.LAST_LINES
     assert rest[-1] == "  OSError: no such library"
+
+
+def test_a_worker_ends_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its forks would have gone on compiling beside the program that no longer waits."""
+    (tmp_path / "hanging.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    worker = start_worker("hanging", {}, tmp_path / "marker")
+    assert worker is not None
+    assert worker._process.stdout is not None
+    child = int(worker._process.stdout.readline())
+    worker.stop()
+    for _ in range(100):  # whoever takes up orphans may take a moment to bury it
+        if not _runs(child):
+            break
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def test_a_worker_without_a_gpu_has_nothing_to_say(tmp_path: Path) -> None:

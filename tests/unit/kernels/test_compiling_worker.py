@@ -49,3 +49,15 @@ def test_the_marker_is_made_once_all_is_compiled(
     serve(lambda request, chip: [], lambda request: "auto")
     assert json.loads(capsys.readouterr().out) == answer
     assert (tmp_path / "marker").exists() == (not failed)
+
+
+def test_nothing_found_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a model that is not fetched yet: the marker said for good that all was compiled."""
+    monkeypatch.setattr(compiling_worker, "chip_numbers", lambda index: H200)
+    monkeypatch.setattr(compiling_worker, "work", lambda *_: {"kernels": 0, "failed": []})
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"marker": str(tmp_path / "none" / "marker")})))
+    serve(lambda request, chip: [], lambda request: "auto")
+    assert json.loads(capsys.readouterr().out)["kernels"] == 0
+    assert not (tmp_path / "none").exists()

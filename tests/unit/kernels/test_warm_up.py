@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tunesmith.kernels import warm_up
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm, rms_norm_backward
 from tunesmith.kernels.warm_up import Launch, compile_all, compiling_for, recorded, taken_down
@@ -93,3 +96,18 @@ def test_a_kernel_that_does_not_compile_is_named(cache: Path) -> None:
     broken = Launch(launch.kernel, launch.arguments, {**launch.options, "COLUMNS": 100})
     done: Any = compile_all([broken], CHIP, processes=1)
     assert done.failed == ("_normalise_kernel",)
+
+
+def test_a_process_that_is_killed_costs_its_kernel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a machine without memory: all others are compiled, and nobody waits for it."""
+    first, second = recorded(lambda: _there_and_back(32))
+    compiles = warm_up._compiles
+
+    def killed(launch: Launch) -> bool:
+        if launch is first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compiles(launch)
+
+    monkeypatch.setattr(warm_up, "_compiles", killed)
+    assert compile_all([first, second], CHIP, processes=2).failed == (first.name,)
+    assert len(list(cache.rglob("*.cubin"))) == 1
