@@ -23,6 +23,7 @@ from tunesmith.arch import ModelConfig
 from tunesmith.model.attention_choice import choose, shape_of
 from tunesmith.model.checkpointing import goes_by_operators
 from tunesmith.model.cpu_attention import attend_compiled, attend_held, fits_compiled, fits_held
+from tunesmith.model.flex_attention import attend_flex
 from tunesmith.model.packed import BoundedPack, PackedTokens
 from tunesmith.model.uncompiled import import_uncompiled
 
@@ -104,6 +105,7 @@ class PackedAttention:
             "dense-cudnn": lambda q, k, v: _attend_dense(q, k, v, lengths[0], SDPBackend.CUDNN_ATTENTION),
             "dense-flash": lambda q, k, v: _attend_dense(q, k, v, lengths[0], SDPBackend.FLASH_ATTENTION),
             "each-cudnn": lambda q, k, v: _attend_each_dense(q, k, v, lengths, SDPBackend.CUDNN_ATTENTION),
+            "flex": lambda q, k, v: attend_flex(q, k, v, self.pack, window),
         }
         shape = shape_of(query, key.shape[1], lengths, window is not None)
         return within_reach(choose(shape, kernels, query, key, value), query, key, value)

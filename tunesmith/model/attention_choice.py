@@ -4,6 +4,7 @@ varlen        FlashAttention 2's variable-length kernel, any packing
 dense-cudnn   documents of one length as a batch, through cuDNN
 dense-flash   the same through FlashAttention 2
 each-cudnn    one document after the other through cuDNN: few long documents of different lengths
+flex          torch's FlexAttention, documents of different lengths; compiled first, so only where `offer` allows it
 """
 
 from __future__ import annotations
@@ -45,15 +46,22 @@ class AttentionShape:
     @property
     def candidates(self) -> tuple[str, ...]:
         """The kernels that are right for this shape."""
+        more = () if self.is_even else tuple(sorted(_offered))
         if self.has_window:
-            return ("varlen",)
+            return ("varlen", *more)
         if self.is_even:
             return ("varlen", "dense-cudnn", "dense-flash")
-        return ("varlen", "each-cudnn") if self.length >= LONG else ("varlen",)
+        return ("varlen", "each-cudnn", *more) if self.length >= LONG else ("varlen", *more)
 
 
 _chosen: dict[AttentionShape, tuple[str, dict[str, float]]] = {}
 _left_out: set[str] = set()
+_offered: set[str] = set()
+
+
+def offer(kernel: str, wanted: bool) -> None:
+    """Whether shapes that are not known yet are measured with this kernel too."""
+    (_offered.add if wanted else _offered.discard)(kernel)
 
 
 def shape_of(query_TNH: Tensor, num_kv_heads: int, lengths: tuple[int, ...], has_window: bool) -> AttentionShape:

@@ -234,6 +234,10 @@ class TrainSection(Section):
             "off: launched one by one"
         ),
     )
+    flex_attention: bool = Field(
+        False,
+        description="measure FlexAttention too for packs of uneven documents on a GPU: some 20 s (needs graphs: off)",
+    )
     neftune_alpha: NonNegativeFloat = Field(0.0, description="NEFTune noise on the embeddings; 0: off")
     loss_chunk_tokens: PositiveInt = Field(2048, description="tokens whose logits are held at once")
     device_memory_gb: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -244,11 +248,11 @@ class TrainSection(Section):
     detect_anomaly: bool = Field(False, description="name the operation that made a NaN; slow")
 
     @model_validator(mode="after")
-    def _spares_what_is_checkpointed(self) -> TrainSection:
+    def _goes_together(self) -> TrainSection:
         if self.checkpointing_skip_last and self.checkpointing == "none":
-            raise ValueError(
-                "train.checkpointing_skip_last spares blocks of a checkpointing, and train.checkpointing is none"
-            )
+            raise ValueError("train.checkpointing_skip_last spares blocks, and train.checkpointing is none")
+        if self.flex_attention and self.graphs != "off":
+            raise ValueError("train.flex_attention makes masks, which are not recorded: set train.graphs to off")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from tunesmith.checkpoint.shards import Shard
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.errors import CheckpointError, DataError, NonFiniteError
+from tunesmith.model import attention_choice
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.methods import MethodSummary
@@ -350,6 +351,7 @@ def build_session(
         prepare_allocator(recipe.model.device)
         resolved = resolve_recipe(recipe, 1 if mesh is None else mesh.world_size)
         set_determinism(resolved)
+        attention_choice.offer("flex", resolved.train.flex_attention)
         prepare_cpu_operations(resolved)
         cap_device_memory(torch.device(resolved.model.device), resolved.train.device_memory_gb)
         directory = resolve_model(resolved.model.path, resolved.model.revision)
