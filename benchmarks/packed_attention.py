@@ -67,9 +67,7 @@ def measured(lengths: tuple[int, ...], window: int | None, heads: tuple[int, int
     )
     tokens = torch.zeros(num_tokens, dtype=torch.int64, device=device)
     known = len(choices())
-    attend = PackedAttention(
-        cast(ModelConfig, Heads(window)), packed(torch.zeros(num_tokens, dtype=torch.int64), lengths)
-    )
+    attend = PackedAttention(cast(ModelConfig, Heads(window)), packed(tokens, lengths))
     began = time.perf_counter()
     attend[0](query, key, value)
     torch.cuda.synchronize()
