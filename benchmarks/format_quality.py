@@ -3,6 +3,7 @@
     python benchmarks/format_quality.py --model builtin:tiny --text builtin > format_quality.jsonl
     python benchmarks/format_quality.py --model MODEL --text TEXT.txt[.xz]
     python benchmarks/format_quality.py --calibrate GPTQ_TEXT.txt ...      also int4 by GPTQ and AWQ on another text
+    python benchmarks/format_quality.py --kv ...          also keys and values in fp8: by the engine, through its pages
 
 A line of JSON for each format: perplexity, its change, KL from the unquantised model and agreement on the best token,
 bytes of the weights, seconds to load. The text is cut into pieces of `--length` tokens; the first token of each is
@@ -29,6 +30,8 @@ from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.compress.calibrate import calibrate_awq, calibrate_gptq
 from tunesmith.compress.divergence import divergence
+from tunesmith.engine.llm import LLM
+from tunesmith.engine.request import SamplingParams
 from tunesmith.hardware import pick_device
 from tunesmith.model.language_model import LanguageModel, logits
 from tunesmith.model.weight_formats import check_format
@@ -36,6 +39,8 @@ from tunesmith.text.builtin.pretrain import rows
 from tunesmith.text.tokenizer import load_tokenizer
 
 FORMATS = ("bfloat16", "int8", "w8a8", "fp8", "int4-g32", "int4-g64", "int4", "int4-sym", "nf4", "nf4-double")
+KV_STEP = 16
+"""Tokens of a step where keys and values are measured: what is read is nearly always in the pages, not new."""
 HEADS = ("int8", "int4")
 """Formats measured with the head in int8 too."""
 
@@ -72,6 +77,26 @@ def perplexity(found: list[Tensor], pieces: list[list[int]]) -> float:
         for logits_TV, piece in zip(found, pieces, strict=True)
     )
     return math.exp(loss / sum(len(piece) - 1 for piece in pieces))
+
+
+def paged_perplexity(model: str, kv_dtype: str, dtype: str, device: str, pieces: list[list[int]]) -> float:
+    """The same by the engine: a piece goes through in steps of `KV_STEP` tokens, which read all before from pages."""
+    llm = LLM(
+        model,
+        dtype=dtype,
+        device=device,
+        kv_cache_dtype=kv_dtype,
+        max_num_seqs=1,
+        max_num_batched_tokens=KV_STEP,
+        enable_prefix_caching=False,
+    )
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    total, count = 0.0, 0
+    for piece in pieces:
+        known = llm.generate([piece], params, progress=False)[0].prompt_logprobs or []
+        chosen = [entry.logprob for entry in known if entry is not None]
+        total, count = total - sum(chosen), count + len(chosen)
+    return math.exp(total / count)
 
 
 def weight_bytes(model: LanguageModel) -> int:
@@ -113,6 +138,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--calibrate", type=Path, help="a text to calibrate int4 on, other than --text")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--kv", action="store_true", help="keys and values in fp8 too")
     parser.add_argument("--dtype", default="float32", help="of what is not quantised")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
@@ -142,6 +168,13 @@ def main() -> None:
             "load_s": round(seconds, 2),
         }
         print(json.dumps(row), flush=True)
+        del model
+    if arguments.kv:
+        given = arguments.model, arguments.dtype, arguments.device
+        plain = paged_perplexity(given[0], "auto", *given[1:], pieces)
+        for kv_dtype, value in (("auto", plain), ("fp8", paged_perplexity(given[0], "fp8", *given[1:], pieces))):
+            row = {**first, "kv": kv_dtype, "step_tokens": KV_STEP, "perplexity": round(value, 4)}
+            print(json.dumps({**row, "change_percent": round(100 * (value / plain - 1), 3)}), flush=True)
 
 
 if __name__ == "__main__":
