@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import tunesmith
+from tunesmith.hardware import usable_cores
 from tunesmith.units import format_seconds
 
 # Longer than any chip's kernels take; after that they are compiled where they are launched.
 PATIENCE_S = 60.0
 # Of what a worker that failed wrote to stderr, which is shown.
 LAST_LINES = 5
+_DRIVER = Path("/proc/driver/nvidia")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -83,30 +85,34 @@ def start_worker(module: str, request: Mapping[str, Any], marker: Path) -> Compi
 
     marker: the file that it makes once everything is compiled (`marker_of`).
     """
-    # A file, because nobody reads a pipe while the program that waits begins.
-    errors = cast(IO[str], tempfile.TemporaryFile("w+", errors="replace"))  # noqa: SIM115
-    process = subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-        env={**os.environ, **dict.fromkeys(_THREADS, "1")},
-        start_new_session=True,  # Ctrl-C is the program's that waits, which then ends this one
-    )
-    pipe = cast(IO[str], process.stdin)
-    try:
+    with contextlib.ExitStack() as undo:
+        try:
+            # A file, because nobody reads a pipe while the program that waits begins.
+            errors = undo.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, **dict.fromkeys(_THREADS, "1")},
+                start_new_session=True,  # Ctrl-C is the program's that waits, which then ends this one
+            )
+        except OSError:  # no memory, no place for files
+            return None
+        undo.pop_all()
+    with contextlib.suppress(OSError), cast(IO[str], process.stdin) as pipe:  # one that has failed says so at the end
         pipe.write(json.dumps({**request, "marker": str(marker)}))
-        pipe.close()
-        process.stdin = None
-    except OSError:
-        return None
-    return Compiling(process, errors)
+    process.stdin = None
+    return Compiling(process, cast(IO[str], errors))
 
 
 def can_compile(device: str) -> bool:
-    """Whether a device of this name (auto, cpu, cuda, cuda:N) may be an NVIDIA GPU, and Triton compiles here."""
-    if not device.startswith(("auto", "cuda")):
+    """Whether a device of this name (auto, cpu, cuda, cuda:N) may be an NVIDIA GPU, and Triton compiles here.
+
+    Not on one core: a worker's own imports would only be added to what the program that waits has to do.
+    """
+    if not device.startswith(("auto", "cuda")) or usable_cores() == 1:
         return False
     if os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None:
         return False
@@ -130,8 +136,21 @@ def triton_cache() -> Path:
 
 
 def _versions() -> list[Any]:
-    """Of what decides which kernels there are: the packages, our own files, and which GPUs are visible."""
+    """Of what decides which kernels there are: the packages, our own files, the GPUs, and which of them are visible.
+
+    A cache in a home that machines share may hold the kernels of another machine's GPU.
+    """
     root = Path(tunesmith.__file__).parent
     files = [(p.name, p.stat().st_mtime_ns) for p in sorted(root.rglob("*.py"))]
     packages = [metadata.version(name) for name in ("torch", "triton")]
-    return [packages, files, os.environ.get("CUDA_VISIBLE_DEVICES")]
+    return [packages, files, _cards(), os.environ.get("CUDA_VISIBLE_DEVICES")]
+
+
+def _cards() -> list[str]:
+    """What NVIDIA's driver tells of each GPU in a file, without being started; nothing where it does not."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        for card in sorted(_DRIVER.glob("gpus/*/information")):
+            lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+            found += [line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")]
+    return found

@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tunesmith.hardware import usable_cores
 
 if TYPE_CHECKING:  # torch is imported where there is a GPU
     from tunesmith.kernels.chip import Chip
@@ -79,4 +80,4 @@ def device_index(device: str) -> int:
 
 def num_processes() -> int:
     """One core is left to the program that waits."""
-    return max(1, min(_MOST_PROCESSES, len(os.sched_getaffinity(0)) - 1))
+    return max(1, min(_MOST_PROCESSES, usable_cores() - 1))

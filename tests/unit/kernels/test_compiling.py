@@ -90,11 +90,52 @@ def test_a_worker_without_a_gpu_has_nothing_to_say(tmp_path: Path) -> None:
 def test_a_cpu_and_an_interpreter_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling.ctypes, "CDLL", lambda name: name)
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiling, "usable_cores", lambda: 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert can_compile("auto") and can_compile("cuda:1")
     assert not can_compile("cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert not can_compile("auto")
+
+
+def test_one_core_has_no_worker_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it imports and takes down, 5 s, came on top of what the program did that waited for it."""
+    monkeypatch.setattr(compiling.ctypes, "CDLL", lambda name: name)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(compiling, "usable_cores", lambda: 1)
+    assert not can_compile("cuda")
+
+
+def test_a_machine_that_starts_no_worker_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It ended the program: no memory for another process, or no place for its messages."""
+    monkeypatch.setattr(compiling.sys, "executable", str(tmp_path / "none"))
+    assert start_worker(WORKER, REQUEST, tmp_path / "marker") is None
+
+
+def test_a_worker_that_is_gone_before_it_was_asked_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It was dropped without a word, and stayed as a process that nobody had waited for."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexec 0<&-\necho no such thing >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(compiling.sys, "executable", str(program))
+    worker = start_worker(WORKER, {"much": "x" * 2**20}, tmp_path / "marker")
+    assert worker is not None
+    assert "exit code 3" in (worker.wait() or "")
+    assert worker._process.returncode == 3
+
+
+def test_another_gpu_has_another_marker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Machines that share a home share Triton's cache."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(compiling, "_DRIVER", tmp_path)
+    card = tmp_path / "gpus" / "0000:01:00.0"
+    card.mkdir(parents=True)
+    markers = [marker_of("a")]
+    for name in ("NVIDIA H200", "NVIDIA A100"):
+        (card / "information").write_text(f"Model: \t\t {name}\nIRQ:   \t\t 47\n")
+        markers.append(marker_of("a"))
+    assert len(set(markers)) == 3
 
 
 def test_the_marker_lies_in_tritons_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
