@@ -1,0 +1,9 @@
+"""A block of an input in two bytes a value (see x_bytes.py): what the reference and its kernels share."""
+
+# Words of a block, and where its scale and its sums begin.
+BLOCK_WORDS = 72
+SCALE_AT, SUMS_AT = 64, 65
+# The largest code: its high byte is 127, and so is the next one's below the half.
+LARGEST_CODE = 127 * 256
+# Below that a block's values are nothing.
+SMALLEST_SCALE = 2.0**-125
