@@ -11,7 +11,7 @@ ones call what that compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
-_NARROW = 2**31
+_NARROW, _SIGNED = 2**31, 2**63
 _PLAIN = (int, float, str, type(None))
 _quick: dict[int, Quick] = {}
 
@@ -47,8 +47,7 @@ class Quick:
             if found is None:
                 compiled = self.kernel[grid](*args, **constants)
                 names = self.kernel.arg_names[len(args) :]
-                is_plain = all(isinstance(value, _PLAIN) for value in constants.values())
-                if compiled is not None and is_plain and all(name in constants for name in names):
+                if compiled is not None and self._is_known(len(args), names, constants):
                     self._known[key] = compiled, tuple(constants[name] for name in names)
                 return compiled
             compiled, rest = found
@@ -56,6 +55,13 @@ class Quick:
             return compiled
 
         return launch
+
+    def _is_known(self, num_args: int, names: Sequence[str], constants: Mapping[str, Any]) -> bool:
+        """Whether a launch's key says all: every constant comes by its name, none is left out, and each is plain."""
+        is_named = all(place >= num_args for place in self.kernel.constexprs) and all(
+            name in constants for name in names
+        )
+        return is_named and all(isinstance(value, _PLAIN) for value in constants.values())
 
 
 def quick(kernel: Any) -> Quick:
@@ -83,8 +89,8 @@ def _kinds(args: Sequence[Any]) -> list[Any] | None:
 
 
 @lru_cache(maxsize=4096)
-def _kind_of(number: int) -> tuple[bool, bool, bool]:
-    return number == 1, number % _ALIGNMENT == 0, -_NARROW <= number < _NARROW
+def _kind_of(number: int) -> tuple[bool, ...]:
+    return number == 1, number % _ALIGNMENT == 0, -_NARROW <= number < _NARROW, number < _SIGNED
 
 
 def _has_handles(device: torch.device) -> bool:

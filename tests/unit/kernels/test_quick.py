@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ class Kernel:
     """A kernel of two tensors, a number and two constants."""
 
     arg_names = ("x", "y", "num", "WIDTH", "FLAG")
+    constexprs = (3, 4)
 
     def __init__(self) -> None:
         self.through_triton: list[Any] = []
@@ -73,6 +76,7 @@ def test_what_triton_specialises_on_is_told_apart(kernel: Kernel) -> None:
         (x, 33, {}),
         (x, 1, {}),
         (x, 2**35, {}),
+        (x, 2**63, {}),
         (x, None, {}),
         (x, 0.5, {}),
         (x, 32, {"WIDTH": 128}),
@@ -94,7 +98,9 @@ def test_what_is_not_known_goes_through_triton_every_time(kernel: Kernel) -> Non
         launch(kernel, x, num=(1, 2))
         launch(kernel, x, WIDTH=torch.zeros(1))
         quick(kernel)[(1,)](x, x, 3, WIDTH=64)  # a constant is left to its default
-    assert len(kernel.through_triton) == 6
+        for width in (64, 128):  # taken for a number, which tells 64 and 128 not apart
+            quick(kernel)[(1,)](x, x, 3, width, FLAG=True)
+    assert len(kernel.through_triton) == 10
 
 
 def test_the_interpreter_and_the_meta_device_have_the_kernel_itself() -> None:
@@ -157,3 +163,107 @@ def test_real_kernels_are_called_with_all_their_arguments(monkeypatch: pytest.Mo
     for given in remembered:
         assert given[0] is source
         assert given[2:] == through_triton[2:]
+
+
+class DriverOfNothing:
+    """As much of a driver as finding a kernel needs."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def any_kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[Any]]]:
+    """Triton's own kernel and binder, nothing of which is compiled; and what is launched, a tuple each."""
+    triton = pytest.importorskip("triton")
+    import triton.language as tl
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    launched: list[Any] = []
+
+    class Nothing(CompiledKernel):  # type: ignore[misc, unused-ignore]
+        """A kernel that is loaded already; a launch is taken down."""
+
+        def __init__(self, src: Any, target: Any, options: Any, **_: Any) -> None:
+            self.src, self.name, self.module, self.function = src, "nothing", "loaded", object()
+            self.packed_metadata, self.metadata, self._module_pid = object(), None, None
+            self.metadata_group, self.hash = {}, ""
+            self._run = lambda *given: launched.append(given)
+
+    def drawn(x, y, z, num, loose, unaligned, eps, WIDTH: tl.constexpr, FLAG: tl.constexpr) -> None:  # type: ignore[no-untyped-def, name-defined, unused-ignore] # fmt: skip
+        pass
+
+    kernel = triton.jit(do_not_specialize=["loose"], do_not_specialize_on_alignment=["unaligned"])(drawn)
+    if not hasattr(kernel, "device_caches"):
+        pytest.skip("Triton interprets here (TRITON_INTERPRET): nothing is compiled")
+
+    def binder() -> Any:
+        found = kernel.create_binder()
+        kernel.compile = Nothing
+        return found
+
+    kernel.device_caches = defaultdict(binder)
+    monkeypatch.setattr(module, "_has_handles", lambda _: True)
+    monkeypatch.setattr(module, "_stream", lambda _: 0)
+    monkeypatch.setattr(module, "_quick", {})
+    monkeypatch.setattr(driver, "_active", DriverOfNothing())
+    yield kernel, launched
+
+
+def test_any_launch_is_the_one_that_triton_makes(any_kernel: tuple[Any, list[Any]]) -> None:
+    """Drawn arguments: the same compiled kernel, grid, stream and arguments as by Triton's own binder."""
+    kernel, launched = any_kernel
+    base = torch.zeros(64)
+    tensors = [base, base[1:], base[4:], base.half(), base.half()[1:], base.to(torch.int8)[16:], base[:0], None]
+    numbers = [0, 1, 2, 15, 16, 17, -1, -16, 2**31 - 1, 2**31, -(2**31) - 1, 2**31 + 16, 2**62, 2**63, 2**63 + 1]
+    others = [True, False, None, 0.5, 1.0, float("inf"), base, base[1:]]
+    options: list[dict[str, Any]] = [{}, {"num_warps": 8}, {"num_stages": 2}, {"maxnreg": 96}, {"launch_pdl": True}]
+    rounding = {"enable_fp_fusion": False}
+    rng = random.Random(0)
+    through_triton = 0
+    for _ in range(1500):
+        args: list[Any] = [base, base, base, 32, 3, 3, 0.5]
+        for place in rng.sample(range(7), 2):  # few at a time, so that nearly all come again
+            pool = tensors[:-1] if place == 0 else tensors if place < 3 else others if place == 6 else numbers + others
+            args[place] = rng.choice(pool)
+        constants = {"WIDTH": rng.choice([64, 128]), "FLAG": rng.choice([True, False]), **rounding}
+        constants |= rng.choice(options)
+        grid = rng.choice([(3,), (3, 2), (1, 2, 3)])
+        known = len(quick(kernel)._known)
+        gave = quick(kernel)[grid](*args, **constants)
+        through_triton += len(quick(kernel)._known) != known
+        assert kernel[grid](*args, **constants) is gave
+        ours, theirs = launched[-2:]
+        assert ours[:6] == theirs[:6]
+        # Grid, stream, kernel and its facts; then what hooks are told, and the hooks; then the kernel's arguments.
+        assert len(ours) == len(theirs) == 9 + len(kernel.arg_names)
+        assert all(a is b for a, b in zip(ours[9:], theirs[9:], strict=True))
+    assert through_triton < 1000
+
+
+def test_launches_of_many_threads_are_each_their_own(any_kernel: tuple[Any, list[Any]]) -> None:
+    kernel, launched = any_kernel
+    base = torch.zeros(64)
+
+    def work(number: int) -> None:
+        constants = {"WIDTH": 64 * (1 + number % 2), "FLAG": False, "enable_fp_fusion": False}
+        for turn in range(50):
+            quick(kernel)[(number + 1,)](base, base, base, turn, 2, 3, 0.5, **constants)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(launched) == 200
+    for given in launched:
+        assert given[9 + kernel.arg_names.index("WIDTH")] == 64 * (1 + (given[0] - 1) % 2)
