@@ -27,10 +27,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from tunesmith.kernels import gemv, gemv_dot_triton, gemv_triton
-from tunesmith.kernels import gemv_quads_triton as fragments
+from tunesmith.bench.decode_tiles import RUNS, Rest, in_bytes, tiles
+from tunesmith.kernels import gemv
 from tunesmith.kernels.fp8 import FP8, dequantize_rows, fp8_product, has_fp8, quantize_fp8_weight, quantize_rows_fp8
 from tunesmith.kernels.int4 import Int4Weight, dequantize_int4, empty_int4, quantize_int4
+from tunesmith.kernels.int4_bytes import MOST_TOKENS as BYTES_TOKENS
+from tunesmith.kernels.int4_bytes import int4_bytes_product
 from tunesmith.kernels.int8 import dequantize_int8, int8_integer_product, quantize_int8
 from tunesmith.kernels.launch import num_processors, overlapped
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
@@ -41,7 +43,7 @@ LINEARS = {
     "qwen2.5-7b": {"qkv": (4608, 3584), "output": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
     "qwen3-0.6b": {"qkv": (4096, 1024), "output": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)},
 }
-FORMATS = ("bf16", "int8", "w8a8", "fp8", "fp8-products", "int4", "nf4")
+FORMATS = ("bf16", "int8", "w8a8", "fp8", "fp8-products", "int4", "int4-bytes", "nf4")
 NUM_BLOCKS = 28  # of both models
 FORMAT_IDS = {"bf16": 0, "int8": 1, "fp8": 2, "int4": 3}
 CYCLED_BYTES = 2**28
@@ -89,6 +91,10 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
 def product_of(name: str, held: Held, codes: Tensor) -> Product:
     """The product with a copy of a weight's codes, by the kernel that an engine takes for a number of tokens."""
     scales, whole = cast(Tensor, held.scales), held.whole
+    if name == "int4-bytes":
+        # Its input in bytes, as a norm or SwiGLU leaves it.
+        weight = replace(cast(Int4Weight, whole), words=codes)
+        return lambda x: int4_bytes_product(in_bytes(x), weight, None, x.dtype)
     if name == "int4":
         return lambda x: gemv.int4_product(x, replace(cast(Int4Weight, whole), words=codes), None)
     if name == "nf4":
@@ -129,6 +135,8 @@ def rows_of(arguments: argparse.Namespace, bandwidth: float, deadline: float) ->
                 made = [product_of(name, held, codes) for codes in cycled(held.codes)]
                 dense: list[Product] = [partial(torch.nn.functional.linear, weight=copy) for copy in cycled(weight)]
                 for tokens in map(int, arguments.tokens.split(",")):
+                    if name == "int4-bytes" and tokens > BYTES_TOKENS[128]:
+                        continue
                     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
                     ours = time_of(made, x)
                     yield {
@@ -269,58 +277,6 @@ def candidates(name: str, held: Held, copies: list[Tensor], wide: list[Tensor], 
 def in_fp8(x: Tensor, codes: Tensor, scale: Tensor, product: Callable[..., Tensor] = gemv.fp8_few_product) -> Tensor:
     """The input quantised by rows, and a product of fp8 with fp8: by default the one that an engine takes."""
     return product(*quantize_rows_fp8(x), codes.view(FP8), scale, None, x.dtype)
-
-
-def tiles(format_id: int, rows: int, width: int, tokens: int, processors: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Kernels of ours and their tiles; of each kernel the one that it takes now comes first."""
-    found: list[tuple[str, tuple[int, ...]]] = []
-    if tokens <= fragments.MOST_TOKENS[format_id] and width % fragments.COLUMNS[format_id] == 0:
-        now = fragments.shape_of(format_id, rows, width, processors, tokens)
-        found += [("fragments", tile) for tile in dict.fromkeys((now, *near(now, format_id)))]
-    if format_id == 0:
-        return found
-    if tokens == 1:
-        found += [("one", gemv_triton.SHAPES[format_id])]
-    elif tokens <= 64:
-        found += [("dot", gemv_dot_triton.SHAPES[format_id])]
-    return found
-
-
-def near(now: fragments.Shape, format_id: int) -> list[fragments.Shape]:
-    """Shapes around one: other warps, rows, and steps under way, as far as registers go."""
-    rows, warps, ahead = now
-    fewer, more = max(2, warps // 2), min(16, 2 * warps)
-    wanted = [(rows, warps, 3 - min(ahead, 2)), (rows, fewer, 2), (rows, fewer, 4), (rows, warps, 4), (8, warps, 2)]
-    wanted += [(8, more, 2), (8, warps, 4), (16, more, 1), (16, fewer, 1), (32, warps, 1)]
-    most = 32 if format_id == 3 else 64  # rows times steps whose words a thread holds
-    return [shape for shape in wanted if shape[0] * shape[2] <= most]
-
-
-Rest = tuple[Tensor | None, Tensor | None, Tensor | None]
-Tile = tuple[int, ...]
-
-
-def run_fragments(format_id: int, rest: Rest, tile: Tile, x: Tensor, codes: Tensor, out: Tensor) -> Tensor:
-    """Raises: RuntimeError where its result is not to be trusted."""
-    if not fragments.quads(format_id, x, codes, *rest, out, shape=cast(fragments.Shape, tile)):
-        raise RuntimeError("this Triton moves the loop's values between threads")
-    return out
-
-
-def run_one(format_id: int, rest: Rest, tile: Tile, x: Tensor, codes: Tensor, out: Tensor) -> Tensor:
-    """The kernel that gives each lane all rows."""
-    shape, has_zeros = cast(tuple[int, int], tile), rest[1] is not None
-    gemv_triton.gemv(format_id, x[0], codes, *rest, out[0], shape=shape, has_zeros=has_zeros)
-    return out
-
-
-def run_dot(format_id: int, rest: Rest, tile: Tile, x: Tensor, codes: Tensor, out: Tensor) -> Tensor:
-    """The kernel that widens tiles for the tensor cores."""
-    gemv_dot_triton.dot(format_id, x, codes, *rest, out, shape=cast(tuple[int, int, int, int], tile))
-    return out
-
-
-RUNS = {"fragments": run_fragments, "one": run_one, "dot": run_dot}
 
 
 def compiled(formats: list[str], shapes: set[tuple[int, int]], counts: list[int], processes: int) -> dict[str, object]:

@@ -44,7 +44,7 @@ def test_every_kernel_is_compiled_before_it_is_timed(script: ModuleType, monkeyp
     line = script.compiled(["bf16", "int8", "fp8", "int4"], {(37888, 3584)}, [1, 16, 64], 1)
     assert line["compiled"] == len(found)
     names = {launch.name for launch in found}
-    assert names == {"quad_kernel", "gemv_kernel", "dot_kernel"}
+    assert names == {"quad_kernel", "bytes_kernel", "gemv_kernel", "dot_kernel"}
     assert all(launch.options["BY_HAND"] for launch in found if "BY_HAND" in launch.options)
     wanted = {(format_id, rows) for format_id in range(4) for rows in (8, 16, 32)}
     assert {(job.options["FORMAT"], job.options["ROWS"]) for job in found if job.name == "quad_kernel"} == wanted
