@@ -33,6 +33,9 @@ REACH = 2**31 - 1
 """Elements that one tensor may span for a kernel that is not ours. cuDNN does not say that its offsets have more than
 32 bits, and FlashAttention 2's sums of the queries' gradient have none in versions that torch has shipped."""
 
+MASKED = 1024
+"""Queries that go through at a time where they need a mask."""
+
 
 class Attend(Protocol):
     """Attention for every layer of a decoder."""
@@ -50,8 +53,19 @@ def causal_mask(num_queries: int, num_keys: int, window: int | None, device: tor
 
 
 def attend_one(query_TNH: Tensor, key_SKH: Tensor, value_SKH: Tensor, window: int | None) -> Tensor:
-    """Causal attention of one document: T queries, the last of S >= T positions. Returns out_TNH."""
+    """Causal attention of one document: T queries, the last of S >= T positions. Returns out_TNH.
+
+    Of many queries within a window `MASKED` go through at a time, with the keys they see: the mask stays small.
+    """
     num_queries, num_heads, _ = query_TNH.shape
+    if window is not None and window < key_SKH.shape[0] and num_queries > MASKED:
+        first = key_SKH.shape[0] - num_queries
+        outs = []
+        for start in range(0, num_queries, MASKED):
+            end = min(start + MASKED, num_queries)
+            seen = slice(max(0, first + start - window + 1), first + end)
+            outs.append(attend_one(query_TNH[start:end], key_SKH[seen], value_SKH[seen], window))
+        return torch.cat(outs)
     num_keys, num_kv_heads, _ = key_SKH.shape
     plain = num_queries == num_keys and (window is None or window >= num_keys)
     # A lone query sees every key that is in reach, so it needs no mask at all.

@@ -1,10 +1,13 @@
-"""Which attention kernel is fastest for a shape on this GPU: measured once, forward and backward, then remembered.
+"""Which attention kernel is fastest for a shape on this GPU: measured once, forward and backward, then kept on disk.
 
 varlen        FlashAttention 2's variable-length kernel, any packing
 dense-cudnn   documents of one length as a batch, through cuDNN
 dense-flash   the same through FlashAttention 2
 each-cudnn    one document after the other through cuDNN: few long documents of different lengths
 flex          torch's FlexAttention, documents of different lengths; compiled first, so only where `offer` allows it
+
+Documents whose lengths only the device knows (packs that are recorded as graphs) have no choice: `varlen` alone takes
+their bounds from the device.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from tunesmith.model.attention_store import store_choice, stored_choice
 from tunesmith.model.uncompiled import gradients
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,11 +105,22 @@ def choose(
     if shape not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return kernels[candidates[0]]
-        times = {name: _time(kernels[name], query, key, value) for name in candidates}
-        known = {name: duration for name, duration in times.items() if duration is not None}
-        fastest = min(known, key=lambda name: known[name]) if known else candidates[0]
-        _chosen[shape] = (fastest, known)
+        _chosen[shape] = stored_choice(asdict(shape), tuple(candidates)) or _measured(
+            shape, {name: kernels[name] for name in candidates}, query, key, value
+        )
     return kernels[_chosen[shape][0]]
+
+
+def _measured(
+    shape: AttentionShape, kernels: Mapping[str, Attention], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[str, dict[str, float]]:
+    times = {name: _time(kernel, query, key, value) for name, kernel in kernels.items()}
+    known = {name: duration for name, duration in times.items() if duration is not None}
+    if not known:
+        return next(iter(kernels)), {}
+    fastest = min(known, key=lambda name: known[name])
+    store_choice(asdict(shape), tuple(kernels), fastest, known)
+    return fastest, known
 
 
 def leave_out(kernel: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tunesmith.arch import ModelConfig
+from tunesmith.model import attention
 from tunesmith.model.attention import REACH, PackedAttention, attend_one, causal_mask, fits_varlen, within_reach
 from tunesmith.model.packed import pack_documents
 
@@ -46,6 +48,24 @@ def test_one_document(window: int | None, queries: int, keys: int) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(queries, 4, 8), torch.randn(keys, 2, 8), torch.randn(keys, 2, 8)
     torch.testing.assert_close(attend_one(query, key, value, window), _formula(query, key, value, window))
+
+
+@pytest.mark.parametrize(("queries", "keys", "window"), [(10, 10, 3), (10, 14, 5), (9, 9, 1), (4, 12, 6)])
+def test_many_queries_within_a_window_go_through_in_parts(
+    queries: int, keys: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[tuple[int, int]] = []
+
+    def counted(num_queries: int, num_keys: int, *rest: Any) -> Tensor:
+        masks.append((num_queries, num_keys))
+        return causal_mask(num_queries, num_keys, *rest)
+
+    monkeypatch.setattr(attention, "MASKED", 4)
+    monkeypatch.setattr(attention, "causal_mask", counted)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(count, heads, 8) for count, heads in ((queries, 4), (keys, 2), (keys, 2)))
+    torch.testing.assert_close(attend_one(query, key, value, window), _formula(query, key, value, window))
+    assert all(rows <= 4 and (columns <= 4 + window - 1 or queries <= 4) for rows, columns in masks)
 
 
 def test_packed_documents_and_their_windows() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from tunesmith.model import attention_choice
+from tunesmith.model import attention_choice, attention_store
 from tunesmith.model.attention_choice import MOST_MEASURED, AttentionShape, choices, choose, leave_out
 
 MILLISECONDS = {"varlen": 3.0, "dense-cudnn": 1.0, "dense-flash": 2.0}
@@ -23,7 +25,7 @@ KERNELS = {name: _kernel(name) for name in MILLISECONDS}
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The kernels that were measured, each as long as MILLISECONDS says."""
     names = {kernel: name for name, kernel in KERNELS.items()}
     seen: list[str] = []
@@ -33,6 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return MILLISECONDS[names[kernel]]
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(attention_store, "store_path", lambda: tmp_path / "choices.json")
     monkeypatch.setattr(attention_choice, "_time", time)
     monkeypatch.setattr(attention_choice, "_chosen", {})
     monkeypatch.setattr(attention_choice, "_left_out", set())
@@ -64,3 +67,15 @@ def test_where_all_are_wrong_the_one_that_always_runs_is_left(measured: list[str
     for name in MILLISECONDS:
         leave_out(name)
     assert _chosen(MOST_MEASURED + 1) == "varlen"
+
+
+def test_a_later_process_takes_what_was_kept(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _chosen(64) == "dense-cudnn"
+    monkeypatch.setattr(attention_choice, "_chosen", {})
+    assert _chosen(64) == "dense-cudnn"
+    assert measured == list(MILLISECONDS)
+    assert choices()[0]["milliseconds"] == MILLISECONDS
+    # What was found to be wrong here is no candidate any more, so that choice was another one.
+    monkeypatch.setattr(attention_choice, "_chosen", {})
+    leave_out("dense-cudnn")
+    assert _chosen(64) == "dense-flash"
