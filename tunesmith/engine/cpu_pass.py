@@ -5,7 +5,8 @@
 
 `Decoder.forward` is the reference. Where a module is no plain one (quantised, with adapters, a mixture of experts) it
 is called as it is. Where every sequence has one token, keys are read from `HeldRows`; other steps go over pages. Of
-the usual decoders such a step of few sequences is one call of our own C++ (cpu_step.py).
+the usual decoders a step of few sequences with one token each is one call of our own C++ (cpu_step.py), and in bfloat16
+any other step too.
 """
 
 from __future__ import annotations
@@ -62,13 +63,18 @@ class CpuPass:
         self._layers: list[_Layer] = []
 
     def __call__(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
+        self._prepare(self.decoder.compute_dtype or self.decoder.embedding.weight.dtype)
+        step = None if attend.invariant else self._step_over(attend.cache, attend.batch)
+        if step is not None and step.takes_prompts:
+            self._forget(attend.batch)
+            return step.prompts(tokens_T, attend.batch)
         stream = self.decoder.embed(tokens_T, positions_T)
         self._prepare(stream.dtype)
         rotate = self._rotation(positions_T, stream.dtype)
         try:
-            step = self._held(attend)
+            held = self._held(attend)
             for layer in self._layers:
-                stream = layer(stream, rotate, attend, self.held, step)
+                stream = layer(stream, rotate, attend, self.held, held)
         except BaseException:
             self.held = None  # its rows say that they hold what this step would have brought
             raise
@@ -96,16 +102,25 @@ class CpuPass:
         if self._given is None or not batch.is_decode or not 0 < batch.num_tokens <= MOST_TOKENS:
             return None
         self._prepare(self.decoder.compute_dtype or self.decoder.embedding.weight.dtype)
+        step = self._step_over(cache, batch)
+        if step is None or batch.num_tokens > step.most_tokens:
+            return None
+        self._forget(batch)
+        return step(batch, last_ids)
+
+    def _step_over(self, cache: PagedCache, batch: StepBatch) -> CpuStep | None:
+        """Our own C++ over this cache, where the decoder and the step are of the kind that it computes."""
         if self._library is None or cache.dtype != self._dtype or batch.block_tables_RP.stride(1) != 1:
             return None
         if self._step is None or self._step.cache is not cache:
             with torch.inference_mode(False), torch.no_grad():
                 self._step = CpuStep(self._library, self.decoder, cache, cache.dtype)
-        if batch.num_tokens > self._step.most_tokens:
-            return None
+        return self._step
+
+    def _forget(self, batch: StepBatch) -> None:
+        """The pages will be all that holds these sequences' keys and values."""
         if self.held is not None:
             self.held.forget(batch.sequence_slots)
-        return self._step(batch, last_ids)
 
     def _prepare(self, dtype: torch.dtype) -> None:
         """Everything made from modules: once, and again where one was put in another's place."""

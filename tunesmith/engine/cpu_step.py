@@ -2,7 +2,8 @@
 
 It takes up to `MOST_TOKENS` sequences with one new token each, of a dense decoder with RMSNorm and SwiGLU whose weights
 are float32, bfloat16, int8 by rows or int4 by groups, and reads keys and values from the pages. Weights are read where
-they lie: only scales and norms are copied, and the adapter of one that has one, in the dtype it is computed in.
+they lie: only scales and norms are copied, and the adapter of one that has one, in the dtype it is computed in. In
+bfloat16 without adapters, on processors with AVX-512 for it, steps of any number of tokens are taken (cpu_prompt.hpp).
 """
 
 from __future__ import annotations
@@ -88,6 +89,13 @@ class _Step(ctypes.Structure):
     ]
 
 
+class _Prompts(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("ids", "hidden", "positions", "slots", "starts", "contexts", "tables")),
+        *((name, _I64) for name in ("table_ld", "requests", "tokens", "threads")),
+    ]
+
+
 class CpuStep:
     """The compiled step of one decoder over one cache, whose tensors stay where they are as long as this is used."""
 
@@ -98,6 +106,7 @@ class CpuStep:
         blocks = [cast(Block, block) for block in decoder.blocks]
         layers = (_Layer * len(blocks))(*(self._layer(block, index) for index, block in enumerate(blocks)))
         first, table = blocks[0], decoder.embedding.weight.detach()
+        self._width = config.hidden_size
         head_norm = first.attention.q_norm
         model = _Model(
             num_layers=len(blocks),
@@ -126,6 +135,7 @@ class CpuStep:
         self._decoder = library.tunesmith_decoder(ctypes.byref(model))
         if self._decoder is None:
             raise MemoryError("no memory for a decoder's buffers")
+        self.takes_prompts = bool(library.tunesmith_takes_prompts(self._decoder))
         self._ends = weakref.finalize(self, library.tunesmith_forget, self._decoder)
         self._ends.atexit = False
 
@@ -149,12 +159,31 @@ class CpuStep:
             num,
             torch.get_num_threads(),
         )
-        status = self.library.tunesmith_step(self._decoder, ctypes.byref(step))
-        if status == _NO_MEMORY:
-            raise MemoryError(f"no memory for a step of {num} tokens")
-        if status:
-            raise IndexError("a token is none of the vocabulary's")
+        _check(self.library.tunesmith_step(self._decoder, ctypes.byref(step)), num)
         return logits
+
+    def prompts(self, tokens_T: Tensor, batch: StepBatch) -> Tensor:
+        """hidden_TD behind the last norm of a step with any number of new tokens a request, where `takes_prompts`.
+
+        Keys and values are in their pages. Raises: IndexError, MemoryError.
+        """
+        ids, tables, num = tokens_T.contiguous(), batch.block_tables_RP, len(tokens_T)
+        hidden = torch.empty(num, self._width, dtype=self.dtype)
+        given = _Prompts(
+            ids.data_ptr(),
+            hidden.data_ptr(),
+            batch.positions_T.data_ptr(),
+            batch.slots_T.data_ptr(),
+            batch.query_starts_R1.data_ptr(),
+            batch.context_R.data_ptr(),
+            tables.data_ptr(),
+            tables.stride(0),
+            len(batch.context_R),
+            num,
+            torch.get_num_threads(),
+        )
+        _check(self.library.tunesmith_prompts(self._decoder, ctypes.byref(given)), num)
+        return hidden
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """logits_TV in the dtype of the hidden states, of up to `MOST_TOKENS`."""
@@ -244,6 +273,13 @@ class CpuStep:
             return int4_weight(linear, self._kept)
         weight = cast(Linear, linear).weight.detach()
         return Weight(_FLOAT_KINDS[weight.dtype], *weight.shape, 0, self._keep(weight), None, None, place)
+
+
+def _check(status: int, num_tokens: int) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory for a step of {num_tokens} tokens")
+    if status:
+        raise IndexError("a token is none of the vocabulary's")
 
 
 def int4_weight(linear: Int4Linear, kept: list[Any]) -> Weight:

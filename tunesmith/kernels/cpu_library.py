@@ -34,11 +34,13 @@ def load() -> ctypes.CDLL | None:
     library.tunesmith_decoder.restype = ctypes.c_void_p
     library.tunesmith_decoder.argtypes = [ctypes.c_void_p]
     library.tunesmith_forget.argtypes = [ctypes.c_void_p]
-    library.tunesmith_step.argtypes = [ctypes.c_void_p] * 2
+    library.tunesmith_step.argtypes = library.tunesmith_prompts.argtypes = [ctypes.c_void_p] * 2
+    library.tunesmith_takes_prompts.argtypes = [ctypes.c_void_p]
     library.tunesmith_multiply.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
     library.tunesmith_draw.argtypes = [ctypes.c_void_p]
     library.tunesmith_widen.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    library.tunesmith_step.restype = library.tunesmith_draw.restype = ctypes.c_int64
+    for name in ("step", "prompts", "takes_prompts", "draw"):
+        getattr(library, f"tunesmith_{name}").restype = ctypes.c_int64
     for name in ("forget", "multiply", "widen"):
         getattr(library, f"tunesmith_{name}").restype = None
     return library

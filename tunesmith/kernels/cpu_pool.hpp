@@ -19,6 +19,8 @@
 #include <new>
 #include <thread>
 
+#include "cpu_places.hpp"
+
 inline void pause_briefly() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -35,7 +37,7 @@ inline void wait_briefly(int spin) {
 class Pool {
    public:
     // As many threads as the system gives, which may be fewer.
-    explicit Pool(int size) : owner(getpid()), size(size) {
+    explicit Pool(int size) : owner(getpid()), size(size), places(size) {
         try {
             for (; there < size; there++) std::thread([this, id = there] { help(id); }).detach();
         } catch (const std::exception &) {
@@ -51,6 +53,11 @@ class Pool {
             is_open.store(true, std::memory_order_release);
         }
         if (sleeping.load() > 0) wake.notify_all();
+    }
+
+    // The caller goes where no helper is.
+    void settle() const {
+        if (active > 1) places.settle();
     }
 
     void close() { is_open.store(false, std::memory_order_release); }
@@ -103,6 +110,7 @@ class Pool {
     }
 
     void help(int id) {
+        places.bind(id);
         for (int spin = 0;;) {
             int64_t part = id < active.load(std::memory_order_relaxed) ? take() : -1;
             if (part >= 0) {
@@ -137,6 +145,7 @@ class Pool {
     }
 
     static constexpr int ALERT_US = 60;
+    const Places places;
     void (*call)(const void *, int64_t) = nullptr;
     const void *given = nullptr;
     int there = 1;  // the caller's with them
@@ -163,7 +172,10 @@ inline Pool *pool_of(int size) {
 // The process's threads, this caller's alone as long as it has this.
 class Crew {
    public:
-    explicit Crew(int threads) : pool(*pool_of(threads)), lock(pool.in_use) { pool.open(threads); }
+    explicit Crew(int threads) : pool(*pool_of(threads)), lock(pool.in_use) {
+        pool.open(threads);
+        pool.settle();
+    }
     ~Crew() { pool.close(); }
     Pool *operator->() { return &pool; }
 

@@ -7,47 +7,22 @@
 // Threads share each phase. The stream is float32; keys and values have the dtype of the pages.
 #include <vector>
 
+#include "cpu_attend.hpp"
 #include "cpu_draw.hpp"
-#include "cpu_low_rank.hpp"
 #include "cpu_math.hpp"
 #include "cpu_pool.hpp"
-#include "cpu_products.hpp"
-#include "cpu_row.hpp"
-
-struct Layer {
-    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
-    Linear qkv, output, up, down;
-    void *keys, *values;  // [pages, slots, kv_heads, head_dim]
-    int64_t window;       // 0: none
-};
-
-struct Model {
-    int64_t num_layers, width, heads, kv_heads, head_dim, inner, page_slots, is_half, vocab, is_half_table;
-    float eps, head_eps;
-    const float *final_norm, *inverse;  // inverse frequencies [head_dim / 2], or none
-    const void *table;  // embeddings [vocab, width]
-    Layer *layers;
-};
-
-struct Step {
-    const int64_t *ids, *last_ids;  // an id below zero is the last one of slot -1 - id
-    void *logits;                   // [tokens, rows of the head] in the model's dtype
-    const Weight *head;
-    const int64_t *positions, *slots;
-    const int32_t *contexts, *tables;
-    int64_t table_ld, tokens, threads;
-};
+#include "cpu_prompt.hpp"
 
 namespace {
 
-constexpr int64_t BAD_ID = -1, NO_MEMORY = -2;  // an id that is none of the vocabulary's; a step without memory
 constexpr int64_t LEAST_BYTES = 1 << 15;  // of a weight for one part of a phase
 constexpr int PARTS = 8;                  // of a phase for each thread, so that none waits long for another
 constexpr int64_t FEW_VALUES = 1 << 13;   // that the caller goes through alone
 
 class Decoder {
    public:
-    explicit Decoder(const Model &model) : m(model), layers(model.layers, model.layers + model.num_layers) {
+    explicit Decoder(const Model &model)
+        : m(model), layers(model.layers, model.layers + model.num_layers), prompts(m, layers) {
         widest = std::max({m.width, m.heads * m.head_dim, m.inner});
         qkv_rows = (m.heads + 2 * m.kv_heads) * m.head_dim;
         for (auto *buffer : {&stream, &normed}) buffer->resize(MOST * m.width);
@@ -107,6 +82,10 @@ class Decoder {
         for (int64_t t = 0; t < tokens; t++) widen_row(x, t, m.is_half, &normed[t * m.width]);
         put_logits(w, y, tokens, crew);
     }
+
+    bool takes_prompts() const { return PromptPass::takes(m, layers); }
+
+    PromptPass &pass_of_prompts() { return prompts; }
 
    private:
     bool embed(const Step &s, int64_t t) {
@@ -222,7 +201,7 @@ class Decoder {
     }
 
     void attend(Layer &layer, const Step &s, int64_t t, int64_t kv, std::vector<float> &room) {
-        int64_t H = m.head_dim, ld = (H + LANES - 1) / LANES * LANES, group = m.heads / m.kv_heads, slot = s.slots[t];
+        int64_t H = m.head_dim, group = m.heads / m.kv_heads, slot = s.slots[t];
         float *query = &qkv[t * qkv_rows + kv * group * H];
         float *key = &qkv[t * qkv_rows + (m.heads + kv) * H], *value = key + m.kv_heads * H;
         for (int64_t g = 0; g < group; g++) turn(query + g * H, layer.query_norm, t);
@@ -232,59 +211,8 @@ class Decoder {
             write_all(key, H, layer.keys, slot * row + kv * H, m.is_half);
             write_all(value, H, layer.values, slot * row + kv * H, m.is_half);
         }
-        int64_t last = s.contexts[t], first = layer.window ? std::max<int64_t>(0, last - layer.window) : 0;
-        int64_t count = last - first, places = (count + LANES - 1) / LANES * LANES;
-        room.resize(std::max<size_t>(room.size(), group * (places + 2 * ld) + LANES * ld));
-        float *score = room.data(), *own = score + group * places, *out = own + group * ld, *wide = out + group * ld;
-        std::fill(own, own + (2 * group + LANES) * ld, 0.0f);
-        float scale = 1.0f / std::sqrt(float(H));
-        for (int64_t g = 0; g < group; g++)
-            for (int64_t i = 0; i < H; i++) own[g * ld + i] = query[g * H + i] * scale;
-        auto gather = [&](const void *pages, int64_t start) {  // the rows of 16 places; zero behind the last
-            const int32_t *table = s.tables + t * s.table_ld;
-            for (int64_t l = 0; l < LANES; l++) {
-                int64_t p = first + start + l;
-                int64_t place = p < last ? table[p / m.page_slots] * m.page_slots + p % m.page_slots : -1;
-                if (place < 0) std::fill(wide + l * ld, wide + l * ld + H, 0.0f);
-                else widen_from(pages, place * row + kv * H, wide + l * ld);
-            }
-        };
-        for (int64_t start = 0; start < count; start += LANES) {
-            gather(layer.keys, start);
-            for (int64_t g = 0; g < group; g++) scores_of(own + g * ld, wide, ld, score + g * places + start);
-        }
-        for (int64_t g = 0; g < group; g++) soften(score + g * places, count, places);
-        for (int64_t start = 0; start < count; start += LANES) {
-            gather(layer.values, start);
-            for (int64_t g = 0; g < group; g++) mix(score + g * places + start, wide, ld, out + g * ld);
-        }
         float *to = &mixed[(t * m.heads + kv * group) * H];
-        for (int64_t g = 0; g < group; g++) std::memcpy(to + g * H, out + g * ld, 4 * H);
-    }
-
-    // The products of a query with 16 keys.
-    static void scores_of(const float *query, const float *keys, int64_t ld, float *out) {
-        Vector sum[LANES] = {};
-        for (int64_t i = 0; i < ld; i += LANES) {
-            Vector q = *(const Vector *)(query + i);
-            for (int l = 0; l < LANES; l++) sum[l] += q * *(const Vector *)(keys + l * ld + i);
-        }
-#if WIDE
-        __m512 v[LANES];
-        std::memcpy(v, sum, sizeof v);
-        _mm512_storeu_ps(out, sums_of(v));
-#else
-        for (int l = 0; l < LANES; l++) out[l] = total((const float *)&sum[l]);
-#endif
-    }
-
-    // out += what 16 values weigh.
-    static void mix(const float *weights, const float *values, int64_t ld, float *out) {
-        for (int64_t i = 0; i < ld; i += LANES) {
-            Vector sum = *(const Vector *)(out + i);
-            for (int l = 0; l < LANES; l++) sum += weights[l] * *(const Vector *)(values + l * ld + i);
-            *(Vector *)(out + i) = sum;
-        }
+        attend_one(m, layer, s.tables + t * s.table_ld, s.contexts[t], kv, query, to, room);
     }
 
     void turn(float *head, const float *weight, int64_t t) {
@@ -293,30 +221,9 @@ class Decoder {
         if (m.inverse) rotate(head, &cosine[t * half], &sine[t * half], half);
     }
 
-    void widen_from(const void *pages, int64_t place, float *to) const {
-        if (m.is_half) widen_all(static_cast<const uint16_t *>(pages) + place, m.head_dim, to);
-        else widen_all(static_cast<const float *>(pages) + place, m.head_dim, to);
-    }
-
-    // Softmax of `count` scores; zero behind them, up to `places`.
-    static void soften(float *score, int64_t count, int64_t places) {
-        for (int64_t i = count; i < places; i++) score[i] = -INFINITY;
-        Vector most = *(const Vector *)score, sum = {};
-        for (int64_t i = LANES; i < places; i += LANES) {
-            Vector x = *(const Vector *)(score + i);
-            most = x > most ? x : most;
-        }
-        float largest = most[0];
-        for (int l = 1; l < LANES; l++) largest = std::max(largest, most[l]);
-        for (int64_t i = 0; i < places; i++) score[i] = exponential(score[i] - largest);
-        for (int64_t i = count; i < places; i++) score[i] = 0;
-        for (int64_t i = 0; i < places; i += LANES) sum += *(const Vector *)(score + i);
-        float inverse = 1.0f / total((const float *)&sum);
-        for (int64_t i = 0; i < places; i++) score[i] *= inverse;
-    }
-
     Model m;
     std::vector<Layer> layers;
+    PromptPass prompts;
     int64_t widest, qkv_rows;
     Input in{};
     std::vector<float> stream, normed, qkv, low, mixed, gated, cosine, sine, steps, sums;
@@ -366,6 +273,10 @@ void *tunesmith_decoder(const Model *model) {
 void tunesmith_forget(void *decoder) { delete static_cast<Decoder *>(decoder); }
 int64_t tunesmith_step(void *decoder, const Step *step) {
     return status_of([&] { return static_cast<Decoder *>(decoder)->step(*step); });
+}
+int64_t tunesmith_takes_prompts(void *decoder) { return static_cast<Decoder *>(decoder)->takes_prompts(); }
+int64_t tunesmith_prompts(void *decoder, const Prompts *given) {
+    return status_of([&] { return static_cast<Decoder *>(decoder)->pass_of_prompts().run(*given); });
 }
 int64_t tunesmith_draw(const Draw *given) {
     return status_of([&] { return draw::tokens_of(*given), 0; });

@@ -44,27 +44,6 @@ inline void prepare_tiles(
     }
 }
 
-inline void transpose(__m512 *v) {
-    __m512 a[16];
-    for (int i = 0; i < 16; i += 4) {
-        __m512 low = _mm512_unpacklo_ps(v[i], v[i + 1]), high = _mm512_unpackhi_ps(v[i], v[i + 1]);
-        __m512 next = _mm512_unpacklo_ps(v[i + 2], v[i + 3]), last = _mm512_unpackhi_ps(v[i + 2], v[i + 3]);
-        a[i] = _mm512_shuffle_ps(low, next, 0x44);
-        a[i + 1] = _mm512_shuffle_ps(low, next, 0xee);
-        a[i + 2] = _mm512_shuffle_ps(high, last, 0x44);
-        a[i + 3] = _mm512_shuffle_ps(high, last, 0xee);
-    }
-    for (int i = 0; i < 4; i++) {  // a[4 j + i]: of rows 4 j .. 4 j + 3, tokens i, 4 + i, 8 + i, 12 + i
-        __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
-        __m512 more = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
-        __m512 last = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
-        v[i] = _mm512_shuffle_f32x4(even, more, 0x88);
-        v[4 + i] = _mm512_shuffle_f32x4(odd, last, 0x88);
-        v[8 + i] = _mm512_shuffle_f32x4(even, more, 0xdd);
-        v[12 + i] = _mm512_shuffle_f32x4(odd, last, 0xdd);
-    }
-}
-
 // Rows from .. to of the 16 that begin at `row`; sums: a row's of all tokens each, left transposed.
 inline void put_tile(
     const Weight &w, int64_t row, int64_t from, int64_t to, int tokens, __m512 *sums, const Output &out) {

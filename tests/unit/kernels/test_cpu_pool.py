@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,35 @@ caller.join(60)
 print(found)
 """
     assert drawing(code) == "[True]"
+
+
+def test_as_many_threads_as_cores_have_one_each(drawing: Callable[[str], str]) -> None:
+    """Two of them shared a core for ten seconds beside an idle one: both looked busy, so the system left them there."""
+    code = """
+import os, pathlib
+def core_of(cpu):
+    return pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+mine = os.sched_getaffinity(0)
+cores = len({core_of(cpu) for cpu in mine})
+wanted = cores - 1 if cores > 1 and os.environ.get("TUNESMITH_CPU_BIND") != "0" else 0
+assert is_right(4, 20_000, max(2, cores))
+bound = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+bound = [cpus for cpus in bound if cpus != mine]
+print(len(bound) == wanted, all(len({*map(core_of, cpus)}) == 1 for cpus in bound), os.sched_getaffinity(0) == mine)
+"""
+    if not hasattr(os, "sched_getaffinity") or not Path("/sys/devices/system/cpu/cpu0/topology").exists():
+        pytest.skip("threads are bound on Linux")
+    for said in ("1", "0"):
+        assert drawing(f"import os\nos.environ['TUNESMITH_CPU_BIND'] = '{said}'\n" + code) == "True True True"
+
+
+def test_other_numbers_of_threads_are_left_where_they_are(drawing: Callable[[str], str]) -> None:
+    code = """
+import os
+mine = os.sched_getaffinity(0)
+assert is_right(4, 20_000, 3 * len(mine))
+print(all(os.sched_getaffinity(int(task)) == mine for task in os.listdir("/proc/self/task")))
+"""
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("threads are bound on Linux")
+    assert drawing(code) == "True"
