@@ -1,15 +1,16 @@
-"""What fp8 costs where it can cost something: loss curves of models that have learnt, on real text, beside bfloat16.
+"""What fp8 and 8-bit states cost where they can: loss curves of models that have learnt, on real text, beside bfloat16.
 
     python benchmarks/quality_curves.py --models builtin:tiny runs/probe/final stories260K/hf --text FILE --out DIR
 
-Every method is trained in bfloat16 and with its products in fp8: the same text, seed, order and steps, by tunesmith's
-own session. Models of random weights would prove nothing: their loss is ln(vocabulary) whatever is rounded.
+Every method is trained in bfloat16 and with its products in fp8, full fine-tuning also with AdamW's states in 8 bits:
+the same text, seed, order and steps, by tunesmith's own session. Models of random
+weights would prove nothing: their loss is ln(vocabulary), whatever is rounded.
 Without --text, `builtin:pretrain-text` is made and validated on a different seed of it; --text takes files (.txt, also
 .xz, .gz, .bz2) whose last share, `--held-out`, is kept for validation.
 
 One JSON line every `--every` steps, {model, case, step, loss}, the loss averaged over the last `--window` steps; one
 for the end of a case, with the validation loss (of an fp8 case in fp8 as trained, and as `validation_loss_of_weights`
-with its weights' own products, which no verdict counts); one verdict for every fp8 case: whether both losses at the
+with its weights' own products, which no verdict counts); one verdict for every such case: whether both losses at the
 end are within `--tolerance` of those in bfloat16. All of it is in DIR/quality_curves.json too, with a plot a model.
 Exits 1 where a verdict is no.
 """
@@ -45,14 +46,23 @@ from tunesmith.train.session import Session, build_session
 CASES: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "full fp8": {"kind": "full", "fp8_compute": True},
+    "full adamw8bit": {"kind": "full"},
     "lora": {"kind": "lora"},
     "lora fp8": {"kind": "lora", "base": "fp8"},
     "lora fp8 all": {"kind": "lora", "base": "fp8", "fp8_blocks": "all"},
     "qlora": {"kind": "qlora"},
     "qlora fp8": {"kind": "qlora", "fp8_compute": True},
 }
+OPTIMIZERS = {"full adamw8bit": "adamw8bit"}
+"""Cases that differ from the one beside them by their optimiser; AdamW's states in 32 bits elsewhere."""
 FAST = {"both": (True, True), "forward": (True, False), "none": (False, False)}
-BESIDE = {"full fp8": "full", "lora fp8": "lora", "lora fp8 all": "lora", "qlora fp8": "qlora"}
+BESIDE = {
+    "full fp8": "full",
+    "full adamw8bit": "full",
+    "lora fp8": "lora",
+    "lora fp8 all": "lora",
+    "qlora fp8": "qlora",
+}
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 TRAINING_TEXT, HELD_OUT_TEXT = "builtin:pretrain-text?rows=60000&seed=21", "builtin:pretrain-text?rows=4000&seed=22"
 Row = dict[str, Any]
@@ -127,6 +137,7 @@ def recipe_of(options: argparse.Namespace, model: str, case: str, sources: tuple
             "max_steps": options.steps,
             "micro_batch_tokens": options.micro_batch_tokens,
             "learning_rate": options.learning_rate,
+            "optimizer": OPTIMIZERS.get(case, "adamw"),
             "precision": "bfloat16",
             "seed": options.seed,
         },
@@ -190,7 +201,7 @@ def smoothed(losses: list[float], window: int) -> float:
 
 
 def verdict(options: argparse.Namespace, found: dict[str, Row], case: str) -> Row:
-    """An fp8 case beside its twin in bfloat16: the relative differences at the end, and whether both are small."""
+    """A case beside its twin, in bfloat16 with states in 32 bits: the relative differences at the end."""
     mine, theirs = found[case], found[BESIDE[case]]
     row: Row = {"model": mine["model"], "verdict": case, "beside": BESIDE[case], "tolerance": options.tolerance}
     if "error" in mine or "error" in theirs:
@@ -198,7 +209,7 @@ def verdict(options: argparse.Namespace, found: dict[str, Row], case: str) -> Ro
     ends = {name: mine[name] / theirs[name] - 1 for name in ("end_loss", "validation_loss")}
     within = max(map(abs, ends.values())) <= options.tolerance
     told = ", ".join(f"{name.replace('_', ' ')} {100 * value:+.2f} %" for name, value in ends.items())
-    words = f"{case} is {'' if within else 'not '}within {100 * options.tolerance:g} % of bfloat16: {told}"
+    words = f"{case} is {'' if within else 'not '}within {100 * options.tolerance:g} % of {BESIDE[case]}: {told}"
     return (
         row
         | {"end_loss": ends["end_loss"], "validation_loss": ends["validation_loss"]}
@@ -210,7 +221,7 @@ def verdict(options: argparse.Namespace, found: dict[str, Row], case: str) -> Ro
 
 
 def plot(path: Path, model: str, rows: list[Row]) -> None:
-    """The averaged losses over steps, a curve for each case; fp8 dashed in the colour of its twin."""
+    """The averaged losses over steps, a curve for each case; dashed in the colour of its twin."""
     shown = [row for row in rows if len(row["losses"]) > 1]
     if not shown:
         return
