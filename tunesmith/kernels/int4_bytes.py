@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tunesmith.kernels.chip import chip_of
+from tunesmith.kernels.chip import chip_of, known_by_chip
 from tunesmith.kernels.direct import direct
 from tunesmith.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, unpack_words
 from tunesmith.kernels.int4_layout import BLOCK
@@ -35,8 +35,13 @@ def takes_bytes(weight: Int4Weight, num_tokens: int, dtype: torch.dtype) -> bool
     device, width = weight.words.device, weight.shape[1]
     if not use_kernel(device) or weight.order is not None or width % STEP or dtype.itemsize != 2:
         return False
+    return 0 < num_tokens <= MOST_TOKENS.get(weight.group_size, 0) and _has_products(device)
+
+
+@known_by_chip
+def _has_products(device: torch.device) -> bool:
     chip = chip_of(device)
-    return 0 < num_tokens <= MOST_TOKENS.get(weight.group_size, 0) and (chip is None or chip.capability >= _FIRST)
+    return chip is None or chip.capability >= _FIRST
 
 
 def int4_bytes_product(x_bytes_TBW: Tensor, weight: Int4Weight, bias_F: Tensor | None, dtype: torch.dtype) -> Tensor:

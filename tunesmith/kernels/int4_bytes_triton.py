@@ -52,12 +52,10 @@ LOAD_ZEROS = tl.constexpr(
 @triton.jit
 def _products(a, b, WARPS: tl.constexpr):
     # sums[w, g, n] of the four bytes in the words of lanes (g, t) of the one and (n, t) of the other, over t
-    rows: tl.constexpr = [WARPS, 8, 1, 4]
-    columns: tl.constexpr = [WARPS, 1, 8, 4]
-    total = tl.zeros([WARPS, 8, 8, 4], tl.int32)
-    for i in tl.static_range(4):
-        total += tl.reshape((a >> (8 * i)) & 255, rows) * tl.reshape((b << (24 - 8 * i)) >> 24, columns)
-    return tl.sum(total, axis=3)
+    place = 8 * tl.arange(0, 4)[None, :]
+    rows = tl.reshape((a[:, None] >> place) & 255, [WARPS, 8, 1, 16])
+    columns = tl.reshape((b[:, None] << (24 - place)) >> 24, [WARPS, 1, 8, 16])
+    return tl.sum(rows * columns, axis=3)
 
 
 @triton.jit

@@ -21,9 +21,9 @@ from tunesmith.kernels.gemv import (
     takes_float,
 )
 from tunesmith.kernels.nf4 import use_kernel
+from tunesmith.model.decode_int4 import DecodeInt4Linear
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.fp8 import Fp8Linear
-from tunesmith.model.held import HeldLinear
 from tunesmith.model.int4 import Int4Linear
 from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.layers import Linear
@@ -95,7 +95,7 @@ def swiglu_product(linear: nn.Module, x_TD: Tensor) -> Tensor | None:
     """
     if x_TD.dim() != 2 or not torch.is_inference_mode_enabled():
         return None
-    held = _held_for_few(linear, x_TD)
+    held = held_for_few(linear, x_TD)
     if held is None:
         return None
     from tunesmith.kernels.gemv_operators import swiglu_few_operator
@@ -107,7 +107,7 @@ def swiglu_product(linear: nn.Module, x_TD: Tensor) -> Tensor | None:
     return h_TI
 
 
-def _held_for_few(linear: nn.Module, x_TD: Tensor) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
+def held_for_few(linear: nn.Module, x_TD: Tensor) -> tuple[int, Tensor, Tensor | None, Tensor | None] | None:
     """Format, weight, scales and zero points, where `product` would multiply few tokens with them as they are."""
     if type(linear) is DecodeLinear and takes("float", x_TD) and takes_float(x_TD, linear.weight):
         return 0, linear.weight, None, None
@@ -115,9 +115,16 @@ def _held_for_few(linear: nn.Module, x_TD: Tensor) -> tuple[int, Tensor, Tensor 
         return 1, linear.codes, linear.scale, None
     if type(linear) is DecodeFp8Linear and takes("fp8", x_TD) and not linear.wants_codes(len(x_TD)):
         return 2, linear.codes, linear.scale, None
-    if type(linear) is Int4Linear and linear.order is None and takes("int4", x_TD):
+    if type(linear) in (Int4Linear, DecodeInt4Linear) and _is_widened(cast(Int4Linear, linear), x_TD):
+        linear = cast(Int4Linear, linear)
         return 3, linear.words, linear.scales, linear.zeros
     return None
+
+
+def _is_widened(linear: Int4Linear, x_TD: Tensor) -> bool:
+    """Whether int4 codes are widened for these tokens, and not multiplied as bytes."""
+    by_bytes = isinstance(linear, DecodeInt4Linear) and linear.wants_codes(len(x_TD), x_TD.dtype)
+    return linear.order is None and takes("int4", x_TD) and not by_bytes
 
 
 def use_decode_linears(model: nn.Module) -> None:
@@ -149,11 +156,10 @@ def adopted(form: type[Module], linear: nn.Module) -> Module:
 
 
 def _form(linear: nn.Module) -> type[nn.Module] | None:
-    if isinstance(linear, HeldLinear):
-        return None
     forms: dict[type[nn.Module], type[nn.Module]] = {
         Linear: DecodeLinear,
         NF4Linear: DecodeNF4Linear,
         Fp8Linear: DecodeFp8Linear,
+        Int4Linear: DecodeInt4Linear,
     }
     return forms.get(type(linear))
