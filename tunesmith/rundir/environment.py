@@ -96,13 +96,24 @@ def _gpu_facts(handle: Any) -> dict[str, Any]:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """The commit of the checkout that tunesmith runs from, and whether it was changed; None outside a checkout."""
+    """The commit of the checkout that tunesmith runs from, and whether it was changed (None: not known).
+
+    Outside a checkout the commit that an archive of git carries (`git archive` fills in commit.txt), or None.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return _archived(Path(__file__).with_name("commit.txt"))
     commit = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no")
     return None if commit is None else {"commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _archived(path: Path) -> dict[str, Any] | None:
+    try:
+        said = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return {"commit": said, "dirty": None} if len(said) == 40 and set(said) <= set("0123456789abcdef") else None
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -43,6 +43,23 @@ def test_outside_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pyte
     assert git_commit() is None
 
 
+def test_an_archive_of_git_carries_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(environment, "__file__", str(folder / "environment.py"))
+    (folder / "commit.txt").write_text("$Format:%H$\n", encoding="utf-8")
+    assert git_commit() is None
+    (folder / "commit.txt").write_text(f"{'0123456789' * 4}\n", encoding="utf-8")
+    assert git_commit() == {"commit": "0123456789" * 4, "dirty": None}
+
+
+def test_the_file_that_archives_fill_in_is_there() -> None:
+    package = Path(environment.__file__).resolve()
+    assert package.with_name("commit.txt").read_text(encoding="utf-8").strip() == "$Format:%H$"
+    attributes = (package.parents[2] / ".gitattributes").read_text(encoding="utf-8")
+    assert "tunesmith/rundir/commit.txt export-subst" in attributes
+
+
 def test_in_a_checkout_the_commit_is_named_and_a_change_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
