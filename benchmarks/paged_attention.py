@@ -7,7 +7,8 @@
     --invariant           also the form whose results do not depend on the batch
     --splits              in decoding, other shortest parts of a context
     --sweep               other tiles too, to find a chip's best
-    --peers               beside torch's SDPA on keys gathered before (not timed) and FlashInfer, where it is installed
+    --peers               beside torch's SDPA on keys gathered before (not timed), and FlashAttention-3 and FlashInfer
+                          where they are installed, by the calls that the engine makes of them
 
 Every case prints one JSON line: the median of 20 runs between CUDA events, each after 1 GiB was overwritten (nothing
 lies in the cache, and no launch is timed), GB/s of the bytes that have to move, TFLOP/s, and the share of the floor:
@@ -18,7 +19,6 @@ longer, over the time measured.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import statistics
@@ -31,12 +31,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.kernels import flash_attention_3, flashinfer_attention
 from tunesmith.kernels import paged_attention_tiles as tiles
+from tunesmith.kernels.flash_attention_3 import FlashAttention3
+from tunesmith.kernels.flashinfer_attention import FlashInferAttention
 from tunesmith.kernels.fp8_weight import FP8
 from tunesmith.kernels.kv_cache import write_kv
 from tunesmith.kernels.paged_attention import paged_attention
 from tunesmith.kernels.paged_attention_fresh import SEEN, attend_fresh, pays_fresh
 from tunesmith.kernels.paged_attention_tiles import LEAST_SPLIT, Tile, with_tile
+from tunesmith.kernels.paged_step import HostLengths, PagedHeads, PagedKernel, PagedStep
 from tunesmith.units import ceil_div
 
 SLOTS, RUNS, WARM_UP, FLUSH_BYTES = 16, 20, 2, 2**30
@@ -158,27 +162,40 @@ def sdpa(batch: Batch) -> Callable[[], object] | None:
     return lambda: F.scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(new, context))
 
 
-def flashinfer(batch: Batch) -> Callable[[], object] | None:
-    """FlashInfer's plan is made before, as an engine makes it once for all layers."""
-    if importlib.util.find_spec("flashinfer") is None or batch.key_scales is not None:
-        return None
-    import flashinfer as library  # type: ignore[import-not-found]
+def step_of(batch: Batch) -> PagedStep:
+    """What other libraries' kernels are told of a batch."""
+    counts = [new for new, _ in batch.lengths]
+    host = HostLengths(*(tensor.cpu().numpy() for tensor in (batch.starts, batch.context, batch.tables)))
+    longest = max(context for _, context in batch.lengths)
+    return PagedStep(batch.tables, batch.starts, batch.context, max(counts), longest, min(counts), host)
 
-    heads, kv_heads, head_dim = batch.query.shape[1], batch.keys.shape[2], batch.query.shape[2]
-    used = [ceil_div(context, SLOTS) for _, context in batch.lengths]
-    indptr = torch.tensor([0, *used], device="cuda").cumsum(0).int()
-    indices = torch.cat([batch.tables[request, :count] for request, count in enumerate(used)])
-    last = torch.tensor([(context - 1) % SLOTS + 1 for _, context in batch.lengths], device="cuda").int()
-    space = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
-    if all(new == 1 for new, _ in batch.lengths):
-        decode = library.BatchDecodeWithPagedKVCacheWrapper(space, "NHD", use_tensor_cores=True)
-        decode.plan(indptr, indices, last, heads, kv_heads, head_dim, SLOTS, q_data_type=torch.bfloat16)
-        return lambda: decode.run(batch.query, (batch.keys, batch.values))
-    prefill = library.BatchPrefillWithPagedKVCacheWrapper(space, "NHD")
-    prefill.plan(
-        batch.starts, indptr, indices, last, heads, kv_heads, head_dim, SLOTS, causal=True, q_data_type=torch.bfloat16
-    )
-    return lambda: prefill.run(batch.query, (batch.keys, batch.values))
+
+def kernel_of(name: str, batch: Batch) -> PagedKernel | None:
+    """Another library's, where it is installed and for these heads; else a line says why not."""
+    is_installed, make = LIBRARIES[name]
+    shape = (batch.query.shape[1], batch.keys.shape[2], batch.query.shape[2])
+    capability = torch.cuda.get_device_capability()
+    heads = PagedHeads(*shape, batch.query.dtype, batch.keys.dtype, SLOTS, (None,), capability)
+    reason: str | None = "it is not installed"
+    if is_installed():
+        try:
+            kernel = make()
+            reason = kernel.refused(heads)
+        except (ImportError, OSError) as error:
+            reason = f"{type(error).__name__}: {error}"
+    if reason is None:
+        return kernel
+    print(json.dumps({"kernel": name, "refused": reason}), flush=True)
+    return None
+
+
+def library(name: str, batch: Batch) -> Callable[[], Tensor] | None:
+    """Attention as the engine asks a library for it; FlashInfer's plan is made once, as for all layers of a step."""
+    kernel = kernel_of(name, batch)
+    if kernel is None:
+        return None
+    step, scale = step_of(batch), batch.query.shape[2] ** -0.5
+    return lambda: kernel(batch.query, batch.keys, batch.values, step, window=None, scale=scale)
 
 
 def fresh(batch: Batch) -> Callable[[], object] | None:
@@ -238,6 +255,10 @@ def report(label: dict[str, object], run: Callable[[], object], moved: int, flop
 
 
 RATES: dict[str, float] = {}
+LIBRARIES: dict[str, tuple[Callable[[], bool], Callable[[], PagedKernel]]] = {
+    flash_attention_3.NAME: (flash_attention_3.is_installed, FlashAttention3),
+    flashinfer_attention.NAME: (flashinfer_attention.is_installed, FlashInferAttention),
+}
 
 
 def error_of(batch: Batch, out: Tensor) -> float:
@@ -285,10 +306,21 @@ def measure(label: dict[str, object], batch: Batch, decode: bool, options: argpa
     report({"kernel": "write_kv", **label}, write, written, 0)
     peers = {"fresh": fresh(batch)}
     if options.peers:
-        peers |= {"sdpa-gathered": sdpa(batch), "flashinfer": flashinfer(batch)}
+        peers["sdpa-gathered"] = sdpa(batch)
     for name, run in peers.items():
         if run is not None:
             report({"kernel": name, **label}, run, moved, flops)
+    for name in LIBRARIES if options.peers else ():
+        attend = library(name, batch)
+        if attend is not None:
+            try:
+                wrong = error_of(batch, attend())
+            except Exception as error:  # what a library can't do is a line too
+                print(
+                    json.dumps({"kernel": name, **label, "error": f"{type(error).__name__}: {error}"[:200]}), flush=True
+                )
+                continue
+            report({"kernel": name, **label, "error": round(wrong, 5)}, attend, moved, flops)
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, bool]]:

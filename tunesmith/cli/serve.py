@@ -43,6 +43,9 @@ def serve(
     gpu_memory_utilization: Annotated[float, typer.Option(help="share of the GPU's memory, 0 to 1")] = 0.9,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share the model", min=1)] = 1,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="no CUDA graphs")] = False,
+    attention_backend: Annotated[
+        str, typer.Option(help="on a GPU: auto (what was measured fastest), triton (ours), flash-attn-3, flashinfer")
+    ] = "auto",
     enable_prefix_caching: Annotated[bool, typer.Option(help="compute equal beginnings of prompts once")] = True,
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="greedy answers don't depend on what else is served")
@@ -111,7 +114,7 @@ def serve(
     """
     keys = read_keys(api_key or [], api_key_file)
     check_address(host, None if uds is None else str(uds), keys, allow_unauthenticated)
-    _check_choices(kv_cache_dtype, pooling, metrics_prefix, generation_config, served_check)
+    _check_choices(kv_cache_dtype, attention_backend, pooling, metrics_prefix, generation_config, served_check)
     _check_shares(key_share, request_timeout, shutdown_timeout, engine_timeout)
     use_checkpoint(model, adapter)
     engine = EngineOptions(
@@ -128,6 +131,7 @@ def serve(
         max_num_batched_tokens=max_num_batched_tokens,
         gpu_memory_utilization=gpu_memory_utilization,
         enforce_eager=enforce_eager,
+        attention_backend=attention_backend,
         enable_prefix_caching=enable_prefix_caching,
         tensor_parallel_size=tensor_parallel_size,
         batch_invariant=batch_invariant,
@@ -253,10 +257,16 @@ def _address(options: ServerOptions, address: Any) -> tuple[str, str]:
 
 
 def _check_choices(
-    kv_cache_dtype: str, pooling: str, metrics_prefix: str, generation_config: str, served_check: str
+    kv_cache_dtype: str,
+    attention_backend: str,
+    pooling: str,
+    metrics_prefix: str,
+    generation_config: str,
+    served_check: str,
 ) -> None:
     choices = {
         "--kv-cache-dtype": (kv_cache_dtype, ("auto", "fp8")),
+        "--attention-backend": (attention_backend, ("auto", "triton", "flash-attn-3", "flashinfer")),
         "--pooling": (pooling, ("mean", "last")),
         "--metrics-prefix": (metrics_prefix, ("tunesmith", "vllm")),
         "--generation-config": (generation_config, ("auto", "none")),

@@ -10,11 +10,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from tunesmith.engine.attend_rows import attend_rows, rows_of
+from tunesmith.engine.attention_backends import AttentionKernels
 from tunesmith.engine.batch import FreshTail, StepBatch
 from tunesmith.engine.pages import PagedCache
 from tunesmith.kernels.kv_cache import write_kv
 from tunesmith.kernels.paged_attention import paged_attention
 from tunesmith.kernels.paged_attention_fresh import attend_fresh, pays_fresh
+from tunesmith.kernels.paged_step import PagedStep
 from tunesmith.model.attention import AttendLayer
 
 PRODUCTS_PER_S = 6e14
@@ -25,14 +27,24 @@ class PagedAttention:
     """Attention of one pass: every request's new queries over that request's pages, causally, within the window.
 
     invariant: a request's result does not depend on what else is in the batch, bit for bit.
+    kernels: of other libraries, to be taken where they are faster.
     """
 
-    def __init__(self, cache: PagedCache, batch: StepBatch, *, invariant: bool = False) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        batch: StepBatch,
+        *,
+        invariant: bool = False,
+        kernels: AttentionKernels | None = None,
+    ) -> None:
         self.cache = cache
         self.batch = batch
         self.invariant = invariant
         goes_by_rows = invariant and batch.is_decode and cache.device.type == "cpu" and cache.key_scales is None
         self._rows = rows_of(batch) if goes_by_rows else None
+        self._kernels = kernels
+        self._steps: dict[int, PagedStep] = {}
         self._fresh = None if invariant or batch.fresh is None or not self._pays(batch.fresh) else batch.fresh
 
     @property
@@ -81,8 +93,9 @@ class PagedAttention:
                 block_tables_RP=batch.block_tables_RP[: fresh.num_before],
                 max_query=fresh.max_query,
                 max_context=fresh.max_context,
+                host=None if batch.host is None else batch.host.first(fresh.num_before),
             )
-            self._over_pages(layer, query_TNH, before, out)
+            self._over_pages(layer, query_TNH[:first], before, out[:first])
         attend_fresh(query_TNH[first:], key_TKH[first:], value_TKH[first:], fresh.lengths, out[first:])
         return out
 
@@ -95,6 +108,11 @@ class PagedAttention:
         window = self.cache.config.window(layer)
         if self._rows is not None:
             return attend_rows(query_TNH, keys, values, self._rows, window)
+        if self._kernels is not None:
+            step = self._step(batch)
+            found = self._kernels.attend(query_TNH, keys, values, step, window=window, out=out)
+            if found is not None:
+                return found
         key_scales, value_scales = self._scales(layer)
         return paged_attention(
             query_TNH,
@@ -113,6 +131,21 @@ class PagedAttention:
             invariant=self.invariant,
             arrivals=self.cache.arrivals,
         )
+
+    def _step(self, batch: StepBatch) -> PagedStep:
+        """What other kernels are told of the batch, or of its first requests: made once for all layers."""
+        step = self._steps.get(len(batch.context_R))
+        if step is None:
+            step = self._steps[len(batch.context_R)] = PagedStep(
+                batch.block_tables_RP,
+                batch.query_starts_R1,
+                batch.context_R,
+                batch.max_query,
+                batch.max_context,
+                batch.min_query,
+                batch.host,
+            )
+        return step
 
     def _scales(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         if self.cache.key_scales is None or self.cache.value_scales is None:

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from tunesmith.engine.request import SamplingParams, TokenLogprobs
+from tunesmith.kernels.paged_step import HostLengths
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class StepBatch:
     token_adapters: the same on the host.
     score_rows, score_targets: i64, rows of prompts whose next token's log-probability is asked for, and those tokens.
     num_scored_top: how many most likely tokens are given beside each of those.
+    host: lengths and tables once more, on the host; None where only the device knows them.
     fresh: where its last requests are whole prompts, or the beginnings of some; None also where nobody looked.
     passes: the same tokens as batches of a fixed number of rows, padded, to be run one after the other (batch-invariant
         mode); empty where the batch is run as it is.
@@ -80,6 +82,7 @@ class StepBatch:
     num_scored_top: int = 0
     min_query: int = 1
     fresh: FreshTail | None = None
+    host: HostLengths | None = None
     passes: tuple[StepBatch, ...] = ()
 
     def with_passes(self, passes: tuple[StepBatch, ...]) -> StepBatch:

@@ -14,6 +14,7 @@ from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.pages import PAGE_SLOTS, pages_of
 from tunesmith.engine.scheduler import Scheduled, StepPlan
 from tunesmith.engine.sequence import Sequence as Running
+from tunesmith.kernels.paged_step import HostLengths
 from tunesmith.units import ceil_div
 
 _ALIGNMENT = 16
@@ -247,6 +248,7 @@ def to_device(host: HostBatch, device: torch.device) -> StepBatch:
         is_decode=host.is_decode,
         num_scored_top=host.num_scored_top,
         fresh=None if host.is_decode else _fresh_tail(host),
+        host=HostLengths(host.starts, host.contexts, host.tables),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from tunesmith.errors import RequestError
 
 KvDtype = Literal["auto", "fp8"]
+AttentionBackend = Literal["auto", "triton", "flash-attn-3", "flashinfer"]
+_BACKENDS = get_args(AttentionBackend)
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class EngineConfig:
     debug_pages: count every page after every abort and every finished request.
     step_ahead: plan and launch a step before the tokens of the one before it are read.
     enforce_eager: no CUDA graphs.
+    attention_backend: over pages on a GPU: "triton" is ours, "flash-attn-3" and "flashinfer" are other libraries';
+        "auto" takes one of those where it is installed and was measured faster (attention_backends.py).
     """
 
     max_model_len: int
@@ -38,6 +42,7 @@ class EngineConfig:
     debug_pages: bool = False
     step_ahead: bool = False
     enforce_eager: bool = False
+    attention_backend: AttentionBackend = "auto"
 
     def __post_init__(self) -> None:
         rules = (
@@ -46,6 +51,7 @@ class EngineConfig:
             ("max_num_batched_tokens", self.max_num_batched_tokens >= self.max_num_seqs, "at least max_num_seqs"),
             ("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "above 0 and at most 1"),
             ("kv_cache_dtype", self.kv_dtype in ("auto", "fp8"), "'auto' or 'fp8'"),
+            ("attention_backend", self.attention_backend in _BACKENDS, f"one of {', '.join(map(repr, _BACKENDS))}"),
         )
         for name, ok, allowed in rules:
             if not ok:

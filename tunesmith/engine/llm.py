@@ -13,6 +13,7 @@ import torch
 
 from tunesmith.engine.adapters import AdapterPool
 from tunesmith.engine.asked import Asked
+from tunesmith.engine.attention_backends import check_backend
 from tunesmith.engine.compiling import start_compiling
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.loading import (
@@ -65,6 +66,8 @@ class LLM:
         kv_cache_dtype: "auto" or "fp8".
         tensor_parallel_size: processes, each with a GPU of its own, that hold the model together; `close` ends them.
         enforce_eager: no CUDA graphs.
+        attention_backend: over pages on a GPU: "triton" is ours, "flash-attn-3" and "flashinfer" are other libraries';
+            "auto" takes one of those where it is installed and was measured faster.
         batch_invariant: greedy answers are bit for bit the same whatever else is in the batch and in the cache.
         enable_lora: make places for adapters on the model (`load_adapter`), `max_loras` of at most `max_lora_rank`.
         speculative: how tokens are guessed, e.g. {"method": "ngram", "num_tokens": 4} (speculate.Speculation).
@@ -91,6 +94,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         tensor_parallel_size: int = 1,
         enforce_eager: bool = False,
+        attention_backend: str = "auto",
         batch_invariant: bool = False,
         enable_lora: bool = False,
         max_loras: int = 8,
@@ -103,6 +107,7 @@ class LLM:
         self.source: ModelSource | None = None
         self.shared: SharedModel | None = None
         arguments, compiling = dict(locals()), None
+        check_backend(attention_backend)
         with ExitStack() as undo:
             undo.callback(self.close)  # no process stays where an engine can't be made
             if isinstance(model, str | Path):
@@ -136,6 +141,7 @@ class LLM:
                 gpu_memory_utilization=gpu_memory_utilization,
                 kv_dtype=kv_cache_dtype,
                 enforce_eager=enforce_eager,
+                attention_backend=attention_backend,
                 batch_invariant=batch_invariant,
                 debug_pages=debug_pages,
             )

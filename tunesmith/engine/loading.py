@@ -140,6 +140,11 @@ def make_runner(
             attach(adapters.stacks, own)
         return own
     if not isinstance(model, Decoder):
+        if config.attention_backend != "auto":
+            raise RequestError(
+                f"attention_backend={config.attention_backend!r} is for the native decoder, and this model runs "
+                f"through transformers: leave it out"
+            )
         return TransformersRunner(model, cast(Any, model).model, config)
     if is_live and _device(model).type == "cuda":
         free, total = torch.cuda.mem_get_info(_device(model))
@@ -214,6 +219,8 @@ def make_drafter(
         return NgramDrafter(speculation.num_tokens, speculation.min_ngram, speculation.max_ngram)
     limit = draft.config.max_position_embeddings
     own = replace(config, max_model_len=min(limit, config.max_model_len), kv_dtype="auto", batch_invariant=False)
+    if own.attention_backend != "triton":  # what was asked for is the large model's
+        own = replace(own, attention_backend="auto")
     small = NativeRunner(draft, own, runner.pages.num_pages)
     small.warm_up(GRAPHS_S)
     return DraftModel(

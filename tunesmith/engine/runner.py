@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.engine.attend import PagedAttention
+from tunesmith.engine.attention_backends import AttentionKernels, find_kernels, heads_of
 from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
 from tunesmith.engine.batching import small_batches, to_device, worst_batches
 from tunesmith.engine.cache_size import kv_torch_dtype, num_pages
@@ -131,6 +132,8 @@ class NativeRunner:
         self._fused = self._make_pass(owns_model, library) if has_fused_pass(model) else None
         self.sampling = Sampling(config.max_num_seqs, self.vocab_size, self.device, library)
         self._records = on_gpu and owns_model and not config.enforce_eager and self.fixed_rows is None
+        self._owns_model = owns_model
+        self.attention = self._find_attention()
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
         self.graphs = self._make_graphs() if self._records else None
@@ -156,6 +159,12 @@ class NativeRunner:
     def page_dtype(self) -> torch.dtype:
         """What keys and values are held in."""
         return kv_torch_dtype(self.config, self.stream_dtype)
+
+    def _find_attention(self) -> AttentionKernels | None:
+        """Other libraries' attention over pages, where one is installed and faster here."""
+        is_shared = self.model.stream is not WHOLE
+        heads = heads_of(self.model.config, self.stream_dtype, self.page_dtype, self.device, is_shared)
+        return find_kernels(self.config, heads, self.device, measures=self._owns_model)
 
     def _make_cache(self, pages: int | None) -> PagedCache:
         if pages is None:
@@ -193,6 +202,7 @@ class NativeRunner:
         """Before anything runs: a cache of the dtype that a live model computes in now. Whether it was made anew."""
         if self.cache.dtype == self.page_dtype:
             return False
+        self.attention = self._find_attention()
         self.cache = self._make_cache(self.cache.num_pages)
         if self.graphs is not None:
             self.graphs.drop()
@@ -251,7 +261,7 @@ class NativeRunner:
     def _pass(self, tokens_T: Tensor, batch: StepBatch, cache: PagedCache) -> Tensor:
         for call in self.before_pass:
             call(batch)
-        attend = PagedAttention(cache, batch, invariant=self.config.batch_invariant)
+        attend = PagedAttention(cache, batch, invariant=self.config.batch_invariant, kernels=self.attention)
         run = self.model if self._fused is None else self._fused
         hidden: Tensor = run(tokens_T, batch.positions_T, attend)
         for done in self.after_pass:

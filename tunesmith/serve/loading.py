@@ -13,6 +13,7 @@ from torch import Tensor
 from tunesmith.checkpoint.held_files import held_method
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.engine.adapters import AdapterPool
+from tunesmith.engine.attention_backends import attention_facts
 from tunesmith.engine.grammar_compile import RequestGrammars
 from tunesmith.engine.llm import LLM, TEXT_CONTEXT_TOKENS
 from tunesmith.engine.runner import evaluating
@@ -96,6 +97,7 @@ def _arguments(options: EngineOptions) -> dict[str, Any]:
         "enable_prefix_caching": options.enable_prefix_caching,
         "kv_cache_dtype": options.kv_cache_dtype,
         "enforce_eager": options.enforce_eager,
+        "attention_backend": options.attention_backend,
         "batch_invariant": options.batch_invariant,
         "debug_pages": options.debug,
     }
@@ -139,6 +141,7 @@ class LoadedModel:
             "is_native": isinstance(model, Decoder),
             "has_chat_template": llm.has_chat_template,
             "single_turns": llm.source is not None and llm.source.single_turns,
+            "attention": attention_facts(llm.runner),
             "load_s": load_s,
         }
 

@@ -29,6 +29,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
+    attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     batch_invariant: bool = False

@@ -67,10 +67,13 @@ class Ours:
         """See Engine."""
         import torch
 
+        from tunesmith.engine.attention_backends import attention_facts
+
         on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         return {
             "weights_bytes": self._weights_bytes,
             "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+            "attention": attention_facts(self._engine.runner),
             "how": f"tunesmith.engine, {self._dtype} activations"
             + (f", one of {self._size} processes that share the model" if self._size > 1 else ""),
         }
