@@ -61,7 +61,7 @@ def _plane(words, PLANE: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.constexpr
     return bits.to(tl.float16 if HALF else tl.bfloat16, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def dot_kernel(
     x,
     w,
