@@ -3,6 +3,7 @@
     CONFIG_DIR            a model directory, or a folder with its config.json alone: weights are random, made in place
     --batch 1 8 64 256    requests that decode together; each has --context tokens in the cache
     --quantize fp8        a weight format of `tunesmith.LLM(quantize=...)`; --kv fp8: pages in 8 bits
+    --head stored         no copy of the head in int8, which quantised blocks have on a GPU
     --operators 20        of the fastest mode, the operators (kernels) that take the most of the device's time
 
 Every batch and mode prints one JSON line with ms per step:
@@ -48,6 +49,7 @@ from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.hardware import describe_device
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.head_copy import MOST_REQUESTS
 
 WARM_UP = 3
 PROFILED = 3
@@ -72,9 +74,15 @@ class Setting:
         return self.runner.device.type == "cuda"
 
 
-def weight_bytes(model: Decoder) -> int:
-    """Bytes of weights that a step reads: all but an embedding that is no head, of which a row a token is read."""
-    parts: list[nn.Module] = [model.blocks, model.norm, model.embedding if model.head is None else model.head]
+def weight_bytes(model: Decoder, num_requests: int) -> int:
+    """Bytes of weights that a step reads: all but an embedding that is no head, of which a row a token is read.
+
+    Of a head and its copy the one that so many requests take.
+    """
+    head = model.embedding if model.head is None else model.head
+    if model.head_copy is not None and num_requests <= MOST_REQUESTS:
+        head = model.head_copy
+    parts: list[nn.Module] = [model.blocks, model.norm, head]
     tensors = {t.data_ptr(): t.nbytes for part in parts for t in [*part.parameters(), *part.buffers()]}
     return sum(tensors.values())
 
@@ -82,7 +90,7 @@ def weight_bytes(model: Decoder) -> int:
 def step_bytes(runner: NativeRunner, batch: int, context: int) -> int:
     """Bytes that a step has to read: weights once, and every request's keys and values."""
     held = batch * context * token_bytes(runner.model.config, runner.cache.dtype)
-    return weight_bytes(runner.model) + held
+    return weight_bytes(runner.model, batch) + held
 
 
 def host_batch(batch: int, context: int) -> HostBatch:
@@ -285,6 +293,7 @@ def prepare(arguments: argparse.Namespace) -> Setting:
     model = load_for_inference(
         arguments.config,
         quantize=arguments.quantize,
+        head=arguments.head,
         dtype=arguments.dtype,
         device=arguments.device,
         weights="random",
@@ -315,7 +324,9 @@ def prepare(arguments: argparse.Namespace) -> Setting:
         "dtype": str(runner.stream_dtype),
         "quantize": arguments.quantize,
         "kv": arguments.kv,
-        "weight_bytes": weight_bytes(model),
+        "weight_bytes": weight_bytes(model, 1),
+        "held_bytes": sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
+        "head": "copy" if model.head_copy is not None else arguments.head,
         "model_s": round(made_s, 2),
         "start_s": round(time.perf_counter() - began_s, 2),
         "graphs": None if graphs is None else graphs.stats.num_graphs,
@@ -345,6 +356,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quantize")
+    parser.add_argument("--head", choices=["auto", "stored", "int8", "copy"], default="auto")
     parser.add_argument("--kv", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--prefill-tokens", type=int, default=8192, help="tokens of a step while prompts are computed")

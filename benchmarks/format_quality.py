@@ -8,6 +8,12 @@
 A line of JSON for each format: perplexity, its change, KL from the unquantised model and agreement on the best token,
 bytes of the weights, seconds to load. The text is cut into pieces of `--length` tokens; the first token of each is
 given. Only a model that has really learnt says something: with random weights every format is equally bad.
+
+    python benchmarks/format_quality.py ... --copies float32,bfloat16,fp8,int4
+
+Formats with a copy of the head in int8 beside the stored one (model/head_copy.py): a line of logits by the stored head
+and one by the copy, from the same hidden states, the copy widened to their dtype. The second says too how far it is
+from the first: what the copy alone changes.
 """
 
 from __future__ import annotations
@@ -33,7 +39,11 @@ from tunesmith.compress.divergence import divergence
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
 from tunesmith.hardware import pick_device
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.head_copy import copy_head
+from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.language_model import LanguageModel, logits
+from tunesmith.model.packed import pack_documents
 from tunesmith.model.weight_formats import check_format
 from tunesmith.text.builtin.pretrain import rows
 from tunesmith.text.tokenizer import load_tokenizer
@@ -105,6 +115,52 @@ def weight_bytes(model: LanguageModel) -> int:
     return sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
 
 
+@torch.inference_mode()
+def copied_predictions(decoder: Decoder, pieces: list[list[int]]) -> list[Tensor]:
+    """`predictions` by a copy of the head in int8, its product that of the weight that it stands for."""
+    copy_head(decoder)
+    head = cast(Int8Linear, decoder.head_copy)
+    device = head.codes.device
+    return [head.dense_product(decoder.hidden(pack_documents([piece], device))).float().cpu() for piece in pieces]
+
+
+def copies(arguments: argparse.Namespace, pieces: list[list[int]], before: list[Tensor]) -> Iterator[dict[str, Any]]:
+    """Two rows for each of the formats that are to have a copy: by the stored head, and by the copy."""
+    for name in filter(None, arguments.copies.split(",")):
+        is_dense = name in ("float32", "bfloat16")
+        model = load_for_inference(
+            arguments.model,
+            quantize=None if is_dense else name,
+            dtype=name if is_dense else arguments.dtype,
+            device=arguments.device,
+            head="stored",
+        )
+        stored = predictions(model, pieces)
+        yield {"format": name, **distance(before, stored, pieces)}
+        copied = copied_predictions(cast(Decoder, model), pieces)
+        alone = divergence(stored, copied)
+        yield {
+            "format": f"{name}, head by the copy in int8",
+            **distance(before, copied, pieces),
+            "change_by_copy_percent": round(100 * (perplexity(copied, pieces) / perplexity(stored, pieces) - 1), 4),
+            "kl_by_copy_nats": float(f"{alone.kl_mean:.3g}"),
+            "same_best_token_by_copy_ratio": round(alone.argmax_agreement_ratio, 5),
+            "weight_bytes": weight_bytes(model),
+        }
+
+
+def distance(before: list[Tensor], found: list[Tensor], pieces: list[list[int]]) -> dict[str, Any]:
+    """Perplexity of predictions, and how far they are from the unquantised model's."""
+    own, value = perplexity(before, pieces), perplexity(found, pieces)
+    far = divergence(before, found)
+    return {
+        "perplexity": round(value, 4),
+        "change_percent": round(100 * (value / own - 1), 3),
+        "kl_nats": round(far.kl_mean, 6),
+        "same_best_token_ratio": round(far.argmax_agreement_ratio, 4),
+    }
+
+
 def models(arguments: argparse.Namespace) -> Iterator[tuple[str, Any, float]]:
     """Name, model and seconds to load, one after the other."""
     wanted = [(name, "stored") for name in arguments.formats.split(",")]
@@ -134,6 +190,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--copies", default="", help="formats with a copy of the head; in place of --formats")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--calibrate", type=Path, help="a text to calibrate int4 on, other than --text")
@@ -153,17 +210,13 @@ def main() -> None:
     first = {"model": arguments.model, "text": arguments.text.name, "tokens": tokens, "format": arguments.dtype}
     print(json.dumps({**first, "perplexity": round(own, 4), "weight_bytes": weight_bytes(reference)}), flush=True)
     del reference
-    for name, model, seconds in models(arguments):
-        found = predictions(model, pieces)
-        far = divergence(before, found)
-        value = perplexity(found, pieces)
+    for row in copies(arguments, pieces, before):
+        print(json.dumps({**first, **row}), flush=True)
+    for name, model, seconds in () if arguments.copies else models(arguments):
         row = {
             **first,
             "format": name,
-            "perplexity": round(value, 4),
-            "change_percent": round(100 * (value / own - 1), 3),
-            "kl_nats": round(far.kl_mean, 6),
-            "same_best_token_ratio": round(far.argmax_agreement_ratio, 4),
+            **distance(before, predictions(model, pieces), pieces),
             "weight_bytes": weight_bytes(model),
             "load_s": round(seconds, 2),
         }

@@ -15,6 +15,7 @@ from torch import nn
 from tunesmith.arch import ModelConfig, read_config
 from tunesmith.checkpoint.bnb import BnbFiles
 from tunesmith.checkpoint.files import WeightFiles
+from tunesmith.checkpoint.head import Head, place_head
 from tunesmith.checkpoint.held_files import HeldFiles, HeldWeights, held_method
 from tunesmith.checkpoint.load import BnbWeights, CheckpointWeights, Quantize, config_dtype
 from tunesmith.checkpoint.names import tensor_names
@@ -36,13 +37,15 @@ def foreseen_for_inference(
     quantize: str | None = None,
     dtype: torch.dtype | None = None,
     weights: Literal["checkpoint", "random"] = "checkpoint",
+    head: Head = "auto",
+    one_head: bool = False,
 ) -> Decoder:
     """A decoder of the real widths, its linears in the forms of `load_for_inference`, without an adapter.
 
     Of a mixture of experts: one dense MLP in place of the experts, whose launches depend on what tokens say. What is
     quantised as it arrives is quantised here, so that those launches are made too. Call it where kernels run on the
     meta device (`nf4.kernels_on`), for a chip that is foreseen (`chip.foreseeing`).
-    dtype: None: the checkpoint's.
+    dtype: None: the checkpoint's. head, one_head: as there.
     Raises: ModelError, UnsupportedModelError for what `load_for_inference` refuses or does not run natively.
     """
     config = read_config(directory)
@@ -65,6 +68,15 @@ def foreseen_for_inference(
         source.quantise(decoder, list(tensor_names(decoder)), cast(Any, quantize))
     elif quantize is not None:
         _quantise(decoder, quantize)
+    is_integer = isinstance(source, HeldWeights) or (quantize is not None and parse_format(quantize) is not None)
+    place_head(
+        decoder,
+        head,
+        is_quantised=bool(stored) or quantize is not None,
+        is_integer=is_integer,
+        num_layers=config.num_hidden_layers,
+        one_head=one_head,
+    )
     use_decode_linears(decoder)
     return decoder.requires_grad_(False).eval()
 

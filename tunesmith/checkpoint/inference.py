@@ -9,6 +9,7 @@ import torch
 
 from tunesmith.arch import read_config
 from tunesmith.checkpoint.adapter import load_adapter
+from tunesmith.checkpoint.head import Head, check_head, place_head
 from tunesmith.checkpoint.held_files import held_method, load_held
 from tunesmith.checkpoint.huge_pages import use_huge_pages
 from tunesmith.checkpoint.load import DTYPES, Backend, Quantize, load_model
@@ -16,13 +17,11 @@ from tunesmith.checkpoint.quantized_load import load_quantized
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import ModelError, UnsupportedModelError, nearest
 from tunesmith.hardware import pick_device
-from tunesmith.model.decode_linears import hold_head_in_int8, use_decode_linears
+from tunesmith.model.decode_linears import use_decode_linears
 from tunesmith.model.decoder import Decoder
-from tunesmith.model.held import HeldLinear
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.weight_formats import FORMAT_NAMES, WeightFormat, parse_format
 
-Head = Literal["auto", "stored", "int8"]
 TRAINED = get_args(Quantize)
 """Formats that training knows too."""
 
@@ -39,6 +38,7 @@ def load_for_inference(
     weights: Literal["checkpoint", "random"] = "checkpoint",
     seed: int = 0,
     head: Head = "auto",
+    one_head: bool = False,
 ) -> LanguageModel:
     """A language model in evaluation mode, its linears in the form that is fastest to decode with.
 
@@ -46,16 +46,20 @@ def load_for_inference(
         quantize: None as stored (also what AWQ, GPTQ, bitsandbytes or `tunesmith compress` quantised); int8, w8a8,
             int4, int4-g64, int4-g32 (and -sym), nf4, nf4-double, fp8, fp8-inner: quantised as the weights arrive.
         adapter: an adapter directory in PEFT's format, put on top of the base in any of these formats.
-        head: what the output head is held in: "stored", "int8", or "auto": int8 on a CPU where the blocks are in int8
-            or int4, since there its bytes would be half of what a token costs; "stored" elsewhere.
+        head: what the output head is held in: "stored"; "int8"; "copy": as stored, and once more in int8, which steps
+            of few requests take on a GPU (model/head_copy.py); or "auto": where the blocks are quantised a copy on a
+            GPU, but not where that takes the model across 40 % of its bytes in 16 bits, and int8 on a CPU, for blocks
+            in int8 or int4, since there its bytes would be half of what a token costs; "stored" elsewhere.
+        one_head: "auto" makes no copy, since every row is to go through the same head (batch-invariant mode).
         Others as `load_model`.
-    Raises: ModelError, AdapterError or DeviceError.
+    Raises: ModelError, AdapterError, DeviceError or UnsupportedModelError.
     """
     if quantize is not None and quantize not in (*FORMAT_NAMES, *TRAINED):
         known = [*FORMAT_NAMES, *TRAINED]
         raise ModelError(
             f"there is no weight format {quantize!r}{nearest(quantize, known)}; there are: {', '.join(known)}"
         )
+    check_head(head)
     directory = resolve_model(str(path), revision)
     where = torch.device(pick_device(str(device)))
     if where.type == "cpu":
@@ -86,11 +90,18 @@ def load_for_inference(
         model = load_quantized(directory, held, device=where, dtype=inference_dtype(dtype), weights=weights, seed=seed)
         model = _adapted(model, adapter, directory, seed if weights == "random" else None)
     if isinstance(model, Decoder):
-        quantised = held is not None or stored is not None
-        if (head == "int8" or (head == "auto" and quantised and where.type == "cpu")) and not _has_held_head(model):
-            hold_head_in_int8(model)
+        is_integer = held is not None or stored is not None
+        was_quantised = weights == "checkpoint" and bool(model.config.raw.get("quantization_config"))
+        place_head(
+            model,
+            head,
+            is_quantised=was_quantised or quantize is not None,
+            is_integer=is_integer,
+            num_layers=model.config.num_hidden_layers,
+            one_head=one_head,
+        )
         use_decode_linears(model)
-    elif head == "int8":
+    elif head in ("int8", "copy"):
         raise UnsupportedModelError("a head in int8 is for the native decoder: leave head at 'stored'")
     return model.eval()
 
@@ -99,10 +110,6 @@ def _adapted(model: Decoder, adapter: str | Path | None, base: Path, random_seed
     if adapter is not None:
         load_adapter(model, Path(adapter), base_directory=base, random_seed=random_seed)
     return model
-
-
-def _has_held_head(model: Decoder) -> bool:
-    return isinstance(model.head, HeldLinear)
 
 
 def _only_native(held: WeightFormat) -> str:

@@ -152,8 +152,11 @@ def tensor_names(decoder: Decoder) -> Iterator[TensorName]:
 
 
 def _leaves(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold checkpoint tensors; nothing below a linear is one (an adapter's base is the linear itself)."""
+    """Modules that hold checkpoint tensors; nothing below a linear is one (an adapter's base is the linear itself), and
+    a copy of the head is none."""
     for name, child in module.named_children():
+        if isinstance(module, Decoder) and child is module.head_copy:
+            continue
         inner = f"{path}.{name}" if path else name
         if hasattr(child, "parts") or hasattr(child, "weight"):
             yield inner, child

@@ -36,6 +36,9 @@ def serve(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="hold the weights in int8, int4, fp8, nf4, ...")] = None,
+    head: Annotated[
+        str, typer.Option(help="the output head: auto, stored, int8, or copy (both, int8 where few answer)")
+    ] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, fp8")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens, prompt and answer together")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="answers that are made at the same time")] = None,
@@ -114,7 +117,7 @@ def serve(
     """
     keys = read_keys(api_key or [], api_key_file)
     check_address(host, None if uds is None else str(uds), keys, allow_unauthenticated)
-    _check_choices(kv_cache_dtype, attention_backend, pooling, metrics_prefix, generation_config, served_check)
+    _check_choices(head, kv_cache_dtype, attention_backend, pooling, metrics_prefix, generation_config, served_check)
     _check_shares(key_share, request_timeout, shutdown_timeout, engine_timeout)
     use_checkpoint(model, adapter)
     engine = EngineOptions(
@@ -123,6 +126,7 @@ def serve(
         revision=revision,
         dtype={"half": "float16", "float": "float32"}.get(dtype, dtype),
         quantization=quantization,
+        head=head,
         kv_cache_dtype=kv_cache_dtype,
         device=device,
         backend=backend,
@@ -257,6 +261,7 @@ def _address(options: ServerOptions, address: Any) -> tuple[str, str]:
 
 
 def _check_choices(
+    head: str,
     kv_cache_dtype: str,
     attention_backend: str,
     pooling: str,
@@ -265,6 +270,7 @@ def _check_choices(
     served_check: str,
 ) -> None:
     choices = {
+        "--head": (head, ("auto", "stored", "int8", "copy")),
         "--kv-cache-dtype": (kv_cache_dtype, ("auto", "fp8")),
         "--attention-backend": (attention_backend, ("auto", "triton", "flash-attn-3", "flashinfer")),
         "--pooling": (pooling, ("mean", "last")),

@@ -15,6 +15,7 @@ class Asked:
     model: str
     adapter: str | None = None
     quantize: str | None = None
+    head: str = "auto"
     dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"

@@ -94,6 +94,11 @@ class StepBatch:
         """T."""
         return self.tokens_T.shape[0]
 
+    @property
+    def num_requests(self) -> int:
+        """R; of a recorded step with its rows of padding."""
+        return self.context_R.shape[0]
+
 
 @dataclass(eq=False)
 class SampledRow:

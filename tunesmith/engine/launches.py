@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 from tunesmith.checkpoint.foreseen import foreseen_for_inference
 from tunesmith.checkpoint.inference import inference_dtype
@@ -50,6 +51,8 @@ def _model(asked: Asked) -> Decoder:
         quantize=source.quantize,
         dtype=inference_dtype(asked.dtype),
         weights=asked.weights,
+        head=cast(Any, asked.head),
+        one_head=asked.batch_invariant,
     )
 
 

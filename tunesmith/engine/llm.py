@@ -56,6 +56,8 @@ class LLM:
         adapter: an adapter directory (or the run it came from), put on top of `model`.
         dtype: "auto" is the checkpoint's on a GPU, and float32 on a CPU, as training computes there.
         quantize: a form of the weights (named in checkpoint/inference.py); None: as stored, or as the run was trained.
+        head: of the output head: "stored", "int8", "copy" (both: steps of few requests on a GPU take int8), or "auto",
+            by what the weights are quantised to (checkpoint/inference.py). Of a model loaded elsewhere: as it stands.
         max_model_len: tokens of context, prompt and answer together; None: what the model was made for.
         max_num_seqs: requests that run together; None: 256 on a GPU, else 16 (`max_running` is its older name).
         max_num_batched_tokens: tokens of one step; None: 8192 on a GPU, else 2048. Longer prompts take several steps.
@@ -82,6 +84,7 @@ class LLM:
         *,
         adapter: str | Path | None = None,
         quantize: str | None = None,
+        head: str = "auto",
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         backend: str = "auto",
@@ -114,15 +117,19 @@ class LLM:
                 compiling = start_compiling(Asked.of({**arguments, "max_num_seqs": max_num_seqs or max_running}))
                 self.source = find_source(str(model), adapter, quantize, revision)
                 if tensor_parallel_size > 1:
+                    if head != "auto":
+                        raise RequestError("processes that share a model choose its head: leave head at 'auto'")
                     self.shared = share_source(self.source, dtype, device, tensor_parallel_size)
                 self.model = (
-                    load_source(self.source, dtype, device, backend) if self.shared is None else self.shared.decoder
+                    load_source(self.source, dtype, device, backend, head=head, one_head=batch_invariant)
+                    if self.shared is None
+                    else self.shared.decoder
                 )
                 tokenizer = tokenizer or load_source_tokenizer(self.source)
             else:
-                if adapter is not None or quantize is not None:
+                if adapter is not None or quantize is not None or head != "auto":
                     raise RequestError(
-                        "adapter and quantize go with a model's path; a loaded model is taken as it stands"
+                        "adapter, quantize and head go with a model's path; a loaded model is taken as it stands"
                     )
                 if tensor_parallel_size > 1:
                     raise RequestError(

@@ -44,9 +44,18 @@ GRAPHS_S = 5.0
 
 
 def load_source(
-    source: ModelSource, dtype: str | torch.dtype, device: str | torch.device, backend: str
+    source: ModelSource,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    backend: str,
+    *,
+    head: str = "auto",
+    one_head: bool = False,
 ) -> LanguageModel:
-    """The model of a source, in evaluation mode. On a CPU "auto" is float32."""
+    """The model of a source, in evaluation mode. On a CPU "auto" is float32.
+
+    head, one_head: as `load_for_inference` has them.
+    """
     chosen = pick_device(str(device))
     if dtype == "auto" and chosen.type == "cpu":
         dtype = torch.float32
@@ -58,6 +67,8 @@ def load_source(
         device=chosen,
         backend=cast(Any, backend),
         revision=source.revision,
+        head=cast(Any, head),
+        one_head=one_head,
     )
 
 

@@ -7,6 +7,9 @@ Batch-invariant mode: a token's logits are the same bits in a long prompt, in a 
 no product's shape depends on how many rows there are. On a GPU every linear computes GROUP_ROWS rows at a time
 (fixed_rows.py), and the attention kernel has one tile for all. On a CPU, and for a model that is not ours to change,
 the whole decoder runs over PASS_ROWS rows at a time, each attending on its own.
+
+Where the decoder has a copy of its head in int8, steps of few requests take that (model/head_copy.py); in
+batch-invariant mode none does.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from tunesmith.kernels.chip import is_gpu
 from tunesmith.kernels.cpu_library import load
 from tunesmith.kernels.paged_attention_fresh import warming_fresh
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.head_copy import MOST_REQUESTS, copied_logits
 from tunesmith.model.language_model import LanguageModel
 from tunesmith.model.stream import WHOLE
 
@@ -115,6 +119,8 @@ class NativeRunner:
         self.beside_page_bytes = beside_page_bytes
         self.after_pass: list[Callable[[], None]] = []
         self.device = model.embedding.weight.device
+        # Of a model that was loaded elsewhere a copy may be of weights that have changed.
+        self.head_copy = model.head_copy if owns_model and not config.batch_invariant else None
         on_gpu = is_gpu(self.device)
         has_groups = config.batch_invariant and on_gpu and owns_model
         self.fixed_rows = PASS_ROWS if config.batch_invariant and not has_groups else None
@@ -137,6 +143,7 @@ class NativeRunner:
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
         self.graphs = self._make_graphs() if self._records else None
+        self._num_requests = 0
         self._hidden: Tensor | None = None
         self._ready_BV: Tensor | None = None
         self._decoded: Decoded | None = None
@@ -225,6 +232,7 @@ class NativeRunner:
     def forward(self, batch: StepBatch) -> None:
         """Launch the pass over the model: as a graph where one covers it."""
         with self._passing():
+            self._num_requests = batch.num_requests
             self._hidden = self._scored = None
             self._decoded = None if self.graphs is None or batch.score_rows is not None else self.graphs(batch)
             if self._decoded is not None:
@@ -238,7 +246,9 @@ class NativeRunner:
 
     def _compiled(self, batch: StepBatch) -> Tensor | None:
         """logits_BV of a step that a CPU's own code takes as a whole."""
-        if not isinstance(self._fused, CpuPass) or batch.score_rows is not None or batch.adapter_T is not None:
+        if self.head_copy is not None or not isinstance(self._fused, CpuPass):
+            return None
+        if batch.score_rows is not None or batch.adapter_T is not None:
             return None
         return self._fused.decode(batch, self.cache, self.sampling.state.last_tokens_N)
 
@@ -256,7 +266,7 @@ class NativeRunner:
     def _decode(self, batch: StepBatch) -> Tensor:
         """logits_BV of a batch of single tokens, all of them known: what a graph records."""
         with self._passing():
-            return self.logits(self._pass(batch.tokens_T, batch, self.cache))
+            return self._drawn_from(self._pass(batch.tokens_T, batch, self.cache), batch.num_requests)
 
     def _pass(self, tokens_T: Tensor, batch: StepBatch, cache: PagedCache) -> Tensor:
         for call in self.before_pass:
@@ -268,8 +278,14 @@ class NativeRunner:
             done()
         return hidden
 
+    def _drawn_from(self, hidden_BD: Tensor, num_requests: int) -> Tensor:
+        """logits_BV of the rows that are drawn in a step of so many requests: few take the copy of the head."""
+        if self.head_copy is None or num_requests > MOST_REQUESTS:
+            return self.logits(hidden_BD)
+        return copied_logits(self.head_copy, hidden_BD)
+
     def logits(self, hidden_BD: Tensor) -> Tensor:
-        """logits_BV of hidden states."""
+        """logits_BV of hidden states, by the head as it is stored."""
         if isinstance(self._fused, CpuPass):
             return self._fused.logits(hidden_BD)
         if self.group_rows is None:
@@ -294,7 +310,7 @@ class NativeRunner:
         if self._ready_BV is not None:
             return self._ready_BV
         assert self._hidden is not None, "sample follows forward"
-        return self.logits(self._hidden)
+        return self._drawn_from(self._hidden, self._num_requests)
 
     def sample(self, batch: StepBatch, rows: Sequence[SampledRow], masks: np.ndarray | None) -> Pending:
         """Launch the choice of tokens for the pass that `forward` launched last."""
@@ -329,6 +345,8 @@ class NativeRunner:
             for host in [*small_batches(self.config), *worst_batches(self.config)]:
                 batch = to_device(host, self.device)
                 hidden_TD = self._pass(batch.tokens_T, batch, cache)
+            for few in () if self.head_copy is None else (1, MOST_REQUESTS):
+                self._drawn_from(hidden_TD[:few], few)
             logits_BV = self.logits(hidden_TD[: self.config.max_num_seqs])
             # Float32 copies of sampling: penalties, thresholds and probabilities.
             copies = [logits_BV.float() for _ in range(3)]

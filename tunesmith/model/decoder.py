@@ -47,6 +47,7 @@ class Decoder(nn.Module):
     the MLP goes through at a time; the eager blocks, which are the reference, know none of that. `has_same_weights`
     promises that no parameter was written since the last forward pass (a step of several micro-batches): what depends
     on them alone is kept.
+    `head_copy` is the head once more, for whoever answers few requests at a time (model/head_copy.py).
     A stage of a pipeline holds some of the blocks; `incoming` is the stream out of the blocks before them, which takes
     the place of the embeddings.
     """
@@ -77,6 +78,7 @@ class Decoder(nn.Module):
         self.head = (
             None if config.tie_word_embeddings else Linear(config.hidden_size, {"lm_head": config.vocab_size}, False)
         )
+        self.head_copy: nn.Module | None = None
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, lengths_T: Tensor | None = None) -> Tensor:
         """hidden_TD after the final norm, in the compute dtype: the rows of this process's tokens, where `stream` cuts

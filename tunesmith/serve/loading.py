@@ -86,6 +86,7 @@ def _arguments(options: EngineOptions) -> dict[str, Any]:
     asked = {
         "adapter": options.adapter,
         "quantize": options.quantization,
+        "head": options.head,
         "dtype": options.dtype,
         "device": options.device,
         "backend": options.backend,

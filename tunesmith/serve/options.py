@@ -21,6 +21,7 @@ class EngineOptions:
     revision: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
+    head: str = "auto"
     kv_cache_dtype: str = "auto"
     device: str = "auto"
     backend: str = "auto"

@@ -2,7 +2,9 @@
 
 the trained form (base as it was trained on + adapter, products in float32)
   |-- merged          the adapter folded in, in the checkpoint's dtype
-  '-- as served       the weights in the form they are loaded in  --  engine: the same through the engine's pass
+  |-- copied head     the same with the copy of the head in int8, where there is one: what few requests' answers are of
+  '-- as served       the weights in the form they are loaded in  --  engine: the same through the engine's pass, which
+                                                                     scores prompts by the head as it is stored
 
 reference = trained_reference(model, adapter)    before the engine takes the memory; kept in the run directory
 report = check_served(llm, reference)            raises where a hop is broken; report.line() is one line
@@ -22,7 +24,10 @@ from torch import Tensor
 from tunesmith.engine.llm import LLM
 from tunesmith.engine.request import SamplingParams
 from tunesmith.errors import RequestError, VerificationError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.head_copy import MOST_REQUESTS, copied_logits
 from tunesmith.model.language_model import logits
+from tunesmith.model.packed import pack_documents
 from tunesmith.rundir.io import write_json_atomic
 from tunesmith.rundir.layout import RunDir
 from tunesmith.text.chat import encode_prompt
@@ -37,6 +42,7 @@ SCHEMA_VERSION = 1
 ENGINE_LIMIT = 0.1
 """Nats, on average: the engine's log-probabilities against those of the same weights in a plain pass."""
 REPORT_NAME = "served.json"
+_COPIED = "head in int8"
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAME = 0.01
 """Nats: another weight format whose log-probabilities are all so near is the form that was trained (a QLoRA run)."""
@@ -60,6 +66,7 @@ class ServedReport:
             f"{weights.agreement_ratio:.1%}, a log-probability differs by {weights.max_dlogprob:.2g} at most "
             f"(by {engine.max_dlogprob:.2g} more in the engine's own pass)"
         ]
+        parts += [f"by {hop.max_dlogprob:.2g} where few requests run: {hop.name}" for hop in self._copied()]
         if self.prompts is not None:
             dated = ", dates apart" if self.prompts.dated else ""
             if self.prompts.num_straddling:
@@ -70,9 +77,13 @@ class ServedReport:
     def _verdict(self, weights: Hop) -> str:
         if self.problems():
             return f"served != trained, in {self.form}"
-        if self.form in _DTYPES or weights.max_dlogprob <= _SAME:
+        farthest = max(hop.max_dlogprob for hop in (weights, *self._copied()))
+        if self.form in _DTYPES or farthest <= _SAME:
             return f"served = trained, in {self.form}"
         return f"served in {self.form}, near what was trained"
+
+    def _copied(self) -> list[Hop]:
+        return [hop for hop in self.hops if hop.name.startswith(_COPIED)]
 
     def problems(self) -> list[str]:
         """What is broken, in words."""
@@ -109,6 +120,9 @@ def check_served(
     """
     served = _served_rows(llm, reference)
     hops = [] if reference.merged is None else [reference.merged]
+    if (copied := _copied_rows(llm, reference)) is not None:
+        name = f"{_COPIED}, up to {MOST_REQUESTS} requests"
+        hops.append(compare(name, reference.summary, copied, reference.documents))
     hops.append(compare(f"weights as served ({_form(llm)})", reference.summary, served, reference.documents))
     hops.append(_engine_hop(llm, reference, served))
     prompts = _prompts(llm, reference, chat_template) if reference.rows.rows else None
@@ -143,6 +157,17 @@ def _served_rows(llm: LLM, reference: Reference) -> list[Tensor]:
     if llm.shared is not None:
         return [llm.shared.logits([document])[0].float().cpu() for document in documents]
     return [logits(llm.model, [document])[0].float().cpu() for document in documents]
+
+
+def _copied_rows(llm: LLM, reference: Reference) -> list[Tensor] | None:
+    """The same by the copy of the head that steps of few requests take; None where they take none."""
+    model, copy = llm.model, getattr(llm.runner, "head_copy", None)
+    if copy is None or not isinstance(model, Decoder):
+        return None
+    device = llm.runner.device
+    with torch.no_grad():
+        found = [model.hidden(pack_documents([list(document)], device)) for document in reference.documents]
+        return [copied_logits(copy, hidden_TD).float().cpu() for hidden_TD in found]
 
 
 def _engine_hop(llm: LLM, reference: Reference, served: Sequence[Tensor]) -> Hop:

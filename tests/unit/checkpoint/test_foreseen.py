@@ -32,7 +32,7 @@ def _foreseen(directory: Path, **options: Any) -> Any:
 
 def _loaded(directory: Path, **options: Any) -> Any:
     with foreseeing(H200, "cpu"), kernels_on("cpu"), taken_down():
-        return load_for_inference(directory, device="cpu", head="stored", **options)
+        return load_for_inference(directory, device="cpu", **options)
 
 
 def _form(module: torch.nn.Module) -> dict[str, Any]:
@@ -49,6 +49,27 @@ def test_it_is_the_one_that_is_loaded(quantize: str | None, weights: Any, tiny_m
     foreseen = _foreseen(directory, quantize=quantize, weights=weights)
     assert _form(foreseen) == _form(_loaded(directory, quantize=quantize, weights=weights))
     assert all(tensor.is_meta for tensor in [*foreseen.parameters(), *foreseen.buffers()])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": "stored"},
+        {"head": "int8"},
+        {"one_head": True},
+        {"quantize": None},
+        {"quantize": None, "head": "copy"},
+    ],
+)
+def test_and_so_is_its_head(options: dict[str, Any], tiny_model_dir: Callable[..., Path]) -> None:
+    """In 16 bits, where there may be a copy."""
+    directory = tiny_model_dir("qwen2", num_hidden_layers=5)
+    asked: dict[str, Any] = {"quantize": "fp8", "dtype": torch.bfloat16, **options}
+    foreseen, loaded = _foreseen(directory, **asked), _loaded(directory, **asked)
+    has_copy = options in ({}, {"quantize": None, "head": "copy"})
+    assert (foreseen.head_copy is not None) == has_copy == (loaded.head_copy is not None)
+    assert type(foreseen.head) is type(loaded.head)
 
 
 def test_a_dtype_may_be_asked_for(tiny_model_dir: Callable[..., Path]) -> None:

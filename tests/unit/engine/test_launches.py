@@ -82,7 +82,13 @@ def _really_launched(asked: Asked) -> list[Launch]:
     """By an engine's runner with storage, its tensors on the CPU, which stands for a GPU whose kernels do nothing."""
     with foreseeing(H200, "cpu"), kernels_on("cpu"), taken_down() as launches:
         model: Any = load_for_inference(
-            asked.model, quantize=asked.quantize, dtype=asked.dtype, device="cpu", weights="random", head="stored"
+            asked.model,
+            quantize=asked.quantize,
+            dtype=asked.dtype,
+            device="cpu",
+            weights="random",
+            head=asked.head,  # type: ignore[arg-type]
+            one_head=asked.batch_invariant,
         )
         assert isinstance(model, Decoder)
         config = make_config(
@@ -157,6 +163,17 @@ def _missing(asked: Asked) -> list[str]:
 )
 def test_they_are_those_of_real_tensors(quantize: str | None, model_dir: Callable[..., str]) -> None:
     assert _missing(_asked(model_dir(), quantize)) == []
+
+
+@pytest.mark.parametrize("head", ["auto", "stored", "int8"])
+def test_the_copy_of_a_head_is_among_them(head: str, model_dir: Callable[..., str]) -> None:
+    """Its kernel's programs are cut by the vocabulary, which is no other weight's number of rows."""
+    asked = _asked(model_dir(vocab_size=151_936), "fp8", head=head)
+    of_stored = {_key(launch) for launch in launches_of(replace(asked, head="stored"), H200)}
+    own = [launch.name for launch in launches_of(asked, H200) if _key(launch) not in of_stored]
+    assert ("quad_kernel" in own) == (head != "stored"), own
+    if head == "auto":
+        assert _missing(asked) == []
 
 
 @pytest.mark.parametrize("more", [{"enforce_eager": True}, {"kv_cache_dtype": "fp8"}])

@@ -18,7 +18,10 @@ from tunesmith.engine.request import SamplingParams, StructuredSpec
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.text import WholeDecoder
 from tunesmith.engine.transformers_runner import TransformersRunner
-from tunesmith.errors import RequestError
+from tunesmith.errors import ModelError, RequestError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.int8 import Int8Linear
+from tunesmith.model.layers import Linear
 from tunesmith.text.tokenizer import StreamDecoder, load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "你好, what is red?"}]
@@ -265,6 +268,18 @@ def test_options_override_params(llm: LLM) -> None:
 def test_adapters_go_with_paths(model_dir: Path) -> None:
     with pytest.raises(RequestError, match="taken as it stands"):
         LLM(load_decoder(model_dir), adapter="somewhere")
+
+
+def test_what_the_head_is_held_in_goes_with_paths(model_dir: Path) -> None:
+    for head, form in (("int8", Int8Linear), ("stored", Linear)):
+        model = LLM(model_dir, device="cpu", quantize="int8", head=head).model
+        assert isinstance(model, Decoder) and type(model.head) is form
+    with pytest.raises(RequestError, match="head go with a model's path"):
+        LLM(load_decoder(model_dir), head="int8")
+    with pytest.raises(RequestError, match="processes that share a model choose its head"):
+        LLM(model_dir, device="cpu", head="stored", tensor_parallel_size=2)
+    with pytest.raises(ModelError, match="two heads, and batch_invariant wants one"):
+        LLM(model_dir, device="cpu", head="copy", batch_invariant=True)
 
 
 def test_logprobs_are_the_models_own(model_dir: Path, llm: LLM) -> None:

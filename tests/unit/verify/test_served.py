@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,11 @@ from tunesmith.checkpoint.adapter import save_adapter
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.checkpoint.save import save_decoder
 from tunesmith.engine.llm import LLM
+from tunesmith.engine.runner import NativeRunner
 from tunesmith.errors import VerificationError
+from tunesmith.model.decoder import Decoder
+from tunesmith.model.head_copy import copy_head
+from tunesmith.model.int8 import Int8Linear
 from tunesmith.model.methods import apply_method
 from tunesmith.recipe.schema import DataSection, MethodSection, ModelSection, Recipe
 from tunesmith.rundir.layout import RunDir, create_run
@@ -110,6 +114,26 @@ def test_another_form_shows_what_it_costs(base: Path, rows: Path, tmp_path: Path
     verdict = f"served in {quantize}, near what was trained" if served.passed else f"served != trained, in {quantize}"
     assert engine.passed and report.line().startswith(f"{verdict}: on ")
     assert served.passed or quantize == "nf4"
+
+
+def test_the_copy_of_a_head_is_compared_too(base: Path, rows: Path, tmp_path: Path) -> None:
+    """What few requests are answered with: prompts, and so the engine's own hop, are the stored head's."""
+    run = make_run(tmp_path, base, rows)
+    reference = trained_reference(run.path, device="cpu")
+    assert reference is not None
+    llm = LLM(run.path, device="cpu")
+    model, runner = cast(Decoder, llm.model), cast(NativeRunner, llm.runner)
+    copy_head(model)
+    runner.head_copy = model.head_copy
+    report = check_served(llm, reference)
+    names = [hop.name for hop in report.hops]
+    assert names == ["merged in float32", "head in int8, up to 16 requests", "weights as served (float32)", "engine"]
+    copied, weights, engine = report.hops[1:]
+    assert 1e-5 < copied.max_dlogprob < 0.1 and weights.max_dlogprob < 1e-3 and engine.max_dlogprob < 1e-3
+    assert "where few requests run: head in int8, up to 16 requests" in report.line()
+    cast(Int8Linear, model.head_copy).codes.mul_(-1)
+    with pytest.raises(VerificationError, match=r"head in int8, up to 16 requests: KL .* at most 0\.1"):
+        check_served(llm, reference)
 
 
 def test_a_model_that_is_another_is_refused(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tunesmith.bench.infer.protocol import serve
 from tunesmith.engine.asked import Asked
 from tunesmith.engine.compiling import start_ahead
 from tunesmith.engine.request import SamplingParams
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import RequestError, TunesmithError
 
 if TYPE_CHECKING:  # what imports torch is imported once the job is known
     from tunesmith.engine.tensor_shared import SharedModel
@@ -39,8 +39,11 @@ class Ours:
             torch.set_num_threads(job["threads"])
         options = {ENGINE_NAMES.get(key, key): value for key, value in job["options"].items()}
         self._size = int(options.pop("tensor_parallel_size", 1))
+        head = options.pop("head", "auto")
+        if head != "auto" and self._size > 1:
+            raise RequestError("processes that share a model choose its head: leave head out")
         shared = _shared(job, self._dtype, self._size) if self._size > 1 else None
-        self._model = shared.decoder if shared is not None else _whole(job, self._dtype)
+        self._model = shared.decoder if shared is not None else _whole(job, self._dtype, head)
         self._weights_bytes = _bytes_of(self._model)
         config = make_config(self._model, max_model_len=job["max_model_len"], **options)
         runner = make_runner(self._model, config, shared=shared, compiling=compiling)
@@ -85,11 +88,17 @@ def _asked(job: Mapping[str, Any], dtype: str) -> Asked:
     return Asked.of({**job["options"], **named, "device": job["device"], "max_model_len": job["max_model_len"]})
 
 
-def _whole(job: Mapping[str, Any], dtype: str) -> LanguageModel:
+def _whole(job: Mapping[str, Any], dtype: str, head: Any) -> LanguageModel:
     from tunesmith.checkpoint.inference import load_for_inference
 
     return load_for_inference(
-        Path(job["model"]), quantize=_quantize(job), dtype=dtype, device=job["device"], weights=_weights(job)
+        Path(job["model"]),
+        quantize=_quantize(job),
+        dtype=dtype,
+        device=job["device"],
+        weights=_weights(job),
+        head=head,
+        one_head=bool(job["options"].get("batch_invariant")),
     )
 
 
