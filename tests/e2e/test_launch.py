@@ -201,10 +201,12 @@ def test_mistakes_are_a_line_before_any_process(arguments: list[str], message: s
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI's mpirun is not installed")
-def test_under_mpirun(tunesmith_cli: CLI, script: Path) -> None:
-    done = tunesmith_cli("launch", "--mpi", "--cpu", "--nproc", "2", "--run-dir", "run", script, "none", "0")
+@pytest.mark.parametrize("nproc", [2, pytest.param(5, marks=pytest.mark.long)])
+def test_under_mpirun(nproc: int, tunesmith_cli: CLI, script: Path) -> None:
+    """As root too, and with more processes than there may be cores, as in a container."""
+    done = tunesmith_cli("launch", "--mpi", "--cpu", "--nproc", str(nproc), "--run-dir", "run", script, "none", "0")
     assert done.returncode == 0, done.stderr
-    assert "rank 0 of 2 from 0" in done.stdout and "all is well" in done.stdout
+    assert f"rank 0 of {nproc} from 0" in done.stdout and "all is well" in done.stdout
 
 
 def test_where_mpirun_is_missing_it_says_so(tunesmith_cli: CLI, script: Path, tmp_path: Path) -> None:

@@ -42,9 +42,14 @@ def meeting_place(hosts: list[str]) -> dict[str, str]:
 
 
 def mpirun_command(plan: Plan, hostfile: Path | None, environment: dict[str, str]) -> list[str]:
-    """The mpirun command of a plan. Args: environment: what the processes get on every machine, by -x."""
+    """The mpirun command of a plan. Args: environment: what the processes get on every machine, by -x.
+
+    Without a hostfile mpirun counts a core as a slot and refuses more processes (a container with four GPUs and two
+    cores); root it refuses unless told. Both are allowed here; slots that a hostfile states are heeded.
+    """
     machines = 1 if hostfile is None else len(read_hosts(hostfile))
-    command = ["mpirun", "-np", str(plan.nproc * machines), "--map-by", f"ppr:{plan.nproc}:node", "--bind-to", "none"]
+    mapping = f"ppr:{plan.nproc}:node" + (":OVERSUBSCRIBE" if hostfile is None else "")
+    command = ["mpirun", "-np", str(plan.nproc * machines), "--map-by", mapping, "--bind-to", "none"]
     command += [] if hostfile is None else ["--hostfile", str(hostfile)]
     command += ["--allow-run-as-root"] if os.geteuid() == 0 else []
     names = [name for name in os.environ if name.startswith(_PASSED_ON) or name in _BY_NAME]
