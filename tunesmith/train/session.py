@@ -283,12 +283,18 @@ class Session:
         vocab_size = model_vocab_size(self.model)
         batch = build_micro_batch(dataset, documents, self.micro_batch_tokens, self.recipe.data, vocab_size)
         on_host = self.device.type != "cuda"
-        batch = batch.without_tail() if on_host else batch
+        batch = batch.without_tail() if on_host and not self._sends_parts else batch
         batch = batch.part(partial(own_targets, mesh=self.mesh)) if self.mesh.size("tp") > 1 else batch
         if on_host:
             return batch
         with torch.cuda.device(self.device):  # a thread begins on the first GPU, and pinning would take memory there
             return batch.pinned()
+
+    @property
+    def _sends_parts(self) -> bool:
+        """Whether a pipeline's stages send their own tokens only: which those are goes by the length of the packs, so
+        all must have one from the beginning, not when the pipeline makes shorter ones as long as the longest."""
+        return self.mesh.size("pp") > 1 and self.mesh.size("tp") > 1
 
     def _validation_batches(self, dataset: Dataset) -> Iterator[MicroBatch]:
         data = self.recipe.data
