@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tunesmith.arch import ModelConfig
 from tunesmith.engine.attention_shapes import AttentionShape, nearest, shapes_for
-from tunesmith.engine.attention_timing import FAILURES, OURS, DeviceTimer, Measured, Timer, compare
+from tunesmith.engine.attention_timing import OURS, DeviceTimer, Measured, Timer, compare
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.pages import PAGE_SLOTS
 from tunesmith.errors import RequestError, RunDirError
@@ -93,7 +93,7 @@ class AttentionKernels:
             return self.kernels[name](query_TNH, keys_PSKH, values_PSKH, step, **options)
         except torch.OutOfMemoryError:
             raise
-        except FAILURES as error:
+        except Exception as error:  # whatever a foreign library raises
             if self.asked is not None or _is_recording(query_TNH.device):
                 raise
             self._leave_out(name, f"{type(error).__name__}: {error}")
@@ -272,7 +272,7 @@ def _measure(
 ) -> Measured | None:
     """None where memory is too short to measure."""
     started = time.perf_counter()
-    log.info("measuring %s beside our own attention, once on this machine", ", ".join(kernels))
+    log.info("measuring %s beside our own attention, once on this machine (it may compile first)", ", ".join(kernels))
     try:
         measured = compare(kernels, heads, shapes, device, timer or DeviceTimer(device))
     except torch.OutOfMemoryError:

@@ -5,8 +5,8 @@
 
 All of it lies on the device, and nothing is asked of the host, so a step of it can be recorded. Into how many parts a
 context may be split follows from the table's width, so that is cut to the longest context here; into how many each
-request's own is, is decided on the device. A window w keeps w positions with the query's own: (w - 1, 0) in the
-library's words.
+request's own is, is decided on the device: of single tokens once for all layers (get_scheduler_metadata), else by each
+call. A window w keeps w positions with the query's own: (w - 1, 0) in the library's words.
 Source: arXiv 2407.08608; signatures: hopper/flash_attn_interface.py of Dao-AILab/flash-attention.
 """
 
@@ -43,6 +43,7 @@ class FlashAttention3:
     def __init__(self) -> None:
         module: Any = importlib.import_module(MODULE)
         self._attend = module.flash_attn_with_kvcache
+        self._schedule = module.get_scheduler_metadata
         self.version = _version(module)
 
     def refused(self, heads: PagedHeads) -> str | None:
@@ -66,8 +67,12 @@ class FlashAttention3:
     ) -> Tensor:
         """See `PagedKernel`."""
         width = ceil_div(step.max_context, keys_PSKH.shape[1])
+        reach = (-1, -1) if window is None else (window - 1, 0)
         is_decode = step.is_decode and len(query_TNH) == step.num_requests
-        pieces = {} if is_decode else {"cu_seqlens_q": step.query_starts_R1, "max_seqlen_q": step.max_query}
+        if is_decode:
+            more = {"scheduler_metadata": self._scheduled(query_TNH, keys_PSKH, step, width, reach)}
+        else:
+            more = {"cu_seqlens_q": step.query_starts_R1, "max_seqlen_q": step.max_query}
         found: Tensor = self._attend(
             query_TNH[:, None] if is_decode else query_TNH,
             keys_PSKH,
@@ -76,11 +81,34 @@ class FlashAttention3:
             page_table=step.block_tables_RP[:, :width],
             softmax_scale=scale,
             causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-            **pieces,
+            window_size=reach,
+            **more,
         )
         found = found[:, 0] if is_decode else found
         return found if out is None else out.copy_(found)
+
+    def _scheduled(
+        self, query_TNH: Tensor, keys_PSKH: Tensor, step: PagedStep, width: int, reach: tuple[int, int]
+    ) -> Tensor:
+        """How single tokens' contexts are split and ordered: computed on the device by the step's first such layer."""
+        found: Tensor | None = step.plans.get((NAME, reach))
+        if found is None:
+            _, num_slots, num_kv_heads, head_dim = keys_PSKH.shape
+            found = step.plans[NAME, reach] = self._schedule(
+                step.num_requests,
+                1,
+                width * num_slots,
+                query_TNH.shape[1],
+                num_kv_heads,
+                head_dim,
+                step.context_R,
+                qkv_dtype=query_TNH.dtype,
+                page_size=num_slots,
+                causal=True,
+                window_size=reach,
+            )
+        assert found is not None
+        return found
 
 
 def _version(module: Any) -> str:

@@ -41,6 +41,7 @@ class FakeFlashAttention3(ModuleType):
         self.__version__ = "3.0.0"
         self.calls: list[dict[str, Any]] = []
         self.wrong, self.error = 0.0, None
+        self.schedules: list[tuple[Tensor, tuple[Any, ...]]] = []
 
     def flash_attn_with_kvcache(
         self,
@@ -85,6 +86,10 @@ class FakeFlashAttention3(ModuleType):
         num_requests = len(cache_seqlens)
         assert page_table.shape[0] == num_requests
         assert int(cache_seqlens.max()) <= page_table.shape[1] * k_cache.shape[1]
+        if scheduler_metadata is not None:
+            heads = (q.shape[1], page_table.shape[1] * k_cache.shape[1], q.shape[2], *k_cache.shape[2:])
+            asked = (num_requests, *heads, q.dtype, k_cache.shape[1], causal, window_size, num_splits, pack_gqa)
+            assert [what for made, what in self.schedules if made is scheduler_metadata] == [asked]
         if cu_seqlens_q is None:
             assert q.dim() == 4 and q.shape[0] == num_requests
             starts = torch.arange(num_requests + 1, dtype=torch.int32) * q.shape[1]
@@ -95,6 +100,36 @@ class FakeFlashAttention3(ModuleType):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         found = attend(flat, k_cache, v_cache, page_table, starts, cache_seqlens, window_size[0], scale) + self.wrong
         return found.view(q.shape)
+
+    def get_scheduler_metadata(
+        self,
+        batch_size,
+        max_seqlen_q,
+        max_seqlen_k,
+        num_heads_q,
+        num_heads_kv,
+        headdim,
+        cache_seqlens,
+        qkv_dtype=torch.bfloat16,
+        headdim_v=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k_new=None,
+        cache_leftpad=None,
+        page_size=None,
+        max_seqlen_k_new=0,
+        causal=False,
+        window_size=(-1, -1),
+        attention_chunk=0,
+        has_softcap=False,
+        num_splits=0,
+        pack_gqa=None,
+        sm_margin=0,
+    ):
+        assert len(cache_seqlens) == batch_size and cu_seqlens_q is None and not max_seqlen_k_new and not has_softcap
+        heads = (max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim)
+        asked = (batch_size, *heads, qkv_dtype, page_size, causal, window_size, num_splits, pack_gqa)
+        self.schedules.append((torch.zeros(1, dtype=torch.int32), asked))
+        return self.schedules[-1][0]
 
 
 class _Wrapper:

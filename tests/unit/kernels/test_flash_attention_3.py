@@ -45,7 +45,16 @@ def test_equals_the_reference(kind: str, heads: tuple[int, int, int], window: in
     torch.testing.assert_close(out, batch.truth(window))
     fresh = kernel(query, batch.keys, batch.values, step, window=window, scale=heads[2] ** -0.5)
     assert torch.equal(fresh, out)
-    assert (package.calls[0]["cu_seqlens_q"] is None) == (kind == "decode")
+    assert (package.calls[0]["cu_seqlens_q"] is None) == (kind == "decode") == bool(package.schedules)
+
+
+def test_single_tokens_are_scheduled_once_for_all_layers_of_a_window(package) -> None:
+    batch = make_batch([1, 1], [5, 40], (4, 2, 8), torch.bfloat16)
+    step = PagedStep(batch.tables, batch.starts, batch.context, 1, 40)
+    for window in (None, 7, None, 7):
+        given = FlashAttention3()(batch.query[:2], batch.keys, batch.values, step, window=window, scale=8**-0.5)
+        torch.testing.assert_close(given, batch.truth(window))
+    assert len(package.schedules) == 2
 
 
 def test_rows_and_columns_of_a_recorded_step(package) -> None:
