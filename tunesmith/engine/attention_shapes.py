@@ -47,9 +47,11 @@ class AttentionShape:
         """
         counts = np.array([1] * self.decoding + [self.num_new] * self.num_requests)
         contexts = np.maximum(self.context - np.arange(len(counts)) * 7 % 29, counts)
-        order = np.random.default_rng(0).permutation(num_pages)
-        tables = np.resize(order, (len(counts), pages_of(self.context))).astype(np.int32)
-        rows = np.arange(len(counts))
+        shape, draw = (len(counts), pages_of(self.context)), np.random.default_rng(0)
+        # Drawn each on its own: requests that go over the same pages in the same order would find them in the cache.
+        own = draw.permutation(num_pages)[: shape[0] * shape[1]]
+        pages = own if len(own) == shape[0] * shape[1] else draw.integers(num_pages, size=shape)
+        tables, rows = pages.reshape(shape).astype(np.int32), np.arange(len(counts))
         tables[rows, -(-contexts // PAGE_SLOTS) - 1] = num_pages + rows
         return HostLengths(np.append(0, np.cumsum(counts)), contexts, tables)
 
