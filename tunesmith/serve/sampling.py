@@ -97,8 +97,9 @@ def fit(ids: list[int], wanted: int | None, server: Server, body: Sampling, para
         asked = "" if wanted is None else f" and {wanted} were asked for"
         raise ApiError(
             400,
-            f"this model's context holds {limit} tokens; the prompt has {len(ids)}{asked}: shorten the prompt or "
-            f"lower max_tokens",
+            # By its first words LiteLLM knows this error, and takes a model of a longer context where it has one.
+            f"this model's maximum context length is {limit} tokens; the prompt has {len(ids)}{asked}: shorten the "
+            f"prompt or lower max_tokens",
             param=param if room < 1 or wanted is None else "max_tokens",
             code="context_length_exceeded",
         )

@@ -138,3 +138,17 @@ def test_an_adapter_that_is_served_on_a_cpu_is_said_to_be_slower(capsys: pytest.
     assert "1 MB of float32 as int4 on cpu" in said and "faster is what tunesmith merge makes of it" in said
     _announce(options, {**news, "facts": {**facts, "has_own_adapter": False}})
     assert "merge" not in capsys.readouterr().err
+
+
+@in_server()
+async def test_what_litellm_sends_and_reads(one: Served) -> None:
+    """Its own note in our answer came back with the next turn and was refused; a long prompt was not known for one."""
+    said = {"role": "assistant", "content": "Hello"}
+    ask = {"role": "user", "content": "Hi"}
+    for note, status in (({"refusal": None}, 200), ({}, 200), (None, 200), ({"refusal": "no"}, 400)):
+        turns = [ask, {**said, "provider_specific_fields": note}, ask]
+        assert (await one.post("/v1/chat/completions", messages=turns)).status_code == status
+    for path, body in (("/v1/completions", {"prompt": [1] * 300}), ("/v1/embeddings", {"input": [1] * 300})):
+        error = error_of(await one.post(path, **body), 400)
+        assert error["message"].startswith("this model's maximum context length is 256 tokens; ")
+        assert error["code"] == "context_length_exceeded"

@@ -64,7 +64,11 @@ class UserMessage(Body):
 class AssistantMessage(Body):
     """What the model said before."""
 
-    only: ClassVar = {"refusal": OFF, "audio": OFF, "function_call": OFF, "annotations": (None, [])}
+    only: ClassVar = {
+        "refusal": OFF, "audio": OFF, "function_call": OFF, "annotations": (None, []),
+        # LiteLLM's wrapping of our own answer's `refusal`, which it sends back with the next turn.
+        "provider_specific_fields": (None, {}, {"refusal": None}),
+    }  # fmt: skip
     role: Literal["assistant"]
     content: Content | None = None
     name: Name | None = None
