@@ -10,6 +10,8 @@ from tunesmith.errors import RequestError
 KvDtype = Literal["auto", "fp8"]
 AttentionBackend = Literal["auto", "triton", "flash-attn-3", "flashinfer"]
 _BACKENDS = get_args(AttentionBackend)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Bounds of the tokens of a step, as they are counted (EngineStats)."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,15 @@ class EngineStats:
 
     num_preempted: times that a running request had to give its pages back.
     pages_used: pages that running requests hold; the rest is free, though the prefix cache may still know its content.
+    page_slots: tokens of a page.
     prefix_queries_tokens, prefix_hits_tokens: prompt tokens that were looked up in the prefix cache, and found there.
     prompt_tokens, generation_tokens: tokens of admitted prompts (those found in the cache too), and new tokens.
     last_step_s: seconds between the beginning and the end of the last step's work on the host.
-    drafted_tokens, accepted_tokens: tokens that speculation guessed, and of these the right ones.
+    drafted_tokens, accepted_tokens: tokens that speculation guessed, and of these the right ones; num_drafts: guesses
+        of one or several tokens that a step verified for a request.
+    step_tokens: steps of at most as many tokens as each of STEP_TOKENS and not of the one before, and of more than all;
+        step_tokens_sum: tokens of all steps, those of prompts and guesses too.
+    running_adapters, waiting_adapters: names of the adapters that requests use, and that others wait for a turn with.
     """
 
     num_running: int = 0
@@ -76,6 +83,7 @@ class EngineStats:
     num_preempted: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    page_slots: int = 0
     prefix_hits_tokens: int = 0
     prefix_queries_tokens: int = 0
     prompt_tokens: int = 0
@@ -84,7 +92,12 @@ class EngineStats:
     last_step_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    num_drafts: int = 0
     num_finished: int = 0
     num_failed: int = 0
     kv_used_bytes: int = 0
     kv_reserved_bytes: int = 0
+    step_tokens: tuple[int, ...] = ()
+    step_tokens_sum: int = 0
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()

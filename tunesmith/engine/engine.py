@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tunesmith.engine.answers import advance, complete, rest
 from tunesmith.engine.batching import BatchBuilder
@@ -28,7 +29,9 @@ from tunesmith.engine.request import Completion, Request, SamplingParams, StepOu
 from tunesmith.engine.sampling import draw_seed
 from tunesmith.engine.scheduler import Scheduled, Scheduler
 from tunesmith.engine.sequence import Sequence as Running
+from tunesmith.engine.sequence import adapters_of
 from tunesmith.engine.step_clock import StepClock
+from tunesmith.engine.step_sizes import StepSizes
 from tunesmith.engine.text import AnswerText, TextDecoder
 from tunesmith.errors import RequestError
 
@@ -79,8 +82,9 @@ class Engine:
         self.launched: Launched | None = None
         self.mail: dict[int, list[StepOutput]] = {}
         self.num_requests = 0
-        self.counts = {"steps": 0, "prompt_tokens": 0, "generation_tokens": 0, "num_finished": 0, "num_failed": 0}
-        self.counts |= {"drafted_tokens": 0, "accepted_tokens": 0}
+        self.counts: dict[str, Any] = {"steps": 0, "prompt_tokens": 0, "generation_tokens": 0}
+        self.counts |= {"num_finished": 0, "num_failed": 0, "drafted_tokens": 0, "accepted_tokens": 0}
+        self.sizes = StepSizes()
         self.last_step_s = 0.0
         self.clock = StepClock()
 
@@ -233,6 +237,7 @@ class Engine:
         masks, failed = grammar_masks(plan.scheduled, self.runner.vocab_size) if has_grammars else (None, [])
         before, self.launched = self.launched, Launched(plan.scheduled, self.runner.sample(batch, rows, masks))
         self.counts["steps"] += 1
+        self.sizes.add(plan.scheduled)
         self.clock.mark("sample")
         if has_grammars:  # a request may have ended after its rows were planned, and was drawn for all the same
             self.scheduler.left_slots += {row.slot for row in rows}.intersection(self.scheduler.free_slots)
@@ -381,10 +386,14 @@ class Engine:
             num_preempted=scheduler.num_preempted,
             pages_used=pages.num_used,
             pages_total=pages.num_pages,
+            page_slots=PAGE_SLOTS,
             prefix_hits_tokens=scheduler.prefix_hits_tokens,
             prefix_queries_tokens=scheduler.prefix_queries_tokens,
             last_step_s=self.last_step_s,
             kv_used_bytes=num_cached * page_bytes // PAGE_SLOTS,
             kv_reserved_bytes=pages.num_used * page_bytes,
+            running_adapters=adapters_of(scheduler.running),
+            waiting_adapters=adapters_of(scheduler.waiting),
+            **self.sizes.stats(),
             **self.counts,
         )

@@ -7,6 +7,7 @@ pages          [   page   ][   page   ]
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tunesmith.engine.batch import SampledRow
@@ -138,3 +139,8 @@ class Sequence:
         slot, self.slot, self.row = self.slot, None, None
         self.pages, self.num_computed, self.num_remembered, self.drafts = [], 0, 0, []
         return slot
+
+
+def adapters_of(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    """The adapters that these requests name."""
+    return tuple(sorted({one.request.adapter for one in sequences if one.request.adapter is not None}))

@@ -61,6 +61,7 @@ async def _prepare(server: Server, request: Request, body: ChatRequest, adapter:
             priority=body.priority or 0,
             adapter=adapter,
             cache_salt=body.cache_salt or "",
+            num_choices=body.n or 1,
         )
         for choice in range(body.n or 1)
     ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -16,11 +15,11 @@ from tunesmith.engine.request import SamplingParams
 from tunesmith.errors import TunesmithError
 from tunesmith.serve import messages
 from tunesmith.serve.errors import ApiError, engine_down
-from tunesmith.serve.mailbox import Mailbox
+from tunesmith.serve.mailbox import Choices, Mailbox
 from tunesmith.serve.messages import Delta, End, Message
 from tunesmith.serve.options import EngineOptions
 from tunesmith.serve.params import params_to_plain
-from tunesmith.serve.process import EngineLink
+from tunesmith.serve.process import EngineLink, end_process, exit_words
 from tunesmith.serve.pulse import Pulse, TokenGaps
 from tunesmith.serve.wire import EngineWire
 
@@ -41,7 +40,7 @@ class EngineStartError(TunesmithError, RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One answer that is wanted. See `messages.Submit`."""
+    """One answer that is wanted, of so many to its prompt, side by side. See `messages.Submit`."""
 
     prompt_ids: Sequence[int]
     params: SamplingParams
@@ -50,6 +49,7 @@ class Job:
     priority: int = 0
     adapter: str | None = None
     cache_salt: str = ""
+    num_choices: int = 1
 
 
 class AsyncEngine:
@@ -75,7 +75,7 @@ class AsyncEngine:
         self.facts: dict[str, Any] = {}
         self.pulse = Pulse()
         self.on_stats: Callable[[dict[str, Any]], None] = lambda _: None
-        self.on_end: Callable[[End], None] = lambda _: None
+        self.on_end: Callable[[End, Choices], None] = lambda *_: None
         self.gaps = TokenGaps()
         self.on_restart: Callable[[], None] = lambda: None
         self.link: EngineLink | None = None
@@ -156,10 +156,10 @@ class AsyncEngine:
             watch.cancel()
             self._transport.abort()
             self._transport = None
-            code = await loop.run_in_executor(None, _end, link)
+            code = await loop.run_in_executor(None, end_process, link)
         if wire.error is not None:
             return f"it sent what can't be read: {wire.error}"
-        return self.failure or _exit_words(code)
+        return self.failure or exit_words(code)
 
     async def _watch(self, link: EngineLink) -> None:
         """Kill a process whose loop hangs."""
@@ -244,18 +244,18 @@ class AsyncEngine:
             if found is None:
                 continue  # it was aborted while this was on its way
             box, index = found
-            if row[4] is not None and self._ends(row, box):
+            if row[4] is not None and self._ends(row, box, index):
                 continue
             if before := box.last_s[index]:
                 gaps.add((now - before) / (len(row[1]) or 1))
             box.last_s[index] = now
             box.put(index, row)
 
-    def _ends(self, row: messages.Row, box: Mailbox) -> bool:
+    def _ends(self, row: messages.Row, box: Mailbox, index: int) -> bool:
         """An answer's end. Returns: whether it failed, and the whole request with it."""
         del self._boxes[row[0]]
         end = End(*row[4])
-        self.on_end(end)
+        self.on_end(end, box.choices[index])
         if end.finish_reason == "error":
             box.fail(_failure(end, box.is_structured))
         return end.finish_reason == "error"
@@ -339,7 +339,7 @@ class Generation:
 
     def __init__(self, engine: AsyncEngine, jobs: Sequence[Job], deadline_s: float | None) -> None:
         self.engine = engine
-        self.box = Mailbox(len(jobs), is_structured=any(job.params.structured is not None for job in jobs))
+        self.box = Mailbox(_choices(jobs), is_structured=any(job.params.structured is not None for job in jobs))
         self.ids: list[int] = []
         self._timer: asyncio.TimerHandle | None = None
         if deadline_s is not None:
@@ -361,10 +361,19 @@ class Generation:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for request_id in self.ids:
+        for request_id, choices in zip(self.ids, self.box.choices, strict=True):
             if self.engine._boxes.pop(request_id, None) is not None:
                 self.engine._send(messages.Abort(request_id))
-                self.engine.on_end(End("abort"))
+                self.engine.on_end(End("abort"), choices)
+
+
+def _choices(jobs: Sequence[Job]) -> list[Choices]:
+    """Those of each job: one for all answers to a prompt."""
+    found: list[Choices] = []
+    while len(found) < len(jobs):
+        job = jobs[len(found)]
+        found += [Choices(job.num_choices, job.params.max_tokens, job.num_choices)] * job.num_choices
+    return found
 
 
 def _submit(request_id: int, job: Job) -> messages.Submit:
@@ -377,20 +386,3 @@ def _failure(end: End, is_structured: bool) -> ApiError:
     """The error of one answer; before its first token a constrained one can only have failed by its constraint."""
     status = 400 if is_structured and not end.completion_tokens else 500
     return ApiError(status, end.error or "the request failed in the engine", code="request_failed")
-
-
-def _end(link: EngineLink) -> int | None:
-    """Wait for a process whose socket is closed; a moment later it is killed. Returns its exit code."""
-    with contextlib.suppress(OSError):
-        link.socket.close()
-    code = link.exit_code(3.0)
-    if code is None:
-        link.kill()
-        code = link.exit_code(10.0)
-    return code
-
-
-def _exit_words(code: int | None) -> str:
-    if code is None:
-        return "it does not end"
-    return f"killed by signal {-code}" if code < 0 else f"it exited with code {code}"

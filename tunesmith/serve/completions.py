@@ -105,7 +105,8 @@ async def _prepare(
                 body, server, max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs,
                 structured=structured, choice=choice,
             )  # fmt: skip
-            jobs.append(Job(ids, params, bool(body.stream), True, body.priority or 0, adapter, body.cache_salt or ""))
+            order = body.priority or 0, adapter, body.cache_salt or "", body.n or 1
+            jobs.append(Job(ids, params, bool(body.stream), True, *order))
     names = TokenNames(text.tokens, body.return_tokens_as_token_ids)
     call_id = make_id("cmpl", request, body.request_id)
     return CompletionCall(server, body, call_id, body.model or server.name, jobs, echoes, deadline_s, names)

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tunesmith.serve.messages import Delta, Row, delta_of
+
+
+@dataclass
+class Choices:
+    """The answers to one prompt: how many were asked for, of how many tokens at most, and how far they are.
+
+    num_open: answers that have not ended; most_tokens: of those that have, the longest's; is_cut: one was aborted.
+    """
+
+    num: int
+    max_tokens: int | None
+    num_open: int
+    most_tokens: int = 0
+    is_cut: bool = False
 
 
 class Mailbox:
     """New text of one or several answers of a request. A reader that lags finds several steps joined into one.
 
-    is_structured: an answer is held to a grammar. last_s: when each answer was last heard of.
+    choices: of each answer, those to its prompt. is_structured: an answer is held to a grammar.
+    last_s: when each answer was last heard of.
     """
 
-    def __init__(self, num_answers: int, *, is_structured: bool = False) -> None:
-        self.num_open = num_answers
+    def __init__(self, choices: Sequence[Choices], *, is_structured: bool = False) -> None:
+        self.choices = choices
+        self.num_open = len(choices)
         self.is_structured = is_structured
-        self.last_s = [0.0] * num_answers
+        self.last_s = [0.0] * self.num_open
         self._waiting: dict[int, Row] = {}
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -50,3 +51,21 @@ class EngineProcess:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return None
+
+
+def end_process(link: EngineLink) -> int | None:
+    """Wait for a process whose socket is closed; a moment later it is killed. Returns its exit code."""
+    with contextlib.suppress(OSError):
+        link.socket.close()
+    code = link.exit_code(3.0)
+    if code is None:
+        link.kill()
+        code = link.exit_code(10.0)
+    return code
+
+
+def exit_words(code: int | None) -> str:
+    """How a process ended."""
+    if code is None:
+        return "it does not end"
+    return f"killed by signal {-code}" if code < 0 else f"it exited with code {code}"

@@ -130,7 +130,7 @@ def make_server(options: ServerOptions, engine: AsyncEngine) -> Server:
     metrics = Metrics(options.metrics_prefix, options.names[0])
     engine.on_stats = metrics.engine.take
     engine.on_end = metrics.finished
-    metrics.engine.gaps = engine.gaps
+    metrics.engine.gaps, metrics.engine.options = engine.gaps, engine.options
     server = Server(options, engine, metrics, Admission(*_places(options, engine.options.max_num_seqs or _USUAL_SEQS)))
     for name, path in options.adapters:
         server.adapters[name] = make_adapter(path, server.created)

@@ -14,7 +14,7 @@ from tunesmith.serve import client as client_module
 from tunesmith.serve import messages
 from tunesmith.serve.client import EngineStartError
 from tunesmith.serve.errors import engine_down
-from tunesmith.serve.mailbox import Mailbox
+from tunesmith.serve.mailbox import Choices, Mailbox
 from tunesmith.serve.messages import End, Frames, pack
 from tunesmith.serve.params import params_from_plain, params_to_plain
 
@@ -50,7 +50,7 @@ def test_parameters_survive_the_way() -> None:
 
 def test_a_reader_that_lags_finds_everything_joined() -> None:
     async def main() -> None:
-        box = Mailbox(2)
+        box = Mailbox([Choices(2, None, 2)] * 2)
         box.put(0, [5, [1], "a", [[1, -1.0, []]], None])
         box.put(0, [5, [2], "b", [[2, -2.0, []]], None])
         box.put(1, [6, [9], "z", None, End("stop").as_list()])
