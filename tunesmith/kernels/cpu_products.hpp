@@ -94,6 +94,14 @@ inline bool uses_tiles(const Weight &w, int64_t tokens) {
     return has_tiles() && tokens >= FROM[w.kind] && w.rows >= 16 && w.width % unit == 0 && w.width <= 65536;
 }
 
+// Whether they go by lanes of tokens, without it.
+inline bool uses_lanes(const Weight &w, int64_t tokens) {
+    return WIDE && !has_tiles() && w.kind == BFLOAT16 && tokens > 8 && w.rows >= 16 && w.width % 32 == 0;
+}
+
+// Whether x is read by columns of all tokens, and not token by token.
+inline bool goes_by_columns(const Weight &w, int64_t tokens) { return uses_tiles(w, tokens) || uses_lanes(w, tokens); }
+
 // What a code of 16 bits stands for, and its inverse, by the largest of a row of x; a row with what is no number has no
 // finite step.
 inline float step_of(const float *x, int64_t width, float &inverse) {
@@ -119,6 +127,8 @@ inline void to_codes(const float *x, int64_t width, float inverse, int16_t *code
 
 #if WIDE
 #include "cpu_wide.hpp"
+
+#include "cpu_lanes.hpp"
 #if TILES
 #include "cpu_tiles.hpp"
 #endif
@@ -146,13 +156,17 @@ inline void prepare_row(const Weight &w, const float *x, const Input &in, int64_
 // `threads`th token, so that a thread needs but its own; for the matrix unit, whose tiles hold all tokens in each line,
 // of columns of all of them.
 inline void prepare(const Weight &w, const float *x, int64_t ld, const Input &in, int64_t tokens, int me, int threads) {
-#if TILES
-    if (uses_tiles(w, tokens)) {
+#if WIDE
+    if (goes_by_columns(w, tokens)) {
         int64_t blocks = padded(w.width) / BLOCK, first = blocks * me / threads, last = blocks * (me + 1) / threads;
         for (int64_t t = 0; t < tokens; t++) {
             float inverse = 0, step = w.kind == BFLOAT16 ? 0 : step_of(x + t * ld, w.width, inverse);
             if (me == 0) in.steps[t] = step;
+#if TILES
             prepare_tiles(w, x + t * ld, inverse, in, int(t), first * BLOCK, last * BLOCK);
+#else
+            prepare_lanes(x + t * ld, in, int(t), first * BLOCK, std::min(last * BLOCK, w.width));
+#endif
         }
         return;
     }
@@ -245,6 +259,7 @@ inline void product(const Weight &w, const Input &in, int tokens, int64_t first,
     if (uses_tiles(w, tokens)) return by_tiles(w, in, tokens, first, last, out);
 #endif
 #if WIDE
+    if (uses_lanes(w, tokens)) return by_lanes(w, in, tokens, first, last, out);
     if (w.kind <= BFLOAT16 && tokens > 12) return by_eights<8>(w, in, tokens, first, last, out);
     if (w.kind <= BFLOAT16 && tokens > 8) return by_eights<4>(w, in, tokens, first, last, out);
 #endif

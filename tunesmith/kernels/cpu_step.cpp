@@ -40,8 +40,7 @@ class Decoder {
         in.codes = codes.data();
         in.steps = steps.data();
         in.sums = sums.data();
-        tiles.resize(MOST * in.ld);
-        in.tiles = tiles.data();
+        in.tiles = tiles.of(MOST * in.ld);
         int64_t ranks = 0;
         for (const Layer &layer : layers)
             for (const Linear &l : {layer.qkv, layer.output, layer.up, layer.down})
@@ -162,7 +161,8 @@ class Decoder {
     void lower(const Linear &l, const Input &x, int64_t tokens, Crew &crew) {
         if (!l.low) return;
         const Weight &down = l.low->down;
-        if (uses_tiles(down, tokens) != uses_tiles(l.weight, tokens)) ready(down, x.wide, x.wide_ld, tokens, crew);
+        bool is_ready = goes_by_columns(down, tokens) == goes_by_columns(l.weight, tokens);
+        if (!is_ready) ready(down, x.wide, x.wide_ld, tokens, crew);
         times({down, nullptr}, x, tokens, {low.data(), down.rows, SET}, crew);
     }
 
@@ -227,7 +227,8 @@ class Decoder {
     int64_t widest, qkv_rows;
     Input in{};
     std::vector<float> stream, normed, qkv, low, mixed, gated, cosine, sine, steps, sums;
-    std::vector<uint16_t> half, tiles;
+    std::vector<uint16_t> half;
+    Room<uint16_t> tiles;  // whole lines, so that no load of one is two
     std::vector<int16_t> codes;
 };
 

@@ -13,24 +13,11 @@ struct alignas(64) TileShape {
 
 constexpr int TILE_BYTES = 1024, PAIR = 2 * TILE_BYTES;  // a tile of high bytes of x, and one of low ones
 
-// Four bytes of a token go to each row of a tile of x.
-inline void scatter(const void *from, int rows, int token, void *tile) {
-    uint32_t four[16];
-    std::memcpy(four, from, 4 * rows);
-    for (int i = 0; i < rows; i++) static_cast<uint32_t *>(tile)[i * MOST + token] = four[i];
-}
-
 // Columns first .. last, of whole blocks, of one token; `step_of` the row gave the inverse.
 inline void prepare_tiles(
     const Weight &w, const float *x, float inverse, const Input &in, int token, int64_t first, int64_t last) {
     last = std::min(last, w.width);
-    if (w.kind == BFLOAT16) {
-        for (int64_t k = first; k < last; k += 16) {
-            __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + k));
-            scatter(&half, 8, token, in.tiles + k * MOST);
-        }
-        return;
-    }
+    if (w.kind == BFLOAT16) return prepare_lanes(x, in, token, first, last);
     for (int64_t k = first; k < last; k += BLOCK) {
         alignas(64) uint8_t bytes[2][BLOCK];
         __m512i q[8];
@@ -41,28 +28,6 @@ inline void prepare_tiles(
         if (w.kind != INT4) continue;
         float *sums = in.sums + k / w.group * MOST + token;
         sum_groups(q, int(w.group / 16), [&](float sum) { *sums = sum, sums += MOST; });
-    }
-}
-
-// Rows from .. to of the 16 that begin at `row`; sums: a row's of all tokens each, left transposed.
-inline void put_tile(
-    const Weight &w, int64_t row, int64_t from, int64_t to, int tokens, __m512 *sums, const Output &out) {
-    __mmask16 mask = ((1u << (to - row)) - 1) & ~((1u << (from - row)) - 1);
-    __m512 bias = w.bias ? _mm512_maskz_loadu_ps(mask, w.bias + row) : _mm512_setzero_ps();
-    __m512 factors = _mm512_set1_ps(1);
-    if (factors_of(w)) factors = _mm512_maskz_loadu_ps(mask, w.scale + row);
-    transpose(sums);
-    for (int t = 0; t < tokens; t++) {
-        int64_t place = t * out.ld + row;
-        __m512 y = _mm512_fmadd_ps(sums[t], factors, bias);
-        if (out.store == SET_BFLOAT16) {
-            __m256i half = (__m256i)_mm512_cvtneps_pbh(y);
-            _mm256_mask_storeu_epi16(static_cast<uint16_t *>(out.data) + place, mask, half);
-            continue;
-        }
-        float *to_row = static_cast<float *>(out.data) + place;
-        if (out.store == ADD) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, to_row));
-        _mm512_mask_storeu_ps(to_row, mask, y);
     }
 }
 

@@ -64,7 +64,17 @@ inline void each(const Do &do_it) {
     each_of(std::make_integer_sequence<int, COUNT>(), do_it);
 }
 
-// ASKS, TURNS: of every TURNS lines of the rows behind these, which one is asked for.
+constexpr int AHEAD = 4096;  // bytes of a weight that are asked for early
+
+// As many lines as a step reads, of what lies so far behind it: in the order of their places, since lines row by row
+// below each other come at half the rate of memory where rows are short.
+template <int LINES>
+inline void ask_for(const void *from) {
+    constexpr int FAR = 1 << 15;
+    for (int i = 0; i < LINES; i++) _mm_prefetch(static_cast<const char *>(from) + FAR + 64 * i, _MM_HINT_T1);
+}
+
+// ASKS, TURNS: of every TURNS steps, the one that asks for what comes later.
 template <int T, int R, int ASKS = 0, int TURNS = 1>
 void rows_float(const Weight &w, int64_t row, const Input &in, float *out) {
     const float *data = static_cast<const float *>(w.data) + row * w.width;
@@ -74,9 +84,7 @@ void rows_float(const Weight &w, int64_t row, const Input &in, float *out) {
         __mmask16 mask = w.width - k >= 16 ? 0xffff : (1u << (w.width - k)) - 1;
         __m512 weight[R];
         each<R>([&](auto r) { weight[r] = _mm512_maskz_loadu_ps(mask, data + r * w.width + k); });
-        if (TURNS == 1 || k / 16 % TURNS == ASKS) {
-            for (int r = 0; r < R; r++) _mm_prefetch((const char *)(data + (r + R) * w.width + k), _MM_HINT_T0);
-        }
+        if (TURNS == 1 || k / 16 % TURNS == ASKS) ask_for<R>(data + R * k);
         each<T>([&](auto t) {
             __m512 x = _mm512_maskz_loadu_ps(mask, in.wide + t * in.wide_ld + k);
             each<R>([&](auto r) { sum[r * T + t] = _mm512_fmadd_ps(weight[r], x, sum[r * T + t]); });
@@ -99,9 +107,7 @@ void rows_half(const Weight &w, int64_t row, const Input &in, float *out) {
         __mmask32 mask = w.width - k >= 32 ? 0xffffffffu : (1u << (w.width - k)) - 1;
         __m512bh weight[R];
         each<R>([&](auto r) { weight[r] = load_half(data + r * w.width + k, mask); });
-        if (TURNS == 1 || k / 32 % TURNS == ASKS) {
-            for (int r = 0; r < R; r++) _mm_prefetch((const char *)(data + (r + R) * w.width + k), _MM_HINT_T0);
-        }
+        if (TURNS == 1 || k / 32 % TURNS == ASKS) ask_for<R>(data + R * k);
         each<T>([&](auto t) {
             __m512bh x = (__m512bh)_mm512_loadu_si512(in.half + t * in.ld + k);
             each<R>([&](auto r) { sum[r * T + t] = _mm512_dpbf16_ps(sum[r * T + t], weight[r], x); });
@@ -110,8 +116,6 @@ void rows_half(const Weight &w, int64_t row, const Input &in, float *out) {
     each<R * T>([&](auto i) { whole[i] = sum[i]; });
     sums_to<R * T>(whole, out);
 }
-
-constexpr int AHEAD = 4096;  // bytes of a weight that are asked for early
 
 template <int T, int R>
 void rows_int8(const Weight &w, int64_t row, const Input &in, float *out) {

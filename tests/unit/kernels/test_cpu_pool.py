@@ -86,15 +86,19 @@ print(found)
 def test_as_many_threads_as_cores_have_one_each(drawing: Callable[[str], str]) -> None:
     """Two of them shared a core for ten seconds beside an idle one: both looked busy, so the system left them there."""
     code = """
-import os, pathlib
+import os, pathlib, time
 def core_of(cpu):
     return pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
 mine = os.sched_getaffinity(0)
 cores = len({core_of(cpu) for cpu in mine})
 wanted = cores - 1 if cores > 1 and os.environ.get("TUNESMITH_CPU_BIND") != "0" else 0
 assert is_right(4, 20_000, max(2, cores))
-bound = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
-bound = [cpus for cpus in bound if cpus != mine]
+def bound_now():
+    places = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    return [cpus for cpus in places if cpus != mine]
+end = time.monotonic() + 30
+while len(bound := bound_now()) < wanted and time.monotonic() < end:  # a thread may not have begun yet
+    time.sleep(0.01)
 print(len(bound) == wanted, all(len({*map(core_of, cpus)}) == 1 for cpus in bound), os.sched_getaffinity(0) == mine)
 """
     if not hasattr(os, "sched_getaffinity") or not Path("/sys/devices/system/cpu/cpu0/topology").exists():
