@@ -69,10 +69,9 @@ class FlashAttention3:
         width = ceil_div(step.max_context, keys_PSKH.shape[1])
         reach = (-1, -1) if window is None else (window - 1, 0)
         is_decode = step.is_decode and len(query_TNH) == step.num_requests
+        more: dict[str, Any] = {"cu_seqlens_q": step.query_starts_R1, "max_seqlen_q": step.max_query}
         if is_decode:
             more = {"scheduler_metadata": self._scheduled(query_TNH, keys_PSKH, step, width, reach)}
-        else:
-            more = {"cu_seqlens_q": step.query_starts_R1, "max_seqlen_q": step.max_query}
         found: Tensor = self._attend(
             query_TNH[:, None] if is_decode else query_TNH,
             keys_PSKH,
