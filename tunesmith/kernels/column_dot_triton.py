@@ -39,6 +39,7 @@ def column_dot_operator(left: Tensor, right: Tensor) -> Tensor:
                 TILE_ROWS=_TILE_ROWS,
                 ROWS=_ROWS,
                 num_warps=4,
+                enable_fp_fusion=True,
             )
     return partial.sum(0)
 

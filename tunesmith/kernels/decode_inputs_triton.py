@@ -76,6 +76,7 @@ def load_inputs_operator(
             PAGE=slots_of_page,
             COLUMNS=_COLUMNS,
             num_warps=2,
+            enable_fp_fusion=True,
         )
 
 

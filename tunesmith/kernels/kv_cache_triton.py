@@ -53,6 +53,7 @@ def write_kv_operator(
                 ROWS=rows,
                 COLUMNS=columns,
                 num_warps=warps,
+                enable_fp_fusion=True,
             )
             return
         quick(_write_fp8_kernel)[(num_tokens, num_heads)](

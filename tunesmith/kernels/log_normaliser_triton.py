@@ -23,7 +23,9 @@ def log_normaliser_operator(logits: Tensor) -> Tensor:
     found = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     if num_rows:
         with current(logits.device):
-            _normaliser_kernel[(num_rows,)](logits, found, VOCAB=vocab_size, COLUMNS=_COLUMNS, num_warps=_WARPS)
+            _normaliser_kernel[(num_rows,)](
+                logits, found, VOCAB=vocab_size, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=True
+            )
     return found
 
 

@@ -210,7 +210,7 @@ def approximate_reciprocal(values: Tensor) -> Tensor:
     out = torch.empty_like(values)
     count = values.numel()
     with _current(out.device):
-        _reciprocal_kernel[(ceil_div(count, 1024),)](values, out, count, SIZE=1024)
+        _reciprocal_kernel[(ceil_div(count, 1024),)](values, out, count, SIZE=1024, enable_fp_fusion=True)
     return out
 
 

@@ -182,7 +182,7 @@ def _summed(partial: Tensor) -> Tensor:
     total = partial.new_empty(width)
     with current(partial.device):
         _sum_kernel[(ceil_div(width, _SUM_COLUMNS),)](
-            partial, total, rows, WIDTH=width, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4
+            partial, total, rows, WIDTH=width, ROWS=_SUM_ROWS, COLUMNS=_SUM_COLUMNS, num_warps=4, enable_fp_fusion=True
         )
     return total
 

@@ -53,7 +53,7 @@ def thresholds_operator(logits: Tensor, temperatures: Tensor, top_k: Tensor, top
     measured = (maxima, counts, masses)
     with current(logits.device):
         grid, place = (num_rows, chunks), (logits.stride(0), vocab_size, chunks)
-        maxima_kernel[grid](logits, maxima, *place, CHUNK=CHUNK, num_warps=_WARPS)
+        maxima_kernel[grid](logits, maxima, *place, CHUNK=CHUNK, num_warps=_WARPS, enable_fp_fusion=True)
         measure_kernel[grid](logits, temperatures, *measured, *place, DISTANCES=DISTANCES, **wide)
         gather_kernel[grid](
             logits, *wanted, *measured, candidates, *place, DISTANCES=DISTANCES, MOST=MOST_CANDIDATES, **wide

@@ -72,6 +72,7 @@ def choose_operator(
             SPLITS=triton.next_power_of_2(most_splits(vocab_size)),  # one kernel for every batch
             BROKEN=BROKEN,
             num_warps=1,
+            enable_fp_fusion=True,
         )
     return tokens
 
