@@ -204,6 +204,14 @@ class Terminal:
             self.type("\x01")  # to the line's beginning: a key that changes nothing
         raise AssertionError(f"{pattern!r} did not come after twenty times Ctrl-C:\n{self.screen[-2000:]}")
 
+    def end_of_input(self) -> int:
+        """Press Ctrl-D until the program ends: it means the end of input only once readline listens. Its exit code."""
+        for _ in range(20):
+            self.type("\x04")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(3)
+        raise AssertionError(f"it did not end; the screen shows:\n{self.screen[-2000:]}")
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -225,7 +233,7 @@ def test_a_person_chats_and_stops_an_answer(tiny_model_dir: Callable[..., Path],
         terminal.wait_for("/help lists the commands")
         terminal.wait_for("> ")
         terminal.type("你好\n")
-        time.sleep(1.5)
+        terminal.wait_for(r"你好\s+(\x1b\[[0-9;?]*[a-zA-Z]|\s)*[^\s\x1b]")  # the answer has begun
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.wait_for(r"\(stopped\)")
         terminal.wait_for("> ")
@@ -237,8 +245,6 @@ def test_a_person_chats_and_stops_an_answer(tiny_model_dir: Callable[..., Path],
         terminal.type("/nothing\n")
         terminal.wait_for("there is no command /nothing")
         terminal.wait_for("> ")
-        time.sleep(0.5)  # Ctrl-D means the end of input only once readline listens
-        terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.end_of_input() == 0
     finally:
         terminal.close()

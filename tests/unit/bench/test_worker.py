@@ -91,9 +91,10 @@ def test_a_kill_is_told_by_its_signal(worker: Worker, tmp_path: Path) -> None:
 
 
 def test_a_job_that_takes_too_long_is_stopped(worker: Worker, tmp_path: Path) -> None:
+    """By itself it ends after 60 s."""
     began = time.monotonic()
     outcome = worker.run(["bench_jobs", "hang"], tmp_path / "log", 0.2)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 50
     assert outcome.verdict(0.2) == ("timeout", "stopped after 0.2 s (bench.timeout_s)")
 
 
@@ -106,7 +107,7 @@ def test_leaving_the_worker_ends_a_running_job(tmp_path: Path) -> None:
     """The child is in a process group of its own, so nothing but the server could stop it."""
     (tmp_path / "bench_jobs_end.py").write_text(
         "import os, time, pathlib\n"
-        "def hang(path):\n    pathlib.Path(path).write_text(str(os.getpid()))\n    time.sleep(60)\n"
+        "def hang(path):\n    pathlib.Path(path).write_text(str(os.getpid()))\n    time.sleep(600)\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
@@ -115,18 +116,18 @@ def test_leaving_the_worker_ends_a_running_job(tmp_path: Path) -> None:
             request = {
                 "job": ["bench_jobs_end", "hang", str(tmp_path / "pid")],
                 "log": str(tmp_path / "l"),
-                "timeout_s": 60,
+                "timeout_s": 600,
             }
             assert worker._process is not None
             assert worker._process.stdin is not None
             worker._process.stdin.write(json.dumps(request) + "\n")
             worker._process.stdin.flush()
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1]:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -69,16 +69,6 @@ class FakeCopied:
         return 0.25
 
 
-def slow_writes(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    original = sharded.write_file
-
-    def slow(*arguments: Any) -> Any:
-        time.sleep(seconds)
-        return original(*arguments)
-
-    monkeypatch.setattr(sharded, "write_file", slow)
-
-
 def update(weight: Tensor) -> Callable[[], None]:
     return lambda: weight.add_(1).sum().item()
 
@@ -140,9 +130,23 @@ def test_the_loop_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_second_save_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_writes(monkeypatch, 0.8)
+    waits, original = threading.Event(), sharded.write_file
+
+    def slow(*arguments: Any) -> Any:
+        assert waits.wait(60)
+        time.sleep(0.5)
+        return original(*arguments)
+
+    def waiting(step: int) -> None:
+        if step == 2:
+            waits.set()
+        wait_for_earlier(step)
+
+    monkeypatch.setattr(sharded, "write_file", slow)
     warnings: list[str] = []
     with AsyncSaver(tmp_path, keep=5, on_warning=warnings.append) as saver:
+        wait_for_earlier = saver._wait_for_earlier
+        monkeypatch.setattr(saver, "_wait_for_earlier", waiting)
         for step in (1, 2):
             saver.save(step, [whole("model.w", torch.full((2,), step))], {})
         assert saver.stall_s > 0.3

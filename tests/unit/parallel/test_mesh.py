@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tunesmith.errors import ParallelError
 from tunesmith.parallel import mesh as mesh_module
@@ -62,12 +64,16 @@ def test_groups_are_the_mesh(ranks: Callable[..., list[Any]]) -> None:
 
 def test_a_second_run_of_a_program_meets_under_names_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second `fit` under torchrun, whose store outlives a run, waited for the first one's group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(mesh_module, "_stores", [])
-    first, second = (mesh_module._meeting_place(Place(), timedelta(seconds=30)) for _ in range(2))
+    for _ in range(20):  # a port that was free may be somebody's by now
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+        with contextlib.suppress(dist.DistNetworkError):
+            first = mesh_module._meeting_place(Place(), timedelta(seconds=30))
+            break
+    second = mesh_module._meeting_place(Place(), timedelta(seconds=30))
     first.set("address", "here")
     assert first.check(["address"])
     assert not second.check(["address"])

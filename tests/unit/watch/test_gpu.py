@@ -39,14 +39,18 @@ def test_a_summary_has_means_and_peaks_of_what_is_known() -> None:
 
 
 def test_the_thread_samples_as_often_as_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 0.05 s a sample never more than fit into the time, and two in five: a busy machine is late with some."""
+    """At 0.05 s a sample never more than fit into the time, and two in five in one of many stretches of eight: a busy
+    machine is late with some, or stands still for seconds."""
     monkeypatch.setattr(gpu, "ask_nvml", _answers)
     began = time.monotonic()
     with GpuSampler(period_s=0.05, handles=["a", "b"]) as sampler:
-        while sampler.summaries()[0].num_samples < 8:
-            assert time.monotonic() - began < 60
-            time.sleep(0.01)
-        assert time.monotonic() - began < 1
+        stretch_s, seen = 60.0, 0
+        while stretch_s >= 1:
+            since = time.monotonic()
+            while sampler.summaries()[0].num_samples < seen + 8:
+                assert time.monotonic() - began < 60
+                time.sleep(0.01)
+            stretch_s, seen = time.monotonic() - since, sampler.summaries()[0].num_samples
     first, second = sampler.summaries()
     assert 8 <= first.num_samples <= 1 + (time.monotonic() - began) / 0.05
     assert second.mean_power_w == 350.0

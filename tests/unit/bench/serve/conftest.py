@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,8 @@ class KnownServer:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     gate: asyncio.Semaphore | None = None
+    said_s: list[float] = field(default_factory=list)
+    """When each chunk with content was written, by time.monotonic."""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, request after request."""
@@ -90,6 +93,7 @@ class KnownServer:
             if self.fail_inside and number == 1:
                 self._event(writer, {"error": {"message": "the engine died"}})
             delta = {"delta": {"content": " é"}} if is_chat else {"text": " é"}
+            self.said_s.append(time.monotonic())
             self._event(writer, {"choices": [{"index": 0, **delta, "finish_reason": None}]})
         end: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
         self._event(writer, {"choices": [{"index": 0, **end, "finish_reason": "length"}]})

@@ -14,23 +14,46 @@ from tunesmith.bench.serve.record import Record
 from tunesmith.bench.serve.shards import divide, run_shares
 from tunesmith.bench.serve.workload import Item
 
-SLACK_S = 5.0  # a loaded machine wakes late, never early
 
-
-def _send(server: Any, items: list[Item], times: list[float] | None, concurrency: int = 1, **ask: Any) -> list[Record]:
+def _send(
+    server: Any,
+    items: list[Item],
+    times: list[float] | None,
+    concurrency: int = 1,
+    began_s: float | None = None,
+    **ask: Any,
+) -> list[Record]:
     share = Share(tuple(items), tuple(range(len(items))), None if times is None else tuple(times), concurrency)
-    return run_load(Ask(server.url, "known", **ask), share, time.monotonic()).records
+    return run_load(Ask(server.url, "known", **ask), share, began_s or time.monotonic()).records
+
+
+def _near_what_was_said(server: Any, item: Item) -> Record:
+    """One request whose chunks were noted within 20 ms of when the server wrote them, and never before.
+
+    A busy machine wakes late, never early, so it has some tries.
+    """
+    for _ in range(20):
+        server.said_s.clear()
+        began_s = time.monotonic()
+        (record,) = _send(server, [item], [0.0], began_s=began_s)
+        late_s = [began_s + noted - said for noted, said in zip(record.contents_s, server.said_s, strict=True)]
+        assert min(late_s) >= 0
+        if max(late_s) < 0.02:
+            break
+    assert max(late_s) < 0.02
+    own_s = (server.said_s[-1] - server.said_s[0]) / (item.max_tokens - 1)
+    assert record.tpot_s == pytest.approx(own_s, abs=0.02)
+    return record
 
 
 def test_times_are_those_of_the_server(known_server: Any) -> None:
     known_server.first_s, known_server.gap_s = 0.08, 0.02
-    (record,) = _send(known_server, [Item((1, 2, 3), 5)], [0.0])
+    record = _near_what_was_said(known_server, Item((1, 2, 3), 5))
     assert record.is_ok and record.status == 200 and record.finish_reason == "length"
     assert (record.prompt_tokens, record.output_tokens, record.is_counted) == (7, 5, True)
     assert len(record.contents_s) == 5
-    assert record.ttft_s is not None and 0.08 <= record.ttft_s < 0.08 + SLACK_S
-    assert record.tpot_s is not None and 0.017 <= record.tpot_s < 0.02 + SLACK_S
-    assert len(record.itl_s) == 4 and sum(record.itl_s) >= 0.07
+    assert record.ttft_s is not None and record.ttft_s >= 0.08
+    assert len(record.itl_s) == 4 and sum(record.itl_s) == pytest.approx(record.contents_s[-1] - record.contents_s[0])
     assert record.e2e_s >= 0.08 + 4 * 0.02
     assert known_server.bodies[0]["prompt"] == [1, 2, 3]
     assert known_server.bodies[0]["ignore_eos"] is True
@@ -67,9 +90,8 @@ def test_a_closed_loop_has_so_many_in_flight(known_server: Any) -> None:
 
 def test_a_chunk_may_hold_several_tokens(known_server: Any) -> None:
     known_server.tokens_per_chunk, known_server.gap_s = 2, 0.02
-    (record,) = _send(known_server, [Item((1,), 8)], [0.0])
+    record = _near_what_was_said(known_server, Item((1,), 8))
     assert record.output_tokens == 8 and len(record.contents_s) == 4
-    assert record.tpot_s is not None and 3 * 0.017 / 7 <= record.tpot_s < 3 * 0.02 / 7 + SLACK_S
     assert summarise([record])["tokens_per_chunk"] == 2
 
 
