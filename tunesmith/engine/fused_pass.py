@@ -4,7 +4,8 @@
     product gate, up | swiglu | product down | add_rms_norm
 
 Of few tokens the product of gate and up is SwiGLU's launch too (`model/decode_linears.py`, swiglu_product).
-A product in fp8 has its input quantised before; of the MLP's second, swiglu does that.
+A product in fp8 has its input quantised before; of the MLP's second, swiglu does that. Few tokens meet int4 as bytes
+(`model/decode_int4.py`), which norms and swiglu write, and a launch of its own for attention's output.
 It calls the decoder's own linears, whatever stands in their place (quantised, with adapters), and holds no weights.
 `Decoder.forward` is the reference. Mixtures of experts, and MLPs other than SwiGLU, run as the block has them.
 """
@@ -12,12 +13,11 @@ It calls the decoder's own linears, whatever stands in their place (quantised, w
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import TypeGuard, cast
 
 from torch import Tensor, nn
 
 from tunesmith.engine.attend import PagedAttention
-from tunesmith.kernels.add_rms_norm import add_rms_norm_
 from tunesmith.kernels.direct import direct
 from tunesmith.kernels.heads_to_pages import HeadsLayout, heads_to_pages
 from tunesmith.kernels.launch import overlapped
@@ -27,6 +27,7 @@ from tunesmith.kernels.rope import rope_tables_half
 from tunesmith.kernels.swiglu import swiglu
 from tunesmith.kernels.swiglu_fp8 import swiglu_rows_fp8
 from tunesmith.model.block import Block, Mlp
+from tunesmith.model.decode_int4 import InBytes, Input, normed_for, product_of, swiglu_for
 from tunesmith.model.decode_linears import DecodeFp8Linear, swiglu_product
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.heads import HalfRope, Heads
@@ -60,14 +61,17 @@ class FusedPass:
         blocks = [cast(Block, block) for block in decoder.blocks]
         norms = [*(cast(RMSNorm, block.attention_norm) for block in blocks[1:]), cast(RMSNorm, decoder.norm)]
         first = cast(RMSNorm, blocks[0].attention_norm)
-        y, _ = rms_norm(stream, first.weight, first.eps)
+        y: Input = rms_norm(stream, first.weight, first.eps)[0]
         for layer, (block, following) in enumerate(zip(blocks, norms, strict=True)):
             mlp_norm = cast(RMSNorm, block.mlp_norm)
-            mixed = self._attend(block, layer, block.attention.qkv(y), rope, attend)
+            mixed = self._attend(block, layer, product_of(block.attention.qkv, y), rope, attend)
             # Where processes share the model, their parts are summed.
             mixed = block.stream.summed(block.attention.output(mixed))
-            y = add_rms_norm_(stream, mixed, mlp_norm.weight, mlp_norm.eps)
-            y = add_rms_norm_(stream, block.stream.summed(_mlp(block.mlp, y)), following.weight, following.eps)
+            reader = block.mlp.up if _is_swiglu(block.mlp) else None
+            y = normed_for(reader, stream, mixed, mlp_norm.weight, mlp_norm.eps)
+            reader = blocks[layer + 1].attention.qkv if layer + 1 < len(blocks) else None
+            y = normed_for(reader, stream, block.stream.summed(_mlp(block.mlp, y)), following.weight, following.eps)
+        assert isinstance(y, Tensor)  # the last norm is read by no linear
         return y
 
     def _attend(
@@ -93,18 +97,25 @@ class FusedPass:
         return attend.over_new(layer, query, key, value).flatten(1)
 
 
-def _mlp(mlp: nn.Module, y_TD: Tensor) -> Tensor:
-    if isinstance(mlp, Mlp) and mlp.is_swiglu:
-        h_TI = swiglu_product(mlp.up, y_TD)
+def _mlp(mlp: nn.Module, y_TD: Input) -> Tensor:
+    if _is_swiglu(mlp):
+        h_TI = None if isinstance(y_TD, InBytes) else swiglu_product(mlp.up, y_TD)
         if h_TI is not None:
             return cast(Tensor, mlp.down(h_TI))
-        gate_up_TF = mlp.up(y_TD)
+        gate_up_TF = product_of(mlp.up, y_TD)
         down: nn.Module = mlp.down
+        in_bytes = swiglu_for(down, gate_up_TF)
+        if in_bytes is not None:
+            return product_of(down, in_bytes)
         # Not a subclass: one that holds columns of a whole rounds as all its processes agree.
         if type(down) is DecodeFp8Linear and down.wants_codes(len(gate_up_TF)):
             return down.product_of_codes(*swiglu_rows_fp8(gate_up_TF), gate_up_TF.dtype)
         return mlp.down(_swiglu(gate_up_TF))
     return cast(Tensor, mlp(y_TD))
+
+
+def _is_swiglu(mlp: nn.Module) -> TypeGuard[Mlp]:
+    return isinstance(mlp, Mlp) and mlp.is_swiglu
 
 
 def _swiglu(gate_up_TF: Tensor) -> Tensor:
