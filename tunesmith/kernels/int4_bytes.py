@@ -21,7 +21,7 @@ from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.x_bytes import x_codes_of, x_scales_of
 
 # Up to so many tokens, by the weight's group: instructions of a warp for 16 rows and 256 columns, counted in SASS of
-# sm_90, with zero points: 108 up to 4 tokens and 166 up to 8 where others take 297 (groups of 128); 140 up to 2 and 212
+# sm_90, with zero points: 112 up to 4 tokens and 166 up to 8 where others take 297 (groups of 128); 140 up to 2 and 212
 # up to 4 where they take 324 (64); 141, 212, 357 for 1, 2, 4 where they take 410 (32). Empty: no product goes this way.
 MOST_TOKENS = {128: 8, 64: 4, 32: 4}
 # Columns of a step: widths are multiples of it.
