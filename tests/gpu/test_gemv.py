@@ -177,3 +177,85 @@ def test_a_norm_and_a_product_that_begin_early_have_the_same_bits(tokens: int) -
             out.zero_()
             graph.replay()
             assert torch.equal(out, truth)
+
+
+def held_in(format_id: int, dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Weight and scale in bfloat16, int8 or fp8, and what they stand for."""
+    if format_id == 0:
+        return dense.bfloat16(), None, dense.bfloat16().float()
+    if format_id == 1:
+        int8 = quantize_int8(dense)
+        return int8.codes, int8.scale, dequantize_int8(int8.codes, int8.scale, torch.float32)
+    fp8 = quantize_fp8_weight(dense)
+    return fp8.codes, fp8.scale, dequantize_fp8_weight(fp8, torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize("format_id", [0, 1, 2])
+@pytest.mark.parametrize(("width", "inner", "rows"), [(3584, 18944, 37888), (1024, 3072, 4096), (2048, 1024, 2 * 501)])
+def test_products_that_do_the_work_of_a_norm(format_id: int, tokens: int, width: int, inner: int, rows: int) -> None:
+    """Each against float64 of what it was given; the norm between them no further off than as a launch of its own."""
+    from tunesmith.kernels.gemv_operators import added_few_operator, normed_few_operator
+    from tunesmith.kernels.stream_products import RAISED, wants_raised
+
+    generator = torch.Generator("cuda").manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)  # noqa: E731
+    before, scale, dense = held_in(format_id, draw(width, inner) * 0.02)
+    behind, scale_behind, dense_behind = held_in(format_id, draw(rows, width) * 0.05)
+    x, stream = draw(tokens, inner).bfloat16(), (draw(tokens, width) * 3).bfloat16()
+    stream[0, 5] = 3e3
+    norm, bias, bias_behind = draw(width).abs().bfloat16(), draw(width).bfloat16(), draw(rows).bfloat16()
+    raised = wants_raised(format_id)
+    new, out, squares = added_few_operator(format_id, x, before, scale, bias, stream, norm, raised)
+    y = x.double() @ dense.double().t() + bias.double()
+    size = x.double().abs() @ dense.double().abs().t() + bias.double().abs() + stream.double().abs()
+    assert float(((new.double() - stream.double() - y).abs() / size).max()) < 2.0**-7
+    wanted = new.double() * norm.double()
+    assert float(((out.double() / (RAISED if raised else 1) - wanted).abs() / (wanted.abs() + 1e-30)).max()) < 2.0**-8
+    torch.testing.assert_close(squares.sum(1).double(), new.double().square().sum(1), rtol=1e-5, atol=1e-6)
+    exact = wanted * torch.rsqrt(new.double().square().mean(1, keepdim=True) + 1e-6)
+    truth = exact @ dense_behind.double().t() + bias_behind.double()
+    today = add_rms_norm_(new.clone(), torch.zeros_like(new), norm, 1e-6)
+    for is_gated in (False, True):
+        given = (out, squares, 1e-6, raised, behind, scale_behind, bias_behind, is_gated)
+        found = [normed_few_operator(format_id, *given) for _ in range(2)]
+        assert torch.equal(*found)
+        ended = truth if not is_gated else torch.nn.functional.silu(truth[:, : rows // 2]) * truth[:, rows // 2 :]
+        apart = (today.double() @ dense_behind.double().t() + bias_behind.double()).bfloat16()
+        apart = swiglu(apart) if is_gated else apart
+        error, before_error = ((y.double() - ended).square().mean().sqrt() for y in (found[0], apart))
+        assert error < 1.1 * before_error, (is_gated, float(error), float(before_error))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("format_id", [0, 1, 2])
+def test_norms_inside_products_that_begin_early_have_the_same_bits(format_id: int, tokens: int) -> None:
+    """A recorded chain of blocks, replayed: stream and squares must be what the product before has written."""
+    from tunesmith.kernels.gemv_operators import added_few_operator, normed_few_operator
+    from tunesmith.kernels.stream_products import wants_raised
+
+    generator = torch.Generator("cuda").manual_seed(6)
+    width, raised = 2048, wants_raised(format_id)
+    draw = lambda *shape: torch.randn(*shape, device="cuda", generator=generator)  # noqa: E731
+    weights = [[held_in(format_id, draw(rows, width) * 0.02)[:2] for rows in (2 * width, width)] for _ in range(8)]
+    first, norm = draw(tokens, width).bfloat16(), draw(width).abs().bfloat16()
+
+    def chain() -> torch.Tensor:
+        stream = first.clone()
+        y = first * 0.1
+        for (up, up_scale), (down, down_scale) in weights:
+            stream, x, squares = added_few_operator(format_id, y, down, down_scale, None, stream, norm, raised)
+            y = normed_few_operator(format_id, x, squares, 1e-6, raised, up, up_scale, None, True)
+        return torch.cat((stream, y), dim=1)
+
+    with torch.inference_mode():
+        truth = chain()
+        with overlapped():
+            chain()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = chain()
+        for _ in range(50):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, truth)
