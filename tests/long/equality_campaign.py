@@ -13,9 +13,9 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ sys.path[:0] = [path for path in (str(ROOT / "tests"), str(ROOT)) if path not in
 
 STEPS, PACKS, TOKENS = 20, 4, 48
 BOUND, NORM_BOUND = 1e-5, 1e-4
+TIMEOUT_S = 300.0
 KINDS = ("full", "lora", "qlora")
 CONFIG = {
     "vocab_size": 272,
@@ -182,7 +183,7 @@ def _documents() -> Any:
 def compare(ranks: Ranks, model_dir: str, case: Case, alone: dict[str, Any]) -> dict[str, Any]:
     """What is recorded of a case. Of its ranks the worst counts."""
     began = time.monotonic()
-    outcomes = ranks(train, case.ranks, model_dir, asdict(case), timeout_s=900)
+    outcomes = ranks(train, case.ranks, model_dir, asdict(case), timeout_s=TIMEOUT_S)
     worst = {what: max(_distance(each[what], alone[what]) for each in outcomes) for what in ("losses", "norms")}
     return {
         "name": case.name,
@@ -204,12 +205,14 @@ def _distance(got: list[float], expected: list[float]) -> float:
     return float(worst.max()) if np.isfinite(worst).all() else float("inf")
 
 
-def run_campaign(ranks: Ranks, model_dir: str, chosen: list[Case], done: Callable[[dict[str, Any]], None]) -> None:
-    """Each case beside one process, which trains once for every kind; `done` gets what is recorded of it."""
-    alone: dict[str, Any] = {}
+def run_campaign(
+    ranks: Ranks, model_dir: str, chosen: Iterable[Case], alone: dict[str, Any], done: Callable[[dict[str, Any]], None]
+) -> None:
+    """Each case beside one process, which trains once for every kind and is kept in `alone`; `done` gets what is
+    recorded of it."""
     for case in chosen:
         if case.kind not in alone:
-            (alone[case.kind],) = ranks(train, 1, model_dir, asdict(Case(case.kind)), timeout_s=900)
+            (alone[case.kind],) = ranks(train, 1, model_dir, asdict(Case(case.kind)), timeout_s=TIMEOUT_S)
         try:
             done(compare(ranks, model_dir, case, alone[case.kind]))
         except AssertionError as error:  # of the pool: a rank failed
@@ -221,15 +224,20 @@ def main() -> int:
     from ranks import RankPool
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file; one that exists is gone on with")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     asked = parser.parse_args()
-    chosen = [case for case in cases() if asked.only in case.name]
-    record = _Record(asked.out, asked.only)
-    pool = RankPool()
+    record, alone = _Record(asked.out, asked.only), dict[str, Any]()
+    names = {result["name"] for result in record.results}
+    left = [case for case in cases() if asked.only in case.name and case.name not in names]
+    chosen = sorted(left, key=lambda case: (case.engine, case.ranks))
     with tempfile.TemporaryDirectory() as folder:
-        run_campaign(pool, save_model(Path(folder)), chosen, record.add)
-    pool.close()
+        model_dir = save_model(Path(folder))
+        for _, group in groupby(chosen, lambda case: (case.engine, case.ranks)):
+            # DeepSpeed keeps things of a process's earlier groups: ZeRO-3 on four ranks hung after two of them had it.
+            pool = RankPool()
+            run_campaign(pool, model_dir, group, alone, record.add)
+            pool.close()
     return int(not all(result["is_equal"] for result in record.results))
 
 
@@ -237,9 +245,11 @@ class _Record:
     """The JSON file, written after every case."""
 
     def __init__(self, path: Path, only: str) -> None:
-        from tunesmith.rundir.environment import environment_fingerprint
+        from tunesmith.rundir.environment import environment_fingerprint, git_commit
+        from tunesmith.rundir.io import read_json
 
-        self.path, self.results = path, list[dict[str, Any]]()
+        self.path, self.commit = path, (git_commit() or {}).get("commit")
+        self.results: list[dict[str, Any]] = read_json(path)["cases"] if path.exists() else []
         chosen = f" --only {only}" if only else ""
         self.command = f"python tests/long/equality_campaign.py --out {path.name}{chosen}"
         self.environment = environment_fingerprint()
@@ -248,7 +258,7 @@ class _Record:
         """A case more."""
         from tunesmith.rundir.io import write_json_atomic
 
-        self.results.append(result)
+        self.results.append({**result, "commit": self.commit})
         print(f"{result['name']}: {result.get('loss_relative_distance', 'failed')}", flush=True)
         distances = [each.get("loss_relative_distance") for each in self.results]
         facts = {

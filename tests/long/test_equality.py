@@ -33,7 +33,7 @@ def test_lora_under_what_other_tests_leave_out(
     ]
     assert set(chosen) <= set(campaign.cases())
     results: list[dict[str, Any]] = []
-    campaign.run_campaign(ranks, campaign.save_model(tmp_path), chosen, results.append)
+    campaign.run_campaign(ranks, campaign.save_model(tmp_path), chosen, {}, results.append)
     assert [result["name"] for result in results if not result["is_equal"]] == []
 
 
@@ -52,6 +52,7 @@ def test_the_campaign_has_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_way_has_the_losses_of_one_process() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     out = RESULTS / "equality.json"
+    out.unlink(missing_ok=True)
     command = [sys.executable, str(CAMPAIGN), "--out", str(out)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=7100
