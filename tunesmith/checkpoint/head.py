@@ -39,9 +39,17 @@ def place_head(
     if head == "copy":
         _copy(decoder)
     elif head == "auto" and is_gpu(device):
-        if is_quantised and not one_head and lacks_for_copy(decoder) is None and keeps_share(decoder, num_layers):
-            copy_head(decoder)
+        if is_quantised and not one_head and lacks_for_copy(decoder) is None:
+            _place_on_gpu(decoder, num_layers)
     elif (head == "int8" or (head == "auto" and is_integer and device.type == "cpu")) and not is_held:
+        hold_head_in_int8(decoder)
+
+
+def _place_on_gpu(decoder: Decoder, num_layers: int) -> None:
+    """A copy; where that would be too much for a model in 4 bits, int8 alone, which is less than what is stored."""
+    if keeps_share(decoder, num_layers):
+        copy_head(decoder)
+    elif decoder.head is not None:
         hold_head_in_int8(decoder)
 
 

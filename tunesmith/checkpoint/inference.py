@@ -48,8 +48,9 @@ def load_for_inference(
         adapter: an adapter directory in PEFT's format, put on top of the base in any of these formats.
         head: what the output head is held in: "stored"; "int8"; "copy": as stored, and once more in int8, which steps
             of few requests take on a GPU (model/head_copy.py); or "auto": where the blocks are quantised a copy on a
-            GPU, but not where that takes the model across 40 % of its bytes in 16 bits, and int8 on a CPU, for blocks
-            in int8 or int4, since there its bytes would be half of what a token costs; "stored" elsewhere.
+            GPU (int8 alone where that takes the model across 40 % of its bytes in 16 bits and the head is not the
+            embedding), and int8 on a CPU, for blocks in int8 or int4, since there its bytes would be half of what a
+            token costs; "stored" elsewhere.
         one_head: "auto" makes no copy, since every row is to go through the same head (batch-invariant mode).
         Others as `load_model`.
     Raises: ModelError, AdapterError, DeviceError or UnsupportedModelError.

@@ -50,6 +50,16 @@ def test_others_have_none(options: dict[str, Any], tiny_model_dir: Callable[...,
     assert isinstance(model.head, HeldLinear) == (options.get("head") == "int8")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_a_copy_is_too_much_the_head_is_in_int8_alone(
+    tied: bool, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.checkpoint.head.keeps_share", lambda *_: False)
+    model = on_gpu(tiny_model_dir("qwen2", tie_word_embeddings=tied), quantize="int4")
+    assert model.head_copy is None
+    assert model.head is None if tied else isinstance(model.head, Int8Linear)
+
+
 def test_one_may_be_asked_for(tiny_model_dir: Callable[..., Path]) -> None:
     assert on_gpu(tiny_model_dir("qwen2"), head="copy").head_copy is not None
 
