@@ -45,6 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.chip import chip_of, known_by_chip
 from tunesmith.kernels.gemv_fragments_triton import once_asked_for, when_earlier_is_through
 from tunesmith.kernels.gemv_steps_triton import byte_step, float_step, int4_step, of_step
 from tunesmith.kernels.gemv_stream_triton import (
@@ -240,13 +241,14 @@ def takes_quads(format_id: int, x_TD: Tensor) -> bool:
         or x_TD.shape[1] % step
     ):
         return False
-    return x_TD.device.type != "cuda" or _has_fragments(x_TD.device)
+    return _has_fragments(x_TD.device)
 
 
-@cache
+@known_by_chip
 def _has_fragments(device: torch.device) -> bool:
-    """Fragments of this size in both dtypes: from compute capability 8.0 on."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Fragments of this size in both dtypes: from compute capability 8.0 on, and in Triton's interpreter."""
+    chip = chip_of(device)
+    return chip is None or chip.capability >= (8, 0)
 
 
 Shape = tuple[int, int, int]

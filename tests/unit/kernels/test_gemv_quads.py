@@ -26,7 +26,7 @@ LOOP = "%0 = tt.get_program_id\n scf.for %i {\n%1 = tt.elementwise_inline_asm mm
     ],
 )
 def test_what_is_taken(format_id: int, dtype: torch.dtype, tokens: int, width: int, wanted: bool) -> None:
-    from tunesmith.kernels.gemv_quads_triton import takes_quads
+        from tunesmith.kernels.gemv_quads_triton import takes_quads
 
     assert takes_quads(format_id, torch.empty(tokens, width, dtype=dtype)) == wanted
 
@@ -74,3 +74,14 @@ def test_values_that_change_threads_are_not_trusted() -> None:
     assert stays_in_threads(once + moved)
     assert not stays_in_threads(moved + "\n" + once)
     assert not stays_in_threads("no products at all")
+
+
+def test_a_chip_that_is_foreseen_is_asked_for_its_fragments() -> None:
+    """On sm_75 the worker that compiles ahead tried kernels that do not compile there."""
+    from tunesmith.kernels.chip import Chip, foreseeing
+    from tunesmith.kernels.gemv_quads_triton import takes_quads
+
+    x = torch.empty(1, 1024, dtype=torch.float16, device="meta")
+    for capability, takes in (((7, 5), False), ((8, 0), True)):
+        with foreseeing(Chip(capability, 40)):
+            assert takes_quads(3, x) is takes
