@@ -26,7 +26,7 @@ LOOP = "%0 = tt.get_program_id\n scf.for %i {\n%1 = tt.elementwise_inline_asm mm
     ],
 )
 def test_what_is_taken(format_id: int, dtype: torch.dtype, tokens: int, width: int, wanted: bool) -> None:
-        from tunesmith.kernels.gemv_quads_triton import takes_quads
+    from tunesmith.kernels.gemv_quads_triton import takes_quads
 
     assert takes_quads(format_id, torch.empty(tokens, width, dtype=dtype)) == wanted
 
