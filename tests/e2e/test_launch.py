@@ -74,9 +74,18 @@ def script(tmp_path: Path) -> Path:
 
 
 def _launch(
-    cli: CLI, script: Path, *arguments: str, nproc: int = 2, restarts: int = 1
+    cli: CLI, script: Path, *arguments: str, nproc: int = 2, restarts: int = 1, debug: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    options = ["--cpu", "--nproc", nproc, "--max-restarts", restarts, "--run-dir", "run"]
+    options = [
+        *(["--debug"] if debug else []),
+        "--cpu",
+        "--nproc",
+        nproc,
+        "--max-restarts",
+        restarts,
+        "--run-dir",
+        "run",
+    ]
     return cli("launch", *map(str, options), script, *arguments, timeout=110)
 
 
@@ -129,6 +138,20 @@ def test_a_rank_that_hangs_is_named(
         assert "time.sleep(1000)" in (tmp_path / "stacks" / f"hang-rank-{rank}.txt").read_text(encoding="utf-8")
     else:
         assert f"rank {rank} does not answer" in line
+
+
+@pytest.mark.long
+def test_with_debug_a_hang_leaves_the_last_collectives_of_all(tunesmith_cli: CLI, script: Path, tmp_path: Path) -> None:
+    """The bug: torch's recorder was on, but nobody wrote it: the watchdog ends processes before torch's own limit."""
+    done = _launch(tunesmith_cli, script, "sleep", "1", restarts=0, debug=True)
+    assert done.returncode == 1
+    assert "when a rank hangs, all write their stacks" in done.stderr
+    assert "their last collectives: stacks/flight-*.json" in done.stderr
+    for rank in (0, 1):
+        path = tmp_path / "stacks" / f"flight-rank-{rank}.json"
+        entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+        assert entries[-1]["profiling_name"] == "gloo:all_reduce", "the last that all began: that of step 2"
+        assert [entry["input_sizes"] for entry in entries if "all_reduce" in entry["profiling_name"]] == [[[]]] * 3
 
 
 @pytest.mark.long

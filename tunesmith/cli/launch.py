@@ -237,7 +237,15 @@ def _local_plan(
     make: bool,
 ) -> Plan:
     from tunesmith.launch import cards
-    from tunesmith.launch.plan import LOGS, Plan, count_processes, debug_environment, environment_for, rank_command
+    from tunesmith.launch.plan import (
+        DEBUG_NOTE,
+        LOGS,
+        Plan,
+        count_processes,
+        debug_environment,
+        environment_for,
+        rank_command,
+    )
 
     cpu = target.uses_no_gpu
     library = None if cpu else cards.driver()
@@ -246,6 +254,7 @@ def _local_plan(
     run_dir = target.claim(make=make)
     if console.is_debug():
         environment |= debug_environment(run_dir.resolve() / LOGS)
+        notes = [*notes, DEBUG_NOTE]
     return Plan(
         command=rank_command(RANK, target.arguments(), run_dir / LOGS),
         run_dir=run_dir,

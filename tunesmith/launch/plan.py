@@ -16,6 +16,10 @@ from tunesmith.launch import cards
 
 LOGS = "logs"
 DEFAULT_RESTARTS = 3
+DEBUG_NOTE = (
+    "--debug: every collective is compared between the ranks (slow); when a rank hangs, all write their stacks "
+    "(hang-rank-N.txt) and last collectives (flight-*rank-N.json); NCCL says what it does in nccl-HOST-PID.log"
+)
 _NODES = re.compile(r"(\d+)(?::(\d+))?")
 _ENDPOINT = re.compile(r"[A-Za-z0-9._-]{1,253}:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 
@@ -125,8 +129,8 @@ def environment_for(nproc: int, *, cpu: bool, library: object | None) -> tuple[d
 def debug_environment(logs: Path) -> dict[str, str]:
     """What makes torch and NCCL tell more, into files in the logs' folder.
 
-    Every collective is compared between the ranks before it runs (slow), and the last of them are kept and written
-    out when one times out (torch's flight recorder).
+    Every collective is compared between the ranks before it runs (slow), and the last of them are kept (torch's flight
+    recorder) and written out when a rank hangs (`parallel/flight.py`), or one of NCCL's times out.
     """
     return {
         "TORCH_DISTRIBUTED_DEBUG": "DETAIL",

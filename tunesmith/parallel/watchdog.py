@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import ParallelError
+from tunesmith.parallel.flight import is_recording, write_flight
 from tunesmith.parallel.hang import NAMED_AT, SILENT_PATIENCE, Judge, Verdict
 from tunesmith.parallel.mesh import CPU_TIMEOUT_S, GPU_TIMEOUT_S, Mesh
 from tunesmith.parallel.progress import Progress, Report, stack_of
@@ -216,10 +217,12 @@ class _Watchdog:
                 file.write(stack_of(self.progress.thread)[1] + "\nall threads (innermost call first):\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+            write_flight(self.folder, self.rank)
 
     def _leave(self, line: str) -> None:
         if self.folder is not None:
             line += f"; stacks of all ranks: {self.folder}/hang-rank-*.txt"
+            line += f", their last collectives: {self.folder}/flight-*.json" if is_recording() else ""
         for tell in self.told:
             with contextlib.suppress(Exception):
                 tell(line)
