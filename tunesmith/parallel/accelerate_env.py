@@ -120,7 +120,10 @@ def _of_mesh(environment: Environment) -> dict[str, tuple[Any, str]]:
     prefix = "PARALLELISM_CONFIG_"
     for name in ("CP_SIZE", "SP_SIZE"):
         if environment.get(f"{prefix}{name}", "1") not in ("1", ""):
-            raise ParallelError(f"{prefix}{name} is {environment[prefix + name]}: tunesmith has no such parallelism")
+            raise ParallelError(
+                f"{prefix}{name} is {environment[prefix + name]}: tunesmith divides no sequence among processes yet; "
+                f"set it to 1, and {prefix}TP_SIZE, or the recipe's train.checkpointing: offload"
+            )
     size = environment.get(f"{prefix}TP_SIZE", "1")
     return {"tensor": (int(size), f"{prefix}TP_SIZE")} if size.isdecimal() and int(size) > 1 else {}
 

@@ -1,6 +1,10 @@
 """The processes of a run as a mesh: pipeline stages x data-parallel x tensor-parallel, on torch.distributed.
 
 A launcher (torchrun, mpirun, srun) starts the processes and says in the environment which one this is.
+
+Processes that shared the tokens of one pack (context parallelism, which there is not yet) would be a fourth dimension,
+"cp", between "dp" and "tp": pp x dp x cp x tp. They would hold the same weights, so that gradients and the strategies'
+shares go over dp x cp as one dimension, while packs go by dp alone and attention's messages over cp.
 """
 
 from __future__ import annotations

@@ -43,6 +43,8 @@ _MAIN_KEYS: Mapping[Place, tuple[str, str]] = {
     ("train",): ("epochs", "3"),
 }
 """What a section is most often written for, and an example."""
+_SPLIT_SEQUENCES = ("context", "context_parallel", "cp", "sequence", "sequence_parallel", "sp", "ulysses", "ring")
+"""What other libraries call it when processes share the tokens of one sequence."""
 
 
 def explain(error: ValidationError, source: str | None, lines: Mapping[Place, int]) -> list[str]:
@@ -171,6 +173,12 @@ def _plain(value: Any) -> str:
 
 def _unknown_key(place: Place) -> str:
     key, parent = str(place[-1]), place[:-1]
+    if parent == ("parallel",) and key in _SPLIT_SEQUENCES:
+        return (
+            f"parallel.{key}: a sequence is not divided among processes (context parallelism) yet; for long ones set "
+            f"parallel.tensor, between whose matrices each process holds its own tokens only, or "
+            f"train.checkpointing: offload, or parallel.pipeline"
+        )
     near = nearest(key, allowed_keys(parent))
     if near and parent:
         near = f", did you mean '{_dotted_place((*parent, near.split(chr(39))[1]))}'?"

@@ -59,6 +59,12 @@ def test_a_recipe_that_says_something_else_is_an_error() -> None:
         from_accelerate(DEEPSPEED, ParallelSection(engine="deepspeed", strategy="zero2"))
 
 
+def test_a_divided_sequence_is_refused_with_what_there_is() -> None:
+    given = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+    with pytest.raises(ParallelError, match=r"set it to 1, and PARALLELISM_CONFIG_TP_SIZE, or .* offload"):
+        from_accelerate(given, ParallelSection())
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -84,6 +84,12 @@ def test_a_missing_file_names_its_neighbour_and_the_next_command(tmp_path: Path)
         ("data:\n  epoch: 1", "r.yaml:2: data.epoch is not a key, did you mean 'train.epochs'?"),
         ("epochs: 3", "r.yaml:1: epochs is not a key, did you mean 'train.epochs'?"),  # it was 'bench'
         (
+            "parallel:\n  context: 2",
+            "r.yaml:2: parallel.context: a sequence is not divided among processes (context parallelism) yet; for long "
+            "ones set parallel.tensor, between whose matrices each process holds its own tokens only, or "
+            "train.checkpointing: offload, or parallel.pipeline",
+        ),
+        (
             "data:\n  files: [x]",
             "r.yaml:2: data.files is not a key; 'data' has train, validation",
         ),  # it was 'train.eps'
