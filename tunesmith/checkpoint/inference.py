@@ -7,7 +7,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from tunesmith.arch import read_config
+from tunesmith.arch import FAMILIES, config_from_dict, read_raw_config
 from tunesmith.checkpoint.adapter import load_adapter
 from tunesmith.checkpoint.head import Head, check_head, place_head
 from tunesmith.checkpoint.held_files import held_method, load_held
@@ -66,7 +66,7 @@ def load_for_inference(
     if where.type == "cpu":
         use_huge_pages()
     held = None if quantize is None else parse_format(quantize)
-    stored = held_method(read_config(directory)) if weights == "checkpoint" else None
+    stored = _stored_method(directory) if weights == "checkpoint" else None
     if stored is not None:
         if quantize is not None:
             raise ModelError(
@@ -105,6 +105,12 @@ def load_for_inference(
     elif head in ("int8", "copy"):
         raise UnsupportedModelError("a head in int8 is for the native decoder: leave head at 'stored'")
     return model.eval()
+
+
+def _stored_method(directory: Path) -> str | None:
+    """What the weights are quantised by as they lie; None also for a family that only transformers knows."""
+    config = read_raw_config(directory)
+    return held_method(config_from_dict(config)) if config.get("model_type") in FAMILIES else None
 
 
 def _adapted(model: Decoder, adapter: str | Path | None, base: Path, random_seed: int | None) -> Decoder:

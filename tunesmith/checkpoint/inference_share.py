@@ -6,6 +6,7 @@ what is not in codes yet a process reads its part, as far as that decides what i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,7 @@ from tunesmith.checkpoint.names import TensorName, tensor_names
 from tunesmith.checkpoint.own_part import boxes_of_own, load_own
 from tunesmith.checkpoint.quantized_load import HeldSource
 from tunesmith.errors import ModelError
-from tunesmith.kernels.fp8 import has_fp8
+from tunesmith.kernels.fp8 import has_fp8, without_products
 from tunesmith.model.decode_linears import hold_head_in_int8
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.held import HeldLinear
@@ -33,6 +34,8 @@ from tunesmith.parallel.held_linears import load_share_of, share_of
 from tunesmith.parallel.mesh import Mesh
 from tunesmith.parallel.shard_linears import is_cut, load_part
 from tunesmith.parallel.tensor import share_linears
+
+_log = logging.getLogger(__name__)
 
 Weights = Literal["checkpoint", "random"]
 
@@ -65,6 +68,8 @@ def load_share_for_inference(
         )
         if quantize in ("fp8", "fp8-inner"):
             set_compute(model, "fp8" if has_fp8(mesh.device) else "weights")
+            if mesh.rank == 0 and (note := without_products(mesh.device)) is not None:
+                _log.warning("%s", note)
         return model
     has_int8_head = mesh.device.type == "cpu"  # as one process holds it there
     if stored is not None:

@@ -27,7 +27,7 @@ from tunesmith.checkpoint.random_weights import RandomWeights as RandomWeights
 from tunesmith.checkpoint.source import resolve_model
 from tunesmith.errors import ModelError, UnsupportedModelError
 from tunesmith.hardware import pick_device
-from tunesmith.kernels.fp8 import has_fp8
+from tunesmith.kernels.fp8 import has_fp8, without_products
 from tunesmith.kernels.nf4 import NF4Weight, dequantize_nf4
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.language_model import LanguageModel
@@ -80,7 +80,10 @@ def load_model(
     )
     if quantize in ("fp8", "fp8-inner"):
         module = cast(nn.Module, model)
-        set_compute(module, "fp8" if has_fp8(next(module.parameters()).device) else "weights")
+        held_on = next(module.parameters()).device
+        set_compute(module, "fp8" if has_fp8(held_on) else "weights")
+        if (note := without_products(held_on)) is not None:
+            _log.warning("%s", note)
     if adapter is not None:
         from tunesmith.checkpoint.adapter import load_adapter
 

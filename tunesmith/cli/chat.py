@@ -69,7 +69,14 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(help="makes sampled answers reproducible; each question adds 1 to it")
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="nf4, nf4-double or fp8")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            "--quantization",
+            help="hold the weights in int8, w8a8, int4 (-g128, -g64, -g32; -sym), nf4, nf4-double, fp8; else as stored",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="context in tokens; by default the model's")] = None,

@@ -85,6 +85,18 @@ def require_fp8(device: torch.device | str) -> None:
     )
 
 
+def without_products(device: torch.device | str) -> str | None:
+    """What is said of fp8 weights on a GPU that has no products of them; None where it has, and on a CPU."""
+    chosen = torch.device(device)
+    if chosen.type != "cuda" or has_fp8(chosen):
+        return None
+    major, minor = torch.cuda.get_device_capability(chosen)
+    return (
+        f"{torch.cuda.get_device_name(chosen)} (sm_{major}{minor}) has no fp8 products, which need sm_89 or newer: the "
+        f"weights are held in fp8, half of bfloat16's bytes, and multiplied in the compute dtype; prompts gain nothing"
+    )
+
+
 def quantize_rows_fp8(x_TD: Tensor, fold_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes [T, D] and scales float32 [T, 1] of x, whose columns are multiplied by `fold_D` (float32) before.
 

@@ -19,6 +19,7 @@ from tunesmith.engine.llm import LLM, TEXT_CONTEXT_TOKENS
 from tunesmith.engine.runner import evaluating
 from tunesmith.engine.source import ModelSource, find_source
 from tunesmith.errors import RequestError
+from tunesmith.kernels.fp8 import without_products
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.packed import pack_documents
 from tunesmith.serve import messages
@@ -137,7 +138,8 @@ class LoadedModel:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch."),
             "weights": format_bytes(weights),
-            "quantization": self._held_in(),
+            "quantization": (quantization := self._held_in()),
+            "fp8": without_products(device) if str(quantization).startswith("fp8") else None,
             "has_own_adapter": llm.source is not None and llm.source.adapter is not None,
             "is_native": isinstance(model, Decoder),
             "has_chat_template": llm.has_chat_template,

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from serve_fakes import SAYS, Served, error_of, in_server
 
 from tunesmith.cli.serve import _announce
 from tunesmith.compress.quantize import compress_to_directory
+from tunesmith.kernels.fp8 import without_products
 from tunesmith.rundir.model_notes import ModelNotes, write_notes
 from tunesmith.serve.errors import dumps, to_bytes
 from tunesmith.serve.loading import load_model
@@ -152,3 +154,24 @@ async def test_what_litellm_sends_and_reads(one: Served) -> None:
         error = error_of(await one.post(path, **body), 400)
         assert error["message"].startswith("this model's maximum context length is 256 tokens; ")
         assert error["code"] == "context_length_exceeded"
+
+
+def test_fp8_on_a_gpu_without_its_products_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was held in fp8 and multiplied in bfloat16 without a word, where training refuses."""
+    with monkeypatch.context() as a6000:
+        a6000.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+        a6000.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
+        said = without_products("cuda")
+        a6000.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+        assert without_products("cuda") is None
+    assert said is not None and "NVIDIA RTX A6000 (sm_86) has no fp8 products" in said and "held in fp8" in said
+    assert without_products("cpu") is None
+    for place in ("tunesmith.checkpoint.load", "tunesmith.serve.loading"):
+        monkeypatch.setattr(f"{place}.without_products", lambda device: said)
+    for asked, fact in (("fp8", said), ("int8", None)):
+        caplog.clear()
+        options = EngineOptions(model="builtin:tiny", device="cpu", max_model_len=64, quantization=asked)
+        assert load_model(options, lambda _: None).facts["fp8"] == fact
+        assert [record.getMessage() for record in caplog.records].count(said) == (fact is not None)
