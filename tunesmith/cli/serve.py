@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tunesmith.cli.console import emit, err, is_debug
+from tunesmith.cli.served_adapters import check_modules
 from tunesmith.cli.unfinished import use_checkpoint
 from tunesmith.errors import RequestError, nearest
 from tunesmith.rundir.layout import is_run
@@ -35,7 +36,14 @@ def serve(
         typer.Option(help="what the model is called in requests (repeat for several names); a run: its folder's name"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="hold the weights in int8, int4, fp8, nf4, ...")] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            "--quantization",
+            "--quantize",
+            help="hold the weights in int8, w8a8, int4 (-g128, -g64, -g32; -sym), nf4, nf4-double, fp8; else as stored",
+        ),
+    ] = None,
     head: Annotated[
         str, typer.Option(help="the output head: auto, stored, int8, or copy (both, int8 where few answer)")
     ] = "auto",
@@ -106,6 +114,12 @@ def serve(
     lora_modules: Annotated[
         list[str] | None, typer.Option(help="NAME=DIRECTORY of an adapter to load at start (repeat for several)")
     ] = None,
+    follow_lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=RUN: the adapter that a run trains; its newest checkpoint answers (repeat for several)"
+        ),
+    ] = None,
     speculative_config: Annotated[
         str | None, typer.Option(help='guess tokens, as JSON: {"method": "ngram", "num_tokens": 4}')
     ] = None,
@@ -119,6 +133,8 @@ def serve(
     check_address(host, None if uds is None else str(uds), keys, allow_unauthenticated)
     _check_choices(head, kv_cache_dtype, attention_backend, pooling, metrics_prefix, generation_config, served_check)
     _check_shares(key_share, request_timeout, shutdown_timeout, engine_timeout)
+    names = tuple(served_model_name or default_names(model))
+    loaded, followed = check_modules(lora_modules or [], follow_lora or [], names)
     use_checkpoint(model, adapter)
     engine = EngineOptions(
         model=model,
@@ -141,14 +157,14 @@ def serve(
         batch_invariant=batch_invariant,
         debug=is_debug(),
         more={
-            **_lora(enable_lora or bool(lora_modules) or allow_adapter_loading, max_loras, max_lora_rank),
+            **_lora(enable_lora or bool(loaded or followed) or allow_adapter_loading, max_loras, max_lora_rank),
             **_speculation(speculative_config),
         },
         served_check=served_check,
         chat_template=None if chat_template is None else str(chat_template),
     )
     options = ServerOptions(
-        names=tuple(served_model_name or default_names(model)),
+        names=names,
         host=host,
         port=port,
         uds=None if uds is None else str(uds),
@@ -163,7 +179,8 @@ def serve(
         pooling=pooling,
         metrics_prefix=metrics_prefix,
         allow_adapter_loading=allow_adapter_loading,
-        adapters=_modules(lora_modules or []),
+        adapters=loaded,
+        followed=followed,
         chat_template=None if chat_template is None else str(chat_template),
         generation_config=generation_config,
         tool_call_parser=tool_call_parser,
@@ -185,15 +202,6 @@ def _lora(is_enabled: bool, max_loras: int, max_lora_rank: int) -> dict[str, Any
     if not is_enabled:
         return {}
     return {"enable_lora": True, "max_loras": max_loras, "max_lora_rank": max_lora_rank}
-
-
-def _modules(given: list[str]) -> tuple[tuple[str, str], ...]:
-    """Names and directories of `NAME=DIRECTORY`."""
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path):
-            raise RequestError(f"--lora-modules wants NAME=DIRECTORY, got {text!r}")
-    return tuple((text.partition("=")[0], text.partition("=")[2]) for text in given)
 
 
 def _speculation(text: str | None) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class ServerOptions:
     api_keys: any of them opens every route but health; none: open to all who reach the address.
     max_waiting: requests that may wait beyond those that run, before 429.
     key_share_ratio: of all places, how many one key may hold; 1 where there is one key or none.
-    adapters: names and directories of LoRA adapters that are loaded at start.
+    adapters: names and directories of LoRA adapters that are loaded at start; followed: of runs, whose newest
+        checkpoints are.
     max_timeout_s: seconds a request may take at most.
     grace_s: seconds that running requests have after SIGTERM.
     stall_s: seconds without a sign of the engine's loop after which /health says no; hang_s: after which it is killed.
@@ -78,6 +79,7 @@ class ServerOptions:
     metrics_prefix: str = "tunesmith"
     allow_adapter_loading: bool = False
     adapters: tuple[tuple[str, str], ...] = ()
+    followed: tuple[tuple[str, str], ...] = ()
     chat_template: str | None = None
     generation_config: str = "auto"
     tool_call_parser: str = "auto"

@@ -132,8 +132,9 @@ def make_server(options: ServerOptions, engine: AsyncEngine) -> Server:
     engine.on_end = metrics.finished
     metrics.engine.gaps, metrics.engine.options = engine.gaps, engine.options
     server = Server(options, engine, metrics, Admission(*_places(options, engine.options.max_num_seqs or _USUAL_SEQS)))
-    for name, path in options.adapters:
-        server.adapters[name] = make_adapter(path, server.created)
+    for given, follow in ((options.adapters, False), (options.followed, True)):
+        for name, path in given:
+            server.adapters[name] = make_adapter(path, server.created, follow)
     server.has_adapters = not server.adapters
     engine.on_restart = lambda: _reload(server)
     return server
