@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tunesmith.checkpoint.agreement import checkpoint_group
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.checkpoint.sharded import save_shards
 from tunesmith.checkpoint.state import load_latest, save_state
+from tunesmith.cli.main import run as tunesmith
 from tunesmith.errors import NonFiniteError
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.methods import apply_method
@@ -357,12 +359,24 @@ def run_recipe(out: str, engine: Literal["native", "deepspeed"], changes: dict[s
     return [row.get("loss", row.get("validation_loss")) for row in rows]
 
 
-@pytest.mark.parametrize("changes", [{"method.kind": "lora", "method.rank": 4}])
-def test_a_recipe_runs_under_deepspeed(
-    ranks: Callable[..., list[Any]], tmp_path: Path, changes: dict[str, Any]
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({"method.kind": "lora", "method.rank": 4}, "adapter_model.safetensors"),
+        pytest.param({"method.kind": "full"}, "model.safetensors", marks=pytest.mark.long),
+    ],
+    ids=["lora", "full"],
+)
+def test_a_recipe_runs_under_deepspeed_and_its_states_are_consolidated(
+    ranks: Callable[..., list[Any]], tmp_path: Path, changes: dict[str, Any], file: str
 ) -> None:
     (alone,) = ranks(run_recipe, 1, str(tmp_path / "native"), "native", changes)
     both = ranks(run_recipe, 2, str(tmp_path / "both"), "deepspeed", {**changes, "parallel.strategy": "zero3"})
     assert len(alone) >= 4
     np.testing.assert_allclose(both[0], alone, rtol=1e-5)
-    assert list((tmp_path / "both").glob("*/final/adapter_model.safetensors"))
+    (final,) = (tmp_path / "both").glob(f"*/final/{file}")
+    out = tmp_path / "out"
+    assert tunesmith(["consolidate", str(final.parents[1]), "--output", str(out)]) == 0
+    made, expected = load_file(out / file), load_file(final)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
