@@ -76,11 +76,24 @@ def find_state(source: Path) -> tuple[RunDir, TrainingState]:
             raise RunDirError(f"the run {path} has no checkpoint: name one that has checkpoints/step-N")
         return run, load_latest(run.checkpoints)[1]
     folder = path.resolve()
+    if _is_deepspeeds(folder):
+        whole = source.parent if folder.name.startswith("global_step") else source
+        raise RunDirError(
+            f"{source} is a checkpoint as DeepSpeed itself writes it: pickled, and tunesmith opens no pickles; where you "
+            f"trust it: python zero_to_fp32.py {shlex.quote(str(whole))} DIR --safe_serialization (the script lies "
+            f"beside it), then name DIR as model.path"
+        )
     if not (folder / "manifest.json").is_file():
         raise RunDirError(f"{source} is neither a run directory nor a checkpoint of one (RUN/checkpoints/step-N)")
     if not is_run(folder.parents[1]):
         raise RunDirError(f"{source} lies in no run directory, whose recipe says what model it is: move it back there")
     return open_run(folder.parents[1]), load_state(folder)
+
+
+def _is_deepspeeds(folder: Path) -> bool:
+    """Whether DeepSpeed's own engine saved it: global_stepN, or the folder of several."""
+    tags = [folder, *folder.glob("global_step*")] if folder.is_dir() else []
+    return any(next(tag.glob("*mp_rank_*_states.pt"), None) is not None for tag in tags)
 
 
 def _write(recipe: Recipe, state: TrainingState, output: Path, dtype: DTypeName | None, replace: bool) -> Consolidated:

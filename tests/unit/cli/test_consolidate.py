@@ -79,6 +79,19 @@ def test_refusals(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "has no checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("named", ["global_step200", "."])
+def test_a_checkpoint_of_deepspeeds_own_is_refused_with_the_way_round(
+    named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was "neither a run directory nor a checkpoint of one"."""
+    folder = tmp_path / "global_step200"
+    folder.mkdir()
+    (folder / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    assert tunesmith(["consolidate", str(tmp_path / named), "--output", str(tmp_path / "out")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"python zero_to_fp32.py {tmp_path} DIR --safe_serialization" in said
+
+
 def test_a_model_that_only_transformers_knows(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
