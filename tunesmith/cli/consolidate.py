@@ -79,8 +79,8 @@ def find_state(source: Path) -> tuple[RunDir, TrainingState]:
     if _is_deepspeeds(folder):
         whole = source.parent if folder.name.startswith("global_step") else source
         raise RunDirError(
-            f"{source} is a checkpoint as DeepSpeed itself writes it: pickled, and tunesmith opens no pickles; where you "
-            f"trust it: python zero_to_fp32.py {shlex.quote(str(whole))} DIR --safe_serialization (the script lies "
+            f"{source} is a checkpoint as DeepSpeed itself writes it: pickled, and tunesmith opens no pickles; where "
+            f"you trust it: python zero_to_fp32.py {shlex.quote(str(whole))} DIR --safe_serialization (the script lies "
             f"beside it), then name DIR as model.path"
         )
     if not (folder / "manifest.json").is_file():
