@@ -270,18 +270,18 @@ def _times(ours: Load, theirs: Load, name: str) -> str:
 
 
 def _figures(loads: Sequence[Load], words: Words) -> Iterator[Drawn]:
-    for mode in MODES:
-        shown = [load for load in loads if load.mode == mode and load.numbers]
-        if len({load.value for load in shown}) < 2:
-            continue
-        yield _figure(shown, mode, "ttft", ("ttft_s.p50", "ttft_s.p99"), words)
-        yield _figure(shown, mode, "tpot", ("tpot_s.p50", "tpot_s.p99"), words)
-        yield _figure(shown, mode, "tokens", ("output_tokens_per_s",), words)
+    by_mode = {mode: [load for load in loads if load.mode == mode and load.numbers] for mode in MODES}
+    drawn = {mode: shown for mode, shown in by_mode.items() if len({load.value for load in shown}) > 1}
+    for mode, shown in drawn.items():
+        by = f" ({words(f'axis_{mode}')})" if len(drawn) > 1 else ""  # else a page has the same titles twice
+        yield _figure(shown, mode, "ttft", ("ttft_s.p50", "ttft_s.p99"), words, by)
+        yield _figure(shown, mode, "tpot", ("tpot_s.p50", "tpot_s.p99"), words, by)
+        yield _figure(shown, mode, "tokens", ("output_tokens_per_s",), words, by)
         if any("good_per_s" in load.numbers for load in shown):
-            yield _figure(shown, mode, "good", ("good_per_s",), words)
+            yield _figure(shown, mode, "good", ("good_per_s",), words, by)
 
 
-def _figure(loads: Sequence[Load], mode: str, what: str, names: Sequence[str], words: Words) -> Drawn:
+def _figure(loads: Sequence[Load], mode: str, what: str, names: Sequence[str], words: Words, by: str) -> Drawn:
     servers = list(dict.fromkeys(load.server for load in loads))
     values = sorted({load.value for load in loads})
     lines = [
@@ -299,7 +299,7 @@ def _figure(loads: Sequence[Load], mode: str, what: str, names: Sequence[str], w
         for number, name in enumerate(names)
     ]
     ticks = tuple("∞" if math.isinf(value) else f"{value:g}" for value in values)
-    title = words(f"serve_{what}")
+    title = words(f"serve_{what}") + by
     show = format_seconds if what in ("ttft", "tpot") else _short if what == "good" else format_count
     axis = words(f"axis_{mode}")
     is_log = what in ("ttft", "tpot")

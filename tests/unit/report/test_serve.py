@@ -117,3 +117,15 @@ def test_good_is_a_column_only_where_there_were_objectives(serve_run: Any) -> No
     (with_slo,), (without,) = (serve_sections([read_run(path)], EN) for path in (judged, free))
     assert "good" in with_slo.head and "--slo" not in with_slo.note
     assert "good" not in without.head and "--slo" in without.note and len(without.rows[0]) == len(without.head)
+
+
+def test_figures_of_two_kinds_of_load_are_told_apart(serve_run: Any) -> None:
+    """Rates and requests in flight had figures of the same titles, one below the other."""
+    flying = {"mode": "closed"}
+    cells = [_cell(n, 20, 0.1) for n in (1, 2)]
+    more = [_cell(n, 20, 0.1, point={**flying, "value": n}) for n in (1, 4)]
+    (alone,) = serve_sections(read_runs([serve_run("a", *cells)]), EN)
+    (both,) = serve_sections(read_runs([serve_run("b", *cells, *more)]), EN)
+    assert alone.figures[0].title == "Time to the first token, p50 and p99"
+    titles = [figure.title for figure in both.figures]
+    assert len(set(titles)) == len(titles) == 6 and titles[0] == f"{alone.figures[0].title} (requests a second)"
