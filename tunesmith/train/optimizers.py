@@ -88,8 +88,11 @@ def guarded_step(optimizer: torch.optim.Optimizer, divisor: Tensor, stopped: Ten
     """One update by gradient / `divisor`; none at all, step counters included, where `stopped` is 1.
 
     Both are float32 scalars on the parameters' device, which the host does not read. torch's fused optimisers take
-    them from these two attributes, as its own loss scaler hands them over, and so does AdamW8bit.
+    them from these two attributes, as its own loss scaler hands them over, and so does AdamW8bit. For parameters that
+    wait on the host torch would copy them there without waiting, and read what has not arrived: they are fetched first.
     """
+    if divisor.device.type != "cpu" and any(p.is_cpu for group in optimizer.param_groups for p in group["params"]):
+        divisor, stopped = divisor.cpu(), stopped.cpu()
     optimizer.grad_scale, optimizer.found_inf = divisor, stopped  # type: ignore[attr-defined]
     try:
         optimizer.step()
