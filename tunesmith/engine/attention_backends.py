@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from tunesmith.kernels import flash_attention_3, flashinfer_attention
 from tunesmith.kernels import paged_attention as own
 from tunesmith.kernels.chip import chip_of
 from tunesmith.kernels.paged_step import PagedHeads, PagedKernel, PagedStep
+from tunesmith.rundir.cache import user_cache
 from tunesmith.rundir.io import read_json, write_json_atomic
 
 log = logging.getLogger(__name__)
@@ -328,8 +328,7 @@ def _own_kernels() -> str:
 
 def cache_folder() -> Path:
     """Where choices are kept: $XDG_CACHE_HOME, or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "tunesmith" / "attention"
+    return user_cache("attention")
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> Measured | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from tunesmith.errors import RunDirError
 from tunesmith.hardware import driver_version
+from tunesmith.rundir.cache import user_cache
 from tunesmith.rundir.io import read_json, write_json_atomic
 
 Stored = tuple[str, dict[str, float]]
@@ -52,10 +52,9 @@ def store_choice(
 @cache
 def store_path() -> Path:
     """The file of this machine's GPU and versions."""
-    root = os.environ.get("XDG_CACHE_HOME")
     versions = [torch.__version__, torch.version.cuda, driver_version()]
     key = hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:16]
-    return (Path(root) if root else Path.home() / ".cache") / "tunesmith" / "attention" / f"{key}.json"
+    return user_cache("attention") / f"{key}.json"
 
 
 def _name(shape: Mapping[str, Any]) -> str:

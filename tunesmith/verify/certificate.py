@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from tunesmith.checkpoint.source import resolve_tokenizer
 from tunesmith.errors import RunDirError
 from tunesmith.hardware import describe_device
 from tunesmith.recipe.schema import Recipe
+from tunesmith.rundir.cache import user_cache
 from tunesmith.rundir.io import read_json, write_json_atomic
 from tunesmith.rundir.layout import RunDir
 from tunesmith.train import randomness
@@ -221,8 +221,7 @@ def _digest(content: Any) -> str:
 
 def cache_directory() -> Path:
     """Where certificates are kept: $XDG_CACHE_HOME, or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "tunesmith" / "certificates"
+    return user_cache("certificates")
 
 
 def _read_cached(key: str) -> Certificate | None:
