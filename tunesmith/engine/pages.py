@@ -79,6 +79,20 @@ class PageAllocator:
         self.counts[page] = 1
         return page
 
+    def take_run(self, num: int, after: int | None = None) -> list[int]:
+        """So many pages as `take` gives them one after the other, each behind the one before where that is blank."""
+        found: list[int] = []
+        blank, counts = self._blank, self.counts
+        for _ in range(num):
+            if after is not None and after + 1 in blank:
+                after += 1
+                del blank[after]
+                counts[after] = 1
+            else:
+                after = self.take()
+            found.append(after)
+        return found
+
     def share(self, page: int) -> None:
         """One more user for a page whose content is there: in use, or known."""
         if not self.counts[page]:
@@ -101,14 +115,20 @@ class PageAllocator:
 
     def release_all(self, pages: Sequence[int]) -> None:
         """Release a request's pages, the last first: a prefix is worth more than what followed it."""
+        counts = self.counts
         for page in reversed(pages):
-            self.release(page)
+            if counts[page] == 1:
+                counts[page] = 0
+                (self._known if page in self._remembered else self._blank)[page] = None
+            else:
+                self.release(page)
 
-    def remember(self, page: int) -> None:
-        """The content of this page in use can be found from now on, also when nobody uses it any more."""
-        if not self.counts[page]:
-            raise ValueError(f"page {page} is free and can't be remembered")
-        self._remembered.add(page)
+    def remember(self, pages: Sequence[int]) -> None:
+        """The content of these pages in use can be found from now on, also when nobody uses them any more."""
+        for page in pages:
+            if not self.counts[page]:
+                raise ValueError(f"page {page} is free and can't be remembered")
+        self._remembered.update(pages)
 
     def forget(self, pages: Iterable[int]) -> None:
         """The content of these pages can't be found any more."""

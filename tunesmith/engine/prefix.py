@@ -1,21 +1,24 @@
 """The prefix cache: which page holds the keys and values of which beginning.
 
-A full page is found by a chain of hashes, so that it stands for its own tokens and for all before them:
+A full page is found by a hash of its own tokens and of all before them, so that it stands for both:
 
-    key_0 = hash(root, tokens 0 .. S-1)     key_1 = hash(key_0, tokens S .. 2S-1)     root = hash(salt, adapter)
+    key_0 = hash(root, tokens 0 .. S-1)     key_1 = hash(root, tokens 0 .. 2S-1)     root = hash(salt, adapter)
 
-Keys and values depend on nothing else, so requests with equal beginnings share the pages. A hash is never trusted
-alone: a page is taken only when the tokens written beside it, and the key before it, are the same.
+One running hash gives all of a request's keys: a page more is two calls of C. Keys and values depend on nothing else,
+so requests with equal beginnings share the pages. A hash is never trusted alone: a page is taken only when the tokens
+written beside it, and the key before it, are the same.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 
 from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator
+
+_TOKEN = "q"
+_PAGE_BYTES = PAGE_SLOTS * array(_TOKEN).itemsize
 
 
 def root_key(salt: str, adapter: str | None) -> bytes:
@@ -24,16 +27,18 @@ def root_key(salt: str, adapter: str | None) -> bytes:
     return blake2b(salt.encode() + b"\0" + name, digest_size=16).digest()
 
 
-def page_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a full page behind `parent`."""
-    return blake2b(array("q", token_ids).tobytes(), key=parent, digest_size=16).digest()
+def page_keys(running: blake2b, pages: Sequence[bytes]) -> list[bytes]:
+    """The keys of full pages behind all that the running hash has seen. It has seen these too then."""
+    update, digest = running.update, running.digest
+    keys = []
+    for tokens in pages:
+        update(tokens)
+        keys.append(digest())
+    return keys
 
 
-@dataclass(frozen=True)
-class _Entry:
-    page: int
-    parent: bytes
-    token_ids: tuple[int, ...]
+_Entry = tuple[int, bytes, bytes]
+"""A page, the key of the page before it, and its tokens. A plain tuple of such: the collector leaves it alone."""
 
 
 class PrefixCache:
@@ -53,24 +58,35 @@ class PrefixCache:
 
         The pages aren't the caller's until they are shared.
         """
+        num_pages = (len(token_ids) - 1) // PAGE_SLOTS
+        chain.extend(token_ids, num_pages)
         found: list[int] = []
-        for index in range((len(token_ids) - 1) // PAGE_SLOTS):
-            ids = tuple(token_ids[index * PAGE_SLOTS : (index + 1) * PAGE_SLOTS])
-            entry = self._entries.get(chain.key(index, token_ids))
-            if entry is None or entry.token_ids != ids or entry.parent != chain.key(index - 1, token_ids):
+        parent = chain.root
+        for key, tokens in zip(chain.keys[:num_pages], chain.pages, strict=False):
+            entry = self._entries.get(key)
+            if entry is None or entry[2] != tokens or entry[1] != parent:
                 break
-            found.append(entry.page)
+            found.append(entry[0])
+            parent = key
         return found
 
-    def remember(self, chain: PageChain, token_ids: Sequence[int], index: int, page: int) -> None:
-        """A request's full page of this index will be found from now on. Another page of the same content stays."""
-        key = chain.key(index, token_ids)
-        if key in self._entries or page in self._keys:
-            return
-        ids = tuple(token_ids[index * PAGE_SLOTS : (index + 1) * PAGE_SLOTS])
-        self._entries[key] = _Entry(page, chain.key(index - 1, token_ids), ids)
-        self._keys[page] = key
-        self.allocator.remember(page)
+    def remember(self, chain: PageChain, token_ids: Sequence[int], first: int, pages: Sequence[int]) -> None:
+        """A request's full pages from this index on will be found from now on.
+
+        Another page of the same content stays, and is the one that is found.
+        """
+        last = first + len(pages)
+        chain.extend(token_ids, last)
+        entries, known = self._entries, self._keys
+        parent = chain.keys[first - 1] if first else chain.root
+        new: list[int] = []
+        for key, tokens, page in zip(chain.keys[first:last], chain.pages[first:last], pages, strict=True):
+            if key not in entries and page not in known:
+                entries[key] = page, parent, tokens
+                known[page] = key
+                new.append(page)
+            parent = key
+        self.allocator.remember(new)
 
     def clear(self) -> None:
         """Forget everything: the weights changed, or a step failed whose pages were remembered already."""
@@ -85,16 +101,20 @@ class PrefixCache:
 
 
 class PageChain:
-    """The keys of one sequence's full pages, made as they are needed and kept."""
+    """The keys of one sequence's full pages and their tokens in bytes, made as they are needed and kept."""
 
     def __init__(self, salt: str = "", adapter: str | None = None) -> None:
         self.root = root_key(salt, adapter)
-        self._keys: list[bytes] = []
+        self.keys: list[bytes] = []
+        self.pages: list[bytes] = []
+        self._running = blake2b(self.root, digest_size=16)
 
-    def key(self, index: int, token_ids: Sequence[int]) -> bytes:
-        """The key of page `index`; of page -1, the root."""
-        while len(self._keys) <= index:
-            start = len(self._keys) * PAGE_SLOTS
-            parent = self._keys[-1] if self._keys else self.root
-            self._keys.append(page_key(parent, token_ids[start : start + PAGE_SLOTS]))
-        return self._keys[index] if index >= 0 else self.root
+    def extend(self, token_ids: Sequence[int], num_pages: int) -> None:
+        """Have at least so many pages, the first ones of these tokens."""
+        start = len(self.keys)
+        if num_pages <= start:
+            return
+        held = array(_TOKEN, token_ids[start * PAGE_SLOTS : num_pages * PAGE_SLOTS]).tobytes()
+        pages = [held[at : at + _PAGE_BYTES] for at in range(0, len(held), _PAGE_BYTES)]
+        self.pages += pages
+        self.keys += page_keys(self._running, pages)

@@ -222,8 +222,7 @@ class Scheduler:
             self.prefix_hits_tokens += num_cached
 
     def _take(self, sequence: Sequence, num_pages: int) -> None:
-        for _ in range(num_pages):
-            sequence.pages.append(self.pages.take(sequence.pages[-1] if sequence.pages else None))
+        sequence.pages += self.pages.take_run(num_pages, sequence.pages[-1] if sequence.pages else None)
 
     def _schedule(self, step: _Step, sequence: Sequence, num_tokens: int) -> None:
         """Plan `num_tokens` more tokens, for which the pages are there."""
@@ -240,9 +239,10 @@ class Scheduler:
         if self.prefix is None:
             return
         num_sure = min(sequence.num_computed - len(sequence.drafts), len(sequence.all_ids))
-        for index in range(sequence.num_remembered, num_sure // PAGE_SLOTS):
-            self.prefix.remember(sequence.chain, sequence.all_ids, index, sequence.pages[index])
-            sequence.num_remembered = index + 1
+        first, last = sequence.num_remembered, num_sure // PAGE_SLOTS
+        if last > first:
+            self.prefix.remember(sequence.chain, sequence.all_ids, first, sequence.pages[first:last])
+            sequence.num_remembered = last
 
     def _preempt(self, step: _Step, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits again with the tokens that it has."""

@@ -38,6 +38,23 @@ def test_a_page_that_was_given_back_goes_first_but_the_next_one_is_preferred() -
     assert allocator.take(after=4 - 1) == 1, "page 4 is in use, so the page that is warm"
 
 
+def test_a_run_of_pages_is_what_taking_one_after_the_other_gives() -> None:
+    runs, singles = PageAllocator(12), PageAllocator(12)
+    for allocator in (runs, singles):
+        held = [allocator.take() for _ in range(9)]
+        allocator.remember([held[7]])
+        for page in (held[2], held[3], held[5], held[7]):
+            allocator.release(page)
+    found = runs.take_run(6, after=1)
+    last: int | None = 1
+    for page in found:
+        last = singles.take(last)
+        assert last == page
+    assert found[:2] == [2, 3], "blank pages that lie side by side"
+    assert runs.counts == singles.counts and runs.num_free == singles.num_free == 1
+    assert runs.take_run(0) == []
+
+
 def test_shared_pages_live_until_their_last_user_goes() -> None:
     allocator = PageAllocator(2)
     page = allocator.take()
@@ -52,7 +69,7 @@ def test_shared_pages_live_until_their_last_user_goes() -> None:
     with pytest.raises(ValueError, match="can't be shared"):
         allocator.share(page)
     with pytest.raises(ValueError, match="can't be remembered"):
-        allocator.remember(page)
+        allocator.remember([page])
 
 
 def test_known_pages_come_back_and_the_longest_unused_goes_first() -> None:
@@ -60,7 +77,7 @@ def test_known_pages_come_back_and_the_longest_unused_goes_first() -> None:
     allocator.on_forgotten = forgotten.append
     pages = [allocator.take() for _ in range(4)]
     for page in pages[:3]:
-        allocator.remember(page)
+        allocator.remember([page])
     allocator.release_all(pages)
     assert (allocator.num_free, allocator.num_known) == (4, 3)
     allocator.share(0)  # found again
@@ -75,7 +92,7 @@ def test_known_pages_come_back_and_the_longest_unused_goes_first() -> None:
 def test_forgetting_makes_known_pages_blank() -> None:
     allocator = PageAllocator(2)
     page = allocator.take()
-    allocator.remember(page)
+    allocator.remember([page])
     allocator.release(page)
     allocator.forget([page])
     assert (allocator.num_free, allocator.num_known) == (2, 0)
@@ -128,7 +145,7 @@ def test_random_traffic_leaves_nothing_behind(seed: int) -> None:
             tables.append([page])
         elif kind < 0.8 and tables:
             for page in choice.choice(tables)[:1]:
-                allocator.remember(page)
+                allocator.remember([page])
                 known.add(page)
         elif tables:
             allocator.release_all(tables.pop(choice.randrange(len(tables))))

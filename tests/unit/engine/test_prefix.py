@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 
 from tunesmith.engine import prefix as prefix_module
@@ -17,8 +15,7 @@ def store(cache: PrefixCache, ids: list[int], chain: PageChain | None = None) ->
     """Full pages of these tokens, remembered and given back."""
     chain = chain or PageChain()
     pages = [cache.allocator.take() for _ in range(len(ids) // S)]
-    for index, page in enumerate(pages):
-        cache.remember(chain, ids, index, page)
+    cache.remember(chain, ids, 0, pages)
     cache.allocator.release_all(pages)
     return pages
 
@@ -56,10 +53,10 @@ def test_salt_and_adapter_keep_apart(salt: str, adapter: str | None) -> None:
 
 
 def test_equal_hashes_of_different_tokens_are_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def collide(parent: bytes, token_ids: Iterable[int]) -> bytes:
-        return b"same"
+    def collide(running: object, pages: list[bytes]) -> list[bytes]:
+        return [b"same"] * len(pages)
 
-    monkeypatch.setattr(prefix_module, "page_key", collide)
+    monkeypatch.setattr(prefix_module, "page_keys", collide)
     cache = PrefixCache(PageAllocator(8))
     store(cache, tokens(0, S))
     assert cache.lookup(PageChain(), tokens(0, S + 1)) != []
@@ -87,3 +84,26 @@ def test_the_first_page_of_equal_content_stays() -> None:
     assert first != second
     assert cache.lookup(PageChain(), ids) == first
     cache.allocator.check([])
+
+
+def test_keys_do_not_depend_on_how_many_pages_were_asked_for_at_once() -> None:
+    ids = tokens(0, 5 * S + 3)
+    together, apart = PageChain("salt"), PageChain("salt")
+    together.extend(ids, 5)
+    for number in (1, 0, 3, 2, 5):
+        apart.extend(ids, number)
+        assert len(apart.keys) >= number
+    assert apart.keys == together.keys and apart.pages == together.pages
+    assert len(set(apart.keys)) == 5
+
+
+def test_what_is_remembered_in_parts_is_found_as_a_whole() -> None:
+    """Pieces of a prompt, and a page whose content is known already among them."""
+    cache = PrefixCache(PageAllocator(8))
+    ids, chain = tokens(0, 4 * S + 1), PageChain()
+    first = store(cache, ids[:S])
+    pages = cache.allocator.take_run(4)
+    cache.remember(chain, ids, 0, pages[:2])
+    cache.remember(chain, ids, 2, pages[2:])
+    assert cache.lookup(PageChain(), ids) == [*first, *pages[1:]]
+    assert len(cache) == 4
