@@ -15,12 +15,19 @@ from tunesmith.engine.batch import FreshTail, StepBatch
 from tunesmith.engine.pages import PagedCache
 from tunesmith.kernels.kv_cache import write_kv
 from tunesmith.kernels.paged_attention import paged_attention
-from tunesmith.kernels.paged_attention_fresh import attend_fresh, pays_fresh
+from tunesmith.kernels.paged_attention_fresh import attend_fresh, fits_fresh, pays_fresh
 from tunesmith.kernels.paged_step import PagedStep
 from tunesmith.model.attention import AttendLayer
 
 PRODUCTS_PER_S = 6e14
 """What a fast GPU gives, for whether a step of prompts keeps it busy for long."""
+
+
+def goes_fresh(cache: PagedCache, batch: StepBatch) -> bool:
+    """Whether attention of this step goes over new keys, beside pages, so that nothing of it can be recorded."""
+    if batch.fresh is None or cache.key_scales is not None:
+        return False
+    return fits_fresh(batch.fresh.lengths, cache.config.head_dim, cache.dtype, cache.device)
 
 
 class PagedAttention:

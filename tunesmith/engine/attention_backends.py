@@ -116,6 +116,11 @@ class AttentionKernels:
             if name in names:
                 names.remove(name)
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether steps that do more than decode have another kernel than ours."""
+        return any(names for shape, names in self.ranked.items() if shape.kind != "decode")
+
     def facts(self) -> dict[str, Any]:
         """For people and JSON: versions, the kernel of each shape, milliseconds over all layers, what was dropped.
 

@@ -123,7 +123,7 @@ class DecodeGraphs:
         self.run = run
         self.sampling = sampling
         self.slots_of_page = slots_of_page
-        self.recorder: Recorder = _recorder(device) if recorder is None else recorder
+        self.recorder: Recorder = recorder_of(device) if recorder is None else recorder
         self.sizes = sorted(sizes or ladder(max_num_seqs))
         self.contexts = [*(bound for bound in CONTEXTS if bound < max_context), max_context]
         self.report = report
@@ -171,7 +171,7 @@ class DecodeGraphs:
         log.info(
             "recording %d decode graphs, and %d more while there is time", len(first), len(self.sizes) - len(first)
         )
-        with _no_collection():
+        with no_collection():
             for size in self._missing(kind):
                 is_late = limit_s is not None and time.perf_counter() - started > limit_s
                 if size not in first and is_late:
@@ -187,7 +187,7 @@ class DecodeGraphs:
         """Record one more size of what is in use already; False when all are there. For idle moments."""
         for kind in [self.first_kind, *(kind for kind in self._graphs if kind != self.first_kind)]:
             for size in self._missing(kind):
-                with _no_collection():
+                with no_collection():
                     return self._record(kind, size)
         return False
 
@@ -223,7 +223,7 @@ class DecodeGraphs:
             return
         steps = self._wanted[kind, size] = self._wanted.get((kind, size), 0) + 1
         if steps > RECORD_AFTER:
-            with _no_collection():
+            with no_collection():
                 if not self._record(kind, size):
                     log.warning("steps of %s run launch by launch: %s", kind, self.refused[kind])
 
@@ -264,7 +264,7 @@ class DecodeGraphs:
         except RuntimeError as error:
             # An operator that asks the device for a number (a mixture of experts), or no memory.
             log.debug("recording failed", exc_info=True)
-            first = str(_first(error)).splitlines() or [type(error).__name__]
+            first = str(first_error(error)).splitlines() or [type(error).__name__]
             self.refused[kind] = first[0]
             return False
         self._graphs.setdefault(kind, {})[size] = graph
@@ -316,13 +316,13 @@ class DecodeGraphs:
         )
 
 
-def _recorder(device: torch.device) -> Recorder:
+def recorder_of(device: torch.device) -> Recorder:
     """Of a GPU, or of what stands for one."""
     return DryRecorder() if stands_in(device) else CudaRecorder(device)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """No garbage collection: what it frees in the middle of a recording may ask the device for something."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -333,7 +333,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _first(error: BaseException) -> BaseException:
+def first_error(error: BaseException) -> BaseException:
     """What went wrong first: a recording that has failed fails again when it is ended, and says less then."""
     while isinstance(error.__context__, RuntimeError):
         error = error.__context__

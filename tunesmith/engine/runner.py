@@ -1,6 +1,7 @@
 """Runs the model for one step: a batch in, its sampled tokens out. The native one: our decoder over paged keys.
 
 forward:  tokens (some only on the device) -> Decoder.forward with PagedAttention -> hidden states of the sampled rows
+          (as graphs: steps that only decode, to their tokens, graphs.py; small ones with prompts, prompt_graphs.py)
 sample:   -> logits -> sampling -> last tokens (stay on the device), and copies for the host
 
 Batch-invariant mode: a token's logits are the same bits in a long prompt, in a lone step and among any others, since
@@ -14,6 +15,7 @@ batch-invariant mode none does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.engine.attend import PagedAttention
+from tunesmith.engine.attend import PagedAttention, goes_fresh
 from tunesmith.engine.attention_backends import AttentionKernels, find_kernels, heads_of
 from tunesmith.engine.batch import SampledRow, StepBatch, StepResult
 from tunesmith.engine.batching import small_batches, to_device, worst_batches
@@ -37,6 +39,7 @@ from tunesmith.engine.graphs import Decoded, DecodeGraphs
 from tunesmith.engine.interfaces import Pending, Runner
 from tunesmith.engine.logprobs import LogprobTensors, score_prompt
 from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator, PagedCache
+from tunesmith.engine.prompt_graphs import PromptGraphs, ladder
 from tunesmith.engine.sampling import Sampled, Sampling
 from tunesmith.errors import RequestError
 from tunesmith.kernels.chip import is_gpu
@@ -143,6 +146,7 @@ class NativeRunner:
         self.cache = self._make_cache(num_pages)
         self.pages = PageAllocator(self.cache.num_pages)
         self.graphs = self._make_graphs() if self._records else None
+        self.prompt_graphs = None if self.graphs is None else self._make_prompt_graphs(self.graphs)
         self._num_requests = 0
         self._hidden: Tensor | None = None
         self._ready_BV: Tensor | None = None
@@ -183,7 +187,8 @@ class NativeRunner:
     def _graph_bytes(self) -> int:
         """What recorded steps will take: of some that are recorded over one page, and dropped again."""
         self.cache = PagedCache(self.model.config, 1, dtype=self.page_dtype, device=self.device)
-        return measured_bytes(self._make_graphs())
+        graphs = self._make_graphs()
+        return measured_bytes(graphs, self._make_prompt_graphs(graphs))
 
     def _make_graphs(self) -> DecodeGraphs:
         return DecodeGraphs(
@@ -195,14 +200,39 @@ class NativeRunner:
             device=self.device,
         )
 
+    def _make_prompt_graphs(self, graphs: DecodeGraphs) -> PromptGraphs | None:
+        """Beside those of decoding, in their memory; None where steps with prompts can't be, or are not to be, any."""
+        sizes = ladder(self.config.max_num_batched_tokens, self.config.max_num_seqs)
+        is_shared, others = self.model.stream is not WHOLE, self.attention
+        if not sizes or is_shared or self.config.batch_invariant or (others is not None and others.takes_prompts):
+            return None
+        return PromptGraphs(
+            self._known_hidden,
+            self.sampling.state,
+            sizes=sizes,
+            max_context=self.max_model_len,
+            slots_of_page=PAGE_SLOTS,
+            device=self.device,
+            recorder=graphs.recorder,
+        )
+
     def warm_up(self, limit_s: float | None = None) -> None:
-        """Record the graphs of decoding, for at most about `limit_s` seconds; `idle` records the rest."""
-        if self.graphs is not None:
-            self.graphs.record(limit_s)
+        """Record graphs: the first ones of each kind, and more of decoding for at most about `limit_s` seconds; `idle`
+        records the rest. None: all."""
+        if self.graphs is None:
+            return
+        started = time.perf_counter()
+        self.graphs.record(limit_s if self.prompt_graphs is None else 0.0)
+        if self.prompt_graphs is not None and not self.graphs.refused:
+            self.prompt_graphs.record(None if limit_s is None else 0.0)
+            while limit_s is None or time.perf_counter() - started < limit_s:
+                if not self.graphs.record_next():
+                    break
 
     def idle(self) -> bool:
         """Something that makes later steps faster, in a moment without work; False where nothing is left to do."""
-        has_recorded = self.graphs is not None and self.graphs.record_next()
+        recordings = (self.graphs, self.prompt_graphs)
+        has_recorded = any(graphs is not None and graphs.record_next() for graphs in recordings)
         return has_recorded or self.sampling.warm_up(self.stream_dtype)
 
     def refresh(self) -> bool:
@@ -211,8 +241,9 @@ class NativeRunner:
             return False
         self.attention = self._find_attention()
         self.cache = self._make_cache(self.cache.num_pages)
-        if self.graphs is not None:
-            self.graphs.drop()
+        for graphs in (self.prompt_graphs, self.graphs):
+            if graphs is not None:
+                graphs.drop()
         return True
 
     @contextmanager
@@ -254,24 +285,36 @@ class NativeRunner:
 
     def _all_hidden(self, batch: StepBatch) -> Tensor:
         if not batch.passes:
-            return self.hidden(batch)
+            recorded_TD = self._recorded_hidden(batch)
+            return self.hidden(batch) if recorded_TD is None else recorded_TD
         return torch.cat([self.hidden(part) for part in batch.passes])[: batch.num_tokens]
+
+    def _recorded_hidden(self, batch: StepBatch) -> Tensor | None:
+        """hidden_TD of a step with prompts, by a graph until the next one runs; None where none covers it."""
+        if self.prompt_graphs is None or batch.is_decode or goes_fresh(self.cache, batch):
+            return None
+        return self.prompt_graphs(batch)
 
     def hidden(self, batch: StepBatch) -> Tensor:
         """hidden_TD of one pass; keys and values are written."""
         # What is not known to the host yet was drawn for that slot by the step before.
         last_T = self.sampling.state.last_tokens_N[(-1 - batch.tokens_T).clamp(min=0)]
-        return self._pass(torch.where(batch.tokens_T < 0, last_T, batch.tokens_T), batch, self.cache)
+        return self._pass(torch.where(batch.tokens_T < 0, last_T, batch.tokens_T), batch, self.cache, self.attention)
 
     def _decode(self, batch: StepBatch) -> Tensor:
         """logits_BV of a batch of single tokens, all of them known: what a graph records."""
         with self._passing():
-            return self._drawn_from(self._pass(batch.tokens_T, batch, self.cache), batch.num_requests)
+            return self._drawn_from(self._pass(batch.tokens_T, batch, self.cache, self.attention), batch.num_requests)
 
-    def _pass(self, tokens_T: Tensor, batch: StepBatch, cache: PagedCache) -> Tensor:
+    def _known_hidden(self, batch: StepBatch) -> Tensor:
+        """hidden_TD of a batch whose tokens are all known: what a graph of prompts records."""
+        with self._passing():
+            return self._pass(batch.tokens_T, batch, self.cache, kernels=None)
+
+    def _pass(self, tokens_T: Tensor, batch: StepBatch, cache: PagedCache, kernels: AttentionKernels | None) -> Tensor:
         for call in self.before_pass:
             call(batch)
-        attend = PagedAttention(cache, batch, invariant=self.config.batch_invariant, kernels=self.attention)
+        attend = PagedAttention(cache, batch, invariant=self.config.batch_invariant, kernels=kernels)
         run = self.model if self._fused is None else self._fused
         hidden: Tensor = run(tokens_T, batch.positions_T, attend)
         for done in self.after_pass:
@@ -344,7 +387,7 @@ class NativeRunner:
         with warming_fresh(*heads, self.page_dtype, self.device), self._passing():
             for host in [*small_batches(self.config), *worst_batches(self.config)]:
                 batch = to_device(host, self.device)
-                hidden_TD = self._pass(batch.tokens_T, batch, cache)
+                hidden_TD = self._pass(batch.tokens_T, batch, cache, self.attention)
             for few in () if self.head_copy is None else (1, MOST_REQUESTS):
                 self._drawn_from(hidden_TD[:few], few)
             logits_BV = self.logits(hidden_TD[: self.config.max_num_seqs])

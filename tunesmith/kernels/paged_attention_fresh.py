@@ -55,14 +55,19 @@ def pays_fresh(
 
     step_s: about what such a step takes the device. Where that hides a plan, a shape has one from its second time on.
     """
+    if not fits_fresh(lengths, head_dim, dtype, device):
+        return False
+    for run in even_runs(lengths):
+        _see((dtype, num_heads, head_dim, *run), SEEN if step_s > PLAN_S else 1)
+    return True
+
+
+def fits_fresh(lengths: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """What `pays_fresh` says, without counting anything."""
     runs = even_runs(lengths)
     if not runs or len(runs) > MOST_RUNS or sum(lengths) < LEAST_TOKENS * len(runs):
         return False
-    if not _fits(dtype, head_dim, device):
-        return False
-    for run in runs:
-        _see((dtype, num_heads, head_dim, *run), SEEN if step_s > PLAN_S else 1)
-    return True
+    return _fits(dtype, head_dim, device)
 
 
 def _see(shape: _Shape, times: int) -> None:
