@@ -123,6 +123,20 @@ check([17, 18], [17, 20], (1, 1, 8), wide)
 check([1, 20], [20, 40], (2, 1, 16), wide, fp8=True)
 # More requests than are looked at at once.
 check([1, 18, 1, 1, 18, 1], [3, 18, 3, 3, 18, 4], (2, 1, 8), wide)
+# A recorded step: rows and requests of padding behind, laid out for the most that there may be.
+for window, fp8 in ((None, False), (30, False), (None, True)):
+    batch = make_batch([1, 20, 3, 18], [50, 20, 130, 40], (2, 1, 16), wide, fp8=fp8)
+    truth, total, empty = batch.truth(window), int(batch.starts[-1]), [1] * 6
+    rows = torch.full((64, *batch.query.shape[1:]), float("nan"))
+    rows[:total] = batch.query[:total]
+    starts = torch.tensor([*batch.starts.tolist(), *(total for _ in empty)], dtype=torch.int32)
+    context = torch.tensor([*batch.context.tolist(), *empty], dtype=torch.int32)
+    tables = torch.cat([batch.tables, torch.full((6, batch.tables.shape[1]), -7, dtype=torch.int32)])
+    out, arrivals = torch.full_like(rows, 5.0), torch.zeros(20, dtype=torch.int32)
+    paged_attention_operator(rows, batch.keys, batch.values, tables, starts, context, batch.key_scales,
+        batch.value_scales, out, 64, 500, window, 0.25, False, arrivals, 1)
+    torch.testing.assert_close(out[:total], truth, rtol=5e-6, atol=5e-6)
+    assert (out[total:] == 5.0).all() and not arrivals.any()
 # The same bits whatever is beside, however much is computed at once, however long contexts might be.
 for window in (None, 70):
     batch, mine = check([1, 40], [90, 140], (4, 1, 16), wide, window, invariant=True)
