@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tunesmith.engine.batch import FreshTail, SampledRow, StepBatch
 from tunesmith.engine.config import EngineConfig
+from tunesmith.engine.moving import move
 from tunesmith.engine.pages import PAGE_SLOTS, pages_of
 from tunesmith.engine.scheduler import Scheduled, StepPlan
 from tunesmith.engine.sequence import Sequence as Running
 from tunesmith.kernels.paged_step import HostLengths
-from tunesmith.units import ceil_div
 
-_ALIGNMENT = 16
+_PAGE_BITS = PAGE_SLOTS.bit_length() - 1
 _FEW_PARTS = 32
 """Steps of so many single tokens are put together number by number: each call of numpy costs as much as ten of them."""
 
@@ -107,27 +106,31 @@ class BatchBuilder:
             sequence = part.sequence
             if sequence.num_tabled != len(sequence.pages):
                 self._write_table(sequence)
-        slots = np.array([part.sequence.slot for part in parts], dtype=np.int64)
-        computed = np.array([part.start for part in parts], dtype=np.int64)
-        counts = np.array([part.num_tokens for part in parts], dtype=np.int64)
+        numbers = [(part.sequence.slot, part.start, part.num_tokens) for part in parts]
+        slots, computed, counts = np.array(numbers, dtype=np.int64).T
         starts = np.zeros(len(parts) + 1, dtype=np.int64)
         np.cumsum(counts, out=starts[1:])
-        owner = np.repeat(np.arange(len(parts)), counts)
-        positions = np.arange(starts[-1]) - (starts[:-1] - computed)[owner]
-        pages = self.tables[slots[owner], positions // PAGE_SLOTS].astype(np.int64)
+        positions = np.arange(starts[-1])
+        positions -= np.repeat(starts[:-1] - computed, counts)
+        # A token's page in the tables as one line of numbers: shifts and masks, since a division is ten times as slow.
+        entries = positions >> _PAGE_BITS
+        entries += np.repeat(slots * self.tables.shape[1], counts)
+        places = self.tables.reshape(-1).take(entries).astype(np.int64)
+        places <<= _PAGE_BITS
+        places |= positions & (PAGE_SLOTS - 1)
         contexts = computed + counts
         sample_rows = _sampled(parts, starts)
         score_rows, score_targets, num_top = _scored(parts, starts)
         return HostBatch(
             tokens=_tokens(parts),
             positions=positions,
-            slots=pages * PAGE_SLOTS + positions % PAGE_SLOTS,
+            slots=places,
             starts=starts,
             contexts=contexts,
             tables=self.tables[slots, : pages_of(int(contexts.max()))],
             sequence_slots=slots,
             sample_rows=sample_rows,
-            adapters=_adapters(parts, owner),
+            adapters=_adapters(parts, counts),
             score_rows=score_rows,
             score_targets=score_targets,
             num_scored_top=num_top,
@@ -166,19 +169,31 @@ def _rows(parts: Sequence[Scheduled]) -> list[SampledRow]:
 
 def _tokens(parts: Sequence[Scheduled]) -> np.ndarray:
     """The new tokens of all parts; one that is on the device only is named by its slot (see batch.py)."""
+    pieces: list[np.ndarray] = []
     tokens: list[int] = []
     for part in parts:
         sequence, start = part.sequence, part.start
         ids = sequence.all_ids
         if part.num_tokens == 1:
             tokens.append(ids[start] if start < len(ids) else -1 - (sequence.slot or 0))
-            continue
-        known = ids[start : start + part.num_tokens]
-        tokens += known
-        if part.num_tokens - len(known) > part.num_drafts:
-            tokens.append(-1 - (sequence.slot or 0))
-        tokens += sequence.drafts[: part.num_drafts]
-    return np.array(tokens, dtype=np.int64)
+        elif start + part.num_tokens <= sequence.num_prompt:
+            if tokens:
+                pieces.append(np.array(tokens, dtype=np.int64))
+                tokens = []
+            pieces.append(sequence.request.prompt_tokens[start : start + part.num_tokens])
+        else:
+            tokens += _beyond_prompt(part)
+    pieces.append(np.array(tokens, dtype=np.int64))
+    return np.concatenate(pieces)
+
+
+def _beyond_prompt(part: Scheduled) -> list[int]:
+    """Several tokens of one sequence, some of which may be guesses, or not known yet."""
+    sequence, start = part.sequence, part.start
+    tokens = sequence.all_ids[start : start + part.num_tokens]
+    if part.num_tokens - len(tokens) > part.num_drafts:
+        tokens.append(-1 - (sequence.slot or 0))
+    return tokens + sequence.drafts[: part.num_drafts]
 
 
 def _sampled(parts: Sequence[Scheduled], starts: np.ndarray) -> np.ndarray:
@@ -191,10 +206,10 @@ def _sampled(parts: Sequence[Scheduled], starts: np.ndarray) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
-def _adapters(parts: Sequence[Scheduled], owner: np.ndarray) -> np.ndarray | None:
+def _adapters(parts: Sequence[Scheduled], counts: np.ndarray) -> np.ndarray | None:
     if all(part.sequence.adapter_index < 0 for part in parts):
         return None
-    return np.array([part.sequence.adapter_index for part in parts], dtype=np.int32)[owner]
+    return np.repeat(np.array([part.sequence.adapter_index for part in parts], dtype=np.int32), counts)
 
 
 def _scored(parts: Sequence[Scheduled], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -225,7 +240,8 @@ def to_device(host: HostBatch, device: torch.device) -> StepBatch:
     wide += [host.positions[sample_rows] + 1, host.score_rows, host.score_targets]
     narrow = [host.starts, host.contexts, host.tables] + ([] if host.adapters is None else [host.adapters])
     arrays = [a.astype(np.int64, copy=False) for a in wide] + [a.astype(np.int32, copy=False) for a in narrow]
-    moved = _move(arrays, device)
+    counts = np.diff(host.starts)
+    moved = move(arrays, device)
     is_scored = len(host.score_rows) > 0
     return StepBatch(
         tokens_T=moved[0],
@@ -241,20 +257,19 @@ def to_device(host: HostBatch, device: torch.device) -> StepBatch:
         block_tables_RP=moved[10],
         adapter_T=None if host.adapters is None else moved[11],
         token_adapters=host.adapters,
-        max_query=int(np.diff(host.starts).max()),
-        min_query=int(np.diff(host.starts).min()),
+        max_query=int(counts.max()),
+        min_query=int(counts.min()),
         max_context=int(host.contexts.max()),
         sequence_slots=host.sequence_slots.tolist(),
         is_decode=host.is_decode,
         num_scored_top=host.num_scored_top,
-        fresh=None if host.is_decode else _fresh_tail(host),
+        fresh=None if host.is_decode else _fresh_tail(host, counts),
         host=HostLengths(host.starts, host.contexts, host.tables),
     )
 
 
-def _fresh_tail(host: HostBatch) -> FreshTail | None:
+def _fresh_tail(host: HostBatch, counts: np.ndarray) -> FreshTail | None:
     """The last requests that have as many new tokens as context."""
-    counts = np.diff(host.starts)
     others = np.flatnonzero(counts != host.contexts)
     num_before = int(others[-1]) + 1 if len(others) else 0
     if num_before == len(counts):
@@ -265,36 +280,6 @@ def _fresh_tail(host: HostBatch) -> FreshTail | None:
         max_query=int(counts[:num_before].max(initial=1)),
         max_context=int(host.contexts[:num_before].max(initial=1)),
     )
-
-
-def _move(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays as tensors of the device: on a CPU as they are, on a GPU through one pinned buffer."""
-    if device.type != "cuda":
-        return [torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays]
-    places, total = _places([array.nbytes for array in arrays])
-    host = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-    view = host.numpy()
-    for array, at in zip(arrays, places, strict=True):
-        view[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    moved = host.to(device, non_blocking=True)
-    tensors = []
-    for array, at in zip(arrays, places, strict=True):
-        dtype = torch.int64 if array.dtype == np.int64 else torch.int32
-        tensors.append(moved[at : at + array.nbytes].view(dtype).view(array.shape))
-    return tensors
-
-
-def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where parts of so many bytes begin, one behind the other, and the bytes of all.
-
-    Each is aligned to 16 bytes: Triton compiles a kernel once more for every pointer that is now aligned and now not,
-    a second each, in the middle of serving.
-    """
-    places, at = [], 0
-    for size in sizes:
-        places.append(at)
-        at += ceil_div(size, _ALIGNMENT) * _ALIGNMENT
-    return places, at
 
 
 def cut(host: HostBatch, rows: int) -> list[HostBatch]:

@@ -148,7 +148,7 @@ class Engine:
             text=AnswerText(decoder, params.stop),
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.stop_ids),
             seed=draw_seed() if params.seed is None else params.seed,
-            chain=PageChain(request.cache_salt, request.adapter),
+            chain=PageChain(request.cache_salt, request.adapter, request.prompt_tokens),
             all_ids=list(request.prompt_ids),
             prompt_logprobs=[] if params.prompt_logprobs is None else [None],
             is_ready=params.structured is None and request.adapter is None,
@@ -281,7 +281,8 @@ class Engine:
             if index is None:
                 return False
             sequence.adapter_index = index
-            sequence.chain = PageChain(request.cache_salt, self.adapters.cache_key(index))
+            key = self.adapters.cache_key(index)
+            sequence.chain = PageChain(request.cache_salt, key, request.prompt_tokens)
         return True
 
     def _count_admitted(self) -> None:

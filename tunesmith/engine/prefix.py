@@ -15,6 +15,8 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
+import numpy as np
+
 from tunesmith.engine.pages import PAGE_SLOTS, PageAllocator
 
 _TOKEN = "q"
@@ -101,9 +103,13 @@ class PrefixCache:
 
 
 class PageChain:
-    """The keys of one sequence's full pages and their tokens in bytes, made as they are needed and kept."""
+    """The keys of one sequence's full pages and their tokens in bytes, made as they are needed and kept.
 
-    def __init__(self, salt: str = "", adapter: str | None = None) -> None:
+    prompt_T: int64, the first of its tokens, where somebody has them as numbers already.
+    """
+
+    def __init__(self, salt: str = "", adapter: str | None = None, prompt_T: np.ndarray | None = None) -> None:
+        self._prompt_T = prompt_T
         self.root = root_key(salt, adapter)
         self.keys: list[bytes] = []
         self.pages: list[bytes] = []
@@ -114,7 +120,11 @@ class PageChain:
         start = len(self.keys)
         if num_pages <= start:
             return
-        held = array(_TOKEN, token_ids[start * PAGE_SLOTS : num_pages * PAGE_SLOTS]).tobytes()
+        here = slice(start * PAGE_SLOTS, num_pages * PAGE_SLOTS)
+        if self._prompt_T is not None and here.stop <= len(self._prompt_T):
+            held = self._prompt_T[here].tobytes()
+        else:
+            held = array(_TOKEN, token_ids[here]).tobytes()
         pages = [held[at : at + _PAGE_BYTES] for at in range(0, len(held), _PAGE_BYTES)]
         self.pages += pages
         self.keys += page_keys(self._running, pages)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
+
+import numpy as np
 
 from tunesmith.errors import RequestError
 
@@ -132,6 +135,11 @@ class Request:
     adapter: str | None = None
     cache_salt: str = ""
     streams: bool = True
+
+    @cached_property
+    def prompt_tokens(self) -> np.ndarray:
+        """The prompt's tokens as int64: made once for all steps that compute a part of them. Not to be changed."""
+        return np.array(self.prompt_ids, dtype=np.int64)
 
     @property
     def total_tokens(self) -> int:

@@ -38,8 +38,8 @@ def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     if not isinstance(_normalise_kernel, JITFunction):
         pytest.skip("Triton interprets here (TRITON_INTERPRET): nothing is compiled")
     # A GPU's steps all come through one buffer, whose parts are aligned.
-    move = batching._move
-    monkeypatch.setattr(batching, "_move", lambda arrays, device: [tensor.clone() for tensor in move(arrays, device)])
+    move = batching.move
+    monkeypatch.setattr(batching, "move", lambda arrays, device: [tensor.clone() for tensor in move(arrays, device)])
     monkeypatch.setattr(batching, "_is_plain_decode", lambda parts: False)
 
 
