@@ -9,7 +9,11 @@ from tunesmith.model.attention import attend_one
 from tunesmith.model.flex_attention import attend_flex
 from tunesmith.model.packed import packed
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # torch's own compiler, as it is imported by torch 2.11.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"),
+]
 
 
 @pytest.mark.parametrize("window", [None, 200])

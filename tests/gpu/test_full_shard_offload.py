@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -58,13 +59,15 @@ def test_it_trains_as_one_does_and_holds_little(mesh: Mesh) -> None:
     expected = _train(Updater(module, section, STEPS))
     weights = [parameter.detach().cpu() for parameter in module.parameters()]
     del module
+    gc.collect()  # hooks and what they hang on are a circle
     torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated()  # cuBLAS' own
     offloaded = _module()
     spread = Sharded(offloaded, FullShard(mesh, "zero3", offloads=True), blocks=list(offloaded))
     updater = Updater(offloaded, section, STEPS, spread)
     assert {piece.local.device.type for piece in updater.pieces} == {"cpu"}
     before = torch.cuda.memory_allocated()
-    assert before < 4 * MIB, "weights wait on the host"
+    assert before - others < 4 * MIB, "weights wait on the host"
     torch.cuda.reset_peak_memory_stats()
     assert _train(updater) == pytest.approx(expected, rel=1e-5)
     block = WIDTH * WIDTH * 4

@@ -76,7 +76,7 @@ def test_it_is_as_near_as_the_product_that_widens_codes(group: int, dtype: torch
         other = gemv.int4_product(x, held, None).double()
         largest = x.double().unflatten(1, (-1, 128)).abs().amax(-1).repeat_interleave(128, 1)
         bound = 2.0**-15.96 * largest @ dense.abs().t() + 2.0**-20 * size
-        unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-11
+        unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11  # half a last place over the value, at most
         assert bool(((mine - truth).abs() <= bound + 1.01 * unit * (truth.abs() + bound) + 1e-6).all())
         # Where no value stands out of its block both are off by what rounding the result costs.
         usual = [(y - truth)[1:].square().mean() for y in (mine, other)] if tokens > 1 else [torch.zeros(())] * 2
