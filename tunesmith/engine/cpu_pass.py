@@ -5,8 +5,9 @@
 
 `Decoder.forward` is the reference. Where a module is no plain one (quantised, with adapters, a mixture of experts) it
 is called as it is. Where every sequence has one token, keys are read from `HeldRows`; other steps go over pages. Of
-the usual decoders a step of few sequences with one token each is one call of our own C++ (cpu_step.py), and in bfloat16
-any other step too.
+the usual decoders a step of few sequences with one token each is one call of our own C++ (cpu_step.py), and where they
+compute in bfloat16 any other step too. What torch needs (weights laid out anew) is made when a step first goes through
+it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class CpuPass:
         self._dtype: torch.dtype | None = None
         self._modules: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
         self._layers: list[_Layer] = []
+        self._final: Callable[[Tensor], Tensor] | None = None
+        self._head: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, tokens_T: Tensor, positions_T: Tensor, attend: PagedAttention) -> Tensor:
         self._prepare(self.decoder.compute_dtype or self.decoder.embedding.weight.dtype)
@@ -71,14 +74,15 @@ class CpuPass:
         stream = self.decoder.embed(tokens_T, positions_T)
         self._prepare(stream.dtype)
         rotate = self._rotation(positions_T, stream.dtype)
+        layers, final = self._by_torch(stream.dtype)
         try:
             held = self._held(attend)
-            for layer in self._layers:
+            for layer in layers:
                 stream = layer(stream, rotate, attend, self.held, held)
         except BaseException:
             self.held = None  # its rows say that they hold what this step would have brought
             raise
-        return self._final(stream)
+        return final(stream)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """logits_TV in the dtype of the hidden states."""
@@ -86,7 +90,7 @@ class CpuPass:
             self._prepare(hidden_TD.dtype)
         if self._step is not None and len(hidden_TD) <= self._step.most_logits:
             return self._step.logits(hidden_TD)
-        return self._head(hidden_TD)
+        return self._head_by_torch(hidden_TD.dtype)(hidden_TD)
 
     def release(self, slot: int) -> None:
         """A sequence has left this slot: its pages may be filled by others before the next one comes."""
@@ -123,31 +127,43 @@ class CpuPass:
             self.held.forget(batch.sequence_slots)
 
     def _prepare(self, dtype: torch.dtype) -> None:
-        """Everything made from modules: once, and again where one was put in another's place."""
+        """Forget what is made from modules in another dtype, or where one was put in another's place."""
         if self._dtype == dtype:
             for modules, name, module in self._modules:
                 if modules[name] is not module:
                     break
             else:
                 return
-        # Nothing here may be an inference tensor: a parameter that is laid out anew belongs to everybody.
-        with torch.inference_mode(False), torch.no_grad():
-            self._dtype = dtype
-            blocks = [cast(Block, block) for block in self.decoder.blocks]
-            owners = [owner for block in blocks for owner in (block, block.attention, block.mlp)]
-            held = [owner._modules for owner in (*owners, self.decoder)]
-            self._modules = [(modules, name, module) for modules in held for name, module in modules.items()]
-            self._step, self._library = None, self._given if takes(self.decoder, dtype) else None
-            windows = [self.decoder.config.window(layer) for layer in range(len(blocks))]
-            self._layers = [
-                _Layer(block, layer, window, dtype, self.packs, self._library)
-                for layer, (block, window) in enumerate(zip(blocks, windows, strict=True))
-            ]
-            self._final = _norm_of(cast(RMSNorm, self.decoder.norm), dtype, self.packs)
-            if self.decoder.head is not None:
-                self._head = product_of(self.decoder.head, dtype, self.packs, self._library).plain
-            else:
-                self._head = head_of(self.decoder.embedding.weight, dtype, self.packs)
+        self._dtype = dtype
+        blocks = [cast(Block, block) for block in self.decoder.blocks]
+        owners = [owner for block in blocks for owner in (block, block.attention, block.mlp)]
+        held = [owner._modules for owner in (*owners, self.decoder)]
+        self._modules = [(modules, name, module) for modules in held for name, module in modules.items()]
+        self._step, self._library = None, self._given if takes(self.decoder, dtype) else None
+        self._layers, self._final, self._head = [], None, None
+
+    def _by_torch(self, dtype: torch.dtype) -> tuple[list[_Layer], Callable[[Tensor], Tensor]]:
+        """The blocks and the last norm as torch computes them."""
+        if self._final is None:
+            # Nothing here may be an inference tensor: a parameter that is laid out anew belongs to everybody.
+            with torch.inference_mode(False), torch.no_grad():
+                self._layers = [
+                    _Layer(
+                        cast(Block, block), layer, self.decoder.config.window(layer), dtype, self.packs, self._library
+                    )
+                    for layer, block in enumerate(self.decoder.blocks)
+                ]
+                self._final = _norm_of(cast(RMSNorm, self.decoder.norm), dtype, self.packs)
+        return self._layers, self._final
+
+    def _head_by_torch(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        if self._head is None:
+            with torch.inference_mode(False), torch.no_grad():
+                if self.decoder.head is None:
+                    self._head = head_of(self.decoder.embedding.weight, dtype, self.packs)
+                else:
+                    self._head = product_of(self.decoder.head, dtype, self.packs, self._library).plain
+        return self._head
 
     def _held(self, attend: PagedAttention) -> HeldStep | None:
         """The step's places in the held rows, where it is one of single tokens and nothing speaks against them."""

@@ -2,13 +2,15 @@
 
 It takes up to `MOST_TOKENS` sequences with one new token each, of a dense decoder with RMSNorm and SwiGLU whose weights
 are float32, bfloat16, int8 by rows or int4 by groups, and reads keys and values from the pages. Weights are read where
-they lie: only scales and norms are copied, and the adapter of one that has one, in the dtype it is computed in. In
-bfloat16 without adapters, on processors with AVX-512 for it, steps of any number of tokens are taken (cpu_prompt.hpp).
+they lie: only scales and norms are copied, and the adapter of one that has one, in the dtype it is computed in. Where
+the decoder computes in bfloat16 and has no adapters, on processors with AVX-512 for it, steps of any number of tokens
+are taken (cpu_prompt.hpp).
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 import weakref
 from typing import Any, cast
 
@@ -25,8 +27,8 @@ from tunesmith.model.layers import Linear, RMSNorm
 from tunesmith.model.lora import AdaptedLinear
 
 MOST_TOKENS = 16
-_MOST_INT8_TOKENS = 8
-"""Where there is no matrix unit: of more, torch's integer products in oneDNN's blocks are faster."""
+_MOST_CODES_TOKENS = 8
+"""Where there is no matrix unit: for more tokens codes are widened first, by us or, of int8, by torch."""
 _FLOAT_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3
 _NO_MEMORY = -2
@@ -128,14 +130,12 @@ class CpuStep:
         )
         self._head = self._weight_of_head(decoder)
         self._head_place = ctypes.addressof(self._head)
-        has_int8 = any(isinstance(block.mlp, Mlp) and isinstance(_base(block.mlp.up), Int8Linear) for block in blocks)
-        most_int8 = MOST_TOKENS if library.tunesmith_has_tiles() else _MOST_INT8_TOKENS
-        self.most_tokens = most_int8 if has_int8 else MOST_TOKENS
-        self.most_logits = most_int8 if self._head.kind == _INT8 else MOST_TOKENS
         self._decoder = library.tunesmith_decoder(ctypes.byref(model))
         if self._decoder is None:
             raise MemoryError("no memory for a decoder's buffers")
         self.takes_prompts = bool(library.tunesmith_takes_prompts(self._decoder))
+        self.most_tokens = min(self._most_tokens(layer.up.weight.kind) for layer in layers)
+        self.most_logits = sys.maxsize if self.takes_prompts else self._most_tokens(self._head.kind)
         self._ends = weakref.finalize(self, library.tunesmith_forget, self._decoder)
         self._ends.atexit = False
 
@@ -186,14 +186,18 @@ class CpuStep:
         return hidden
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """logits_TV in the dtype of the hidden states, of up to `MOST_TOKENS`."""
+        """logits_TV in the dtype of the hidden states, of up to `most_logits` tokens. Raises: MemoryError."""
         hidden = hidden_TD.contiguous()
         out = hidden.new_empty(len(hidden), self._head.rows)
         places = hidden.data_ptr(), out.data_ptr()
-        self.library.tunesmith_multiply(
-            self._decoder, ctypes.byref(self._head), *places, len(hidden), torch.get_num_threads()
-        )
+        threads = torch.get_num_threads()
+        status = self.library.tunesmith_multiply(self._decoder, ctypes.byref(self._head), *places, len(hidden), threads)
+        _check(status, len(hidden))
         return out
+
+    def _most_tokens(self, kind: int) -> int:
+        widened = (_INT8, _INT4) if self.takes_prompts else (_INT8,)
+        return _MOST_CODES_TOKENS if kind in widened and not self.library.tunesmith_has_tiles() else MOST_TOKENS
 
     def _layer(self, block: Block, index: int) -> _Layer:
         attention, mlp = block.attention, cast(Mlp, block.mlp)

@@ -1,4 +1,4 @@
-// Products of many tokens with bfloat16 rows as they lie. Tokens go by groups of 16, one to a lane, and every number of
+// Products of many tokens with bfloat16 rows as they lie (of codes: cpu_widen.hpp). Tokens go by groups of 16, one to a lane, and every number of
 // a group lies beside those of its other tokens:
 //
 //     x      [pairs of columns, 16 tokens, 2]  bfloat16
@@ -182,17 +182,22 @@ inline void sums_of_groups(int64_t rows, const uint16_t *w, int64_t ld, int64_t 
     }
 }
 
-// put(group, sums [count, 16 tokens]) of rows first .. first + count of a weight, count <= PART_ROWS, and groups
-// from .. to.
+// Rows of a weight in bfloat16.
+struct Rows {
+    const uint16_t *data;
+    int64_t ld, width;
+};
+
+// put(group, sums [count, 16 tokens]) of so many rows, count <= PART_ROWS, and groups from .. to.
 template <class Put>
 inline void product_by_groups(
-    const Weight &w, const uint16_t *x, int64_t first, int64_t count, int64_t from, int64_t to, const Put &put) {
+    const Rows &rows, const uint16_t *x, int64_t count, int64_t from, int64_t to, const Put &put) {
     alignas(64) float sums[MOST_GROUPS * PART_ROWS * GROUP];
-    const uint16_t *rows = static_cast<const uint16_t *>(w.data) + first * w.width;
-    int64_t stride = w.width * GROUP, most = groups_at_a_time(w.width);
+    int64_t stride = rows.width * GROUP, most = groups_at_a_time(rows.width);
     for (int64_t g = from; g < to; g += most) {
         int64_t groups = std::min(most, to - g);
-        sums_of_groups(count, rows, w.width, w.width, x + g * stride, stride, groups, sums, PART_ROWS * GROUP);
+        sums_of_groups(
+            count, rows.data, rows.ld, rows.width, x + g * stride, stride, groups, sums, PART_ROWS * GROUP);
         for (int64_t i = 0; i < groups; i++) put(g + i, sums + i * PART_ROWS * GROUP);
     }
 }

@@ -1,9 +1,10 @@
-// A step with prompts in it, in bfloat16: as cpu_step.cpp's, with any number of new tokens a request. All between the
-// embedding and the last norm goes by groups of 16 tokens (cpu_panels.hpp).
+// A step with prompts in it, in bfloat16: as cpu_step.cpp's, with any number of new tokens a request, of weights in
+// bfloat16, int8 or int4. All between the embedding and the last norm goes by groups of 16 tokens (cpu_panels.hpp).
 #pragma once
 #include "cpu_attend.hpp"
 #include "cpu_pool.hpp"
 #include "cpu_prompt_attention.hpp"
+#include "cpu_widen.hpp"
 
 #if WIDE
 
@@ -19,7 +20,7 @@ class PromptPass {
         bool found = m.is_half && m.is_half_table && m.head_dim % 2 == 0;
         for (const Layer &layer : layers)
             for (const Linear &l : {layer.qkv, layer.output, layer.up, layer.down})
-                found &= !l.low && !l.weight.scale && l.weight.kind == BFLOAT16 && l.weight.width % 2 == 0;
+                found &= !l.low && l.weight.kind != FLOAT32 && !factors_of(l.weight) && l.weight.width % 2 == 0;
         return found;
     }
 
@@ -44,6 +45,25 @@ class PromptPass {
         }
         crew->phase(groups, [&](int64_t g) { finish(p, g); });
         return 0;
+    }
+
+    // y [tokens, w.rows] of x [tokens, w.width], both bfloat16.
+    void multiply(const Weight &w, const uint16_t *from, uint16_t *y, int64_t tokens, Crew &crew) {
+        groups = (tokens + GROUP - 1) / GROUP;
+        x = x_room.of(groups * GROUP * w.width);
+        crew->phase(groups, [&](int64_t g) {
+            for (int64_t l = 0; l < std::min(GROUP, tokens - g * GROUP); l++) {
+                const uint16_t *row = from + (g * GROUP + l) * w.width;
+                uint16_t *to = x + g * w.width * GROUP + 2 * l;
+                for (int64_t i = 0; i < w.width; i += 2, to += 2 * GROUP) std::memcpy(to, row + i, 4);
+            }
+        });
+        product(w, x, crew, [&](int64_t g, int64_t row, const float *sums, int64_t count) {
+            put_tokens(sums, count, [&](int64_t l) {
+                int64_t t = g * GROUP + l;
+                return t < tokens ? y + t * w.rows + row : nullptr;
+            });
+        });
     }
 
    private:
@@ -139,21 +159,23 @@ class PromptPass {
         });
     }
 
-    // put(group, row, sums with the bias, count)
+    // put(group, row, sums, count)
     template <class Put>
     void product(const Weight &w, const uint16_t *from, Crew &crew, const Put &put) {
         by_parts(w.rows, crew, [&](int64_t row, int64_t count, int64_t first, int64_t last) {
-            product_by_groups(w, from, row, count, first, last, [&](int64_t g, float *sums) {
-                biased(w, row, count, sums);
+            product_by_groups(widened(w, row, count), from, count, first, last, [&](int64_t g, float *sums) {
+                finish_sums(w, row, count, sums);
                 put(g, row, sums, count);
             });
         });
     }
 
-    static void biased(const Weight &w, int64_t row, int64_t count, float *sums) {
-        for (int64_t r = 0; r < count && w.bias; r++) {
-            __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + r * GROUP), _mm512_set1_ps(w.bias[row + r]));
-            _mm512_storeu_ps(sums + r * GROUP, sum);
+    // Their rows' scales and biases.
+    static void finish_sums(const Weight &w, int64_t row, int64_t count, float *sums) {
+        const float *scale = w.kind == INT8 ? w.scale + row : nullptr, *bias = w.bias ? w.bias + row : nullptr;
+        for (int64_t r = 0; r < count && (scale || bias); r++) {
+            __m512 factor = _mm512_set1_ps(scale ? scale[r] : 1), more = _mm512_set1_ps(bias ? bias[r] : 0);
+            _mm512_storeu_ps(sums + r * GROUP, _mm512_fmadd_ps(_mm512_loadu_ps(sums + r * GROUP), factor, more));
         }
     }
 
@@ -171,12 +193,13 @@ class PromptPass {
             thread_local Room<float> room;
             float *gates = room.of(CHUNK * PART_ROWS * GROUP);
             auto place = [&](int64_t g) { return gates + (g - first) * PART_ROWS * GROUP; };
-            product_by_groups(w, x, row, count, first, last, [&](int64_t g, float *sums) {
-                biased(w, row, count, sums);
+            product_by_groups(widened(w, row, count), x, count, first, last, [&](int64_t g, float *sums) {
+                finish_sums(w, row, count, sums);
                 std::memcpy(place(g), sums, 4 * count * GROUP);
             });
-            product_by_groups(w, x, m.inner + row, count, first, last, [&](int64_t g, float *sums) {
-                biased(w, m.inner + row, count, sums);
+            int64_t behind = m.inner + row;
+            product_by_groups(widened(w, behind, count), x, count, first, last, [&](int64_t g, float *sums) {
+                finish_sums(w, behind, count, sums);
                 uint16_t *to = gated + (g * m.inner + row) * GROUP;
                 for (int64_t i = 0; i < count; i += 2) {
                     __m512 one = swiglu(place(g) + i * GROUP, sums + i * GROUP);
@@ -281,6 +304,7 @@ struct PromptPass {
     PromptPass(const Model &, const std::vector<Layer> &) {}
     static bool takes(const Model &, const std::vector<Layer> &) { return false; }
     int64_t run(const Prompts &) { return BAD_ID; }
+    void multiply(const Weight &, const uint16_t *, uint16_t *, int64_t, Crew &) {}
 };
 
 #endif

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t LEAST_BYTES = 1 << 15;  // of a weight for one part of a phase
 constexpr int PARTS = 8;                  // of a phase for each thread, so that none waits long for another
+constexpr int64_t MOST_CODES = 8;         // tokens for which codes are not widened, without a matrix unit
 constexpr int64_t FEW_VALUES = 1 << 13;   // that the caller goes through alone
 
 class Decoder {
@@ -75,9 +76,12 @@ class Decoder {
         return 0;
     }
 
-    // y of rows of x in the model's dtype: the head.
+    // y of rows of x in the model's dtype: the head. Of more than MOST where `takes_prompts`.
     void multiply(const Weight &w, const void *x, void *y, int64_t tokens, int threads) {
         Crew crew(threads);
+        bool as_prompts = w.kind >= INT8 && tokens > MOST_CODES && !has_tiles() && takes_prompts();
+        if (tokens > MOST || as_prompts)
+            return prompts.multiply(w, static_cast<const uint16_t *>(x), static_cast<uint16_t *>(y), tokens, crew);
         for (int64_t t = 0; t < tokens; t++) widen_row(x, t, m.is_half, &normed[t * m.width]);
         put_logits(w, y, tokens, crew);
     }
@@ -282,8 +286,8 @@ int64_t tunesmith_prompts(void *decoder, const Prompts *given) {
 int64_t tunesmith_draw(const Draw *given) {
     return status_of([&] { return draw::tokens_of(*given), 0; });
 }
-void tunesmith_multiply(void *decoder, const Weight *w, const void *x, void *y, int64_t tokens, int64_t threads) {
-    static_cast<Decoder *>(decoder)->multiply(*w, x, y, tokens, int(threads));
+int64_t tunesmith_multiply(void *decoder, const Weight *w, const void *x, void *y, int64_t tokens, int64_t threads) {
+    return status_of([&] { return static_cast<Decoder *>(decoder)->multiply(*w, x, y, tokens, int(threads)), 0; });
 }
 int64_t tunesmith_has_tiles() { return has_tiles(); }
 }

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine.attend import PagedAttention
 from tunesmith.engine.batch import StepBatch
 from tunesmith.engine.cpu_pass import CpuPass
 from tunesmith.kernels import cpu_library
 from tunesmith.model.decoder import Decoder
+from tunesmith.model.held import HeldLinear
 
 _path = Path(__file__).parents[1] / "engine" / "test_cpu_pass.py"
 _spec = importlib.util.spec_from_file_location("schedules_of_prompts", _path)
@@ -65,9 +68,18 @@ def hidden_of(run: Any, decoder: Decoder, dtype: torch.dtype) -> list[Tensor]:
         return [run(b.tokens_T, b.positions_T, PagedAttention(cache, b)).float() for b in batches()]
 
 
-def check(library: Any, decoder: Decoder) -> None:
+def by_dense_products(decoder: Decoder) -> Decoder:
+    """In float32, by the held weights' numbers."""
     truth = copy.deepcopy(decoder).float()
     truth.compute_dtype = None
+    for module in (module for module in truth.modules() if isinstance(module, HeldLinear)):
+        weight, bias = module.weight(torch.float32), module.bias
+        module.product = lambda x, weight=weight, bias=bias: F.linear(x, weight, bias)  # type: ignore[method-assign]
+    return truth
+
+
+def check(library: Any, decoder: Decoder) -> None:
+    truth = by_dense_products(decoder)
     run = pass_of(decoder, library)
     wanted, plain = hidden_of(truth, truth, torch.float32), hidden_of(decoder, decoder, torch.bfloat16)
     found = hidden_of(run, decoder, torch.bfloat16)
@@ -84,6 +96,43 @@ def test_it_is_as_near_to_the_truth_as_torchs(
     family: str, changes: dict[str, int], tiny_model_dir: Any, library: Any
 ) -> None:
     check(library, load_decoder(tiny_model_dir(family, **changes), device="cpu", dtype=torch.bfloat16).eval())
+
+
+@pytest.mark.parametrize("changes", [{}, ODD, WIDE])
+@pytest.mark.parametrize("quantize", ["int8", "int4", "int4-sym", "int4-g64", "int4-g32"])
+def test_codes_are_as_near_to_the_truth_as_torchs(
+    quantize: str, changes: dict[str, int], tiny_model_dir: Any, library: Any
+) -> None:
+    """Weights in codes went through torch, whose threads fought ours for the cores: ten times the time."""
+    for family in ("llama", "qwen2"):
+        source = tiny_model_dir(family, **changes)
+        decoder: Any = load_for_inference(source, device="cpu", dtype=torch.bfloat16, quantize=quantize)
+        assert any(isinstance(module, HeldLinear) for module in decoder.modules())
+        for block in decoder.blocks if family == "qwen2" else ():
+            torch.nn.init.normal_(block.attention.qkv.bias, std=0.5, generator=torch.Generator().manual_seed(7))
+        check(library, decoder)
+
+
+@pytest.mark.parametrize("changes", [{}, ODD])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_logits_of_any_number_of_tokens(
+    quantize: str | None, changes: dict[str, int], tiny_model_dir: Any, library: Any
+) -> None:
+    source = tiny_model_dir("qwen2", **changes)
+    decoder: Any = load_for_inference(source, device="cpu", dtype=torch.bfloat16, quantize=quantize)
+    decoder.head = None if quantize is None else copy.deepcopy(decoder.blocks[0].mlp.up)
+    run = pass_of(decoder, library)
+    hidden_of(run, decoder, torch.bfloat16)
+    held = decoder.embedding.weight if quantize is None else decoder.head.weight(torch.float32)
+    weight_VD = held.detach().double()
+    for tokens in (1, 8, 9, 16, 17, 40):
+        x = torch.randn(tokens, weight_VD.shape[1], generator=torch.Generator().manual_seed(tokens)).bfloat16()
+        with torch.inference_mode():
+            found = run.logits(x)
+        wrong = (found.double() - x.double() @ weight_VD.t()).abs()
+        assert (wrong <= 2**-7 * (x.double().abs() @ weight_VD.t().abs())).all(), tokens
+    assert run._head is None  # torch laid nothing out anew
+    assert not run._layers
 
 
 def test_threads_change_no_bit(tiny_model_dir: Any, library: Any) -> None:
