@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +233,9 @@ def main() -> int:
     chosen = sorted(left, key=lambda case: (case.engine, case.ranks))
     with tempfile.TemporaryDirectory() as folder:
         model_dir = save_model(Path(folder))
-        for _, group in groupby(chosen, lambda case: (case.engine, case.ranks)):
-            # DeepSpeed keeps things of a process's earlier groups: ZeRO-3 on four ranks hung after two of them had it.
-            pool = RankPool()
-            run_campaign(pool, model_dir, group, alone, record.add)
-            pool.close()
+        pool = RankPool()
+        run_campaign(pool, model_dir, chosen, alone, record.add)
+        pool.close()
     return int(not all(result["is_equal"] for result in record.results))
 
 

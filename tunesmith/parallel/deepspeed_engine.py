@@ -26,7 +26,8 @@ from tunesmith.model.block import Block
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.model.quant import NF4Linear
 from tunesmith.parallel.deepspeed_config import ZeroConfig
-from tunesmith.parallel.deepspeed_install import NVME, forget_process_group, nvme_lacks, nvme_mend, require_deepspeed
+from tunesmith.parallel.deepspeed_install import NVME, nvme_lacks, nvme_mend, require_deepspeed
+from tunesmith.parallel.deepspeed_process import forget_process_group, number_alike
 from tunesmith.parallel.deepspeed_state import Fragment, ZeroState
 from tunesmith.parallel.mesh import Mesh
 
@@ -85,6 +86,8 @@ class ZeroEngine:
         _require_operators(config, mesh.device)
         forget_process_group()  # an earlier run of this program may have left with its own
         self._owns_group = _join_alone(mesh)
+        if config.stage == 3:
+            number_alike(mesh.device)
         values = _prepared(module, config)
         optimizer = _own_optimizer(config, groups, options)
         with _objections(config):

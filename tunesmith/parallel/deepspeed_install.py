@@ -42,15 +42,6 @@ def require_deepspeed(device_type: str) -> Any:
     return deepspeed
 
 
-def forget_process_group() -> None:
-    """Let go of the groups that DeepSpeed keeps for the process: torch's may be another one the next time."""
-    from deepspeed.comm import comm
-    from deepspeed.utils import groups
-
-    groups._release_process_group_references()
-    comm.cdb = None
-
-
 def nvme_lacks(with_cuda: bool) -> list[str]:
     """What building the operator for NVMe offload lacks on this machine; empty where nothing."""
     lacks = []
