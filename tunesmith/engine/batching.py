@@ -15,6 +15,7 @@ from tunesmith.engine.pages import PAGE_SLOTS, pages_of
 from tunesmith.engine.scheduler import Scheduled, StepPlan
 from tunesmith.engine.sequence import Sequence as Running
 from tunesmith.kernels.paged_step import HostLengths
+from tunesmith.units import ceil_div
 
 _PAGE_BITS = PAGE_SLOTS.bit_length() - 1
 _FEW_PARTS = 32
@@ -318,6 +319,8 @@ def _pass(host: HostBatch, owner: np.ndarray, first: int, rows: int) -> HostBatc
 SMALL_PROMPTS, SMALL_CONTEXT = (75, 200, 600), 100
 """Tokens of prompts: kernels are cut in other ways for some tens, some hundreds and more of them."""
 
+USUAL_PROMPT = 450
+
 
 def worst_batches(config: EngineConfig) -> list[HostBatch]:
     """The largest step of prompts there can be, and the largest of decoding at full context. All pages are page 0, and
@@ -345,6 +348,15 @@ def small_batches(config: EngineConfig) -> list[HostBatch]:
                 _worst(np.array([1] * requests + prompts), context) for prompts in beside if sum(prompts) <= context
             ]
     return found
+
+
+def many_prompts(config: EngineConfig) -> HostBatch:
+    """A full step of whole prompts of the usual kind: many, and hardly two of one length. Nothing is written."""
+    most = config.max_num_batched_tokens
+    num = min(config.max_num_seqs, ceil_div(most, min(USUAL_PROMPT, config.max_model_len)))
+    counts = np.full(num, min(most // num, config.max_model_len))
+    counts -= np.arange(num) % min(16, int(counts[0]))
+    return _worst(counts, counts)
 
 
 def _worst(counts: np.ndarray, contexts: np.ndarray | int) -> HostBatch:

@@ -19,6 +19,7 @@ from tunesmith.engine.draft import DraftModel
 from tunesmith.engine.grammar_compile import GrammarCompiler, RequestGrammars
 from tunesmith.engine.interfaces import Drafter, Runner
 from tunesmith.engine.pages import page_bytes
+from tunesmith.engine.rehearsal import rehearse
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.source import ModelSource
 from tunesmith.engine.speculate import NgramDrafter, Speculation
@@ -167,6 +168,7 @@ def make_runner(
     if adapters is not None:
         attach(adapters.stacks, runner)
     runner.warm_up(GRAPHS_S)
+    rehearse(runner)
     return runner
 
 
