@@ -1,22 +1,28 @@
-"""Decoding as CUDA graphs: the tokens of the engine without them, the ladder, its memory, no waiting in the loop."""
+"""Decoding, and small steps with prompts, as CUDA graphs: the tokens of the engine without them, the ladder, its
+memory, no waiting in the loop, and what a step costs the host."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tunesmith.checkpoint.load import load_decoder
+from tunesmith.engine.batching import HostBatch, to_device
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.graphs import ladder
+from tunesmith.engine.prompt_graphs import Size, first_sizes
 from tunesmith.engine.recorder import CudaRecorder
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
+from tunesmith.engine.speculate import NgramDrafter
 
 pytestmark = pytest.mark.gpu
 Guard = Callable[[], AbstractContextManager[None]]
@@ -41,6 +47,8 @@ def _runner(directory: Path, max_num_seqs: int, dtype: torch.dtype = torch.float
     decoder = load_decoder(directory, device="cuda", dtype=dtype).eval()
     runner = NativeRunner(decoder, config, num_pages=12 * max_num_seqs)
     runner.warm_up()
+    if runner.prompt_graphs is not None:
+        runner.prompt_graphs.host_s = 1.0  # of a tiny model launches may cost less than a replay
     return runner
 
 
@@ -70,6 +78,10 @@ def test_tokens_are_those_of_the_engine_without_graphs(family: str, step_ahead: 
     stats = runner.graphs.stats
     assert stats.num_graphs == len(ladder(6))
     assert stats.num_replays > 20 and stats.num_eager == 0 and stats.num_padding_rows > 0
+    prompts = runner.prompt_graphs
+    assert prompts is not None and not prompts.refused
+    assert prompts.stats.num_graphs == len(prompts.sizes)
+    assert prompts.stats.num_replays > 0 and prompts.stats.num_eager == 0 and prompts.stats.num_padding_rows > 0
     runner.graphs.drop()
     assert _answers(runner) == plain
     assert runner.graphs.stats.num_replays == stats.num_replays, "nothing was recorded again yet"
@@ -148,3 +160,105 @@ def test_a_mixture_of_experts_answers_whether_it_can_be_recorded_or_not(tiny_mod
     assert runner.graphs is not None
     assert _answers(runner) == plain
     assert runner.graphs.refused or runner.graphs.stats.num_replays
+
+
+def _step(counts: list[int], contexts: list[int], seed: int = 0) -> HostBatch:
+    """Random tokens of requests whose pages lie one behind the other, eight of each."""
+    starts = np.append(0, np.cumsum(counts))
+    owner = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(starts[-1]) - (starts[1:] - np.array(contexts))[owner]
+    none = np.zeros(0, dtype=np.int64)
+    return HostBatch(
+        tokens=np.random.default_rng(seed).integers(3, 250, starts[-1]),
+        positions=positions,
+        slots=owner * 128 + positions,
+        starts=starts,
+        contexts=np.array(contexts),
+        tables=np.arange(8 * len(counts), dtype=np.int32).reshape(-1, 8),
+        sequence_slots=np.arange(len(counts)),
+        sample_rows=starts[1:] - 1,
+        adapters=None,
+        score_rows=none,
+        score_targets=none,
+        num_scored_top=0,
+        is_decode=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "limit"),
+    [(torch.float32, "auto", 1e-3), (torch.float32, "fp8", 2e-2), (torch.bfloat16, "auto", 8e-2)],
+)
+@pytest.mark.parametrize(("family", "more"), [("qwen3", {}), ("mistral", {"sliding_window": 40}), ("gpt2", {})])
+def test_hidden_states_of_prompts_are_those_of_launches(
+    family: str, more: dict[str, Any], dtype: torch.dtype, kv_dtype: str, limit: float, tiny_model_dir: Make
+) -> None:
+    """Prompts, pieces behind a context, decoding and guesses beside them, in every size that holds them."""
+    directory = tiny_model_dir(family, **(SHAPE if family != "gpt2" else {}), **more)
+    runner = _runner(directory, 8, dtype, kv_dtype=kv_dtype)
+    prompts = runner.prompt_graphs
+    assert prompts is not None and not prompts.refused
+    steps = [_step([60, 5, 90], [60, 5, 90]), _step([1, 30, 5, 1], [61, 35, 95, 1], 1), _step([5], [66], 2)]
+    for host in steps:  # so that all that is read was written
+        with runner._passing():
+            runner.hidden(to_device(host, runner.device))
+    for size in prompts.sizes:
+        made = prompts._graphs[prompts.contexts[0]][size]
+        for host in steps:
+            batch = to_device(host, runner.device)
+            if not size.holds(Size(batch.num_tokens, batch.num_requests)):
+                continue
+            with runner._passing():
+                expected = runner.hidden(batch).clone()
+                kept = prompts._graphs
+                prompts._graphs = {prompts.contexts[0]: {size: made}}
+                found = prompts(batch)
+                prompts._graphs = kept
+            assert found is not None and torch.isfinite(found).all()
+            torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+
+
+def test_prompts_are_recorded_at_start_up_and_sizes_share_memory(tiny_model_dir: Make) -> None:
+    config = EngineConfig(max_model_len=2048, max_num_seqs=64)
+    decoder = load_decoder(tiny_model_dir("qwen2", **SHAPE), device="cuda", dtype=torch.bfloat16).eval()
+    runner = NativeRunner(decoder, config, num_pages=256)
+    runner.warm_up(0.0)
+    prompts = runner.prompt_graphs
+    assert prompts is not None and prompts.stats.num_graphs == len(first_sizes(prompts.sizes)) == 4
+    at_start = prompts.stats
+    while prompts.record_next():
+        pass
+    stats = prompts.stats
+    print(f"{at_start.num_graphs} graphs, {at_start.seconds:.2f} s, {at_start.num_bytes / 2**20:.0f} MiB")
+    print(f"{stats.num_graphs} graphs, {stats.seconds:.2f} s, {stats.num_bytes / 2**20:.0f} MiB")
+    print(f"launches {1e3 * prompts.host_s:.2f} ms")
+    for size, made in sorted(prompts._graphs[2048].items()):
+        print(size, f"{1e3 * made.device_s:.2f} ms")
+    assert stats.num_bytes < at_start.num_bytes + 2**27
+
+
+def test_guesses_are_verified_as_without_graphs(tiny_model_dir: Make) -> None:
+    directory = tiny_model_dir("qwen2", **SHAPE)
+    eager, runner = _runner(directory, 6, enforce_eager=True), _runner(directory, 6)
+    plain, mine = (
+        _answers(one, Engine(one, config=one.config, drafter=NgramDrafter(4, min_ngram=1))) for one in (eager, runner)
+    )
+    assert mine == plain
+    assert runner.prompt_graphs is not None and runner.prompt_graphs.stats.num_replays > 10
+
+
+def test_a_step_of_a_short_prompt_costs_the_host_little(tiny_model_dir: Make) -> None:
+    directory = tiny_model_dir("qwen2", **SHAPE, num_hidden_layers=24)
+    found = {}
+    for eager in (True, False):
+        runner = _runner(directory, 8, torch.bfloat16, enforce_eager=eager)
+        batch = to_device(_step([100], [100]), runner.device)
+        taken = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            runner.forward(batch)
+            taken.append(time.perf_counter() - started)
+        found[eager] = sorted(taken)[10]
+    print(f"host, 24 layers: launch by launch {1e3 * found[True]:.2f} ms, as a graph {1e3 * found[False]:.2f} ms")
+    assert 2 * found[False] < found[True]

@@ -169,7 +169,8 @@ def make_engine(
             device=runner.device,
             recorder=Repeating(),
         )
-        runner.warm_up()
+        runner.prompt_graphs = runner._make_prompt_graphs(runner.graphs)
+        runner.warm_up(0.0)
     return Engine(
         runner, config=config, stop_ids=[258, 7], make_decoder=make_decoder, grammars=Residues(), drafter=drafter
     )
