@@ -13,10 +13,10 @@ def measured_bytes(graphs: DecodeGraphs, prompts: PromptGraphs | None = None) ->
 
     The largest brings the memory that all share; every other takes what the second one took more. Kinds that are
     recorded later, once they are used, take what is free then, or are done without. 0 where nothing can be recorded.
-    prompts: recorded into the same memory.
+    prompts: recorded into the same memory, where decoding can be.
     """
     found = _foreseen(_taken(graphs), len(graphs.sizes))
-    if prompts is not None:
+    if prompts is not None and not graphs.refused:
         found += _foreseen(_taken(prompts), len(prompts.sizes))
         prompts.drop()
     graphs.drop()

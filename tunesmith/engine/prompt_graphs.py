@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 Run = Callable[[StepBatch], Tensor]
 """A pass over the model that asks the device for nothing: a batch of known tokens -> hidden_TD of all of them."""
 # 0: every step with prompts is launched one by one again.
-MOST_TOKENS = 1024
-TOKENS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)
+MOST_TOKENS = 2048
+TOKENS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
 REQUESTS = (8, 64)
 FIRST_TOKENS = (128, 256, 512, 1024)
 """Recorded at start-up, for the fewest requests; the others in idle moments, or once they are used."""
@@ -88,11 +88,13 @@ def ladder(max_num_batched_tokens: int, max_num_seqs: int) -> list[Size]:
 
 
 def first_sizes(sizes: Sequence[Size]) -> list[Size]:
-    """Of a ladder, the sizes that are recorded first: of some tokens, and the largest, for the fewest requests."""
-    largest = sizes[-1].num_tokens
-    wanted = [size for size in sizes if size.num_tokens in FIRST_TOKENS or size.num_tokens == largest]
-    few = {tokens: min(s.num_requests for s in wanted if s.num_tokens == tokens) for tokens, _ in map(_pair, wanted)}
-    return [size for size in wanted if size.num_requests == few[size.num_tokens]]
+    """Of a ladder, the sizes that are recorded first: of some tokens, for the fewest requests."""
+    first = {*FIRST_TOKENS, min(sizes[-1].num_tokens, FIRST_TOKENS[-1])}
+    few: dict[int, Size] = {}
+    for size in sizes:
+        if size.num_tokens in first:
+            few.setdefault(size.num_tokens, size)
+    return list(few.values())
 
 
 class PromptGraphs:
@@ -303,10 +305,6 @@ class PromptGraphs:
             sequence_slots=[],
             is_decode=False,
         )
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return size.num_tokens, size.num_requests
 
 
 def _source(batch: StepBatch) -> PromptInputs:

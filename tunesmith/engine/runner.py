@@ -223,7 +223,9 @@ class NativeRunner:
             return
         started = time.perf_counter()
         self.graphs.record(limit_s if self.prompt_graphs is None else 0.0)
-        if self.prompt_graphs is not None and not self.graphs.refused:
+        if self.graphs.first_kind in self.graphs.refused:
+            self.prompt_graphs = None  # whose steps ask for the same, and more memory
+        if self.prompt_graphs is not None:
             self.prompt_graphs.record(None if limit_s is None else 0.0)
             while limit_s is None or time.perf_counter() - started < limit_s:
                 if not self.graphs.record_next():

@@ -110,11 +110,12 @@ def step(counts: Sequence[int], context: int = 40, **changes: Any) -> StepBatch:
 def test_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ladder(64, 6) == [Size(8, 6), Size(16, 6), Size(32, 6), Size(64, 6)]
     sizes = ladder(8192, 256)
-    assert sizes[0] == Size(8, 8) and sizes[-1] == Size(1024, 256)
+    assert sizes[0] == Size(8, 8) and sizes[-1] == Size(2048, 256)
     assert [size.num_requests for size in sizes if size.num_tokens == 128] == [8, 64, 128]
     assert first_sizes(sizes) == [Size(128, 8), Size(256, 8), Size(512, 8), Size(1024, 8)]
     assert first_sizes(ladder(100, 2)) == [Size(100, 2)]
-    assert ladder(300, 1)[-1] == Size(300, 1)
+    assert first_sizes(ladder(300, 1)) == [Size(128, 1), Size(256, 1), Size(300, 1)]
+    assert ladder(1500, 1)[-1] == Size(1500, 1) not in first_sizes(ladder(1500, 1))
     monkeypatch.setattr(prompt_graphs, "MOST_TOKENS", 0)
     assert ladder(8192, 256) == []
 
@@ -151,7 +152,7 @@ def test_the_first_sizes_are_recorded_at_start_up_and_the_others_in_idle_moments
         hidden = graphs(step(counts))
         assert hidden is not None and torch.equal(hidden, toy(step(counts)))
     assert graphs.record_next()
-    assert list(made)[-1] == Size(1024, 100)
+    assert list(made)[-1] == Size(2048, 100)
     while graphs.record_next():
         pass
     assert sorted(made) == ladder(8192, 100)
@@ -239,11 +240,14 @@ def test_what_all_graphs_will_take_is_measured_on_two_and_nothing_stays() -> Non
         max_context=64,
         slots_of_page=PAGE_SLOTS,
         device=CPU,
-        recorder=Repeating(fails_at=0),  # type: ignore[arg-type]
+        recorder=Repeating(),  # type: ignore[arg-type]
     )
     graphs = make(Repeating(taken=[5000, 70]))
     assert measured_bytes(decoding, graphs) == 5000 + 4 * 70
     assert not graphs._graphs
+    assert graphs.recorder.num_recorded == 2  # type: ignore[attr-defined]
+    decoding.recorder = Repeating(fails_at=0)  # type: ignore[assignment]
+    assert measured_bytes(decoding, graphs) == 0
     assert graphs.recorder.num_recorded == 2  # type: ignore[attr-defined]
 
 
@@ -278,7 +282,9 @@ def padding_is_anything(monkeypatch: pytest.MonkeyPatch) -> None:
 CONFIG: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 6, "max_num_batched_tokens": 48, "debug_pages": True}
 
 
-def _runner(directory: Path, with_graphs: bool, **options: Any) -> NativeRunner:
+def _runner(
+    directory: Path, with_graphs: bool, *, fails_at: int = -1, limit_s: float | None = None, **options: Any
+) -> NativeRunner:
     config = EngineConfig(**{**CONFIG, **options})
     runner = NativeRunner(load_decoder(directory), config, num_pages=36)
     runner._fused = None  # a CPU's own pass keeps things on the host, which nothing could record
@@ -290,11 +296,11 @@ def _runner(directory: Path, with_graphs: bool, **options: Any) -> NativeRunner:
             max_context=96,
             slots_of_page=PAGE_SLOTS,
             device=CPU,
-            recorder=Repeating(),  # type: ignore[arg-type]
-            sizes=[1, 6],
+            recorder=Repeating(fails_at),  # type: ignore[arg-type]
+            sizes=[1, 2, 3, 6],
         )
         runner.prompt_graphs = runner._make_prompt_graphs(runner.graphs)
-        runner.warm_up()
+        runner.warm_up(limit_s)
     return runner
 
 
@@ -389,3 +395,26 @@ def test_who_has_no_such_graphs(directory: Callable[[str], Path], monkeypatch: p
     monkeypatch.setattr(runner, "config", replace(runner.config, batch_invariant=False))
     monkeypatch.setattr(prompt_graphs, "MOST_TOKENS", 0)
     assert runner._make_prompt_graphs(graphs) is None
+
+
+def test_start_up_records_the_first_sizes_of_both_kinds_and_idle_moments_the_others(
+    directory: Callable[[str], Path],
+) -> None:
+    runner = _runner(directory("qwen2"), with_graphs=True, limit_s=0.0)
+    graphs, prompts = runner.graphs, runner.prompt_graphs
+    assert graphs is not None and prompts is not None
+    assert (graphs.stats.num_graphs, prompts.stats.num_graphs) == (3, 1), "of rows 6, 2 and 1; of 48 tokens"
+    while runner.idle():
+        pass
+    assert (graphs.stats.num_graphs, prompts.stats.num_graphs) == (4, len(prompts.sizes))
+    everything = _runner(directory("qwen2"), with_graphs=True)
+    assert everything.graphs is not None and everything.graphs.stats.num_graphs == 4
+    assert everything.prompt_graphs is not None
+    assert everything.prompt_graphs.stats.num_graphs == len(everything.prompt_graphs.sizes)
+
+
+def test_where_decoding_cannot_be_recorded_prompts_are_not_tried(directory: Callable[[str], Path]) -> None:
+    runner = _runner(directory("qwen2"), with_graphs=True, fails_at=0)
+    assert runner.prompt_graphs is None
+    assert not runner.idle() or runner.prompt_graphs is None
+    assert len(_answers(runner)) == 2 * len(REQUESTS)
