@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tunesmith.kernels.launch import current
+from tunesmith.kernels.gemv_fragments_triton import when_earlier_is_through
+from tunesmith.kernels.launch import current, overlaps
+from tunesmith.kernels.overlap_triton import let_next_begin
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
@@ -47,6 +49,7 @@ def heads_to_pages_operator(
         return query
     tokens = 1 if invariant else tokens_of_a_program(num_tokens)
     columns = 1 << max((head_dim + 1) // 2 - 1, 0).bit_length()
+    overlap = {"launch_pdl": True} if overlaps(qkv.device) and not invariant else {}
     with current(qkv.device):
         quick(_heads_to_pages_kernel)[(ceil_div(num_tokens, tokens), num_heads + 2 * num_kv_heads)](
             qkv,
@@ -68,8 +71,10 @@ def heads_to_pages_operator(
             COLUMNS=columns,
             HAS_NORM=query_weight is not None,
             HAS_ROPE=cos is not None,
+            OVERLAP=bool(overlap),
             num_warps=max(1, min(4, tokens * columns // 128)),
             enable_fp_fusion=False,  # rounds as plain torch does
+            **overlap,
         )
     return query
 
@@ -98,6 +103,21 @@ def tokens_of_a_program(num_tokens: int) -> int:
     return next(tokens for least, tokens in _TOKENS_FROM if num_tokens >= least)
 
 
+@triton.jit
+def _weights(weight, column, mask, HALF: tl.constexpr, dtype: tl.constexpr):
+    # Of a norm, for both halves of a head.
+    low = tl.load(weight + column, mask=mask, other=0.0).to(dtype).to(tl.float32)[None, :]
+    high = tl.load(weight + HALF + column, mask=mask, other=0.0).to(dtype).to(tl.float32)[None, :]
+    return low, high
+
+
+@triton.jit
+def _angles(cos, sin, token, column, mask, HALF: tl.constexpr):
+    cosine = tl.load(cos + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
+    sine = tl.load(sin + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
+    return cosine, sine
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _heads_to_pages_kernel(
     qkv,
@@ -119,10 +139,14 @@ def _heads_to_pages_kernel(
     COLUMNS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_ROPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    # OVERLAP: slots, tables and norms' weights are there since before the pass's last ordinary launch (`overlapped`).
     WIDTH: tl.constexpr = 2 * HALF
     ALL_HEADS: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     head = tl.program_id(1)
+    if OVERLAP:
+        head = let_next_begin(head)
     is_query = head < NUM_HEADS
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
@@ -131,6 +155,14 @@ def _heads_to_pages_kernel(
     in_half = column < HALF
     mask = in_tokens[:, None] & in_half[None, :]
     dtype = query.dtype.element_ty
+    if OVERLAP:
+        slot = tl.load(slots + token, mask=in_tokens & (head >= NUM_HEADS), other=-1)
+        if HAS_NORM:
+            early = query_weight if is_query else key_weight
+            low, high = _weights(early, column, in_half & (not is_value), HALF, dtype)
+        if HAS_ROPE:
+            cosine, sine = _angles(cos, sin, token, column, mask & (not is_value), HALF)
+        head = when_earlier_is_through(head)
     source = qkv + (token * ALL_HEADS + head)[:, None] * WIDTH + column[None, :]
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
@@ -139,14 +171,14 @@ def _heads_to_pages_kernel(
         if not is_value:
             squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
             scale = tl.math.rsqrt(squares / WIDTH + eps)[:, None]
-            low = tl.load(weight + column, mask=in_half, other=0.0).to(dtype).to(tl.float32)[None, :]
-            high = tl.load(weight + HALF + column, mask=in_half, other=0.0).to(dtype).to(tl.float32)[None, :]
+            if not OVERLAP:
+                low, high = _weights(weight, column, in_half, HALF, dtype)
             first = ((first * scale).to(dtype).to(tl.float32) * low).to(dtype).to(tl.float32)
             second = ((second * scale).to(dtype).to(tl.float32) * high).to(dtype).to(tl.float32)
     if HAS_ROPE:  # noqa: SIM102 (the first is known when compiling)
         if not is_value:
-            cosine = tl.load(cos + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
-            sine = tl.load(sin + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
+            if not OVERLAP:
+                cosine, sine = _angles(cos, sin, token, column, mask, HALF)
             rotated = first * cosine - second * sine
             second = second * cosine + first * sine
             first = rotated
@@ -155,7 +187,8 @@ def _heads_to_pages_kernel(
         tl.store(target, first.to(dtype), mask=mask)
         tl.store(target + HALF, second.to(dtype), mask=mask)
     if not is_query:
-        slot = tl.load(slots + token, mask=in_tokens, other=-1)
+        if not OVERLAP:
+            slot = tl.load(slots + token, mask=in_tokens, other=-1)
         written = mask & (slot >= 0)[:, None]
         pages = values if is_value else keys
         kv_head = head - NUM_HEADS - (NUM_KV_HEADS if is_value else 0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.kernels import paged_attention_tiles as tiles
-from tunesmith.kernels.launch import current, num_processors, shared_bytes
+from tunesmith.kernels.launch import current, num_processors, overlaps, shared_bytes
 from tunesmith.kernels.paged_attention_parts_triton import join_kernel
 from tunesmith.kernels.paged_attention_tiles import Tile
 from tunesmith.kernels.paged_attention_triton import attend_kernel
@@ -130,6 +130,7 @@ class _Launch:
         least: the fewest positions of a part; None: all have the one length that depends on nothing.
         """
         invariant = least is None
+        overlap = self._overlap(invariant)
         held_rows = min(tile.rows, max_query * self.group)
         num_held = self.num_requests * self.num_kv_heads * held_rows * parts if parts > 1 else 0
         found = self.query.new_empty(num_held, tiles.padded(self.query.shape[2]), dtype=torch.float32)
@@ -140,6 +141,7 @@ class _Launch:
         join_rows = tiles.power_of_two(held_rows)
         joins = self.arrivals is not None and tiles.joins_inside(parts, join_rows, self.query.shape[2])
         shape = {"DECODE": True, "SMALL": 0, "SPLIT": parts > 1, "JOIN_ROWS": join_rows * joins}
+        shape["ASKING"] = tiles.asking(least, num_processors(self.query.device)) if overlap else 0
         self._attend((programs, parts), tile, held, {**cut, **shape}, invariant)
         if parts == 1 or joins:
             return
@@ -158,10 +160,12 @@ class _Launch:
             KEYS=tile.keys,
             WINDOW=self.has_window,
             AT_ONCE=1 if invariant else PARTS_AT_ONCE,
+            OVERLAP=bool(overlap),
             num_warps=JOIN_WARPS,
             enable_fp_fusion=not invariant,
             **self.shape,
             **cut,
+            **overlap,
         )
 
     def prefill(self, tile: Tile, small: int, invariant: bool) -> None:
@@ -170,8 +174,12 @@ class _Launch:
         # Every request has at most one tile that is not full.
         num_tiles = self.query.shape[0] * self.group // tile.rows + self.num_requests
         held = (self.query, self.query, 1, 1)
-        cut |= {"DECODE": False, "SMALL": small, "SPLIT": False, "JOIN_ROWS": 0}
+        cut |= {"DECODE": False, "SMALL": small, "SPLIT": False, "JOIN_ROWS": 0, "ASKING": 0}
         self._attend((num_tiles, self.num_kv_heads), tile, held, cut, invariant)
+
+    def _overlap(self, invariant: bool) -> dict[str, bool]:
+        """The option of a launch that begins while the kernel before it ends."""
+        return {"launch_pdl": True} if overlaps(self.query.device) and not invariant else {}
 
     def _attend(
         self,
@@ -181,6 +189,7 @@ class _Launch:
         cut: dict[str, int],
         invariant: bool,
     ) -> None:
+        overlap = self._overlap(invariant)
         quick(attend_kernel)[grid](
             self.query,
             *self.pages,
@@ -207,10 +216,12 @@ class _Launch:
             FP8=self.fp8,
             JOIN_AT_ONCE=tiles.parts_at_once(cut["JOIN_ROWS"], self.query.shape[2]),
             PHASES=2 if tile.rows >= tiles.INVARIANT_ROWS and not self.has_window else 1,
+            OVERLAP=bool(overlap),
             num_warps=tile.warps,
             num_stages=tile.stages,
             # Where results must not depend on the batch, both kernels round the same sums in the same way.
             enable_fp_fusion=not invariant,
             **self.shape,
             **cut,
+            **overlap,
         )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tunesmith.kernels.overlap_triton import ask_for_rows, let_next_begin, when_known_and_through
+
 
 @triton.jit
 def join_parts(mixed, largest, total, part_mixed, part_largest, part_total):
@@ -46,6 +48,30 @@ def parts_of(begin, end, most_parts, FIXED: tl.constexpr, LEAST: tl.constexpr, K
         size = (tl.cdiv(end - base, most_parts) + KEYS - 1) // KEYS * KEYS
         size = tl.maximum(size, LEAST)
     return base, size, tl.cdiv(end - base, size)
+
+
+@triton.jit
+def ask_for_part(
+    keys,
+    values,
+    table,
+    head,
+    begin,
+    end,
+    NUM_HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+) -> None:
+    # Of the positions begin ... end - 1 the first POSITIONS: the second cache is to have their keys and values.
+    position = begin + tl.arange(0, POSITIONS)
+    there = position < end
+    page = tl.load(table + position // SLOTS, mask=there, other=0)
+    slot = page.to(tl.int64) * SLOTS + position % SLOTS
+    place = (slot * NUM_HEADS + head) * WIDTH
+    ask_for_rows(keys, place, there, WIDTH, COLUMNS)
+    ask_for_rows(values, place, there, WIDTH, COLUMNS)
 
 
 @triton.jit
@@ -103,16 +129,24 @@ def join_kernel(
     FIXED: tl.constexpr,
     LEAST: tl.constexpr,
     WINDOW: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     # A program for one row of a request: what its parts found becomes its output.
     row, head, request = tl.program_id(1), tl.program_id(0) % NUM_HEADS, tl.program_id(0) // NUM_HEADS
+    if OVERLAP:
+        head = let_next_begin(head)
     start = tl.load(starts + request)
     count = tl.load(starts + request + 1) - start
     num_rows = count * GROUP
+    if OVERLAP:
+        begin, end = extent_of(tl.load(contexts + request), count, 0, num_rows - 1, window, GROUP, KEYS, WINDOW)
+        _, _, num_parts = parts_of(begin, end, most_parts, FIXED, LEAST, KEYS)
+        head = when_known_and_through(head, num_parts)
     if (num_rows > ROWS) | (row >= num_rows):
         return
-    begin, end = extent_of(tl.load(contexts + request), count, 0, num_rows - 1, window, GROUP, KEYS, WINDOW)
-    _, _, num_parts = parts_of(begin, end, most_parts, FIXED, LEAST, KEYS)
+    if not OVERLAP:
+        begin, end = extent_of(tl.load(contexts + request), count, 0, num_rows - 1, window, GROUP, KEYS, WINDOW)
+        _, _, num_parts = parts_of(begin, end, most_parts, FIXED, LEAST, KEYS)
     if num_parts == 1:
         return
     column = tl.arange(0, COLUMNS)[None, :]

@@ -29,7 +29,7 @@ from tunesmith.model.decoder import Decoder
 pytest.importorskip("triton")
 H200 = Chip((9, 0), 132)
 LATER = ("nf4", "w8a8", "fp8-inner")
-OF_GPUS = ("BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
+OF_GPUS = ("ASKING", "BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
@@ -106,7 +106,7 @@ def _really_launched(asked: Asked) -> list[Launch]:
             _step(runner, _decoding(num, 100))
             _step(runner, _decoding(num, 255))
         _step(runner, worst_batches(config)[0])
-        while runner.sampling.warm_up(torch.bfloat16):
+        while runner.idle():
             pass
     return launches
 
@@ -237,6 +237,26 @@ def test_a_step_of_few_tokens_has_two_launches_a_block_less(
     assert len(apart) - len(joined) == 2 * 4 - 1
     assert (apart.count("_add_rms_norm_kernel"), joined.count("_add_rms_norm_kernel")) == (8, 1)
     assert apart.count("quad_kernel") == joined.count("quad_kernel") == 4 * 4
+
+
+def test_launches_around_attention_are_foreseen_as_ones_that_begin_early(model_dir: Callable[..., str]) -> None:
+    """All of a pass but those of batch-invariant mode; few programs ask for keys before the queries are there."""
+    names = {"_heads_to_pages_kernel", "attend_kernel", "join_kernel"}
+    wide = model_dir(num_attention_heads=16, head_dim=64)  # 8 query heads of a key head, which a kernel joins
+
+    def kinds(chip: Chip, **more: Any) -> set[tuple[str, bool, bool]]:
+        launches = [launch for launch in launches_of(_asked(wide, None, **more), chip) if launch.name in names]
+        for launch in launches:
+            assert launch.options["OVERLAP"] == launch.options.get("launch_pdl", False)
+            assert launch.options.get("ASKING", 0) in (
+                (0, 4 * chip.num_processors) if launch.options["OVERLAP"] else (0,)
+            )
+        return {(launch.name, launch.options["OVERLAP"], bool(launch.options.get("ASKING"))) for launch in launches}
+
+    found = kinds(H200)
+    assert {(name, True, False) for name in names} <= found
+    assert ("attend_kernel", True, True) in found
+    assert not any(overlaps for _, overlaps, _ in kinds(Chip((8, 0), 108)))
 
 
 def test_they_are_foreseen_with_the_norms_inside(model_dir: Callable[..., str]) -> None:
