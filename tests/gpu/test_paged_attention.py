@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "kernels"))
 from paged_batches import SLOTS, PagedBatch, make_batch
 
+from tunesmith.kernels.add_rms_norm import add_rms_norm_
 from tunesmith.kernels.fp8 import has_fp8
 from tunesmith.kernels.fp8_weight import FP8
+from tunesmith.kernels.gemv import float_product
+from tunesmith.kernels.heads_to_pages import HeadsLayout, heads_to_pages
 from tunesmith.kernels.kv_cache import write_kv, write_kv_reference
+from tunesmith.kernels.launch import overlapped
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.paged_attention import paged_attention
 from tunesmith.kernels.paged_attention_fresh import SEEN, attend_fresh, pays_fresh
+from tunesmith.kernels.rope import rope_tables_half
 
 pytestmark = pytest.mark.gpu
 MIXED = ([1, 20, 3, 1, 500, 0, 129], [5, 20, 3000, 1700, 800, 0, 129])
@@ -151,6 +157,131 @@ def run_for_graph(batch: PagedBatch, arrivals: Tensor) -> Tensor:
         window=None,
         arrivals=arrivals,
     )
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_launches_that_begin_early_equal_the_reference(
+    heads: tuple[int, int, int], window: int | None, fp8: bool
+) -> None:
+    """One request, several, many; of prompts too; parts joined by a kernel or by the program that ends last."""
+    if fp8 and not has_fp8("cuda"):
+        pytest.skip("this GPU has no fp8")
+    arrivals = torch.zeros(100, dtype=torch.int32, device="cuda")
+    few = ([1], [800]), ([1], [1]), ([2], [130]), ([1, 0, 1], [129, 40, 1500])
+    for shape in (*few, DECODE, MIXED, ([1] * 90, list(range(1, 1800, 20)))):
+        batch = make_batch(*shape, heads, torch.bfloat16, fp8=fp8, device="cuda")
+        for counters in (None, arrivals):
+            truth = run(batch, window, 9000, arrivals=counters)
+            torch.cuda.synchronize()
+            with overlapped():
+                found = run(batch, window, 9000, arrivals=counters)
+            assert_near(batch, found, window)
+            assert torch.equal(found, truth)
+
+
+LAYERS, WIDTH, MOST_PAGES = 6, 1024, 60
+
+
+@dataclass
+class Step:
+    """What a recorded chain reads: filled anew for every replay. A last row of padding writes nowhere."""
+
+    first: Tensor
+    positions: Tensor
+    slots: Tensor
+    contexts: Tensor
+    tables: Tensor
+
+    def fill(self, generator: torch.Generator) -> None:
+        """Other tokens of other requests, each with other pages."""
+        num, most = len(self.contexts), MOST_PAGES * SLOTS
+        contexts = torch.randint(1, most + 1, (num,), generator=generator)
+        contexts[torch.rand(num, generator=generator) < 0.3] = most
+        tables = (torch.randperm(num * MOST_PAGES, generator=generator) + 1).view(num, MOST_PAGES)
+        last = contexts - 1
+        slots = tables.gather(1, (last // SLOTS)[:, None])[:, 0] * SLOTS + last % SLOTS
+        if num > 1:
+            contexts[-1], slots[-1], tables[-1] = 1, -1, 0
+        self.first.copy_(torch.randn(self.first.shape, generator=generator))
+        self.positions.copy_(contexts - 1)
+        self.slots.copy_(slots)
+        self.contexts.copy_(contexts)
+        self.tables.copy_(tables)
+
+
+def empty_step(num: int) -> Step:
+    first = torch.zeros(num, WIDTH, dtype=torch.bfloat16, device="cuda")
+    positions, slots = (torch.zeros(num, dtype=torch.int64, device="cuda") for _ in range(2))
+    contexts = torch.ones(num, dtype=torch.int32, device="cuda")
+    return Step(first, positions, slots, contexts, torch.zeros(num, MOST_PAGES, dtype=torch.int32, device="cuda"))
+
+
+@pytest.mark.parametrize("num", [1, 3, 16])
+@pytest.mark.parametrize(("heads", "normed"), [((28, 4, 128), False), ((16, 8, 128), True), ((14, 2, 64), False)])
+def test_a_chain_that_begins_early_has_the_same_bits(heads: tuple[int, int, int], normed: bool, num: int) -> None:
+    """product | heads_to_pages | attention | product | norm, recorded and replayed with other contents every time.
+
+    New keys and values are NaN until their launch has written them: who reads too early shows it.
+    """
+    generator = torch.Generator().manual_seed(num)
+    num_heads, num_kv_heads, head_dim = heads
+    draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().cuda()  # noqa: E731
+    products = [
+        (draw((num_heads + 2 * num_kv_heads) * head_dim, WIDTH) * 0.03, draw(WIDTH, num_heads * head_dim) * 0.03)
+        for _ in range(LAYERS)
+    ]
+    pages = [[draw(num * MOST_PAGES + 1, SLOTS, num_kv_heads, head_dim) for _ in range(2)] for _ in range(LAYERS)]
+    weights = (draw(head_dim).abs(), draw(head_dim).abs()) if normed else (None, None)
+    ones, inverse = torch.ones(WIDTH, device="cuda", dtype=torch.bfloat16), torch.rand(head_dim // 2, device="cuda")
+    arrivals, step = torch.zeros(1000, dtype=torch.int32, device="cuda"), empty_step(num)
+    starts = torch.arange(num + 1, dtype=torch.int32, device="cuda")
+
+    def chain() -> Tensor:
+        layout = HeadsLayout(num_heads, num_kv_heads, *weights, 1e-6, *rope_tables_half(inverse, step.positions))
+        stream, y = step.first.clone(), step.first
+        for (before, behind), (keys, values) in zip(products, pages, strict=True):
+            query = heads_to_pages(float_product(y, before, None), layout, keys, values, step.slots)
+            mixed = paged_attention(
+                query,
+                keys,
+                values,
+                step.tables,
+                starts,
+                step.contexts,
+                max_query=1,
+                max_context=2048,
+                window=None,
+                arrivals=arrivals,
+            )
+            y = add_rms_norm_(stream, float_product(mixed.flatten(1), behind, None), ones, 1e-6)
+        return y
+
+    def forget() -> None:
+        written = step.slots[step.slots >= 0]
+        for page in (page for layer in pages for page in layer):
+            page.flatten(0, 1)[written] = float("nan")
+
+    with torch.inference_mode():
+        step.fill(generator)
+        with overlapped():
+            chain()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = chain()
+        for turn in range(60):
+            step.fill(generator)
+            truth = chain()
+            assert bool(truth.isfinite().all())
+            forget()
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, truth), turn
+            forget()
+            with overlapped():
+                assert torch.equal(chain(), truth), turn
+        assert not bool(arrivals.any())
 
 
 @pytest.mark.parametrize("heads", [(28, 4, 128), (14, 2, 64)])
