@@ -16,7 +16,6 @@ It calls the decoder's own linears, whatever stands in their place (quantised, w
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TypeGuard, cast
 
 from torch import Tensor, nn
@@ -103,11 +102,12 @@ class FusedPass:
             query, key, value, _ = self.heads.prepare(qkv_TF, weights, rope)
             return attend[layer](query, key, value).flatten(1)
         cos, sin = (None, None) if rope is None else rope
-        layout = HeadsLayout(self.heads.num_heads, self.heads.num_kv_heads, *weights, eps, cos, sin, attend.invariant)
-        pages, slots = attend.pages(layer), attend.batch.slots_T
-        if not attend.has_fresh(layer):
-            return attend.over_pages(layer, heads_to_pages(qkv_TF, layout, *pages, slots)).flatten(1)
-        prepared = heads_to_pages(qkv_TF, replace(layout, keeps_keys=True), *pages, slots)
+        numbers = self.heads.num_heads, self.heads.num_kv_heads
+        has_fresh = attend.has_fresh(layer)
+        layout = HeadsLayout(*numbers, *weights, eps, cos, sin, attend.invariant, keeps_keys=has_fresh)
+        prepared = heads_to_pages(qkv_TF, layout, *attend.pages(layer), attend.batch.slots_T)
+        if not has_fresh:
+            return attend.over_pages(layer, prepared).flatten(1)
         query, key = prepared.split((layout.num_heads, layout.num_kv_heads), dim=1)
         value = qkv_TF.unflatten(1, (-1, query.shape[2]))[:, -layout.num_kv_heads :]
         return attend.over_new(layer, query, key, value).flatten(1)

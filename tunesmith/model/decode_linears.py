@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tunesmith.kernels.direct import direct
@@ -41,12 +42,16 @@ class DecodeLinear(Linear):
 
     def product(self, x_TD: Tensor) -> Tensor:
         """y_TF = x @ weight.T + bias in the dtype of x."""
-        wants_gradients = torch.is_grad_enabled() and (x_TD.requires_grad or self.weight.requires_grad)
-        flat = x_TD if x_TD.dim() == 2 else x_TD.flatten(0, -2)
-        if wants_gradients or not takes("float", flat) or not takes_float(flat, self.weight):
+        weight_FD, bias_F = self.weight, self.bias  # once: a module finds its parameters by way of a search
+        if torch.is_grad_enabled() and (x_TD.requires_grad or weight_FD.requires_grad):
             return super().product(x_TD)
-        y_TF = few_product(flat, self.weight, self.bias)
-        return y_TF if x_TD.dim() == 2 else y_TF.view(*x_TD.shape[:-1], self.out_features)
+        flat = x_TD if x_TD.dim() == 2 else x_TD.flatten(0, -2)
+        if takes("float", flat) and takes_float(flat, weight_FD):
+            y_TF = few_product(flat, weight_FD, bias_F)
+            return y_TF if x_TD.dim() == 2 else y_TF.view(*x_TD.shape[:-1], self.out_features)
+        if weight_FD.dtype != x_TD.dtype or (bias_F is not None and bias_F.dtype != x_TD.dtype):
+            return super().product(x_TD)
+        return F.linear(x_TD, weight_FD, bias_F)
 
 
 class DecodeNF4Linear(NF4Linear):

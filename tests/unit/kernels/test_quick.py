@@ -267,3 +267,30 @@ def test_launches_of_many_threads_are_each_their_own(any_kernel: tuple[Any, list
     assert len(launched) == 200
     for given in launched:
         assert given[9 + kernel.arg_names.index("WIDTH")] == 64 * (1 + (given[0] - 1) % 2)
+
+
+def test_whoever_listens_is_told_of_every_launch(
+    any_kernel: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profiler's hooks: with one in the chain Triton's own call makes the launch and its record; without, nobody."""
+    from triton import knobs
+
+    kernel, launched = any_kernel
+    base = torch.zeros(64)
+
+    def told() -> tuple[Any, ...]:
+        constants = {"WIDTH": 64, "FLAG": False, "enable_fp_fusion": False}
+        quick(kernel)[(5,)](base, base, base, 3, 2, 3, 0.5, **constants)
+        found: tuple[Any, ...] = launched[-1]
+        return found
+
+    through_triton, alone = told(), told()
+    assert alone[6:9] == (None, None, None)
+    assert alone[:6] == through_triton[:6]
+    assert all(a is b for a, b in zip(alone[9:], through_triton[9:], strict=True))
+    runtime = knobs.runtime
+    if not hasattr(runtime.launch_enter_hook, "calls"):
+        pytest.skip("this Triton has one hook, not a chain of them")
+    monkeypatch.setattr(runtime.launch_exit_hook, "calls", [lambda record: None])
+    heard = told()
+    assert heard[6] is not None and heard[7] is runtime.launch_enter_hook and heard[8] is runtime.launch_exit_hook
