@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.engine.batch import SampledRow
+from tunesmith.engine.moving import move
 from tunesmith.engine.request import SamplingParams
 
 GREEDY_BELOW = 1e-5
@@ -65,6 +67,26 @@ class SamplingPlan:
     num_top: tuple[int, ...]
 
 
+def _plain_plan(rows: tuple[SampledRow, ...], is_greedy: bool) -> SamplingPlan:
+    """Of rows for which nothing but temperatures matter: what `_make_plan` finds after having looked at each."""
+    return SamplingPlan(
+        rows=rows,
+        is_greedy=is_greedy,
+        is_plain=True,
+        filtered=None,
+        has_order=False,
+        penalised=None,
+        biased=None,
+        not_yet=None,
+        has_masks=False,
+        places_B=None,
+        mask_rows_B=None,
+        reported=None,
+        reported_rows=(),
+        num_top=(),
+    )
+
+
 def is_greedy(params: SamplingParams) -> bool:
     """Whether no noise is added: the largest logit, after penalties and masks, is taken."""
     return params.temperature < GREEDY_BELOW or params.top_k == 1
@@ -90,12 +112,14 @@ class SamplingState:
         self.ints_PN = torch.zeros(len(_INTS), num_slots + 1, dtype=torch.int64, device=device)
         self.counts = Counts(vocab_size, device)
         self._entered: dict[int, SampledRow] = {}
+        self._usual: dict[int, tuple[bool, bool]] = {}  # of those rows: asks for temperatures alone, is greedy
         self._plan: SamplingPlan | None = None
         self.has_new_rows = False
 
     def release(self, slot: int) -> None:
         """A sequence has left this slot."""
         self._entered.pop(slot, None)
+        self._usual.pop(slot, None)
         self.counts.free(slot)
 
     def plan(self, rows: Sequence[SampledRow]) -> SamplingPlan:
@@ -104,16 +128,16 @@ class SamplingState:
         `has_new_rows` says then whether the tables had to be written for one of them.
         """
         last, self.has_new_rows = self._plan, False
-        if (
-            last is not None
-            and len(last.rows) == len(rows)
-            and all(a is b for a, b in zip(last.rows, rows, strict=True))
-        ):
+        given = tuple(rows)
+        if last is not None and last.rows == given:  # rows are equal where they are the same
             return last
-        own = [row for row in dict.fromkeys(rows) if not row.drafted]
+        unique = dict.fromkeys(given)
+        own = [row for row in unique if not row.drafted]
         self._enter([row for row in own if self._entered.get(row.slot) is not row])
-        self.counts.follow([row for row in rows if row.drafted], self)
-        self._plan = self._make_plan(tuple(rows))
+        self.counts.follow([row for row in given if row.drafted], self)
+        usual = [self._usual[row.slot] for row in own] if len(own) == len(unique) else [(False, False)]
+        are_plain = all(is_plain for is_plain, _ in usual)
+        self._plan = _plain_plan(given, all(greedy for _, greedy in usual)) if are_plain else self._make_plan(given)
         return self._plan
 
     def _enter(self, new: Sequence[SampledRow]) -> None:
@@ -121,17 +145,27 @@ class SamplingState:
         self.has_new_rows = bool(new)
         if not new:
             return
-        slots = self.tensor([row.slot for row in new], torch.int64)
-        floats = [[_float(row.params, name) for row in new] for name in _FLOATS]
-        ints = [[_int(row, name) for row in new] for name in _INTS]
-        self.floats_PN.index_copy_(1, slots, self.tensor(floats, torch.float32))
-        self.ints_PN.index_copy_(1, slots, self.tensor(ints, torch.int64))
+        numbers = np.array([row.slot for row in new], dtype=np.int64)
+        floats = np.array([[_float(row.params, name) for row in new] for name in _FLOATS], dtype=np.float32)
+        ints = np.array([[_int(row, name) for row in new] for name in _INTS], dtype=np.int64)
+        slots_M, floats_PM, ints_PM = move([numbers, floats, ints], self.device)
+        self.floats_PN.index_copy_(1, slots_M, floats_PM)
+        self.ints_PN.index_copy_(1, slots_M, ints_PM)
         for row in new:
             self._entered[row.slot] = row
+            self._usual[row.slot] = self._is_usual(row), is_greedy(row.params)
             if needs_counts(row.params):
                 self.counts.fill(row.slot, row.seen_ids[: row.num_prompt], row.seen_ids[row.num_prompt :], self)
             else:
                 self.counts.free(row.slot)
+
+    def _is_usual(self, row: SampledRow) -> bool:
+        """Whether nothing but the temperature matters for a row: a plan of such rows needs no look at each of them."""
+        params = row.params
+        if needs_counts(params) or params.logit_bias or params.min_tokens or params.logprobs is not None:
+            return False
+        is_filtered = params.top_p < 1 or 0 < params.top_k < self.vocab_size or params.min_p > 0
+        return not row.has_grammar and (is_greedy(params) or not is_filtered)
 
     def _make_plan(self, rows: tuple[SampledRow, ...]) -> SamplingPlan:
         params = [row.params for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -327,3 +328,39 @@ def test_impossible_options_are_named(options: dict[str, Any], message: str) -> 
 
 def test_one_stop_text_may_be_given_bare() -> None:
     assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
+
+
+def test_plans_of_usual_rows_are_what_a_look_at_every_row_finds() -> None:
+    """Rows that ask for temperatures alone are known by their slots, also where a slot has a new row."""
+    choice = random.Random(0)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.0},
+        {"top_k": 1},
+        {"top_k": VOCAB},
+        {"top_k": VOCAB - 1},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"temperature": 0.0, "top_p": 0.5},
+        {"logprobs": 0},
+        {"logit_bias": {3: 1.0}},
+        {"min_tokens": 2, "stops": [4]},
+        {"grammar": True},
+        {"presence_penalty": 0.5},
+    ]
+    state, num_plain = Sampling(8, VOCAB, CPU).state, 0
+    for turn in range(300):
+        usual = kinds[:4] if turn % 2 else kinds
+        rows = [row(slot, **choice.choice(usual)) for slot in choice.sample(range(8), choice.randint(1, 5))]
+        plan = state.plan(rows)
+        looked = state._make_plan(tuple(rows))
+        assert plan.rows == looked.rows
+        num_plain += plan.is_plain
+        for name in ("is_greedy", "is_plain", "has_order", "has_masks", "reported_rows", "num_top"):
+            assert getattr(plan, name) == getattr(looked, name), name
+        for name in ("filtered", "penalised", "biased", "not_yet", "places_B", "mask_rows_B", "reported"):
+            assert (getattr(plan, name) is None) == (getattr(looked, name) is None), name
+        assert state.plan(list(rows)) is plan
+        if choice.random() < 0.5:
+            state.release(rows[0].slot)
+    assert 100 < num_plain < 290
