@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import random
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+LOWEST_PORT, HIGHEST_PORT = 10_000, 19_999
+"""Below what systems give to connections that go out (Linux from 32768), and to jobs of SLURM (20000)."""
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """So many ports that nobody has, each another one, for servers that must be told theirs before they start.
+
+    They are drawn, and not asked of the system: it gives a port that was let go to the next connection that asks.
+    """
+
+    def draw(count: int) -> list[int]:
+        found: list[int] = []
+        with contextlib.ExitStack() as held:
+            while len(found) < count:
+                port, taken = random.SystemRandom().randint(LOWEST_PORT, HIGHEST_PORT), socket.socket()
+                held.callback(taken.close)
+                with contextlib.suppress(OSError):
+                    taken.bind(("", port))
+                    found.append(port)
+        return found
+
+    return draw
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -115,11 +114,9 @@ def test_a_launcher_of_others(name: str, folder: Path, alone: list[float]) -> No
 
 
 @pytest.fixture
-def agents(folder: Path) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
+def agents(folder: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Callable[[int], subprocess.Popen[str]]]:
     """Starts `tunesmith launch` as on one of two machines; whoever is left is ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     started: list[subprocess.Popen[str]] = []
 
     def start(nproc: int) -> subprocess.Popen[str]:

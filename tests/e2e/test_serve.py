@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,25 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end_s, "it did not come true"
         time.sleep(0.02)
+
+
+@contextmanager
+def asked_all_along(serving: Serving, path: str) -> Iterator[list[httpx.Response]]:
+    """What a path answers, asked again and again from before the body: nothing is missed while that stands still."""
+    answers, over = [get(serving, path)], threading.Event()
+
+    def ask() -> None:
+        while not over.wait(0.02):
+            with suppress(httpx.TransportError):
+                answers.append(get(serving, path))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        asking.join()
 
 
 def test_chat_whole_and_streamed_say_the_same(client: Any) -> None:
@@ -198,12 +219,14 @@ def test_a_killed_engine_is_told_of_and_comes_back(serving: Serving, client: Any
     )
     seen = iter(stream)
     next(seen), next(seen)
-    serving.engine().kill()
-    with pytest.raises(openai.APIError, match="engine"):
-        list(seen)
-    wait_until(lambda: get(serving, "/health").status_code == 503, 5)
-    assert get(serving, "/health").json()["error"]["code"] == "engine_unavailable"
-    wait_until(lambda: get(serving, "/health").status_code == 200, START_S)
+    with asked_all_along(serving, "/health") as answers:
+        serving.engine().kill()
+        with pytest.raises(openai.APIError, match="engine"):
+            list(seen)
+        wait_until(
+            lambda: [code for code, _ in groupby(each.status_code for each in answers)] == [200, 503, 200], START_S
+        )
+    assert {each.json()["error"]["code"] for each in answers if each.status_code == 503} == {"engine_unavailable"}
     assert client.chat.completions.create(model="builtin:tiny", messages=HELLO).choices[0].message.content
 
 

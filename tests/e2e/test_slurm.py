@@ -86,12 +86,12 @@ class Cluster:
         self.folder, self.configuration = folder, folder / "slurm.conf"
         self._daemons: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> None:
+    def start(self, port: int, node_port: int) -> None:
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         (self.folder / "munge.key").chmod(0o600)
-        settings = {"host": socket.gethostname().split(".")[0], "port": _port(), "node_port": _port()}
+        settings = {"host": socket.gethostname().split(".")[0], "port": port, "node_port": node_port}
         self.configuration.write_text(CONFIGURATION.format(folder=self.folder, **settings), encoding="utf-8")
         (self.folder / "setup.sh").write_text(f"export SLURM_CONF={self.configuration}\n", encoding="utf-8")
         files = [f"--{kind}-file={self.folder}/munge.{kind}" for kind in ("key", "log", "pid", "seed")]
@@ -129,12 +129,6 @@ class Cluster:
         log.close()
 
 
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def _until(ready: Callable[[], bool], limit_s: float) -> None:
     end = time.monotonic() + limit_s
     while not ready():
@@ -143,13 +137,13 @@ def _until(ready: Callable[[], bool], limit_s: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(free_ports: Callable[[int], list[int]]) -> Iterator[Cluster]:
     """Skips where the daemons do not come up: a machine may forbid what they need."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # short: a socket's path has an end
         cluster = Cluster(Path(folder))
         try:
             try:
-                cluster.start()
+                cluster.start(*free_ports(2))
             except AssertionError:
                 logs = "; ".join(p.read_text(errors="replace")[-300:] for p in sorted(Path(folder).glob("*.log")))
                 pytest.skip(f"SLURM does not start here: {logs}")
