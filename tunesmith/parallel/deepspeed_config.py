@@ -18,11 +18,13 @@ from tunesmith.parallel.deepspeed_conflicts import RunFacts, check_against, refu
 from tunesmith.parallel.deepspeed_json import JsonFile, read_commented_json
 from tunesmith.recipe.parallel import ParallelSection
 from tunesmith.recipe.schema import TrainSection
+from tunesmith.units import ceil_div
 
 AUTO = "auto"
 BUCKET_ELEMENTS = 200_000_000  # about a block of a model of 7B parameters: gathered, and reduced, at a time
 OWN_OPTIMIZERS: dict[str, tuple[str, ...]] = {"adamw": ("adam", "adamw", "fusedadam", "cpuadam"), "sgd": ("sgd",)}
 """Types of a file's optimiser that tunesmith makes itself, by torch's fused ones, so that nothing is compiled."""
+_SMALLEST_BUFFER = 1 << 20
 _STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 
@@ -98,7 +100,7 @@ def _from_recipe(parallel: ParallelSection, train: TrainSection, facts: RunFacts
         "overlap_comm": stage > 1,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
-        **_offloads(parallel, stage, facts.is_cuda),
+        **_offloads(parallel, stage, facts),
     }
     if stage == 3:
         zero["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
@@ -108,13 +110,23 @@ def _from_recipe(parallel: ParallelSection, train: TrainSection, facts: RunFacts
     return made
 
 
-def _offloads(parallel: ParallelSection, stage: int, is_cuda: bool) -> dict[str, Any]:
+def _offloads(parallel: ParallelSection, stage: int, facts: RunFacts) -> dict[str, Any]:
     if parallel.offload == "none":
         return {}
-    place: dict[str, Any] = {"device": parallel.offload, "pin_memory": is_cuda}
+    place: dict[str, Any] = {"device": parallel.offload, "pin_memory": facts.is_cuda}
     if parallel.offload == "nvme":
         place["nvme_path"] = parallel.offload_folder
-    return {"offload_optimizer": dict(place), **({"offload_param": dict(place)} if stage == 3 else {})}
+    sections = {"offload_optimizer": dict(place), **({"offload_param": dict(place)} if stage == 3 else {})}
+    if parallel.offload == "nvme":
+        sections["offload_param"] |= _buffers(facts)
+    return sections
+
+
+def _buffers(facts: RunFacts) -> dict[str, int]:
+    """Host memory that weights pass through from NVMe. DeepSpeed fails where a share is larger than a buffer (of 1e8
+    values if nothing is said), or where a block needs more than there are (5)."""
+    share = max(ceil_div(facts.largest_weight, facts.world_size), _SMALLEST_BUFFER)
+    return {"buffer_size": share, "buffer_count": max(facts.weights_at_once, 5)}
 
 
 def _resolved(file: JsonFile, parallel: ParallelSection, train: TrainSection, facts: RunFacts) -> ZeroConfig:

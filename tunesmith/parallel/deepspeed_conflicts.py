@@ -44,7 +44,8 @@ class RunFacts:
     """What a recipe comes to, as far as DeepSpeed asks.
 
     micro_batches: of one step, of each process. sequences: of a micro-batch; None: not known, then a file's number is
-    taken. hidden_size: None for a module that is no language model.
+    taken. hidden_size: None for a module that is no language model. largest_weight: values of the largest one.
+    weights_at_once: large ones that a block and the one fetched ahead of it have; both for offload to NVMe.
     """
 
     world_size: int
@@ -56,6 +57,8 @@ class RunFacts:
     hidden_size: int | None = None
     has_adapters: bool = False
     is_cuda: bool = False
+    largest_weight: int = 0
+    weights_at_once: int = 0
 
 
 def values_of(train: TrainSection, facts: RunFacts) -> Expected:

@@ -310,6 +310,20 @@ def _require_operators(config: ZeroConfig, device: torch.device) -> None:
     lacks = nvme_lacks(device.type == "cuda") if config.uses_nvme else []
     if lacks:
         raise ParallelError(f"{NVME}, lacks {', '.join(lacks)}: {nvme_mend(lacks)}; or set parallel.offload to cpu")
+    if config.offload_device("param") == "nvme" and not _keeps_dtype_on_nvme(config):
+        raise ParallelError(
+            "DeepSpeed keeps weights on NVMe in bfloat16 on this device, whatever train.precision says: set it to "
+            "bfloat16, or offload_param to cpu in a ds_config.json (offload_optimizer may stay on nvme)"
+        )
+
+
+def _keeps_dtype_on_nvme(config: ZeroConfig) -> bool:
+    """Whether weights lie on the disk in the dtype of training: DeepSpeed (0.19) asks for float16 only where that can
+    be computed with, and takes bfloat16 for anything else where it can't be."""
+    from deepspeed.accelerator import get_accelerator
+
+    is_bfloat16 = bool((config.values.get("bf16") or {}).get("enabled"))
+    return is_bfloat16 or bool(get_accelerator().is_fp16_supported())
 
 
 @contextmanager

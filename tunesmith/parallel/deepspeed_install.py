@@ -69,8 +69,9 @@ def deepspeed_findings(with_cuda: bool) -> list[Finding]:
     if importlib.util.find_spec("deepspeed") is None:
         detail = "not installed: needed for parallel.engine deepspeed only"
         return [Finding("deepspeed", "note", detail, "pip install 'tunesmith[deepspeed]'")]
-    found = [Finding("deepspeed", "ok", f"{metadata.version('deepspeed')}, ZeRO-1 to 3 and offload to the CPU")]
     lacks = nvme_lacks(with_cuda)
+    places = "to the CPU" if lacks else "to the CPU and to NVMe (whose operator is compiled at its first use: minutes)"
+    found = [Finding("deepspeed", "ok", f"{metadata.version('deepspeed')}, ZeRO-1 to 3 and offload {places}")]
     if lacks:
         found.append(Finding("deepspeed nvme", "note", f"{NVME}, lacks {', '.join(lacks)}", nvme_mend(lacks)))
     return found

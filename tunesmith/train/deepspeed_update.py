@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tunesmith.checkpoint.shards import Shard
 from tunesmith.checkpoint.state import TrainingState
 from tunesmith.checkpoint.stored import fill
 from tunesmith.errors import NonFiniteError
+from tunesmith.model.block import Block
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.lora import AdaptedLinear
 from tunesmith.parallel.deepspeed_config import ZeroConfig, make_config
@@ -29,6 +30,7 @@ from tunesmith.train.schedules import learning_rate, peak_learning_rate, warmup_
 from tunesmith.train.update import Batch, LossFunction, PendingUpdate, Update
 
 _log = logging.getLogger(__name__)
+_LARGE = 1 << 18  # values: DeepSpeed leaves shares of less than 1 MiB in the host's memory
 
 
 class _Scale:
@@ -207,8 +209,22 @@ def deepspeed_config(
         hidden_size=hidden_size,
         has_adapters=any(isinstance(child, AdaptedLinear) for child in module.modules()),
         is_cuda=mesh.device.type == "cuda",
+        largest_weight=max((tensor.numel() for tensor in _tensors(module)), default=0),
+        weights_at_once=_weights_at_once(module),
     )
     return make_config(parallel, train, facts)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _weights_at_once(module: nn.Module) -> int:
+    """Large weights of two blocks, and of what stands before and behind the blocks."""
+    blocks = [child for child in module.modules() if isinstance(child, Block)]
+    most = max((sum(t.numel() >= _LARGE for t in _tensors(block)) for block in blocks), default=4)
+    return 2 * most + 2
 
 
 def _shard(fragment: Fragment) -> Shard:

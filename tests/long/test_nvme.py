@@ -1,0 +1,124 @@
+"""DeepSpeed's offload to NVMe, in a folder here: the losses of the same training in the host's memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tunesmith.parallel.deepspeed_install import nvme_lacks
+
+HERE = str(Path(__file__).resolve().parent)
+LACKS = nvme_lacks(with_cuda=False)
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(3000),
+    pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: pip install deepspeed"),
+    pytest.mark.skipif(bool(LACKS), reason=f"DeepSpeed's async_io lacks {', '.join(LACKS)}"),
+]
+BUILD_S = 2400.0  # ninja and one core: six minutes here
+STEPS = 6
+# Shares of 1 MiB and more go to the disk, so a block's largest weight has 2 of bfloat16.
+SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 1100}
+
+
+def build() -> None:
+    """Compiles the operator, as a first run does."""
+    from tunesmith.parallel.deepspeed_install import require_deepspeed
+
+    require_deepspeed("cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
+
+
+def train(model_dir: str, kind: str, precision: str, place: str | None, file: str | None) -> list[float]:
+    """The losses of STEPS steps under ZeRO-3. place: of offload, a folder of nvme's or cpu; file: a ds_config.json."""
+    if HERE not in sys.path:
+        sys.path.insert(0, HERE)
+    import equality_campaign as campaign
+
+    from tunesmith.checkpoint.load import load_decoder
+    from tunesmith.model.methods import apply_method
+    from tunesmith.parallel.mesh import joined
+    from tunesmith.recipe.parallel import ParallelSection
+    from tunesmith.recipe.schema import MethodSection, TrainSection
+    from tunesmith.train.deepspeed_update import DeepSpeedUpdater, deepspeed_config
+    from tunesmith.train.resolve import DTYPES
+
+    settings = ParallelSection(
+        strategy="zero3",
+        engine="deepspeed",
+        offload={None: "none", "cpu": "cpu"}.get(place, "nvme"),  # type: ignore[arg-type]
+        offload_folder=None if place == "cpu" else place,
+        deepspeed_config=file,
+    )
+    recipe = TrainSection(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, precision=precision)  # type: ignore[arg-type]
+    recipe = recipe.model_copy(update={"master_weights": "float32"})
+    method = MethodSection(kind="full") if kind == "full" else MethodSection(kind="lora", rank=4)
+    model = load_decoder(Path(model_dir))
+    apply_method(model, method, seed=0)
+    model.compute_dtype, model.is_fused = DTYPES[recipe.precision], True
+    model.train()
+    with joined(settings, "cpu") as mesh:
+        packs = campaign.PACKS // mesh.world_size
+        config = deepspeed_config(settings, recipe, model, STEPS, mesh, micro_batches=packs)
+        updater = DeepSpeedUpdater(model, recipe, STEPS, config, mesh)
+        try:
+            return [campaign._step(updater, number, mesh).loss for number in range(STEPS)]
+        finally:
+            updater.close()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    sys.path.insert(0, HERE)
+    import equality_campaign as campaign
+
+    before = dict(campaign.CONFIG)
+    campaign.CONFIG.update(SIZES)
+    try:
+        return campaign.save_model(tmp_path_factory.mktemp("model"))
+    finally:
+        campaign.CONFIG.update(before)
+        sys.path.remove(HERE)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_weights_and_states_on_disk_train_as_in_memory(
+    ranks: Callable[..., list[Any]], model_dir: str, tmp_path: Path, kind: str, world_size: int
+) -> None:
+    """LoRA's frozen blocks asked for more buffers than DeepSpeed's five."""
+    ranks(build, 1, timeout_s=BUILD_S)
+    expected = ranks(train, world_size, model_dir, kind, "bfloat16", "cpu", None)
+    found = ranks(train, world_size, model_dir, kind, "bfloat16", str(tmp_path), None)
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    for rank in range(world_size):
+        assert list((tmp_path / "zero_stage_3" / "bfloat16params" / f"rank{rank}").glob("*.swp"))
+        if kind == "full":  # an adapter's states are too small to be written
+            assert list((tmp_path / "zero_stage_3" / "optimizer" / f"rank{rank}").glob("exp_avg_sq*.swp"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_file_puts_states_alone_on_disk_in_float32(
+    ranks: Callable[..., list[Any]], model_dir: str, tmp_path: Path, world_size: int
+) -> None:
+    ranks(build, 1, timeout_s=BUILD_S)
+    file, place = tmp_path / "ds_config.json", tmp_path / "disk"
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": str(place)}, "offload_param": {"device": "cpu"}}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **offload}}), encoding="utf-8")
+    expected = ranks(train, world_size, model_dir, "full", "float32", None, None)
+    found = ranks(train, world_size, model_dir, "full", "float32", None, os.fspath(file))
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    assert list(place.glob("zero_stage_3/optimizer/rank0/exp_avg_sq*.swp"))
