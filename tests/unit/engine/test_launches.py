@@ -106,7 +106,7 @@ def _really_launched(asked: Asked) -> list[Launch]:
             _step(runner, _decoding(num, 100))
             _step(runner, _decoding(num, 255))
         _step(runner, worst_batches(config)[0])
-        while runner.idle():
+        while runner.sampling.warm_up(torch.bfloat16):
             pass
     return launches
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,19 +13,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine import attend, prompt_graphs
+from tunesmith.engine.asked import Asked
 from tunesmith.engine.batch import FreshTail, StepBatch
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
 from tunesmith.engine.graph_memory import measured_bytes
 from tunesmith.engine.graphs import RECORD_AFTER, SPARE_BYTES, DecodeGraphs
+from tunesmith.engine.launches import launches_of
+from tunesmith.engine.loading import make_config
 from tunesmith.engine.pages import PAGE_SLOTS
 from tunesmith.engine.prompt_graphs import IMPROVE_AFTER, PromptGraphs, Size, first_sizes, ladder
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
 from tunesmith.engine.sampling_state import SamplingState
 from tunesmith.engine.speculate import NgramDrafter
+from tunesmith.kernels.chip import Chip, foreseeing, stands_in
+from tunesmith.kernels.nf4 import kernels_on
 
 CPU = torch.device("cpu")
 SIZES = [Size(8, 4), Size(32, 4), Size(32, 16), Size(64, 4), Size(64, 16)]
@@ -273,7 +280,8 @@ def padding_is_anything(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def worst(query: Tensor, *given: Any, **options: Any) -> Tensor:
         out = kernel(query, *given, **options)
-        out[int(given[3][-1]) :] = torch.nan
+        if not stands_in(query.device):
+            out[int(given[3][-1]) :] = torch.nan
         return out
 
     monkeypatch.setattr(attend, "paged_attention", worst)
@@ -418,3 +426,61 @@ def test_where_decoding_cannot_be_recorded_prompts_are_not_tried(directory: Call
     assert runner.prompt_graphs is None
     assert not runner.idle() or runner.prompt_graphs is None
     assert len(_answers(runner)) == 2 * len(REQUESTS)
+
+
+# Kernels that are compiled ahead
+
+
+OF_GPUS = ("ASKING", "BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
+WIDE: dict[str, Any] = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_what_is_recorded_was_compiled_ahead(quantize: str | None, tmp_path: Path) -> None:
+    """Every size, of the first contexts, by real tensors on a CPU that stands for a GPU whose kernels do nothing."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    from tunesmith.kernels.prompt_inputs_triton import _load_kernel
+    from tunesmith.kernels.warm_up import Launch, taken_down
+
+    if not isinstance(_load_kernel, JITFunction):
+        pytest.skip("Triton interprets here (TRITON_INTERPRET): nothing is compiled")
+    (tmp_path / "config.json").write_text(json.dumps(WIDE), encoding="utf-8")
+    sizes: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 600, "max_num_seqs": 80}
+    asked = Asked(str(tmp_path), quantize=quantize, dtype="bfloat16", weights="random", **sizes)
+    h200 = Chip((9, 0), 132)
+    with foreseeing(h200, "cpu"), kernels_on("cpu"):
+        with taken_down():
+            model: Any = load_for_inference(
+                tmp_path, quantize=quantize, dtype="bfloat16", device="cpu", weights="random"
+            )
+            runner = NativeRunner(model, make_config(model, **sizes), num_pages=40)
+        prompts = runner.prompt_graphs
+        assert prompts is not None
+        with taken_down() as launches:
+            prompts.record()
+            assert prompts(step([30, 1, 5])) is not None
+        assert prompts.stats.num_graphs == len(prompts.sizes) > 15
+
+    def key(launch: Launch) -> tuple[Any, ...]:
+        kept = {name: value for name, value in launch.options.items() if name not in OF_GPUS}
+        return replace(launch, options=kept).key
+
+    foreseen = {key(launch) for launch in launches_of(asked, h200)}
+    assert {launch.name for launch in launches if key(launch) not in foreseen} == set()
+    names = [launch.name for launch in launches]
+    assert names.count("_load_kernel") == len(prompts.sizes) + 1, "one launch before each replay"
