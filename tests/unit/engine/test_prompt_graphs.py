@@ -17,6 +17,8 @@ from tunesmith.checkpoint.inference import load_for_inference
 from tunesmith.checkpoint.load import load_decoder
 from tunesmith.engine import attend, prompt_graphs
 from tunesmith.engine.asked import Asked
+from tunesmith.engine.attention_backends import AttentionKernels
+from tunesmith.engine.attention_shapes import AttentionShape
 from tunesmith.engine.batch import FreshTail, StepBatch
 from tunesmith.engine.config import EngineConfig
 from tunesmith.engine.engine import Engine
@@ -401,6 +403,11 @@ def test_who_has_no_such_graphs(directory: Callable[[str], Path], monkeypatch: p
     monkeypatch.setattr(runner, "config", replace(runner.config, batch_invariant=True))
     assert runner._make_prompt_graphs(graphs) is None
     monkeypatch.setattr(runner, "config", replace(runner.config, batch_invariant=False))
+    shapes = AttentionShape("decode", 4, 1, 50), AttentionShape("mixed", 1, 20, 50, decoding=3)
+    for shape, is_there in zip(shapes, (True, False), strict=True):
+        monkeypatch.setattr(runner, "attention", AttentionKernels({}, {shape: ["another"]}))
+        assert (runner._make_prompt_graphs(graphs) is not None) == is_there
+    monkeypatch.setattr(runner, "attention", None)
     monkeypatch.setattr(prompt_graphs, "MOST_TOKENS", 0)
     assert runner._make_prompt_graphs(graphs) is None
 
