@@ -26,6 +26,7 @@ from tunesmith.engine.cpu_held import HeldRows, HeldStep
 from tunesmith.engine.cpu_products import gated_of, head_of, product_of
 from tunesmith.engine.cpu_step import MOST_TOKENS, CpuStep, takes
 from tunesmith.engine.pages import PagedCache
+from tunesmith.kernels import torch_threads
 from tunesmith.model.block import Attention, Block, Mlp
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.layers import RMSNorm
@@ -71,6 +72,8 @@ class CpuPass:
         if step is not None and step.takes_prompts:
             self._forget(attend.batch)
             return step.prompts(tokens_T, attend.batch)
+        if self._given is not None:
+            torch_threads.bind(self._given)
         stream = self.decoder.embed(tokens_T, positions_T)
         self._prepare(stream.dtype)
         rotate = self._rotation(positions_T, stream.dtype)

@@ -38,9 +38,10 @@ def load() -> ctypes.CDLL | None:
     library.tunesmith_takes_prompts.argtypes = [ctypes.c_void_p]
     library.tunesmith_multiply.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 2
     library.tunesmith_draw.argtypes = [ctypes.c_void_p]
+    library.tunesmith_bind_torch.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.tunesmith_widen.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     for name in ("step", "prompts", "takes_prompts", "multiply", "draw"):
         getattr(library, f"tunesmith_{name}").restype = ctypes.c_int64
-    for name in ("forget", "widen"):
+    for name in ("forget", "widen", "bind_torch"):
         getattr(library, f"tunesmith_{name}").restype = None
     return library

@@ -28,6 +28,9 @@ class Places {
         if (int(cores.size()) != threads) cores.clear();
     }
 
+    // Whether nothing is bound.
+    bool is_empty() const { return cores.empty(); }
+
     // This thread to core `i`, for good.
     void bind(int i) const {
         if (i < int(cores.size())) sched_setaffinity(0, sizeof(cpu_set_t), &cores[i]);
@@ -72,6 +75,7 @@ class Places {
 #else
 struct Places {
     explicit Places(int) {}
+    bool is_empty() const { return true; }
     void bind(int) const {}
     void settle() const {}
 };

@@ -85,6 +85,7 @@ class Pool {
 
     const pid_t owner;
     const int size;
+    const Places places;
     std::mutex in_use;
 
    private:
@@ -145,7 +146,6 @@ class Pool {
     }
 
     static constexpr int ALERT_US = 60;
-    const Places places;
     void (*call)(const void *, int64_t) = nullptr;
     const void *given = nullptr;
     int there = 1;  // the caller's with them

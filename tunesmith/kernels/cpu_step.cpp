@@ -12,6 +12,7 @@
 #include "cpu_math.hpp"
 #include "cpu_pool.hpp"
 #include "cpu_prompt.hpp"
+#include "cpu_torch.hpp"
 
 namespace {
 
@@ -289,5 +290,6 @@ int64_t tunesmith_draw(const Draw *given) {
 int64_t tunesmith_multiply(void *decoder, const Weight *w, const void *x, void *y, int64_t tokens, int64_t threads) {
     return status_of([&] { return static_cast<Decoder *>(decoder)->multiply(*w, x, y, tokens, int(threads)), 0; });
 }
+void tunesmith_bind_torch(const TorchThreads *torch, int64_t threads) { bind_torch(*torch, int(threads)); }
 int64_t tunesmith_has_tiles() { return has_tiles(); }
 }

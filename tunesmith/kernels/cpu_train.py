@@ -19,12 +19,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tunesmith.kernels.cpu_compile import BuildError, load_compiled
+from tunesmith.kernels.torch_threads import address_in_libgomp
 
 SWITCH = "TUNESMITH_CPU_TRAIN"
 _PART_ROWS = 32
@@ -155,7 +155,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get(SWITCH, "1").lower() in ("0", "off", "false", "no"):
         return None, f"{SWITCH} is off"
     try:
-        fork = _torch_threads()
+        fork = address_in_libgomp("GOMP_parallel")
         library = load_compiled("cpu_train")
     except (BuildError, OSError) as error:
         _log.warning(
@@ -177,21 +177,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 def _with_memory(status: int, function: object, arguments: tuple[object, ...]) -> None:
     if status:
         raise MemoryError("no memory for a compiled operation")
-
-
-def _torch_threads() -> int:
-    """The address of GOMP_parallel in the OpenMP library that torch has loaded. Raises: BuildError."""
-    try:
-        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise BuildError("torch's OpenMP library can't be found: no /proc/self/maps") from error
-    files = {line.split(maxsplit=5)[5] for line in mapped.splitlines() if "libgomp" in line}
-    beside_torch = [file for file in sorted(files) if Path(torch.__file__).parent.parent in Path(file).parents]
-    for file in beside_torch or sorted(files):
-        address = ctypes.cast(ctypes.CDLL(file).GOMP_parallel, _POINTER).value
-        if address is not None:
-            return address
-    raise BuildError("torch runs without libgomp")
 
 
 def takes(*tensors: Tensor | None) -> bool:
