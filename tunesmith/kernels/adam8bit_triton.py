@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.adam8bit_moments import BLOCK, AdamSettings, Moments, codebook_on, midpoints_on
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -107,7 +107,7 @@ def _update_fake(
     return None
 
 
-@triton.jit
+@jit
 def _nearest_code(scaled, middles, SIGNED: tl.constexpr):
     """How many of the 255 midpoints lie below a value in [-1, 1].
 
@@ -136,7 +136,7 @@ def _nearest_code(scaled, middles, SIGNED: tl.constexpr):
     return tl.where(raised, guess + 1, tl.where(lowered, guess - 1, guess))
 
 
-@triton.jit
+@jit
 def _update_kernel(
     parameter,
     grad,

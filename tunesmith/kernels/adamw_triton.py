@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -79,7 +79,7 @@ def _update_fake(
     return None
 
 
-@triton.jit
+@jit
 def _correction(step, logarithm):
     """1 - beta^step = 1 - e^x, x = step ln(beta) < 0, to float32's precision: by its series where e^x is near 1."""
     x = step * logarithm
@@ -90,7 +90,7 @@ def _correction(step, logarithm):
     return tl.where(x > -0.5, -near * series, 1.0 - tl.exp(x))
 
 
-@triton.jit
+@jit
 def _update_kernel(
     weights,
     grads,

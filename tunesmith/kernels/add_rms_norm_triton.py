@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, overlaps
 from tunesmith.kernels.quick import quick
 
@@ -55,7 +55,7 @@ def row_launch(width: int) -> tuple[int, int]:
     return columns, max(1, min(16, columns // _VALUES_PER_WARP))
 
 
-@triton.jit
+@jit
 def _add_rms_norm_kernel(
     stream,
     delta,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, in_rows
 from tunesmith.units import ceil_div
 
@@ -49,7 +49,7 @@ def _column_dot_fake(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty(left.shape[1], dtype=torch.float32)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _column_dot_kernel(
     left,
     right,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -87,20 +88,20 @@ def _launch(
     return losses
 
 
-@triton.jit
+@jit
 def _take_in(largest, total, x):
     # Each lane's sum of exp(x - largest), where larger values may follow.
     new = tl.maximum(largest, tl.max(x, 1))
     return new, total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[:, None]), 1)
 
 
-@triton.jit
+@jit
 def _gradient(x, is_target, row_largest, inverse, unit, counted):
     probability = tl.exp(x - row_largest) * inverse
     return tl.where(counted, tl.where(is_target, probability - 1.0, probability) * unit, 0.0)
 
 
-@triton.jit
+@jit
 def cross_entropy_kernel(
     logits,
     targets,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.quick import quick
 
@@ -104,7 +104,7 @@ def _load_inputs_fake(
     return None
 
 
-@triton.jit(do_not_specialize=["num_rows", "padding_slot", "table_stride", "to_table_stride"])
+@jit(do_not_specialize=["num_rows", "padding_slot", "table_stride", "to_table_stride"])
 def _load_kernel(
     tokens,
     positions,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, in_rows
 from tunesmith.kernels.philox import ROUNDS, WORD
 from tunesmith.units import ceil_div
@@ -83,7 +83,7 @@ def strip(quarter: int) -> tuple[int, int]:
     return columns, max(1, columns // _COLUMNS_PER_WARP)
 
 
-@triton.jit(do_not_specialize=["site", "first_row", "threshold"])
+@jit(do_not_specialize=["site", "first_row", "threshold"])
 def _dropout_kernel(
     x,
     seed,

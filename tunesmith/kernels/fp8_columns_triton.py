@@ -10,11 +10,11 @@ compared as integers: the bits of floats that are not negative have the same ord
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE, padded
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -75,7 +75,7 @@ def _quantize_columns_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.empty(x.shape[1], 1, dtype=torch.float32, device=x.device)
 
 
-@triton.jit
+@jit
 def _largest_kernel(x, largest, stride, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> None:
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -85,7 +85,7 @@ def _largest_kernel(x, largest, stride, num_rows, width, ROWS: tl.constexpr, COL
     tl.atomic_max(largest + column, tl.max(bits, axis=0), mask=column < width, sem="relaxed")
 
 
-@triton.jit
+@jit
 def _codes_kernel(
     x,
     largest,

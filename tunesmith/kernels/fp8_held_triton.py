@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.fp8_weight import LARGEST, SMALLEST_SCALE
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
 
@@ -76,7 +76,7 @@ def launch_held(x: Tensor, fold: Tensor | None, codes: Tensor, scale: Tensor, fo
     )
 
 
-@triton.jit
+@jit
 def _load(at, lane, width, PIECE: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr, POLICY: tl.constexpr):
     # Only of the last piece columns may be missing. The constant comes last: it is part of the instruction then.
     if PIECE == PIECES - 1:
@@ -86,7 +86,7 @@ def _load(at, lane, width, PIECE: tl.constexpr, PIECES: tl.constexpr, COLUMNS: t
     return value
 
 
-@triton.jit
+@jit
 def _as_loaded(value, BY_HAND: tl.constexpr):
     """The same values: those of 16 bits stay in pairs, instead of float32 that was made of them before."""
     if BY_HAND:
@@ -94,7 +94,7 @@ def _as_loaded(value, BY_HAND: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _held_kernel(
     x,
     fold,
@@ -158,7 +158,7 @@ def _held_kernel(
             _store(at, code_of(value, scale[i]), lane, width, piece, PIECES, COLUMNS)
 
 
-@triton.jit
+@jit
 def _store(at, code, lane, width, PIECE: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr):
     if PIECE == PIECES - 1:
         tl.store(at + PIECE * COLUMNS, code, mask=lane < width - PIECE * COLUMNS)
@@ -166,7 +166,7 @@ def _store(at, code, lane, width, PIECE: tl.constexpr, PIECES: tl.constexpr, COL
         tl.store(at + PIECE * COLUMNS, code)
 
 
-@triton.jit
+@jit
 def scale_of(largest, INVERSE_LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     """The scale of rows whose largest magnitude is this."""
     scale = largest * INVERSE_LARGEST
@@ -174,7 +174,7 @@ def scale_of(largest, INVERSE_LARGEST: tl.constexpr, SMALLEST: tl.constexpr):
     return tl.where(scale < SMALLEST, SMALLEST, scale)
 
 
-@triton.jit
+@jit
 def code_of(value, scale):
     """float32 values in units of their scale, rounded to fp8."""
     return (value * tl.div_rn(1.0, scale)).to(tl.float8e4nv)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -93,7 +94,7 @@ def _split_product_fake(
     return torch.empty(x_codes.shape[0], w_codes.shape[0], device=x_codes.device, dtype=torch.bfloat16)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "of_part"])
+@jit(do_not_specialize=["num_tokens", "of_part"])
 def _part_kernel(
     x,
     w,
@@ -123,7 +124,7 @@ def _part_kernel(
     tl.store(sums + at, acc, mask=(token < num_tokens)[:, None] & (row < num_rows)[None, :])
 
 
-@triton.jit(do_not_specialize=["size", "parts"])
+@jit(do_not_specialize=["size", "parts"])
 def _sum_kernel(
     sums,
     x_scale,

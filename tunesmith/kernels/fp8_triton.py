@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tunesmith.kernels.fp8_held_triton import code_of, held, launch_held, scale_of
 from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -98,7 +99,7 @@ def _transpose_fake(codes: Tensor) -> Tensor:
     return codes.new_empty(codes.shape[1], codes.shape[0])
 
 
-@triton.jit
+@jit
 def _load_columns(x, fold, column, width, FOLD: tl.constexpr):
     value = tl.load(x + column, mask=column < width, other=0.0).to(tl.float32)
     if FOLD:
@@ -106,12 +107,12 @@ def _load_columns(x, fold, column, width, FOLD: tl.constexpr):
     return value
 
 
-@triton.jit
+@jit
 def _store_codes(codes, column, width, value, scale):
     tl.store(codes + column, code_of(value, scale), mask=column < width)
 
 
-@triton.jit
+@jit
 def _quantize_rows_kernel(
     x,
     fold,
@@ -145,7 +146,7 @@ def _quantize_rows_kernel(
     tl.store(scales + row, scale)
 
 
-@triton.jit
+@jit
 def _transpose_kernel(codes, out, num_rows, width, stride, TILE: tl.constexpr) -> None:
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)

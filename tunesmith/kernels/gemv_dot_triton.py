@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.gemv_triton import FLOAT, FP8, INT4
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -38,14 +39,14 @@ def _assembly(plane: int, magic: str) -> str:
 ASSEMBLY = tl.constexpr([_assembly(plane, magic) for magic in ("0x43004300", "0x64006400") for plane in range(8)])
 
 
-@triton.jit
+@jit
 def _tokens(x, token, column, num_tokens, width):
     # [columns, tokens] of the input; 0 outside
     inside = (column[:, None] < width) & (token[None, :] < num_tokens)
     return tl.load(x + token[None, :] * width + column[:, None], mask=inside, other=0.0)
 
 
-@triton.jit
+@jit
 def _plane(words, PLANE: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.constexpr):
     """Codes of one plane added to 128 (bfloat16) or 1024 (HALF: float16), whose last mantissa bits they are."""
     if BY_HAND:
@@ -61,7 +62,7 @@ def _plane(words, PLANE: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.constexpr
     return bits.to(tl.float16 if HALF else tl.bfloat16, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def dot_kernel(
     x,
     w,

@@ -12,8 +12,9 @@ point type.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from tunesmith.kernels.jit import jit
 
 # Byte offsets from a lane's place, by what is loaded: the words of a weight's row; the input of 16 columns, and 64
 # columns on that of 16 more; that of a block of 128 int4 columns, each plane's four.
@@ -78,7 +79,7 @@ UNDER = tl.constexpr(
 )
 
 
-@triton.jit
+@jit
 def _eight(TEXT: tl.constexpr, pointer, wanted, BY_HAND: tl.constexpr):
     # Four words, and four that lie 16 on.
     if BY_HAND:
@@ -97,19 +98,19 @@ def _eight(TEXT: tl.constexpr, pointer, wanted, BY_HAND: tl.constexpr):
     return words
 
 
-@triton.jit
+@jit
 def load_weight(pointer, wanted, ZEROS: tl.constexpr, BY_HAND: tl.constexpr):
     """Four words, and four that lie 16 on; where they are not wanted, any (ZEROS: 0)."""
     return _eight(LOAD_WEIGHT_OR_ZEROS if ZEROS else LOAD_WEIGHT, pointer, wanted, BY_HAND)
 
 
-@triton.jit
+@jit
 def load_operands(pointer, wanted, BY_HAND: tl.constexpr):
     """The same of an input, which others read too; 0 where they are not wanted."""
     return _eight(LOAD_OPERANDS, pointer, wanted, BY_HAND)
 
 
-@triton.jit
+@jit
 def once_asked_for(place, BY_HAND: tl.constexpr):
     """`place`, behind all loads before it: they are under way before anything is waited for.
 
@@ -120,13 +121,13 @@ def once_asked_for(place, BY_HAND: tl.constexpr):
     return place
 
 
-@triton.jit
+@jit
 def when_earlier_is_through(place):
     """`place`, once the kernel launched before is through and its results can be read: what depends on it waits."""
     return tl.inline_asm_elementwise(WAIT, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
+@jit
 def load_input(pointer, wanted, PLANES: tl.constexpr, BY_HAND: tl.constexpr):
     # PLANES: two words of each of eight planes. Else eight words, and eight that lie 32 on.
     if BY_HAND:
@@ -149,7 +150,7 @@ def load_input(pointer, wanted, PLANES: tl.constexpr, BY_HAND: tl.constexpr):
     return words
 
 
-@triton.jit
+@jit
 def side_by_side(p, q, HIGH: tl.constexpr, BY_HAND: tl.constexpr):
     # The low (or high) halves of two words.
     if BY_HAND:
@@ -161,7 +162,7 @@ def side_by_side(p, q, HIGH: tl.constexpr, BY_HAND: tl.constexpr):
     return (p & 0xFFFF) | (q << 16)
 
 
-@triton.jit
+@jit
 def halves(word, HALF: tl.constexpr):
     # The two values of a word, in float32.
     if HALF:
@@ -170,7 +171,7 @@ def halves(word, HALF: tl.constexpr):
     return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@jit
 def times_2_to_60(word, BY_HAND: tl.constexpr):
     if BY_HAND:
         return tl.inline_asm_elementwise(TIMES, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
@@ -179,7 +180,7 @@ def times_2_to_60(word, BY_HAND: tl.constexpr):
     return ((low.to(tl.int32, bitcast=True) >> 16) & 65535) | (high.to(tl.int32, bitcast=True) & -65536)
 
 
-@triton.jit
+@jit
 def _products(a, b, WARPS: tl.constexpr, HALF: tl.constexpr):
     # sums[w, g, n] of the two values in the words of lanes (g, t) of the one and (n, t) of the other, over t
     a_low, a_high = halves(a, HALF)
@@ -190,7 +191,7 @@ def _products(a, b, WARPS: tl.constexpr, HALF: tl.constexpr):
     return tl.sum(low + tl.reshape(a_high, rows) * tl.reshape(b_high, columns), axis=3)
 
 
-@triton.jit
+@jit
 def mma(d, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.constexpr):
     """d + a @ b of every warp: a's rows g and g + 8 in a0, a2 and in a1, a3; without assembler by definition."""
     if BY_HAND:
@@ -211,7 +212,7 @@ def mma(d, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr, HALF: tl.constexpr, BY_H
     return d[0] + d0, d[1] + d1, d[2] + d2, d[3] + d3
 
 
-@triton.jit
+@jit
 def _under_magic(word, WHICH: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.constexpr):
     # WHICH: 0 to 3 a plane, 4 low bits, 5 signs.
     if BY_HAND:
@@ -224,25 +225,25 @@ def _under_magic(word, WHICH: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.cons
     return ((word >> (4 * WHICH)) & 0x000F000F) | (0x64006400 if HALF else 0x43004300)
 
 
-@triton.jit
+@jit
 def plane_of(both, PLANE: tl.constexpr, HALF: tl.constexpr, BY_HAND: tl.constexpr):
     """Codes under the exponent that makes them 128 + code, or 1024 + code."""
     return _under_magic(both, PLANE % 4, HALF, BY_HAND)
 
 
-@triton.jit
+@jit
 def low_bits(both, HALF: tl.constexpr, BY_HAND: tl.constexpr):
     """The same of int8's low seven bits."""
     return _under_magic(both, 4, HALF, BY_HAND)
 
 
-@triton.jit
+@jit
 def sign_bits(both, HALF: tl.constexpr, BY_HAND: tl.constexpr):
     """Minus the magic number, minus 128 more where the sign is set."""
     return _under_magic(both, 5, HALF, BY_HAND)
 
 
-@triton.jit
+@jit
 def pair_of(word, SECOND: tl.constexpr, SIGNED: tl.constexpr, BY_HAND: tl.constexpr):
     # Two bytes of a word in the low bytes of its halves; above them their signs (SIGNED) or nothing.
     if BY_HAND:

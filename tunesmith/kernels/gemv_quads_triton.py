@@ -41,7 +41,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -58,6 +57,7 @@ from tunesmith.kernels.gemv_stream_triton import (
     squares_of_thread,
 )
 from tunesmith.kernels.gemv_triton import FLOAT, FP8, INT4
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, num_processors, overlaps
 from tunesmith.kernels.quick import quick
 from tunesmith.kernels.stream_products import Added, Unscaled
@@ -78,7 +78,7 @@ _STEPS_WANTED = 10
 _log = logging.getLogger(__name__)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def quad_kernel(
     x,
     w,

@@ -11,7 +11,6 @@ format, scales in float16.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from tunesmith.kernels.gemv_fragments_triton import (
@@ -28,9 +27,10 @@ from tunesmith.kernels.gemv_fragments_triton import (
     times_2_to_60,
 )
 from tunesmith.kernels.gemv_triton import FLOAT, INT4
+from tunesmith.kernels.jit import jit
 
 
-@triton.jit
+@jit
 def of_step(w, scales, zeros, held, step, place, S: tl.constexpr):
     """What a step needs that no other kernel writes: of every row 8 words; int4: its scales, and its zero points."""
     WIDTH: tl.constexpr = S[0]
@@ -55,7 +55,7 @@ def of_step(w, scales, zeros, held, step, place, S: tl.constexpr):
     return words, factors, offsets
 
 
-@triton.jit
+@jit
 def int4_step(acc, ahead, x, tokens, step, place, zero, ones, S: tl.constexpr):
     """Two blocks of 128 columns: a group of columns after the other."""
     WIDTH: tl.constexpr = S[0]
@@ -130,7 +130,7 @@ def int4_step(acc, ahead, x, tokens, step, place, zero, ones, S: tl.constexpr):
     return acc
 
 
-@triton.jit
+@jit
 def float_step(acc, words, x, tokens, step, wanted, place, S: tl.constexpr):
     """64 columns of 16 bits, of the weight and of the input alike."""
     OCTETS: tl.constexpr = S[3]
@@ -153,7 +153,7 @@ def float_step(acc, words, x, tokens, step, wanted, place, S: tl.constexpr):
     return acc
 
 
-@triton.jit
+@jit
 def byte_step(acc, words, x, tokens, step, wanted, place, S: tl.constexpr, IS_FP8: tl.constexpr):
     """128 columns: a word of codes, four columns, at a time."""
     OCTETS: tl.constexpr = S[3]

@@ -13,10 +13,10 @@ fewer warps, warp c of the first two has both.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from tunesmith.kernels.gemv_triton import FLOAT, FP8
+from tunesmith.kernels.jit import jit
 
 # Who is launched next may begin (and ask for its weights); what was launched before has written what is read here.
 EARLY = tl.constexpr("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, $1;")
@@ -29,13 +29,13 @@ PREFETCH = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.globa
 WHICH = tl.constexpr("mov.u32 $0, %ctaid.y;")
 
 
-@triton.jit
+@jit
 def early_when_earlier_is_through(place):
     """`place`, once the kernel launched before is through; the one launched next may begin at once."""
     return tl.inline_asm_elementwise(EARLY, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
+@jit
 def _program_again(num_rows, BY_HAND: tl.constexpr):
     """The program's place among those of the rows, read anew: kept, it would take a register from the loop."""
     if BY_HAND:
@@ -43,7 +43,7 @@ def _program_again(num_rows, BY_HAND: tl.constexpr):
     return tl.program_id(1)
 
 
-@triton.jit
+@jit
 def rows_to_finish(first, warp, quad, num_rows, ROWS: tl.constexpr, WARPS: tl.constexpr, GATED: tl.constexpr):
     """The rows whose sums a thread finishes, each with whether there is such a row."""
     BOTH: tl.constexpr = GATED or WARPS < 4 or ROWS < 16
@@ -59,7 +59,7 @@ def rows_to_finish(first, warp, quad, num_rows, ROWS: tl.constexpr, WARPS: tl.co
     return found
 
 
-@triton.jit
+@jit
 def of_rows(pointer, rows, IS_THERE: tl.constexpr):
     """A value of each row that a thread finishes; where there are none, none is loaded."""
     found = ()
@@ -69,7 +69,7 @@ def of_rows(pointer, rows, IS_THERE: tl.constexpr):
     return found
 
 
-@triton.jit
+@jit
 def on_their_way(pointer, rows, WANTED: tl.constexpr):
     """Ask for a value of each of these rows, without registers to hold it: the second cache is to have it."""
     for k in tl.static_range(len(rows)):
@@ -78,7 +78,7 @@ def on_their_way(pointer, rows, WANTED: tl.constexpr):
             tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [at, wanted], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
+@jit
 def _four(pointer, wanted, BY_HAND: tl.constexpr):
     if BY_HAND:
         return tl.inline_asm_elementwise(
@@ -95,7 +95,7 @@ def _four(pointer, wanted, BY_HAND: tl.constexpr):
     return values
 
 
-@triton.jit
+@jit
 def squares_of_thread(squares, thread, num_tokens, PARTS: tl.constexpr, WARPS: tl.constexpr, BY_HAND: tl.constexpr):
     """Squares that a thread adds up, four beside each other, of tokens 2 t and 2 t + 1."""
     found = ()
@@ -107,28 +107,28 @@ def squares_of_thread(squares, thread, num_tokens, PARTS: tl.constexpr, WARPS: t
     return found
 
 
-@triton.jit
+@jit
 def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
-@triton.jit
+@jit
 def _add_six(a0, a1, a2, a3, a4, a5, b0, b1, b2, b3, b4, b5):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5
 
 
-@triton.jit
+@jit
 def _by_warp(value, WARPS: tl.constexpr):
     return tl.reshape(value, [WARPS, 32])
 
 
-@triton.jit
+@jit
 def _for_all(value, WARPS: tl.constexpr):
     # Of each lane, in every warp.
     return tl.reshape(tl.broadcast_to(value[None, :], [WARPS, 32]), [32 * WARPS])
 
 
-@triton.jit
+@jit
 def _over_warps(d, squares, NORMED: tl.constexpr, WARPS: tl.constexpr, BY_HAND: tl.constexpr):
     # Sums of every lane over the warps; NORMED: of the squares of its two tokens too.
     d0, d1, d2, d3 = _by_warp(d[0], WARPS), _by_warp(d[1], WARPS), _by_warp(d[2], WARPS), _by_warp(d[3], WARPS)
@@ -151,14 +151,14 @@ def _over_warps(d, squares, NORMED: tl.constexpr, WARPS: tl.constexpr, BY_HAND: 
     return sums
 
 
-@triton.jit
+@jit
 def _over_quads(value, WARPS: tl.constexpr):
     # [32] of lanes to the sum over g, in every thread.
     total = tl.sum(tl.reshape(value, [8, 4]), axis=0)
     return tl.reshape(tl.broadcast_to(total[None, None, :], [WARPS, 8, 4]), [32 * WARPS])
 
 
-@triton.jit
+@jit
 def _finished(d, squares, eps, factors, biases, rows, warp, NORMED: tl.constexpr, S: tl.constexpr):
     # y of each row that a thread finishes: sums over the warps, times the token's factor and the row's, plus its bias.
     WIDTH: tl.constexpr = S[0]
@@ -185,7 +185,7 @@ def _finished(d, squares, eps, factors, biases, rows, warp, NORMED: tl.constexpr
     return found
 
 
-@triton.jit
+@jit
 def end_normed(
     d, squares, eps, factors, biases, out, warp, quad, place, num_rows, num_tokens, S: tl.constexpr,
     GATED: tl.constexpr,
@@ -208,7 +208,7 @@ def end_normed(
             tl.store(out + token * num_rows + rows[k][0], y[k].to(dtype), mask=there)
 
 
-@triton.jit
+@jit
 def end_added(
     d, given, warp, quad, place, num_rows, num_tokens, S: tl.constexpr, BIAS: tl.constexpr, RAISED: tl.constexpr
 ):  # fmt: skip

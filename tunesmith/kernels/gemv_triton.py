@@ -17,10 +17,10 @@ side, the sum on the other. Imported only where Triton is installed.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -30,7 +30,7 @@ SHAPES = {0: (8, 4), 1: (8, 4), 2: (8, 4), 3: (8, 4), 4: (4, 4)}
 FLOAT, INT8, FP8, INT4, NF4 = (tl.constexpr(i) for i in range(5))
 
 
-@triton.jit
+@jit
 def _float_tile(x, w, row, n, WIDTH: tl.constexpr):
     # 8 columns a lane of 16-bit weights: [R, N, 8]
     column = n[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -40,7 +40,7 @@ def _float_tile(x, w, row, n, WIDTH: tl.constexpr):
     return tl.sum(weight.to(tl.float32) * value[None, :, :], axis=2)
 
 
-@triton.jit
+@jit
 def _words(w, row, n, NUM_WORDS: tl.constexpr):
     # 4 words a lane: [R, N, 4]
     word = n[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -48,7 +48,7 @@ def _words(w, row, n, NUM_WORDS: tl.constexpr):
     return tl.load(w + at, eviction_policy="evict_first"), word
 
 
-@triton.jit
+@jit
 def _byte_tile(x, w, row, n, WIDTH: tl.constexpr, FP8: tl.constexpr):
     # 16 columns a lane: [R, N, 16]
     column = n[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -66,7 +66,7 @@ def _byte_tile(x, w, row, n, WIDTH: tl.constexpr, FP8: tl.constexpr):
     return tl.sum(weight * value[None, :, :], axis=2)
 
 
-@triton.jit
+@jit
 def _int4_tile(x, w, scales, zeros, row, n, WIDTH: tl.constexpr, PER_BLOCK: tl.constexpr, ZEROS: tl.constexpr):
     NUM_BLOCKS: tl.constexpr = (WIDTH + 127) // 128
     words, word = _words(w, row, n, NUM_BLOCKS * 16)
@@ -98,7 +98,7 @@ def _int4_tile(x, w, scales, zeros, row, n, WIDTH: tl.constexpr, PER_BLOCK: tl.c
     return out
 
 
-@triton.jit
+@jit
 def _nf4_tile(x, w, scales, inner, offset, table, dynamic, row, n, WIDTH: tl.constexpr, DOUBLE: tl.constexpr):
     words, word = _words(w, row, n, WIDTH // 8)
     block = row[:, None] * (WIDTH // 64) + tl.minimum(n // 2, WIDTH // 64 - 1)[None, :]
@@ -115,7 +115,7 @@ def _nf4_tile(x, w, scales, inner, offset, table, dynamic, row, n, WIDTH: tl.con
     return tl.sum(total, axis=2) * scale
 
 
-@triton.jit
+@jit
 def gemv_kernel(
     x,
     w,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -54,7 +54,7 @@ def _empty(gradients: list[Tensor], part: int) -> Tensor:
     return gradients[0].new_empty(count, dtype=torch.float32)
 
 
-@triton.jit(do_not_specialize=["start"])
+@jit(do_not_specialize=["start"])
 def _norm_kernel(values, norms, start, count, BLOCK: tl.constexpr, ROUNDS: tl.constexpr) -> None:
     first = tl.program_id(0).to(tl.int64) * (BLOCK * ROUNDS)
     total = tl.zeros([BLOCK], tl.float32)

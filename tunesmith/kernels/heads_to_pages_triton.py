@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.gemv_fragments_triton import when_earlier_is_through
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, overlaps
 from tunesmith.kernels.overlap_triton import let_next_begin
 from tunesmith.kernels.quick import quick
@@ -103,7 +103,7 @@ def tokens_of_a_program(num_tokens: int) -> int:
     return next(tokens for least, tokens in _TOKENS_FROM if num_tokens >= least)
 
 
-@triton.jit
+@jit
 def _weights(weight, column, mask, HALF: tl.constexpr, dtype: tl.constexpr):
     # Of a norm, for both halves of a head.
     low = tl.load(weight + column, mask=mask, other=0.0).to(dtype).to(tl.float32)[None, :]
@@ -111,14 +111,14 @@ def _weights(weight, column, mask, HALF: tl.constexpr, dtype: tl.constexpr):
     return low, high
 
 
-@triton.jit
+@jit
 def _angles(cos, sin, token, column, mask, HALF: tl.constexpr):
     cosine = tl.load(cos + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
     sine = tl.load(sin + token[:, None] * HALF + column[None, :], mask=mask, other=0.0)
     return cosine, sine
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def _heads_to_pages_kernel(
     qkv,
     query_weight,

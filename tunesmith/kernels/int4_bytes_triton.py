@@ -29,10 +29,10 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from tunesmith.kernels.gemv_fragments_triton import load_weight, once_asked_for, when_earlier_is_through
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.x_bytes_layout import BLOCK_WORDS
 
 _BLOCK = tl.constexpr(BLOCK_WORDS)
@@ -49,7 +49,7 @@ LOAD_ZEROS = tl.constexpr(
 )
 
 
-@triton.jit
+@jit
 def _products(a, b, WARPS: tl.constexpr):
     # sums[w, g, n] of the four bytes in the words of lanes (g, t) of the one and (n, t) of the other, over t
     place = 8 * tl.arange(0, 4)[None, :]
@@ -58,7 +58,7 @@ def _products(a, b, WARPS: tl.constexpr):
     return tl.sum(rows * columns, axis=3)
 
 
-@triton.jit
+@jit
 def mma(d, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr, BY_HAND: tl.constexpr):
     """d + a @ b of every warp, of unsigned bytes and signed ones: a's rows g and g + 8 in a0, a2 and in a1, a3."""
     if BY_HAND:
@@ -79,7 +79,7 @@ def mma(d, a0, a1, a2, a3, b0, b1, WARPS: tl.constexpr, BY_HAND: tl.constexpr):
     return d[0] + d0, d[1] + d1, d[2] + d2, d[3] + d3
 
 
-@triton.jit
+@jit
 def load_x(pointer, BY_HAND: tl.constexpr):
     """Four words of even columns, and four of odd ones, of one byte of the values."""
     if BY_HAND:
@@ -98,7 +98,7 @@ def load_x(pointer, BY_HAND: tl.constexpr):
     return words
 
 
-@triton.jit
+@jit
 def load_scale(pointer, at, PARTS: tl.constexpr, BY_HAND: tl.constexpr):
     """Of a block and a part: the scale, and minus 16 times the sum of the codes. at: the sum's place behind it."""
     if BY_HAND and PARTS == 1:
@@ -108,7 +108,7 @@ def load_scale(pointer, at, PARTS: tl.constexpr, BY_HAND: tl.constexpr):
     return tl.load(pointer), tl.load(pointer + at)
 
 
-@triton.jit
+@jit
 def load_zeros(pointer, wanted, PARTS: tl.constexpr, BY_HAND: tl.constexpr):
     """A word whose lowest byte, or two, are zero points."""
     if BY_HAND:
@@ -123,7 +123,7 @@ def load_zeros(pointer, wanted, PARTS: tl.constexpr, BY_HAND: tl.constexpr):
     return tl.load(pointer, mask=wanted, other=0).to(tl.int32)
 
 
-@triton.jit
+@jit
 def of_step(w, scales, zeros, at_w, at_group, wanted, S: tl.constexpr):
     """What a step needs that no other kernel writes: of both rows eight words, two scales, two zero points."""
     PARTS: tl.constexpr = S[0]
@@ -146,7 +146,7 @@ def of_step(w, scales, zeros, at_w, at_group, wanted, S: tl.constexpr):
     return words, factors, offsets
 
 
-@triton.jit
+@jit
 def wide(scale, HALF: tl.constexpr):
     """A scale in 16 bits (the lower ones of a word), in float32."""
     if HALF:
@@ -154,7 +154,7 @@ def wide(scale, HALF: tl.constexpr):
     return (scale.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@jit
 def factor_of(ahead, row: tl.constexpr, block: tl.constexpr, S: tl.constexpr):
     """Scale in float32 and zero point of a row's group in a block, this lane's."""
     PARTS: tl.constexpr = S[0]
@@ -176,7 +176,7 @@ def factor_of(ahead, row: tl.constexpr, block: tl.constexpr, S: tl.constexpr):
     return scale, zero
 
 
-@triton.jit
+@jit
 def bytes_step(acc, ahead, x, tokens, parts, mask, behind, nothing, S: tl.constexpr):
     """Two blocks of 128 columns, with all tiles of tokens: what they add to each lane's two sums of a tile."""
     PARTS: tl.constexpr = S[0]
@@ -213,7 +213,7 @@ def bytes_step(acc, ahead, x, tokens, parts, mask, behind, nothing, S: tl.conste
     return acc
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def bytes_kernel(
     x,
     w,

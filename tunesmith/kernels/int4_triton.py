@@ -9,11 +9,11 @@ Each weight is read once and written once. Imported only where Triton is install
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.int4_layout import BLOCK
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -70,7 +70,7 @@ def _int8_fake(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
-@triton.jit
+@jit
 def int4_dequantize_kernel(
     words,
     scales,
@@ -99,7 +99,7 @@ def int4_dequantize_kernel(
             tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside & (column < width))
 
 
-@triton.jit
+@jit
 def int8_dequantize_kernel(codes, scale, out, width, COLUMNS: tl.constexpr):
     """A piece of a row."""
     row = tl.program_id(0).to(tl.int64)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.kv_cache_scale import EXPONENT, EXPONENT_OF_448, MANTISSA_ABOVE_448, SMALLEST_SCALE
 from tunesmith.kernels.launch import current, tile
 from tunesmith.kernels.quick import quick
@@ -99,7 +100,7 @@ def _heads_in_order(new_TKH: Tensor) -> Tensor:
     return new_TKH if is_row else new_TKH.contiguous()
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def _write_kernel(
     key,
     value,
@@ -125,7 +126,7 @@ def _write_kernel(
     tl.store(values + place, new_value.to(values.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _write_head(
     new,
     pages,
@@ -171,7 +172,7 @@ def _write_head(
     tl.store(codes + where[:, None] * (NUM_HEADS * WIDTH), code, mask=mine[:, None] & in_width)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@jit(do_not_specialize=["num_tokens"])
 def _write_fp8_kernel(
     key,
     value,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 
 _COLUMNS, _WARPS = 4096, 8
@@ -34,13 +34,13 @@ def _log_normaliser_fake(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-@triton.jit
+@jit
 def _finite(value):
     # What exponents are taken relative to: infinite where a row has nothing, or too much.
     return tl.where((value > float("-inf")) & (value < float("inf")), value, 0.0)
 
 
-@triton.jit
+@jit
 def _normaliser_kernel(logits, found, VOCAB: tl.constexpr, COLUMNS: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.multi_lora_tiles import BAND, TILE
 from tunesmith.kernels.quick import quick
@@ -114,7 +115,7 @@ def _multi_lora_fake(
     return None
 
 
-@triton.jit
+@jit
 def _tokens(order, tiles, TILE: tl.constexpr):
     """The adapter of a tile, its tokens' rows, and which of them there are."""
     tile = tl.program_id(0)
@@ -125,7 +126,7 @@ def _tokens(order, tiles, TILE: tl.constexpr):
     return slot, tl.load(order + place, mask=exists, other=0).to(tl.int64), exists
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _shrink_kernel(
     x,
     down,
@@ -163,7 +164,7 @@ def _shrink_kernel(
             tl.store(at, total, mask=exists[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _expand_kernel(
     y,
     up,

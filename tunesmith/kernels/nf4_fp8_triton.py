@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
 from tunesmith.kernels.fp8_weight import FP8
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.nf4_weight import BLOCK, SCALE_BLOCK, NF4Weight
 from tunesmith.units import ceil_div
@@ -100,7 +100,7 @@ def _nf4_to_fp8_fake(
     return torch.empty(shape, dtype=FP8, device=codes[0].device)
 
 
-@triton.jit
+@jit
 def _nf4_to_fp8_kernel(
     codes,
     scales,

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.nf4_weight import BLOCK, SCALE_BLOCK, NF4Weight
 from tunesmith.units import ceil_div
 
@@ -111,7 +111,7 @@ def _dequantize_fake(
     return codes[0].new_empty(sum(rows), columns, dtype=dtype)
 
 
-@triton.jit
+@jit
 def _dequantize_tile(
     first,
     codes,
@@ -155,7 +155,7 @@ def _dequantize_tile(
         tl.store(out + index, values.to(THROUGH).to(out.dtype.element_ty), mask=index < num_values)
 
 
-@triton.jit
+@jit
 def _dequantize_kernel(
     codes0,
     scales0,
@@ -214,7 +214,7 @@ def approximate_reciprocal(values: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@jit
 def _reciprocal_kernel(values, out, count, SIZE: tl.constexpr) -> None:
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     value = tl.load(values + index, mask=index < count, other=1.0)

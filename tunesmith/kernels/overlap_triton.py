@@ -15,10 +15,10 @@ Imported only where Triton is installed. Source: PTX ISA, griddepcontrol, prefet
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from tunesmith.kernels.gemv_stream_triton import PREFETCH
+from tunesmith.kernels.jit import jit
 
 BEGIN = tl.constexpr("griddepcontrol.launch_dependents; mov.b32 $0, $1;")
 # The predicate is always true: it makes the assembler work out the number before, which it would put behind the wait.
@@ -27,19 +27,19 @@ WAIT = tl.constexpr("{ .reg .pred p; setp.ne.s32 p, $2, 0x80000000; @p griddepco
 PIECE_BYTES = tl.constexpr(64)
 
 
-@triton.jit
+@jit
 def let_next_begin(place):
     """`place`, an int32; the kernel launched next may begin as soon as all programs of this one are here."""
     return tl.inline_asm_elementwise(BEGIN, "=r,r", [place], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
+@jit
 def when_known_and_through(place, number):
     """`when_earlier_is_through` of an int32, behind what makes `number`, which is never -2^31."""
     return tl.inline_asm_elementwise(WAIT, "=r,r,r", [place, number], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
+@jit
 def ask_for_rows(pointer, place, there, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Ask for rows [M] of WIDTH values from pointer + place on, where they are there: no register holds them.
 

@@ -8,13 +8,13 @@ Imported only where Triton is installed. See tunesmith.kernels.paged_attention_t
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.overlap_triton import ask_for_rows, let_next_begin, when_known_and_through
 
 
-@triton.jit
+@jit
 def join_parts(mixed, largest, total, part_mixed, part_largest, part_total):
     # Two parts of the context as one. A part in which a row sees nothing has the largest score -inf and adds nothing.
     joined = tl.maximum(largest, part_largest)
@@ -24,7 +24,7 @@ def join_parts(mixed, largest, total, part_mixed, part_largest, part_total):
     return mixed, joined, total * old + part_total * new
 
 
-@triton.jit
+@jit
 def extent_of(
     context, count, first_row, last_row, window, GROUP: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr
 ):
@@ -37,7 +37,7 @@ def extent_of(
     return begin, end
 
 
-@triton.jit
+@jit
 def parts_of(begin, end, most_parts, FIXED: tl.constexpr, LEAST: tl.constexpr, KEYS: tl.constexpr):
     # Where the first part begins, how long a part is, and how many there are.
     if FIXED > 0:
@@ -50,7 +50,7 @@ def parts_of(begin, end, most_parts, FIXED: tl.constexpr, LEAST: tl.constexpr, K
     return base, size, tl.cdiv(end - base, size)
 
 
-@triton.jit
+@jit
 def ask_for_part(
     keys,
     values,
@@ -74,7 +74,7 @@ def ask_for_part(
     ask_for_rows(values, place, there, WIDTH, COLUMNS)
 
 
-@triton.jit
+@jit
 def join_found(
     found,
     statistics,
@@ -107,7 +107,7 @@ def join_found(
     return mixed / total[:, None]
 
 
-@triton.jit(do_not_specialize=["most_parts", "held_rows"])
+@jit(do_not_specialize=["most_parts", "held_rows"])
 def join_kernel(
     found,
     statistics,

@@ -20,16 +20,16 @@ Source: softmax by tiles, arXiv 2205.14135, section 3.1; parts of a context, arX
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.overlap_triton import let_next_begin, when_known_and_through
 from tunesmith.kernels.paged_attention_parts_triton import ask_for_part, extent_of, join_found, join_parts, parts_of
 
 REQUESTS_AT_ONCE = tl.constexpr(128)
 
 
-@triton.jit
+@jit
 def _go_over(
     mixed,
     largest,
@@ -101,7 +101,7 @@ def _go_over(
     return mixed, largest, total
 
 
-@triton.jit
+@jit
 def _part_of(
     query,
     keys,
@@ -185,7 +185,7 @@ def _part_of(
     )
 
 
-@triton.jit(do_not_specialize=["num_requests", "table_stride", "most_parts", "held_rows"])
+@jit(do_not_specialize=["num_requests", "table_stride", "most_parts", "held_rows"])
 def attend_kernel(
     query,
     keys,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -88,7 +88,7 @@ def _load_prompt_inputs_fake(
     return None
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["num_tokens", "num_requests", "most_tokens", "most_requests", "table_stride", "to_table_stride"]
 )
 def _load_kernel(

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, in_rows, num_processors, row_strides, tile
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -71,7 +71,7 @@ def _normalise(x: Tensor, weight: Tensor, rstd: Tensor, eps: float, again: bool)
     return y
 
 
-@triton.jit
+@jit
 def _row_offset(row, outer_stride, inner_stride, INNER: tl.constexpr):
     # Row r of [T, INNER, D] begins at (r // INNER) * outer + (r % INNER) * inner; of [T, D] at r * outer.
     if INNER == 1:
@@ -81,7 +81,7 @@ def _row_offset(row, outer_stride, inner_stride, INNER: tl.constexpr):
     return offset
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _normalise_kernel(
     x,
     weight,
@@ -187,7 +187,7 @@ def _summed(partial: Tensor) -> Tensor:
     return total
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _sum_kernel(partial, total, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> None:
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_width = column < WIDTH
@@ -199,14 +199,14 @@ def _sum_kernel(partial, total, num_rows, WIDTH: tl.constexpr, ROWS: tl.constexp
     tl.store(total + column, tl.sum(found, axis=0), mask=in_width)
 
 
-@triton.jit
+@jit
 def _load_rows(x, row, num_rows, outer, inner, INNER: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < num_rows)[:, None] & (column < WIDTH)
     return tl.load(x + _row_offset(row, outer, inner, INNER)[:, None] + column, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+@jit(do_not_specialize=["num_rows", "num_tiles"])
 def _backward_kernel(
     grad_y,
     x,

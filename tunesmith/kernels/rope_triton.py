@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -56,7 +56,7 @@ def heads_of_a_program(num_heads: int, columns: int) -> int:
     return heads
 
 
-@triton.jit
+@jit
 def _rope_kernel(
     x,
     cos,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -70,7 +70,7 @@ def _change_fake(
     return logits.new_empty(logits.shape, dtype=torch.float32)
 
 
-@triton.jit(do_not_specialize=["words", "penalty_stride"])
+@jit(do_not_specialize=["words", "penalty_stride"])
 def change_kernel(
     logits,
     slots,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -69,7 +70,7 @@ def _thresholds_fake(logits: Tensor, temperatures: Tensor, top_k: Tensor, top_p:
     return temperatures.new_empty(logits.shape[0])
 
 
-@triton.jit
+@jit
 def _load(logits, row, chunk, stride, vocab_size, CHUNK: tl.constexpr):
     """One chunk's logits in float32; minus infinity behind the row's end, and in place of what is not a number."""
     at = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -77,25 +78,25 @@ def _load(logits, row, chunk, stride, vocab_size, CHUNK: tl.constexpr):
     return tl.where(value == value, value, float("-inf"))
 
 
-@triton.jit
+@jit
 def _highest(maxima, row, chunks, CHUNKS: tl.constexpr):
     chunk = tl.arange(0, CHUNKS)
     return tl.max(tl.load(maxima + row * chunks + chunk, mask=chunk < chunks, other=float("-inf")), 0)
 
 
-@triton.jit
+@jit
 def _distance(step):
     """How far below the maximum a measure is taken, in temperatures: dense near it."""
     return 0.08 * (step + 1) * (step + 1) + 0.4 * (step + 1)
 
 
-@triton.jit
+@jit
 def _level(step, highest, temperature, DISTANCES: tl.constexpr):
     """The logit that a measure counts from; for the last one the least finite number."""
     return tl.where(step == DISTANCES - 1, LEAST, highest - temperature * _distance(step.to(tl.float32)))
 
 
-@triton.jit
+@jit
 def _choice(counts, masses, row, chunks, highest, temperature, top_k, top_p, log_min_p, CHUNKS: tl.constexpr,
             DISTANCES: tl.constexpr):  # fmt: skip
     """The first measure that holds all that may be kept, how many logits it holds, and the mass of the whole row."""
@@ -114,13 +115,13 @@ def _choice(counts, masses, row, chunks, highest, temperature, top_k, top_p, log
     return chosen, tl.sum(tl.where(step == chosen, held, 0), 0), whole
 
 
-@triton.jit(do_not_specialize=["vocab_size", "chunks"])
+@jit(do_not_specialize=["vocab_size", "chunks"])
 def maxima_kernel(logits, maxima, stride, vocab_size, chunks, CHUNK: tl.constexpr) -> None:
     row, chunk = tl.program_id(0), tl.program_id(1)
     tl.store(maxima + row * chunks + chunk, tl.max(_load(logits, row, chunk, stride, vocab_size, CHUNK), 0))
 
 
-@triton.jit(do_not_specialize=["vocab_size", "chunks"])
+@jit(do_not_specialize=["vocab_size", "chunks"])
 def measure_kernel(
     logits,
     temperatures,
@@ -145,7 +146,7 @@ def measure_kernel(
         tl.store(masses + into + step * chunks, tl.sum(tl.where(value >= level, mass, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["vocab_size", "chunks"])
+@jit(do_not_specialize=["vocab_size", "chunks"])
 def gather_kernel(
     logits,
     temperatures,
@@ -180,7 +181,7 @@ def gather_kernel(
         tl.store(candidates + row * MOST + place, value, mask=is_candidate & (place < MOST))
 
 
-@triton.jit
+@jit
 def _scan(source, num, low, middle, high, highest, temperature, CHUNK: tl.constexpr):
     """Of the logits from `low` to `high`: the largest below the middle, and the least that is not; how many of the
     whole source are not below the middle, and their mass."""
@@ -201,7 +202,7 @@ def _scan(source, num, low, middle, high, highest, temperature, CHUNK: tl.conste
     return tl.max(below, 0), tl.min(above, 0), tl.sum(count, 0), tl.sum(mass, 0)
 
 
-@triton.jit
+@jit
 def _search(source, num, low, high, highest, temperature, least_count, least_mass, CHUNK: tl.constexpr):
     """The largest logit from `low` to `high`, which exist, with at least so many, and so much mass, not below it."""
     while low < high:
@@ -214,7 +215,7 @@ def _search(source, num, low, high, highest, temperature, least_count, least_mas
     return low
 
 
-@triton.jit
+@jit
 def _exact(source, num, highest, temperature, top_k, top_p, least, whole, CHUNK: tl.constexpr):
     """A row's threshold, found among `num` logits of `source`.
 
@@ -230,7 +231,7 @@ def _exact(source, num, highest, temperature, top_k, top_p, least, whole, CHUNK:
     return low
 
 
-@triton.jit(do_not_specialize=["vocab_size", "chunks"])
+@jit(do_not_specialize=["vocab_size", "chunks"])
 def search_kernel(
     logits,
     temperatures,

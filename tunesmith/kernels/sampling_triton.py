@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, num_processors
 from tunesmith.kernels.philox import ROUNDS
 from tunesmith.kernels.quick import quick
@@ -101,7 +102,7 @@ def most_splits(vocab_size: int) -> int:
     return ceil_div(quarter(vocab_size), _COLUMNS)
 
 
-@triton.jit
+@jit
 def _gumbel(word, SERIES_BELOW: tl.constexpr):
     """Standard Gumbel noise of a word: minus the logarithm of an exponential value."""
     u = tl.minimum((word.to(tl.float32) + 0.5) * (2.0**-32), 1 - 2.0**-24)
@@ -109,7 +110,7 @@ def _gumbel(word, SERIES_BELOW: tl.constexpr):
     return -tl.log(tl.where(u < SERIES_BELOW, series, -tl.log(1 - u)))
 
 
-@triton.jit
+@jit
 def _value(source, column, strip, threshold, VOCAB: tl.constexpr, QUARTER: tl.constexpr, HAS_THRESHOLDS: tl.constexpr):
     """The tokens of one strip and their logits: minus infinity where there is none, or none that may be drawn."""
     at = column + strip * QUARTER
@@ -120,7 +121,7 @@ def _value(source, column, strip, threshold, VOCAB: tl.constexpr, QUARTER: tl.co
     return at, value
 
 
-@triton.jit
+@jit
 def _better(top, token, value, score, at):
     """The best of each lane, with one more token; a logit that is not a number beats all."""
     score = tl.where(value != value, float("inf"), score)
@@ -128,7 +129,7 @@ def _better(top, token, value, score, at):
     return tl.where(is_better, score, top), tl.where(is_better, at, token)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _best_kernel(
     logits,
     temperatures,
@@ -198,7 +199,7 @@ def _best_kernel(
     tl.store(best + row * splits + split, tl.min(tl.where(top == highest, token, VOCAB), 0))
 
 
-@triton.jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=["splits"])
 def _reduce_kernel(
     scores, best, slots, tokens, last_tokens, splits, SPLITS: tl.constexpr, BROKEN: tl.constexpr
 ) -> None:

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current
 from tunesmith.units import ceil_div
 
@@ -32,7 +32,7 @@ def _scale_fake(values: Tensor, factor: Tensor) -> None:
     return None
 
 
-@triton.jit
+@jit
 def _scale_kernel(values, factor, count, BLOCK: tl.constexpr) -> None:
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(values + index, mask=index < count).to(tl.float32) * tl.load(factor).to(tl.float32)

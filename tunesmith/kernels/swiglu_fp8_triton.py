@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tunesmith.kernels.fp8_held_triton import code_of, scale_of
 from tunesmith.kernels.fp8_weight import FP8, LARGEST, SMALLEST_SCALE
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, in_rows
 from tunesmith.kernels.quick import quick
 
@@ -54,7 +55,7 @@ def _swiglu_rows_fake(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.empty(rows, 1, dtype=torch.float32, device=gate_up.device)
 
 
-@triton.jit
+@jit
 def _rows_kernel(
     gate_up,
     codes,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import LEAST_SHARED_BYTES, current, in_rows, shared_bytes
 from tunesmith.kernels.swiglu_low_rank_triton import (
     factors,
@@ -115,7 +116,7 @@ def _whole(rank: int, chunk: int) -> int:
     return max(chunk, triton.next_power_of_2(rank))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _grads_kernel(
     grad_h,
     gate_up,
@@ -174,7 +175,7 @@ def _grads_kernel(
     tl.store(at, tl.trans(of_hidden), mask=mask)
 
 
-@triton.jit
+@jit
 def _add_product(total, activation, skinny):
     """total + activation.T @ skinny."""
     return tl.dot(tl.trans(activation.to(skinny.dtype)), skinny, total, input_precision="ieee")

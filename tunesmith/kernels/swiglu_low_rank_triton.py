@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, in_rows
 from tunesmith.units import ceil_div
 
@@ -77,34 +78,34 @@ def _swiglu_low_rank_fake(gate_up: Tensor, low: Tensor, up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@triton.jit
+@jit
 def tile_at(pointer, row, column, num_rows, stride, WIDTH: tl.constexpr):
     """Where a tile's values lie, and which of them exist."""
     at = row.to(tl.int64)[:, None] * stride + column[None, :]
     return pointer + at, (row < num_rows)[:, None] & (column < WIDTH)[None, :]
 
 
-@triton.jit
+@jit
 def load_pair(gate_up, row, column, num_rows, stride, WIDTH: tl.constexpr):
     """gate and up of a tile as they are held."""
     at, mask = tile_at(gate_up, row, column, num_rows, stride, WIDTH)
     return tl.load(at, mask=mask, other=0.0), tl.load(at + WIDTH, mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def _left_chunk(left, row, k, num_rows, RANK: tl.constexpr):
     at = left + row.to(tl.int64)[:, None] * RANK + k[None, :]
     return tl.load(at, mask=(row < num_rows)[:, None] & (k < RANK)[None, :], other=0.0)
 
 
-@triton.jit
+@jit
 def _up_chunk(up, column, k, WIDTH: tl.constexpr, RANK: tl.constexpr):
     # Read along the rank, as it lies in memory, then turned.
     at = up + column[:, None] * RANK + k[None, :]
     return tl.trans(tl.load(at, mask=(column < WIDTH)[:, None] & (k < RANK)[None, :], other=0.0))
 
 
-@triton.jit
+@jit
 def pair_with_sums(
     gate, value, low, up, row, column, num_rows, WIDTH: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -127,7 +128,7 @@ def pair_with_sums(
     return wide_gate, wide_value
 
 
-@triton.jit
+@jit
 def grad_with_sum(
     grad, dlow, down, row, column, num_rows, WIDTH: tl.constexpr, RANK: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -146,7 +147,7 @@ def grad_with_sum(
     return wide
 
 
-@triton.jit
+@jit
 def swiglu_gradients(grad, gate, value):
     """h and the gradients of gate and up, in float32."""
     sigmoid = tl.sigmoid(gate)
@@ -154,7 +155,7 @@ def swiglu_gradients(grad, gate, value):
     return silu * value, grad * value * sigmoid * (1 + gate * (1 - sigmoid)), grad * silu
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     gate_up,
     low,
@@ -178,7 +179,7 @@ def _forward_kernel(
         tl.store(at, (gate * tl.sigmoid(gate) * value).to(h.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _place(WIDTH: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr):
     # Programs run along the rows first, so that neighbours in time are neighbours in memory.
     blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -348,7 +349,7 @@ def _backward(
     return h
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     grad_h,
     gate_up,

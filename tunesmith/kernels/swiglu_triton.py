@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, in_rows
 from tunesmith.kernels.quick import quick
 from tunesmith.units import ceil_div
@@ -37,7 +37,7 @@ def _swiglu_fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@triton.jit
+@jit
 def _forward_kernel(gate_up, h, stride, WIDTH: tl.constexpr, COLUMNS: tl.constexpr) -> None:
     row, column, mask = _place(WIDTH, COLUMNS)
     gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0).to(tl.float32)
@@ -45,7 +45,7 @@ def _forward_kernel(gate_up, h, stride, WIDTH: tl.constexpr, COLUMNS: tl.constex
     tl.store(h + row * WIDTH + column, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _place(WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     # Programs run along a row first, so that neighbours in time are neighbours in memory.
     blocks: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
@@ -134,7 +134,7 @@ def _backward(grad_h: Tensor, gate_up: Tensor, want_h: bool, out: Tensor) -> Ten
     return h
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     grad_h,
     gate_up,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tunesmith.kernels.int4_layout import BLOCK
+from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, in_rows, overlaps
 from tunesmith.kernels.quick import quick
 from tunesmith.kernels.x_bytes_layout import BLOCK_WORDS, LARGEST_CODE, SCALE_AT, SMALLEST_SCALE
@@ -110,7 +111,7 @@ def _by_blocks(source: Tensor, width: int, *, is_gated: bool) -> Tensor:
     return out
 
 
-@triton.jit
+@jit
 def _quarters(x, first, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
     """Of BLOCKS blocks from `first` on the columns of each quarter, [BLOCKS, 32] in the dtype of x; 0 behind the end.
 
@@ -126,7 +127,7 @@ def _quarters(x, first, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
     )
 
 
-@triton.jit
+@jit
 def _store_blocks(out, values, first, WIDTH: tl.constexpr, BLOCKS: tl.constexpr) -> None:
     """Words of BLOCKS blocks from `first` on of a row, of their quarters' values in float32."""
     # As integers magnitudes have the order of the numbers; an infinity is above all of them, and NaN above that.
@@ -162,7 +163,7 @@ def _store_blocks(out, values, first, WIDTH: tl.constexpr, BLOCKS: tl.constexpr)
     tl.store(at + _SCALE_AT, rest, mask=there & (word < _WORDS - _SCALE_AT))
 
 
-@triton.jit
+@jit
 def _blocks_kernel(
     x,
     out,
@@ -191,7 +192,7 @@ def _blocks_kernel(
     _store_blocks(out + row * (WIDTH // _BLOCK * _WORDS), values, first, WIDTH, BLOCKS)
 
 
-@triton.jit
+@jit
 def _norm_kernel(
     stream,
     delta,
