@@ -31,7 +31,7 @@ On an H200 with 8 rows (7B) joining inside took 35 us where the kernel took 18 (
 """
 _ENOUGH_PROGRAMS, _PROGRAMS_WANTED = 2, 16
 """For each processor: with so many programs contexts are left whole; with fewer, parts for so many."""
-_PROGRAMS_ASKING = 4
+_PROGRAMS_ASKING = 0
 """For each processor: with more programs memory is busy anyway, and most begin when nothing is left to wait for."""
 
 
