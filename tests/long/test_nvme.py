@@ -1,10 +1,9 @@
-"""DeepSpeed's offload to NVMe, in a folder here: the losses of the same training in the host's memory."""
+"""DeepSpeed's offload to NVMe, in a folder here: losses as with the host's memory, and its states' bits."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,13 +41,29 @@ def build() -> None:
     get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
 
 
-def train(model_dir: str, kind: str, precision: str, place: str | None, file: str | None) -> list[float]:
-    """The losses of STEPS steps under ZeRO-3. place: of offload, a folder of nvme's or cpu; file: a ds_config.json."""
+def train(
+    model_dir: str,
+    kind: str,
+    precision: str,
+    place: str | None,
+    file: str | None,
+    first: int = 0,
+    stop: int = STEPS,
+    states: str | None = None,
+) -> list[float]:
+    """The losses of steps `first` to `stop` under ZeRO-3.
+
+    Args: place: of offload, a folder of nvme's or cpu; file: a ds_config.json; states: where a state is read from
+    before the first step, but for step 0, and written to after each.
+    """
     if HERE not in sys.path:
         sys.path.insert(0, HERE)
     import equality_campaign as campaign
 
+    from tunesmith.checkpoint.agreement import checkpoint_group
     from tunesmith.checkpoint.load import load_decoder
+    from tunesmith.checkpoint.sharded import save_shards
+    from tunesmith.checkpoint.state import load_latest
     from tunesmith.model.methods import apply_method
     from tunesmith.parallel.mesh import joined
     from tunesmith.recipe.parallel import ParallelSection
@@ -75,7 +90,14 @@ def train(model_dir: str, kind: str, precision: str, place: str | None, file: st
         config = deepspeed_config(settings, recipe, model, STEPS, mesh, micro_batches=packs)
         updater = DeepSpeedUpdater(model, recipe, STEPS, config, mesh)
         try:
-            return [campaign._step(updater, number, mesh).loss for number in range(STEPS)]
+            if states is not None and first:
+                updater.restore(load_latest(Path(states), agreement=checkpoint_group())[1])
+            losses, facts = [], {"optimizer": {}, "rng": {}, "scaler": None}
+            for number in range(first, stop):
+                losses.append(campaign._step(updater, number, mesh).loss)
+                if states is not None:
+                    save_shards(Path(states), number + 1, updater.shards(), facts, keep=1, agreement=checkpoint_group())
+            return losses
         finally:
             updater.close()
 
@@ -123,6 +145,14 @@ def compare() -> Iterator[Callable[..., None]]:
     write_json_atomic(RESULTS / "nvme.json", {**facts, "commit": commit, "cases": cases, "environment": environment})
 
 
+def states_on(place: Path) -> str:
+    """A ds_config.json that puts the optimiser's states alone on a disk."""
+    file = place.with_suffix(".json")
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": str(place)}, "offload_param": {"device": "cpu"}}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **offload}}), encoding="utf-8")
+    return str(file)
+
+
 def written(place: Path) -> int:
     """Bytes that lie on the disk."""
     return sum(file.stat().st_size for file in place.rglob("*.swp"))
@@ -154,10 +184,34 @@ def test_a_file_puts_states_alone_on_disk_in_float32(
     ranks: Callable[..., list[Any]], compare: Callable[..., None], model_dir: str, tmp_path: Path, world_size: int
 ) -> None:
     ranks(build, 1, timeout_s=BUILD_S)
-    file, place = tmp_path / "ds_config.json", tmp_path / "disk"
-    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": str(place)}, "offload_param": {"device": "cpu"}}
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3, **offload}}), encoding="utf-8")
+    place = tmp_path / "disk"
+    file = states_on(place)
     expected = ranks(train, world_size, model_dir, "full", "float32", None, None)
-    found = ranks(train, world_size, model_dir, "full", "float32", None, os.fspath(file))
+    found = ranks(train, world_size, model_dir, "full", "float32", None, file)
     compare(f"full-dp{world_size}-float32-states-beside-none", found, expected, written(place))
     assert list(place.glob("zero_stage_3/optimizer/rank0/exp_avg_sq*.swp"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["full", "lora", "states alone"])
+def test_a_state_on_disk_is_saved_and_resumed_bit_for_bit(
+    ranks: Callable[..., list[Any]], model_dir: str, tmp_path: Path, kind: str, world_size: int
+) -> None:
+    """DeepSpeed gave views of buffers that the next read went into; before a first step, tensors without values."""
+    from tunesmith.checkpoint.state import load_latest
+
+    ranks(build, 1, timeout_s=BUILD_S)
+    half, whole, broken = STEPS // 2, tmp_path / "whole", tmp_path / "broken"
+    run = (model_dir, "full", "float32") if kind == "states alone" else (model_dir, kind, "bfloat16")
+
+    def place(name: str) -> tuple[str | None, str | None]:
+        return (None, states_on(tmp_path / name)) if kind == "states alone" else (str(tmp_path / name), None)
+
+    unbroken = ranks(train, world_size, *run, "cpu", None, 0, STEPS, str(whole))
+    before = ranks(train, world_size, *run, *place("disk"), 0, half, str(broken))
+    after = ranks(train, world_size, *run, *place("other"), half, STEPS, str(broken))
+    assert [a + b for a, b in zip(before, after, strict=True)] == unbroken
+    expected, found = (load_latest(folder)[1].tensors for folder in (whole, broken))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not expected[name].equal(found[name])] == []
+    assert not list(tmp_path.rglob("*.copy"))

@@ -2,14 +2,18 @@
 engine's, so that a state goes from one engine, or number of processes, to another. No pickle.
 
 DeepSpeed's shares are ranges of flattened tensors. A range of a matrix is at most three boxes: the end of a row, whole
-rows, the beginning of one.
+rows, the beginning of one. What waits on a disk (NVMe) is read a sub-group at a time, into files beside DeepSpeed's.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,11 +88,13 @@ class ZeroState:
                 f"ds_config.json to AdamW, or leave the section out"
             )
         self._shares: list[_Share] = []
+        self._copies: dict[int, dict[str | None, Tensor]] = {}  # of sub-groups on a disk; None: the weights
 
     def fragments(self) -> list[Fragment]:
         """This process's boxes. Those of an offloaded state may be copies: `adopt` puts them back."""
         self._begin_states()
         self._shares = []
+        self._copies = {group: self._copied(group) for group in self._groups_on_disk()}
         found: list[Fragment] = []
         for name, parameter in self._parameters.items():
             found += self._boxes(f"model.{name}", parameter, None)
@@ -105,11 +111,12 @@ class ZeroState:
         """
         for share in self._shares:
             self._put_back(share)
+        self._write_copies()
         steps = [fragment.tensor for fragment in fragments if fragment.name.endswith(".step")]
         for state in self._basic.state.values():
             if "step" in state and steps:
                 state["step"].copy_(steps[0])
-        self._shares = []
+        self._shares, self._copies = [], {}
         self._refresh_weights()
 
     @property
@@ -147,8 +154,13 @@ class ZeroState:
     def _locate_in_partition(self, parameter: Any, key: str | None) -> tuple[_Share, int] | None:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        whole = safe_get_local_fp32_param(parameter) if key is None else safe_get_local_optimizer_state(parameter, key)
-        whole = whole.detach()
+        copies, first, length = self._copies_of(parameter)
+        if copies is not None:
+            whole = copies[key].narrow(0, first, length)
+        elif key is None:
+            whole = safe_get_local_fp32_param(parameter).detach()
+        else:
+            whole = safe_get_local_optimizer_state(parameter, key).detach()
         start = self._rank * whole.numel()
         count = min(whole.numel(), parameter.ds_numel - start)
         return (_Share(parameter, key, whole[:count], whole), start) if count > 0 else None
@@ -156,8 +168,8 @@ class ZeroState:
     def _put_back(self, share: _Share) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-        if self._stage != 3:
-            return  # a view of what DeepSpeed holds
+        if self._stage != 3 or self._copies_of(share.parameter)[0] is not None:
+            return  # a view of what DeepSpeed holds, or of what goes to the disk as a whole
         if share.key is None:
             safe_set_local_fp32_param(share.parameter, share.whole.clone())
         else:
@@ -165,11 +177,54 @@ class ZeroState:
 
     def _begin_states(self) -> None:
         """Moments of zero, where no step was taken yet."""
-        for flat in self._flat_masters() if self._has_moments else ():
+        on_disk = self._groups_on_disk()
+        for group, flat in enumerate(self._flat_masters() if self._has_moments else ()):
             if flat is None or self._basic.state.get(flat):
                 continue
-            zeros = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in _MOMENTS}
-            self._basic.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **zeros}
+            with self._at_hand(group, writes=True) if group in on_disk else nullcontext():
+                zeros = {key: torch.zeros_like(flat, memory_format=torch.preserve_format) for key in _MOMENTS}
+                self._basic.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **zeros}
+
+    def _groups_on_disk(self) -> list[int]:
+        """Sub-groups whose master weights and moments wait in files: their tensors are empty until they are read."""
+        if self._stage != 3:
+            return []
+        return [i for i in range(len(self._zero.fp16_groups)) if self._zero._swappable_optimizer_subgroup(i)]
+
+    @contextmanager
+    def _at_hand(self, group: int, writes: bool) -> Iterator[None]:
+        """Within this context a sub-group's tensors are in DeepSpeed's buffers, which the next one takes over.
+
+        writes: whether they go to the disk again; else they are let go.
+        """
+        self._zero._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if writes:
+            self._zero._optimizer_states_and_gradient_swap_out(group)
+        else:
+            self._zero._release_swap_buffers(group)
+
+    def _held(self, group: int) -> dict[str | None, Tensor]:
+        flat = self._flat_masters()[group]
+        held: dict[str | None, Tensor] = {None: flat.detach()}
+        held.update((key, self._basic.state[flat][key]) for key in _MOMENTS if self._has_moments)
+        return held
+
+    def _copied(self, group: int) -> dict[str | None, Tensor]:
+        folder = self._zero.optimizer_swapper.swap_folder
+        with self._at_hand(group, writes=False):
+            return {key: _on_disk(tensor, folder) for key, tensor in self._held(group).items()}
+
+    def _copies_of(self, parameter: Any) -> tuple[dict[str | None, Tensor] | None, int, int]:
+        """Copies of the parameter's sub-group, where that is on a disk; where in them its share begins; its length."""
+        group, first, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        return self._copies.get(group), first, length
+
+    def _write_copies(self) -> None:
+        for group, copies in self._copies.items():
+            with self._at_hand(group, writes=True):
+                for key, tensor in self._held(group).items():
+                    tensor.copy_(copies[key])
 
     def _flat_masters(self) -> list[Tensor]:
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
@@ -183,13 +238,21 @@ class ZeroState:
             for parameter in self._parameters.values():
                 parameter.data.copy_(safe_get_full_fp32_param(parameter))
             return
+        on_disk = self._groups_on_disk()
         for group in range(len(self._zero.fp16_groups)):
-            waits_on_disk = self._zero._swappable_optimizer_subgroup(group)
-            if waits_on_disk:
-                self._zero._prepare_sub_group(group, set())
-            self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            if waits_on_disk:
-                self._zero._release_sub_group(group, set())
+            with self._at_hand(group, writes=False) if group in on_disk else nullcontext():
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
         whole = [p for p in self._zero.persistent_parameters if p.ds_status.name == "AVAILABLE"]
         if whole:
             whole[0].partition(whole)
+
+
+def _on_disk(tensor: Tensor, folder: str) -> Tensor:
+    """A copy in a file without a name, which goes when the copy does: the host's memory need not hold it."""
+    handle, path = tempfile.mkstemp(suffix=".copy", dir=folder)
+    os.close(handle)
+    try:
+        copy = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    finally:
+        Path(path).unlink()
+    return copy.copy_(tensor)
