@@ -3,11 +3,7 @@
     product qkv | heads_to_pages | attention | product out | add_rms_norm
     product gate, up | swiglu | product down | add_rms_norm
 
-Of few tokens the product of gate and up is SwiGLU's launch too (`model/decode_linears.py`, swiglu_product), and in
-bfloat16 the products before and behind a norm do its work (`model/stream_linears.py`, decided once for a pass):
-
-    product qkv | heads_to_pages | attention | product out | product gate, up | product down
-
+Of few tokens the product of gate and up is SwiGLU's launch too (`model/decode_linears.py`, swiglu_product).
 A product in fp8 has its input quantised before; of the MLP's second, swiglu does that. Few tokens meet int4 as bytes
 (`model/decode_int4.py`), which norms and swiglu write, and a launch of its own for attention's output.
 It calls the decoder's own linears, whatever stands in their place (quantised, with adapters), and holds no weights.
@@ -27,19 +23,17 @@ from tunesmith.kernels.launch import overlapped
 from tunesmith.kernels.nf4 import use_kernel
 from tunesmith.kernels.rms_norm import rms_norm
 from tunesmith.kernels.rope import rope_tables_half
-from tunesmith.kernels.stream_products import Unscaled
 from tunesmith.kernels.swiglu import swiglu
 from tunesmith.kernels.swiglu_fp8 import swiglu_rows_fp8
 from tunesmith.model.block import Block, Mlp
 from tunesmith.model.decode_int4 import InBytes, normed_for, product_of, swiglu_for
-from tunesmith.model.decode_linears import DecodeFp8Linear
+from tunesmith.model.decode_linears import DecodeFp8Linear, swiglu_product
 from tunesmith.model.decoder import Decoder
 from tunesmith.model.heads import HalfRope, Heads
 from tunesmith.model.layers import RMSNorm
-from tunesmith.model.stream_linears import Joined, added_product, joined_norms, normed_product, normed_swiglu
 
 # What a norm leaves to the linear that reads it.
-Normed = Tensor | Unscaled | InBytes
+Normed = Tensor | InBytes
 
 
 def has_fused_pass(decoder: Decoder) -> bool:
@@ -69,24 +63,16 @@ class FusedPass:
         blocks = [cast(Block, block) for block in decoder.blocks]
         norms = [*(cast(RMSNorm, block.attention_norm) for block in blocks[1:]), cast(RMSNorm, decoder.norm)]
         first = cast(RMSNorm, blocks[0].attention_norm)
-        joined = [Joined()] * len(blocks) if attend.invariant else joined_norms(blocks, stream)
         y: Normed = rms_norm(stream, first.weight, first.eps)[0]
         for layer, (block, following) in enumerate(zip(blocks, norms, strict=True)):
             mlp_norm, output, mlp = cast(RMSNorm, block.mlp_norm), block.attention.output, cast(Mlp, block.mlp)
             mixed = self._attend(block, layer, _product(block.attention.qkv, y), rope, attend)
-            if joined[layer].after_attention:
-                stream, y = added_product(output, mixed, stream, mlp_norm, mlp.up)
-            else:
-                # Where processes share the model, their parts are summed.
-                mixed, reader = block.stream.summed(output(mixed)), mlp.up if _is_swiglu(mlp) else None
-                y = normed_for(reader, stream, mixed, mlp_norm.weight, mlp_norm.eps)
+            # Where processes share the model, their parts are summed.
+            mixed, reader = block.stream.summed(output(mixed)), mlp.up if _is_swiglu(mlp) else None
+            y = normed_for(reader, stream, mixed, mlp_norm.weight, mlp_norm.eps)
             reader = blocks[layer + 1].attention.qkv if layer + 1 < len(blocks) else None
-            if joined[layer].after_mlp:
-                assert reader is not None
-                stream, y = added_product(mlp.down, _gated(mlp, y), stream, following, reader)
-            else:
-                y = normed_for(reader, stream, block.stream.summed(_mlp(mlp, y)), following.weight, following.eps)
-        assert isinstance(y, Tensor)  # the last norm is joined to nothing, and read by no linear
+            y = normed_for(reader, stream, block.stream.summed(_mlp(mlp, y)), following.weight, following.eps)
+        assert isinstance(y, Tensor)  # the last norm is read by no linear
         return y
 
     def _attend(
@@ -114,18 +100,12 @@ class FusedPass:
 
 
 def _product(linear: nn.Module, y_TD: Normed) -> Tensor:
-    return product_of(linear, y_TD) if isinstance(y_TD, InBytes) else normed_product(linear, y_TD)
-
-
-def _gated(mlp: Mlp, y_TD: Normed) -> Tensor:
-    """What the MLP's second product reads, where it is quantised for none."""
-    h_TI = None if isinstance(y_TD, InBytes) else normed_swiglu(mlp.up, y_TD)
-    return _swiglu(_product(mlp.up, y_TD)) if h_TI is None else h_TI
+    return product_of(linear, y_TD) if isinstance(y_TD, InBytes) else cast(Tensor, linear(y_TD))
 
 
 def _mlp(mlp: nn.Module, y_TD: Normed) -> Tensor:
     if _is_swiglu(mlp):
-        h_TI = None if isinstance(y_TD, InBytes) else normed_swiglu(mlp.up, y_TD)
+        h_TI = None if isinstance(y_TD, InBytes) else swiglu_product(mlp.up, y_TD)
         if h_TI is not None:
             return cast(Tensor, mlp.down(h_TI))
         gate_up_TF = _product(mlp.up, y_TD)

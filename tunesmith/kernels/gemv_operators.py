@@ -9,12 +9,9 @@ from torch import Tensor
 
 from tunesmith.kernels.codebooks import dynamic_values, nf4_values
 from tunesmith.kernels.gemv_dot_triton import dot
-from tunesmith.kernels.gemv_quads_triton import quads, shape_of, takes_quads
+from tunesmith.kernels.gemv_quads_triton import quads, takes_quads
 from tunesmith.kernels.gemv_triton import gemv
 from tunesmith.kernels.int4_layout import BLOCK
-from tunesmith.kernels.launch import num_processors
-from tunesmith.kernels.stream_products import RAISED, Added, Unscaled, factors_of
-from tunesmith.units import ceil_div
 
 _FLOAT, _INT8, _FP8, _INT4, _NF4 = range(5)
 
@@ -82,89 +79,6 @@ def _swiglu_few_fake(
     format_id: int, x: Tensor, weight: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     return _like(x, weight.shape[0] // 2)
-
-
-@torch.library.custom_op("tunesmith::added_few", mutates_args=())
-def added_few_operator(
-    format_id: int,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    stream: Tensor,
-    norm: Tensor,
-    is_raised: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """stream + x @ weight.T + bias [T, D]; that times norm [D]; its squares float32 [T, P], see stream_products.py."""
-    x, held = x.contiguous(), weight.view(torch.int8) if format_id == _FP8 else weight
-    num_tokens, num_rows = stream.shape
-    shape = shape_of(format_id, num_rows, x.shape[1], num_processors(x.device), num_tokens)
-    squares = torch.empty(num_tokens, ceil_div(num_rows, shape[0]), dtype=torch.float32, device=x.device)
-    new, out = torch.empty_like(stream), torch.empty_like(stream)
-    added = Added(stream, norm.contiguous(), is_raised, new, squares)
-    if quads(format_id, x, held, scales, None, bias, out, shape=shape, added=added):
-        return new, out, squares
-    torch.add(stream, _run(format_id, x, held, scales, None, bias), out=new)
-    squares.zero_()[:, 0] = new.float().square().sum(1)
-    return new, (new * norm.to(new.dtype)) * (RAISED if is_raised else 1.0), squares
-
-
-@added_few_operator.register_fake
-def _added_few_fake(
-    format_id: int,
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    stream: Tensor,
-    norm: Tensor,
-    is_raised: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    parts = torch.library.get_ctx().new_dynamic_size()
-    return torch.empty_like(stream), torch.empty_like(stream), stream.new_empty(len(stream), parts, dtype=torch.float32)
-
-
-@torch.library.custom_op("tunesmith::normed_few", mutates_args=())
-def normed_few_operator(
-    format_id: int,
-    x: Tensor,
-    squares: Tensor,
-    eps: float,
-    is_raised: bool,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    is_gated: bool,
-) -> Tensor:
-    """norm(stream) @ weight.T + bias [T, F], of what `added_few_operator` left of the norm.
-
-    is_gated: silu(gate) * up [T, F / 2] of gates above what they gate, rounded as product and swiglu apart are.
-    """
-    held = weight.view(torch.int8) if format_id == _FP8 else weight
-    given = Unscaled(x, squares, eps, is_raised)
-    out = torch.empty(x.shape[0], weight.shape[0] // (1 + is_gated), dtype=x.dtype, device=x.device)
-    if quads(format_id, x, held, scales, None, bias, out, is_gated=is_gated, normed=given):
-        return out
-    from tunesmith.kernels.swiglu import swiglu
-
-    y_TD = (x.float() * (factors_of(given) / (RAISED if is_raised else 1.0))).to(x.dtype)
-    y_TF = _run(format_id, y_TD, held, scales, None, bias)
-    return swiglu(y_TF) if is_gated else y_TF
-
-
-@normed_few_operator.register_fake
-def _normed_few_fake(
-    format_id: int,
-    x: Tensor,
-    squares: Tensor,
-    eps: float,
-    is_raised: bool,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    is_gated: bool,
-) -> Tensor:
-    return _like(x, weight.shape[0] // (1 + is_gated))
 
 
 @torch.library.custom_op("tunesmith::int8_linear_few", mutates_args=())

@@ -25,8 +25,7 @@ in one order. A warp has the weights (and int4's scales and zero points) of its 
 registers of their own, while it multiplies: what a small weight costs is how often the memory's latency is waited for.
 
 OVERLAP: a launch begins while the kernel before it ends (programmatic dependent launch). The first steps' weights are
-asked for at once, the input only when that kernel is through. NORMED and ADDED: the launch reads a norm, or writes the
-stream for one (kernels/stream_products.py), of at most 8 tokens. Imported only where Triton is installed.
+asked for at once, the input only when that kernel is through. Imported only where Triton is installed.
 """
 
 # Triton's decorator and its kernels' arguments have no types.
@@ -47,20 +46,10 @@ from torch import Tensor
 from tunesmith.kernels.chip import chip_of, known_by_chip
 from tunesmith.kernels.gemv_fragments_triton import once_asked_for, when_earlier_is_through
 from tunesmith.kernels.gemv_steps_triton import byte_step, float_step, int4_step, of_step
-from tunesmith.kernels.gemv_stream_triton import (
-    early_when_earlier_is_through,
-    end_added,
-    end_normed,
-    of_rows,
-    on_their_way,
-    rows_to_finish,
-    squares_of_thread,
-)
 from tunesmith.kernels.gemv_triton import FLOAT, FP8, INT4
 from tunesmith.kernels.jit import jit
 from tunesmith.kernels.launch import current, num_processors, overlaps
 from tunesmith.kernels.quick import quick
-from tunesmith.kernels.stream_products import Added, Unscaled
 from tunesmith.units import ceil_div
 
 # Tokens by format. A program has 16 at most; others with the same rows run beside it and find them in the second cache.
@@ -88,11 +77,6 @@ def quad_kernel(
     out,
     num_rows,
     num_tokens,
-    stream,
-    norm,
-    new,
-    squares,
-    eps,
     WIDTH: tl.constexpr,
     FORMAT: tl.constexpr,
     PER_BLOCK: tl.constexpr,
@@ -106,29 +90,18 @@ def quad_kernel(
     BY_HAND: tl.constexpr,
     OVERLAP: tl.constexpr,
     GATED: tl.constexpr,
-    NORMED: tl.constexpr,
-    ADDED: tl.constexpr,
-    RAISED: tl.constexpr,
-    PARTS: tl.constexpr,
 ):
     """out[t, f] = sum of x[t, k] w[f, k] (+ bias[f]); x, w and int4's scales as int32 words, its zero points as int16.
 
     A program has ROWS (8, 16 or 32) rows of w and 8 TOKEN_TILES tokens. GATED: half of them from the upper half of w,
     the gates, and those that belong to them from the lower: out[t, f] = silu(gate) * up, both rounded as they would be.
     Rows and tokens that are not there are others once more, and are not stored.
-    NORMED: x lacks the factor of each token, 1 / sqrt(sum of its PARTS `squares` / WIDTH + eps). ADDED: new = stream +
-    y, out = new * norm, squares of a program's part of new. RAISED: what lies between the two is times 2^60.
     """
     HALF: tl.constexpr = out.dtype.element_ty == tl.float16
     OCTETS: tl.constexpr = ROWS // 8
     TILES: tl.constexpr = (OCTETS + 1) // 2
-    S: tl.constexpr = (
-        WIDTH, PER_BLOCK, ZEROS, OCTETS, TOKEN_TILES, WARPS, HALF, BY_HAND, FORMAT, SCALE_HALF, NORMED and RAISED,
-    )  # fmt: skip
+    S: tl.constexpr = (WIDTH, PER_BLOCK, ZEROS, OCTETS, TOKEN_TILES, WARPS, HALF, BY_HAND, FORMAT, SCALE_HALF)
     STEPS: tl.constexpr = WIDTH // (256 if FORMAT == INT4 else (64 if FORMAT == FLOAT else 128))
-    IN_STREAM: tl.constexpr = NORMED or ADDED
-    # Squares that are few are asked for with the input, and others, which would take registers, at the end.
-    HOLDS: tl.constexpr = PARTS <= 32 * WARPS
     thread = tl.arange(0, 32 * WARPS)
     warp, quad, place = thread // 32, thread % 32 // 4, thread % 4
     zero = tl.zeros([32 * WARPS], tl.float32)
@@ -154,15 +127,7 @@ def quad_kernel(
     lane = tl.arange(0, 32)[:, None, None]
     lower, odd = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
     factors, biases = (), ()
-    if IN_STREAM:
-        rows = rows_to_finish(first, warp, quad, num_rows, ROWS, WARPS, GATED)
-        if ADDED:
-            on_their_way(scales, rows, BY_HAND and FORMAT != FLOAT)
-            on_their_way(bias, rows, BY_HAND and BIAS)
-            on_their_way(norm, rows, BY_HAND)
-        else:
-            factors, biases = of_rows(scales, rows, FORMAT != FLOAT), of_rows(bias, rows, BIAS)
-    for i in tl.static_range(0 if IN_STREAM else TILES):
+    for i in tl.static_range(TILES):
         if GATED:
             place_out = first + 8 * i + lane // 4
             row, inside = place_out + lower * num_out, (place_out < num_out) & (lower < 2)
@@ -178,9 +143,7 @@ def quad_kernel(
         factors, biases = factors + (factor,), biases + (added,)
     here = once_asked_for(place, BY_HAND)  # of what is loaded above, nothing is used above
     if OVERLAP:
-        here = early_when_earlier_is_through(here) if IN_STREAM else when_earlier_is_through(here)
-    if NORMED and HOLDS:
-        asked = squares_of_thread(squares, thread, num_tokens, PARTS, WARPS, BY_HAND)
+        here = when_earlier_is_through(here)
     for start in range(0, STEPS, WARPS * AHEAD):
         following = ()
         for j in tl.static_range(AHEAD):
@@ -201,14 +164,7 @@ def quad_kernel(
             else:
                 acc = byte_step(acc, now[0], x, tokens, step, wanted, here, S, FORMAT == FP8)
         ahead = following
-    if ADDED:
-        given = (scales, bias, norm, stream, out, new, squares)
-        end_added(acc[0], given, warp, quad, here, num_rows, num_tokens, S, BIAS, RAISED)
-    elif NORMED:
-        if not HOLDS:
-            asked = squares_of_thread(squares, thread, num_tokens, PARTS, WARPS, BY_HAND)
-        end_normed(acc[0], asked, eps, factors, biases, out, warp, quad, here, num_rows, num_tokens, S, GATED)
-    for i in tl.static_range(0 if IN_STREAM else TILES):
+    for i in tl.static_range(TILES):
         row = first + 16 * i + 8 * lower + lane // 4
         inside = (row < num_rows) & (row < first + ROWS)
         one_row = first + 8 * i + tl.arange(0, 32)[:, None] // 4
@@ -303,13 +259,10 @@ def quads(
     per_block: int = 1,
     shape: Shape | None = None,
     is_gated: bool = False,
-    normed: Unscaled | None = None,
-    added: Added | None = None,
 ) -> bool:
     """Launch the kernel: a few tokens' product into `out_TF`, of what `takes_quads`. x contiguous.
 
     shape: a program's (None: by `shape_of`). is_gated: of gates above what they gate, silu(gate) * up [T, F / 2].
-    normed: what x is, of a norm. added: what the product is added to; `out_TF` becomes what the next product reads.
     Returns: whether the result is right. Not where a version of Triton moves the loop's values between threads.
     """
     num_tokens, num_rows = x_TD.shape[0], weight.shape[0]
@@ -317,9 +270,6 @@ def quads(
     rows, warps, ahead = shape or shape_of(format_id, num_rows, width, num_processors(x_TD.device), num_tokens)
     rows = max(16, rows) if is_gated else rows
     token_tiles = 1 if num_tokens <= 8 else 2
-    in_stream = normed is not None or added is not None
-    assert not in_stream or (token_tiles == 1 and rows <= 16 and x_TD.dtype == torch.bfloat16)
-    assert normed is None or normed.squares_TP.shape[1] % 4 == 0  # they are loaded four at a time
     is_int4 = format_id == 3
     options: dict[str, object] = {"launch_pdl": True} if overlaps(x_TD.device) else {}
     if warps == 16 and ahead * rows <= 16 and token_tiles == 1 and x_TD.device.type != "cpu":
@@ -334,11 +284,6 @@ def quads(
             out_TF,
             num_rows,
             num_tokens,
-            out_TF if added is None else added.stream_TD,
-            out_TF if added is None else added.norm_D,
-            out_TF if added is None else added.new_TD,
-            normed.squares_TP if normed is not None else out_TF if added is None else added.squares_TP,
-            0.0 if normed is None else normed.eps,
             WIDTH=width,
             FORMAT=format_id,
             PER_BLOCK=per_block,
@@ -352,10 +297,6 @@ def quads(
             BY_HAND=x_TD.device.type != "cpu",  # Triton's interpreter has no assembler
             OVERLAP="launch_pdl" in options,
             GATED=is_gated,
-            NORMED=normed is not None,
-            ADDED=added is not None,
-            RAISED=(normed is not None and normed.is_raised) or (added is not None and added.is_raised),
-            PARTS=1 if normed is None else normed.squares_TP.shape[1],
             num_warps=warps,
             num_stages=1,
             enable_fp_fusion=True,

@@ -161,13 +161,12 @@ def byte_step(acc, words, x, tokens, step, wanted, place, S: tl.constexpr, IS_FP
     WARPS: tl.constexpr = S[5]
     HALF: tl.constexpr = S[6]
     BY_HAND: tl.constexpr = S[7]
-    RAISED: tl.constexpr = S[10]
     up: tl.constexpr = 7 if HALF else 4
     kept: tl.constexpr = -0x407F4080 if HALF else -0x780F7810  # 0xBF80BF80, 0x87F087F0
     values = ()
     for n in tl.static_range(TOKEN_TILES):
         value = load_input(x + tokens[n] + step * 64 + place * 8, wanted, False, BY_HAND)
-        if IS_FP8 and not HALF and not RAISED:
+        if IS_FP8 and not HALF:
             scaled = ()
             for i in tl.static_range(16):
                 scaled = scaled + (times_2_to_60(value[i], BY_HAND),)

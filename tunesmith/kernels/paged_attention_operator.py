@@ -141,7 +141,6 @@ class _Launch:
         join_rows = tiles.power_of_two(held_rows)
         joins = self.arrivals is not None and tiles.joins_inside(parts, join_rows, self.query.shape[2])
         shape = {"DECODE": True, "SMALL": 0, "SPLIT": parts > 1, "JOIN_ROWS": join_rows * joins}
-        shape["ASKING"] = tiles.asking(least, num_processors(self.query.device)) if overlap else 0
         self._attend((programs, parts), tile, held, {**cut, **shape}, invariant)
         if parts == 1 or joins:
             return
@@ -174,7 +173,7 @@ class _Launch:
         # Every request has at most one tile that is not full.
         num_tiles = self.query.shape[0] * self.group // tile.rows + self.num_requests
         held = (self.query, self.query, 1, 1)
-        cut |= {"DECODE": False, "SMALL": small, "SPLIT": False, "JOIN_ROWS": 0, "ASKING": 0}
+        cut |= {"DECODE": False, "SMALL": small, "SPLIT": False, "JOIN_ROWS": 0}
         self._attend((num_tiles, self.num_kv_heads), tile, held, cut, invariant)
 
     def _overlap(self, invariant: bool) -> dict[str, bool]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from tunesmith.kernels.jit import jit
-from tunesmith.kernels.overlap_triton import ask_for_rows, let_next_begin, when_known_and_through
+from tunesmith.kernels.overlap_triton import let_next_begin, when_known_and_through
 
 
 @jit
@@ -48,30 +48,6 @@ def parts_of(begin, end, most_parts, FIXED: tl.constexpr, LEAST: tl.constexpr, K
         size = (tl.cdiv(end - base, most_parts) + KEYS - 1) // KEYS * KEYS
         size = tl.maximum(size, LEAST)
     return base, size, tl.cdiv(end - base, size)
-
-
-@jit
-def ask_for_part(
-    keys,
-    values,
-    table,
-    head,
-    begin,
-    end,
-    NUM_HEADS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    POSITIONS: tl.constexpr,
-) -> None:
-    # Of the positions begin ... end - 1 the first POSITIONS: the second cache is to have their keys and values.
-    position = begin + tl.arange(0, POSITIONS)
-    there = position < end
-    page = tl.load(table + position // SLOTS, mask=there, other=0)
-    slot = page.to(tl.int64) * SLOTS + position % SLOTS
-    place = (slot * NUM_HEADS + head) * WIDTH
-    ask_for_rows(keys, place, there, WIDTH, COLUMNS)
-    ask_for_rows(values, place, there, WIDTH, COLUMNS)
 
 
 @jit

@@ -31,8 +31,6 @@ On an H200 with 8 rows (7B) joining inside took 35 us where the kernel took 18 (
 """
 _ENOUGH_PROGRAMS, _PROGRAMS_WANTED = 2, 16
 """For each processor: with so many programs contexts are left whole; with fewer, parts for so many."""
-_PROGRAMS_ASKING = 0
-"""For each processor: with more programs memory is busy anyway, and most begin when nothing is left to wait for."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +108,6 @@ def splits(num_requests: int, num_kv_heads: int, max_context: int, processors: i
     wanted = ceil_div(_PROGRAMS_WANTED * processors, programs)
     most = max(1, min(MOST_SPLITS, ceil_div(max_context, LEAST_SPLIT)))
     return min(power_of_two(wanted), power_of_two(most)), LEAST_SPLIT
-
-
-def asking(least: int | None, processors: int) -> int:
-    """The most programs that ask for keys and values before the queries are there; 0 where contexts are left whole.
-
-    Programs that have no part count too: what a graph is laid out for is known, not how long contexts are.
-    """
-    return _PROGRAMS_ASKING * processors if least == LEAST_SPLIT else 0
 
 
 def parts_at_once(rows: int, head_dim: int) -> int:

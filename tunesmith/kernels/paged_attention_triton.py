@@ -24,7 +24,7 @@ import triton.language as tl
 
 from tunesmith.kernels.jit import jit
 from tunesmith.kernels.overlap_triton import let_next_begin, when_known_and_through
-from tunesmith.kernels.paged_attention_parts_triton import ask_for_part, extent_of, join_found, join_parts, parts_of
+from tunesmith.kernels.paged_attention_parts_triton import extent_of, join_found, join_parts, parts_of
 
 REQUESTS_AT_ONCE = tl.constexpr(128)
 
@@ -227,12 +227,10 @@ def attend_kernel(
     FP8: tl.constexpr,
     PHASES: tl.constexpr,
     OVERLAP: tl.constexpr,
-    ASKING: tl.constexpr,
 ) -> None:
     # DECODE: a program for each request with at most ROWS rows, key head and part. Else for each tile of rows of the
     # requests with more than SMALL rows, and key head: request r has its tiles from starts[r] * GROUP // ROWS + r on.
-    # OVERLAP: lengths and tables are there since before the pass's last ordinary launch (`launch.overlapped`), and with
-    # at most ASKING programs the second cache is asked for what was in the pages before this pass.
+    # OVERLAP: lengths and tables are there since before the pass's last ordinary launch (`launch.overlapped`).
     if DECODE:
         # Requests lie in the first dimension of the grid: the others end at 65,535.
         head, request, part = tl.program_id(0) % NUM_HEADS, tl.program_id(0) // NUM_HEADS, tl.program_id(1)
@@ -254,19 +252,10 @@ def attend_kernel(
     if OVERLAP:
         number = num_rows
         if DECODE:
-            # The same numbers as below, worked out once; none are old where there is nothing to do.
+            # The same numbers as below, worked out once.
             last_row = tl.minimum(first_row + ROWS, num_rows) - 1
             begin, end = extent_of(context, count, first_row, last_row, window, GROUP, KEYS, WINDOW)
-            base, size, number = parts_of(begin, end, most_parts, FIXED, LEAST, KEYS)
-            if ASKING:
-                from_here, to_here = tl.maximum(base + part * size, begin), tl.minimum(base + (part + 1) * size, end)
-                is_wanted = (num_rows > 0) & (num_rows <= ROWS) & (tl.num_programs(0) * tl.num_programs(1) <= ASKING)
-                old = tl.where(is_wanted, tl.minimum(to_here, context - count), 0)
-                if from_here < old:
-                    table = tables + request.to(tl.int64) * table_stride
-                    ask_for_part(
-                        keys, values, table, head, from_here, old, NUM_HEADS, SLOTS, WIDTH, COLUMNS, LEAST
-                    )  # fmt: skip
+            _, _, number = parts_of(begin, end, most_parts, FIXED, LEAST, KEYS)
         head = when_known_and_through(head, number)
     if DECODE:
         if (num_rows > ROWS) | (num_rows == 0):

@@ -16,8 +16,6 @@ from tunesmith.engine.batching import _worst, to_device
 from tunesmith.engine.fused_pass import FusedPass, has_fused_pass
 from tunesmith.engine.pages import PAGE_SLOTS, PagedCache
 from tunesmith.kernels import paged_attention_fresh
-from tunesmith.kernels.stream_products import Unscaled, added_reference, normed_reference
-from tunesmith.model import stream_linears
 from tunesmith.model.block import Mlp
 from tunesmith.model.decode_linears import DecodeFp8Linear, adopted
 from tunesmith.model.decoder import Decoder
@@ -69,54 +67,6 @@ def test_equals_the_decoder(family: str, tiny_model_dir) -> None:
             found = fused(batch.tokens_T, batch.positions_T, PagedAttention(other, batch))
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(other.keys[0][1, :6], one.keys[0][1, :6])
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [("llama", {}), ("mistral", {}), ("qwen2", {}), ("qwen3", {}), ("qwen2", {"tie_word_embeddings": True})],
-)
-def test_equals_the_decoder_where_products_do_the_work_of_norms(
-    family: str, changes: dict[str, object], tiny_model_dir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The operators stand aside for plain torch: what goes from product to product is looked at here."""
-    decoder = load_decoder(tiny_model_dir(family, **changes), device="cpu", dtype=torch.float32).eval()
-    called = stand_aside(monkeypatch)
-    one, other = cache_of(decoder, torch.float32), cache_of(decoder, torch.float32)
-    joins = 2 * len(decoder.blocks) - 1
-    with torch.inference_mode():
-        for batch in steps():
-            wanted = decoder(batch.tokens_T, batch.positions_T, PagedAttention(one, batch))
-            found = FusedPass(decoder)(batch.tokens_T, batch.positions_T, PagedAttention(other, batch))
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-            assert sorted(called) == ["added"] * joins + ["normed"] * joins
-            called.clear()
-        attend = PagedAttention(other, steps()[1], invariant=True)
-        FusedPass(decoder)(batch.tokens_T, batch.positions_T, attend)
-    assert not called
-
-
-def stand_aside(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Products of few tokens in float32 by plain torch; the list of those that are called."""
-    pytest.importorskip("triton")
-    from tunesmith.kernels import gemv_operators
-
-    called = []
-
-    def added(_, x, weight, scales, bias, stream, norm, is_raised):
-        called.append("added")
-        new, unscaled = added_reference(stream, torch.nn.functional.linear(x, weight, bias), norm, 0.0, is_raised)
-        return new, unscaled.x_TD, unscaled.squares_TP
-
-    def normed(_, x, squares, eps, is_raised, weight, scales, bias, is_gated):
-        called.append("normed")
-        return normed_reference(Unscaled(x, squares, eps, is_raised), weight, bias, is_gated)
-
-    monkeypatch.setattr(gemv_operators, "added_few_operator", added)
-    monkeypatch.setattr(gemv_operators, "normed_few_operator", normed)
-    monkeypatch.setattr(stream_linears, "_DTYPE", torch.float32)
-    monkeypatch.setattr(stream_linears, "use_kernel", lambda _: True)
-    monkeypatch.setattr(stream_linears, "_few", lambda linear, _: (2, linear.weight, None, None))
-    return called
 
 
 def test_what_a_product_in_fp8_takes_is_quantised_by_swiglu(tiny_model_dir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from tunesmith.engine.launches import launches_of
 from tunesmith.engine.loading import make_config
 from tunesmith.engine.request import SamplingParams
 from tunesmith.engine.runner import NativeRunner
-from tunesmith.kernels import stream_products
 from tunesmith.kernels.chip import Chip, foreseeing
 from tunesmith.kernels.nf4 import kernels_on
 from tunesmith.kernels.warm_up import Launch, taken_down
@@ -29,7 +28,7 @@ from tunesmith.model.decoder import Decoder
 pytest.importorskip("triton")
 H200 = Chip((9, 0), 132)
 LATER = ("nf4", "w8a8", "fp8-inner")
-OF_GPUS = ("ASKING", "BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
+OF_GPUS = ("BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
@@ -214,55 +213,17 @@ def test_a_family_that_is_not_native_has_none(model_dir: Callable[..., str]) -> 
     assert launches_of(_asked(model_dir(model_type="bloom"), None), H200) == []
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8", "int8"])
-def test_a_step_of_few_tokens_has_two_launches_a_block_less(
-    quantize: str | None, model_dir: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of four blocks: every norm behind a sum but the last is left to the products around it."""
-
-    def launched() -> list[str]:
-        with foreseeing(H200, "cpu"), kernels_on("cpu"), taken_down() as launches:
-            asked = _asked(model_dir(), quantize)
-            model: Any = load_for_inference(
-                asked.model, quantize=quantize, dtype=asked.dtype, device="cpu", weights="random"
-            )
-            runner = NativeRunner(model, make_config(model, max_model_len=256, enforce_eager=True), num_pages=40)
-            launches.clear()
-            runner.forward(to_device(_decoding(8, 100), runner.device))
-        return [launch.name for launch in launches]
-
-    joined = launched()
-    monkeypatch.setattr(stream_products, "MOST_TOKENS", 0)
-    apart = launched()
-    assert len(apart) - len(joined) == 2 * 4 - 1
-    assert (apart.count("_add_rms_norm_kernel"), joined.count("_add_rms_norm_kernel")) == (8, 1)
-    assert apart.count("quad_kernel") == joined.count("quad_kernel") == 4 * 4
-
-
 def test_launches_around_attention_are_foreseen_as_ones_that_begin_early(model_dir: Callable[..., str]) -> None:
-    """All of a pass but those of batch-invariant mode; few programs ask for keys before the queries are there."""
+    """All of a pass but those of batch-invariant mode."""
     names = {"_heads_to_pages_kernel", "attend_kernel", "join_kernel"}
     wide = model_dir(num_attention_heads=16, head_dim=64)  # 8 query heads of a key head, which a kernel joins
 
-    def kinds(chip: Chip, **more: Any) -> set[tuple[str, bool, bool]]:
+    def kinds(chip: Chip, **more: Any) -> set[tuple[str, bool]]:
         launches = [launch for launch in launches_of(_asked(wide, None, **more), chip) if launch.name in names]
         for launch in launches:
             assert launch.options["OVERLAP"] == launch.options.get("launch_pdl", False)
-            assert launch.options.get("ASKING", 0) in (
-                (0, 4 * chip.num_processors) if launch.options["OVERLAP"] else (0,)
-            )
-        return {(launch.name, launch.options["OVERLAP"], bool(launch.options.get("ASKING"))) for launch in launches}
+        return {(launch.name, launch.options["OVERLAP"]) for launch in launches}
 
     found = kinds(H200)
-    assert {(name, True, False) for name in names} <= found
-    assert ("attend_kernel", True, True) in found
-    assert not any(overlaps for _, overlaps, _ in kinds(Chip((8, 0), 108)))
-
-
-def test_they_are_foreseen_with_the_norms_inside(model_dir: Callable[..., str]) -> None:
-    kinds = {
-        (launch.options["NORMED"], launch.options["ADDED"], launch.options["GATED"], launch.options["RAISED"])
-        for launch in launches_of(_asked(model_dir(), "fp8"), H200)
-        if launch.name == "quad_kernel"
-    }
-    assert {(True, False, False, True), (True, False, True, True), (False, True, False, True)} <= kinds
+    assert {(name, True) for name in names} <= found
+    assert not any(overlaps for _, overlaps in kinds(Chip((8, 0), 108)))

@@ -438,7 +438,7 @@ def test_where_decoding_cannot_be_recorded_prompts_are_not_tried(directory: Call
 # Kernels that are compiled ahead
 
 
-OF_GPUS = ("ASKING", "BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
+OF_GPUS = ("BY_HAND", "OVERLAP", "launch_pdl", "maxnreg")
 WIDE: dict[str, Any] = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],

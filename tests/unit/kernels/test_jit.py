@@ -28,13 +28,13 @@ print(json.dumps(keys))
 def test_a_key_depends_on_no_order() -> None:
     """A worker that compiles ahead and a process that launches come to them in orders of their own."""
     names = sorted(path.stem for path in KERNELS.glob("*_triton.py"))
-    assert len(names) > 40
+    assert len(names) > 30
     found = []
     for order in ("forwards", "backwards"):
         given = json.dumps(names if order == "forwards" else names[::-1])
         done = subprocess.run([sys.executable, "-c", _KEYS, given, order], capture_output=True, text=True, check=True)
         found.append(json.loads(done.stdout))
-    assert len(found[0]) > 150
+    assert len(found[0]) > 100
     assert found[0] == found[1]
 
 

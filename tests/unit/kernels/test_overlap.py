@@ -56,7 +56,7 @@ def loads(code: str) -> int:
     return len(re.findall(r"\bld\.global", code))
 
 
-def attend(kind: str, asking: int, page: str, chip: int) -> str:
+def attend(kind: str, page: str, chip: int) -> str:
     from tunesmith.kernels.paged_attention_triton import attend_kernel
 
     sizes, shared, is_decode = (128, 2, 1 if page == "fp8e4nv" else 2), 2**18, kind != "prefill"
@@ -71,36 +71,28 @@ def attend(kind: str, asking: int, page: str, chip: int) -> str:
     constants |= {"KEYS": tile.keys, "DECODE": is_decode, "SMALL": 0 if is_decode else 16, "SPLIT": is_decode}
     constants |= {"JOIN_ROWS": joined, "JOIN_AT_ONCE": tiles.parts_at_once(joined, 128), "FIXED": 0}
     constants |= {"LEAST": tiles.LEAST_SPLIT, "WINDOW": False, "FP8": page == "fp8e4nv", "OVERLAP": True}
-    constants |= {"PHASES": 1 if is_decode else 2, "ASKING": asking}
+    constants |= {"PHASES": 1 if is_decode else 2}
     return ptx_of(attend_kernel, types, constants, chip, tile.warps, tile.stages)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kind", ["apart", "joining"])
-def test_attention_asks_for_old_keys_and_waits_for_queries(kind: str, chip: int) -> None:
-    """Before the wait: two starts, a context, and a page for each position asked for; a lane asks for both."""
-    before, behind = halves(attend(kind, 528, "bf16", chip))
-    pieces = tiles.LEAST_SPLIT * (128 * 2 // 64) // 128  # of 64 bytes, 128 threads
-    assert before.count("prefetch.global.L2") == 2 * pieces
-    assert "prefetch" not in behind
-    assert loads(before) == 4
+def test_attention_waits_for_queries_and_keys(kind: str, chip: int) -> None:
+    """Before the wait: two starts and a context."""
+    before, behind = halves(attend(kind, "bf16", chip))
+    assert loads(before) == 3
     assert re.search(r"cp\.async", behind)
     assert re.search(r"ld\.global\S*\.v4", behind)
 
 
-def test_attention_with_nothing_to_ask_for() -> None:
-    for ptx in (attend("apart", 0, "bf16", 90), attend("apart", 0, "fp8e4nv", 90)):
-        before, _ = halves(ptx)
-        assert "prefetch" not in ptx
-        assert loads(before) == 3
-    before, _ = halves(attend("apart", 528, "fp8e4nv", 90))
-    assert before.count("prefetch.global.L2") == tiles.LEAST_SPLIT * 2 * 2 // 128
+def test_attention_over_pages_of_fp8_waits_too() -> None:
+    before, _ = halves(attend("apart", "fp8e4nv", 90))
+    assert loads(before) == 3
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_attention_of_prompts_waits_for_queries(chip: int) -> None:
-    before, _ = halves(attend("prefill", 0, "bf16", chip))
-    assert "prefetch" not in before
+    before, _ = halves(attend("prefill", "bf16", chip))
     assert loads(before) == 4  # one of them in the loop that finds the request
 
 

@@ -160,7 +160,7 @@ def test_kernels_equal_the_reference_under_tritons_interpreter(check_interpreted
 
 
 def test_contexts_are_cut_where_requests_are_few_or_one_is_very_long() -> None:
-    from tunesmith.kernels.paged_attention_tiles import asking, joins_inside, splits
+    from tunesmith.kernels.paged_attention_tiles import joins_inside, splits
 
     assert splits(1, 4, 2048, 132) == (16, 128)
     assert splits(1, 4, 131_072, 132) == (64, 128)
@@ -170,8 +170,6 @@ def test_contexts_are_cut_where_requests_are_few_or_one_is_very_long() -> None:
     assert splits(256, 4, 4096, 132) == (2, 2048)
     assert splits(256, 4, 131_072, 132) == (8, 2048)
     assert splits(0, 4, 10, 132) == (1, 128)
-    assert asking(128, 132) == 528
-    assert asking(2048, 132) == asking(None, 132) == 0
     assert joins_inside(16, 2, 128)
     assert not joins_inside(16, 8, 128)
     assert not joins_inside(1, 2, 128)

@@ -77,5 +77,5 @@ def test_the_answering_pass_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     y, h = torch.randn(2, 4), torch.randn(2, 6)
     apart = fused_pass._mlp(mlp, y)
     torch.testing.assert_close(apart, mlp.down(nn.functional.silu(mlp.up(y)[:, :6]) * mlp.up(y)[:, 6:]))
-    monkeypatch.setattr(fused_pass, "normed_swiglu", lambda linear, given: h if linear is mlp.up else None)
+    monkeypatch.setattr(fused_pass, "swiglu_product", lambda linear, given: h if linear is mlp.up else None)
     assert torch.equal(fused_pass._mlp(mlp, y), mlp.down(h))
