@@ -12,6 +12,7 @@ the process that asks for cells may have run anything before.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -77,6 +78,9 @@ def _run(job: list[str], log: Path, timeout_s: float, parent: int) -> dict[str, 
     _child = os.fork()
     if not _child:
         _be_child(job, log)
+    with contextlib.suppress(OSError):
+        # Here too: who is killed before its first line runs has a group to be killed with.
+        os.setpgid(_child, _child)
     deadline = time.monotonic() + timeout_s
     timed_out = False
     while True:

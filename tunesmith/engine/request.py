@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tunesmith.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 StructuredKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
@@ -139,6 +140,8 @@ class Request:
     @cached_property
     def prompt_tokens(self) -> np.ndarray:
         """The prompt's tokens as int64: made once for all steps that compute a part of them. Not to be changed."""
+        import numpy as np  # a server's front imports this module before anything that takes long
+
         return np.array(self.prompt_ids, dtype=np.int64)
 
     @property

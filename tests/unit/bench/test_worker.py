@@ -131,3 +131,13 @@ def test_leaving_the_worker_ends_a_running_job(tmp_path: Path) -> None:
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_job_whose_time_is_over_before_its_first_line_is_killed_too(worker: Worker, tmp_path: Path) -> None:
+    """The group that is killed must be there, however late the new process runs."""
+    for index in range(20):
+        began = time.monotonic()
+        outcome = worker.run(["bench_jobs", "hang"], tmp_path / f"{index}.log", 0.0)
+        assert outcome.timed_out
+        assert outcome.exit is None
+        assert time.monotonic() - began < 30
