@@ -99,7 +99,9 @@ def line_of(cell: Mapping[str, Any]) -> dict[str, Any]:
     measures = cell["measures"]
     found["output_tokens_per_s"] = round(measures["output_tokens_per_s"], 1)
     for key, part in (("ttft", "ttft_s"), ("tpot", "tpot_s")):
-        found |= {f"{key}_{at}_s": round(measures[part][at], 4) for at in ("p50", "p99") if measures.get(part)}
+        # Answers that came in one piece have no time per token.
+        known = {at: (measures.get(part) or {}).get(at) for at in ("p50", "p99")}
+        found |= {f"{key}_{at}_s": round(value, 4) for at, value in known.items() if value is not None}
     found |= {"completed": measures["completed"], "errors": measures["errors"]}
     return {**found, "start_s": cell["target"].get("start_s"), "tokens_per_chunk": measures.get("tokens_per_chunk")}
 

@@ -87,3 +87,12 @@ def test_a_round_of_our_server(config: Path, tmp_path: Path) -> None:
     run, compared = map(json.loads, done.stdout.splitlines())
     assert run["server"] == "tunesmith" and run["completed"] == 4 and not run["errors"]
     assert compared["output_tokens_per_s"] == {"tunesmith": round(run["output_tokens_per_s"], 4)}
+
+
+def test_answers_of_one_piece_have_no_time_per_token(script: ModuleType) -> None:
+    measures = {"output_tokens_per_s": 74.26, "ttft_s": {"p50": 0.37714, "p99": 0.4}, "completed": 4, "errors": {}}
+    cell = {"name": "rate-inf", "status": "ok", "target": {"start_s": 2.0}}
+    line = script.line_of({**cell, "measures": {**measures, "tpot_s": {"p50": None, "p99": None}}})
+    assert line["ttft_p50_s"] == 0.3771
+    assert "tpot_p50_s" not in line
+    assert line == script.line_of({**cell, "measures": {**measures, "tpot_s": None}})
