@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from tunesmith.errors import nearest
 from tunesmith.recipe.schema import Recipe
+from tunesmith.recipe.synonyms import known_elsewhere
 from tunesmith.recipe.yaml_text import Place
 
 _WANTED = {
@@ -182,11 +183,20 @@ def _unknown_key(place: Place) -> str:
     near = nearest(key, allowed_keys(parent))
     if near and parent:
         near = f", did you mean '{_dotted_place((*parent, near.split(chr(39))[1]))}'?"
-    hint = _of_that_name(key) or near or _elsewhere(key)
+    hint = _of_another_library(key) or _of_that_name(key) or near or _elsewhere(key)
     if not hint:
         section = f"'{_dotted_place(parent)}'" if parent else "a recipe"
         hint = f"; {section} has {', '.join(allowed_keys(parent))}"
     return f"{_dotted_place(place)} is not a key{hint}"
+
+
+def _of_another_library(key: str) -> str:
+    """A hint when other libraries have a key of that name."""
+    known = known_elsewhere(key)
+    if known is None:
+        return ""
+    ours, note = known
+    return f", did you mean '{ours}'{f' ({note})' if note else ''}?"
 
 
 def _by_name() -> dict[str, str]:
@@ -195,9 +205,9 @@ def _by_name() -> dict[str, str]:
 
 
 def _of_that_name(key: str) -> str:
-    """A hint when the key belongs to another section."""
-    found = _by_name().get(key)
-    return f", did you mean '{found}'?" if found else ""
+    """A hint when the key belongs to another section, or to several."""
+    found = [f"'{dotted}'" for dotted in all_keys() if dotted.rpartition(".")[2] == key]
+    return f", did you mean {' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))}?" if found else ""
 
 
 def _elsewhere(key: str) -> str:
