@@ -50,6 +50,7 @@ def busy_line(load: Mapping[str, Any]) -> str | None:
     if not load["is_busy"]:
         return None
     return (
-        f"This machine is busy: {load['load_average']:.1f} programs want its {load['cores']} cores. The demo will take "
-        f"longer, and its times will be worse and less even than an idle machine's; memory and answers stay right."
+        f"This machine is busy: other programs keep {load['busy_cores']:.1f} of its {load['cores']} cores busy. The "
+        f"demo will take longer, and its times will be worse and less even than an idle machine's; memory and answers "
+        f"stay right."
     )

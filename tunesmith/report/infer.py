@@ -176,7 +176,9 @@ def _sentences(run: Run, rows: Sequence[Node], columns: Sequence[Column], words:
                 yield _compared(f"{name}, {column.name}", value, column, here, words)
     if Node(run.table.get("machine")).get("is_busy"):
         machine = Node(run.table.get("machine"))
-        load, cores = machine.number("load_average") or 0.0, int(machine.number("cores") or 0)
+        # Runs of before have the load average alone.
+        load = machine.number("busy_cores") or machine.number("load_average") or 0.0
+        cores = int(machine.number("cores") or 0)
         yield Sentence(words("infer_busy", load=f"{load:.1f}", cores=cores), "warning")
     for row in rows:
         names = {"engine": row.text("engine") or "?", "format": row.text("format") or "?"}

@@ -139,7 +139,9 @@ def _busy(runs: Sequence[Run], words: Words) -> Iterator[Sentence]:
     for run in runs:
         machine = Node(run.manifest.get("machine"))
         if machine.get("is_busy"):
-            load, cores = machine.number("load_average") or 0.0, int(machine.number("cores") or 0)
+            # Runs of before have the load average alone.
+            load = machine.number("busy_cores") or machine.number("load_average") or 0.0
+            cores = int(machine.number("cores") or 0)
             yield Sentence(words("infer_busy", load=f"{load:.1f}", cores=cores), "warning")
 
 

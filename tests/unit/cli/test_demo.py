@@ -75,8 +75,8 @@ def test_the_time_left_follows_from_what_was_measured() -> None:
 
 
 def test_a_busy_machine_is_warned_of() -> None:
-    assert busy_line({"load_average": 0.9, "cores": 2, "is_busy": False}) is None
-    assert "3.5 programs want its 2 cores" in (busy_line({"load_average": 3.5, "cores": 2, "is_busy": True}) or "")
+    assert busy_line({"busy_cores": 0.9, "cores": 2, "is_busy": False}) is None
+    assert "keep 1.5 of its 2 cores busy" in (busy_line({"busy_cores": 1.5, "cores": 2, "is_busy": True}) or "")
 
 
 def test_answers_stand_beside_the_one_that_is_right(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from tunesmith.report.infer import infer_sections
 from tunesmith.report.load import read_run
 from tunesmith.report.strings import words_for
 from tunesmith.report.write import write_report
-from tunesmith.rundir.io import write_json_atomic
+from tunesmith.rundir.io import read_json, write_json_atomic
 
 
 def _row(engine: str, rate: float | None, ratio: float | None = None, **changes: Any) -> dict[str, Any]:
@@ -47,6 +47,16 @@ def test_engines_side_by_side(tmp_path: Path) -> None:
     page = write_report([path]).html.read_text(encoding="utf-8")
     assert "<i>here</i>" not in page and "<svg" in page
     assert "2 MB" in write_report([path], language="zh").markdown.read_text(encoding="utf-8")
+
+
+def test_cores_that_were_busy_are_said_not_the_minute_before(tmp_path: Path) -> None:
+    """The load average held what had ended before the run; older runs have nothing else."""
+    path = _run(tmp_path / "run", _row("tunesmith", 2600.0), busy=True)
+    table = read_json(path / "infer.json")
+    for machine, said in (({}, "load 3.0 on 2 cores"), ({"busy_cores": 1.4}, "load 1.4 on 2 cores")):
+        write_json_atomic(path / "infer.json", {**table, "machine": {**table["machine"], **machine}})
+        (section,) = infer_sections([read_run(path)], words_for("en"))
+        assert any(said in sentence.text for sentence in section.sentences)
 
 
 def test_marks_are_explained_where_they_are_and_only_there(tmp_path: Path) -> None:
