@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from tunesmith.model.methods import MethodSummary
 from tunesmith.recipe.schema import Recipe
 from tunesmith.train.loop import LoopResult
 from tunesmith.train.metrics import EvalMetrics, StepMetrics
+from tunesmith.train.time_left import TimeLeft, TimeLeftColumn
 from tunesmith.units import format_bytes, format_count
 
 LOSS_LEGEND = "loss: how wrong the model is about the next token (a piece of text); it should fall"
@@ -35,12 +36,13 @@ class Display:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[news]}"),
-            TimeRemainingColumn(),
+            TimeLeftColumn(),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
         )
         self._task: TaskID | None = None
         self._total_steps = 0
+        self._time_left = TimeLeft(0, 0)
         self._loading: dict[str, TaskID] = {}
         self._explained = False
 
@@ -73,12 +75,14 @@ class Display:
             self._progress.remove_task(task)
         self._loading.clear()
         self._total_steps = total
-        self._task = self._progress.add_task("train", total=total, completed=done, news="")
+        self._time_left = TimeLeft(done, total)
+        self._task = self._progress.add_task("train", total=total, completed=done, news="", left_s=None)
 
     def step(self, metrics: StepMetrics) -> None:
         """One more step is done."""
         if self._task is not None:
-            self._progress.update(self._task, completed=metrics.step, news=_news(metrics))
+            left_s = self._time_left.step(metrics.step)
+            self._progress.update(self._task, completed=metrics.step, news=_news(metrics), left_s=left_s)
         if self._progress.disable and _is_shown(metrics.step, self._total_steps):
             self.say(f"step {metrics.step}: {_news(metrics)}")
 

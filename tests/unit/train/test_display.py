@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from tunesmith.train.display import _is_shown, best_line, pace_line
+from tunesmith.train.display import Display, _is_shown, best_line, pace_line
 from tunesmith.train.loop import LoopResult
+from tunesmith.train.metrics import StepMetrics
 
 
 @pytest.mark.parametrize("total", [1, 7, 60, 150, 1000, 12345, 1_000_000])
@@ -46,3 +47,17 @@ def test_what_training_waited_for_is_said_plainly() -> None:
     data = pace_line(LoopResult(3, duration_s=10.0, data_wait_s=5.0))
     assert data is not None
     assert data.startswith("speed: held up by preparing the data; the device waited 50.0%")
+
+
+def test_the_progress_line_says_no_time_before_steps_have_settled() -> None:
+    """The first steps, which are slower, were in the estimate."""
+    display = Display(quiet=True)
+    display.start(3, 12)
+    (task,) = display._progress.tasks
+    said = []
+    for step in range(4, 13):
+        display.step(StepMetrics(step, 1.0, 2.0, 1.0, 1e-4, 100, 50, 4, 0.5, 0.0, 100 * step))
+        said.append(task.fields["left_s"])
+    assert said[:3] == [None] * 3
+    assert all(left is not None for left in said[3:])
+    assert said[-1] == 0
