@@ -64,9 +64,9 @@ def train(
         console.emit(facts)
         return 0
     if recipe.data.train and recipe.data.format != "tokens":
-        from tunesmith.text.tokenise import refuse_pairs
+        from tunesmith.text.tokenise import refuse_at_once
 
-        refuse_pairs(recipe.data)  # before a run directory, and the certificate's "mask shown", are made of them
+        refuse_at_once(recipe.data)  # before a line, a run directory or the certificate's "mask shown" is made of it
     if console.launched_rank() == 0:  # the first line comes before torch does
         first = "first a check that training is correct here" if verify else "loading"
         console.err.print(f"{recipe.method.kind} on {recipe.model.path}: {first} ...", style="dim", markup=False)

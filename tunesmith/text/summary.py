@@ -44,10 +44,7 @@ class Tally:
         self.rows += rows
         for place, reason in encoded.problems:
             if self.stop:
-                raise DataError(
-                    f"{name_place(file, place)}: {reason} "
-                    f"(to leave bad rows out and count them: --set data.bad_rows=skip)"
-                )
+                raise bad_row(file, place, reason)
             self.skipped += 1
             kind = self.reasons.setdefault(reason, {"count": 0, "first": name_place(file, place)})
             kind["count"] += 1
@@ -137,6 +134,13 @@ class DataSummary:
         out += [self.split_note] if self.split_note else []
         out += [note for note, count in notes.items() if count]
         return out + skipped_lines(self.skipped_reasons)
+
+
+def bad_row(file: str, place: int, reason: str) -> DataError:
+    """The error for a row that is wrong, where data.bad_rows is stop."""
+    return DataError(
+        f"{name_place(file, place)}: {reason} (to leave bad rows out and count them: --set data.bad_rows=skip)"
+    )
 
 
 def counted(count: int, thing: str) -> str:

@@ -17,11 +17,11 @@ from tunesmith.errors import DataError
 from tunesmith.recipe.schema import DataSection
 from tunesmith.text.encoding import EncodedRows, EncodeSettings, encode_rows
 from tunesmith.text.files import Source, find_sources
-from tunesmith.text.formats import detect_format
+from tunesmith.text.formats import RowError, detect_format, to_example
 from tunesmith.text.pairs import encode_pairs
 from tunesmith.text.reader import Row, read_rows
 from tunesmith.text.store import DocumentStore, StoreWriter, cached_store, temporary_store
-from tunesmith.text.summary import Progress, Tally
+from tunesmith.text.summary import Progress, Tally, bad_row
 from tunesmith.text.tokenizer import Tokenizer
 from tunesmith.text.workers import available_cores, ordered_map
 
@@ -29,6 +29,8 @@ Encode = Callable[[Tokenizer, EncodeSettings, str, Sequence[Row]], EncodedRows]
 _BATCH_ROWS = 500
 _IN_PROCESS_BATCHES = 10
 _LOOK_AT = 32  # rows the format is detected from
+_QUICK_ROWS = 1000  # looked at before anything is begun, in some 50 ms ...
+_QUICK_BYTES = 4 * 2**20  # ... of a file up to this size; of a larger one the format's rows
 
 
 def with_template(data: DataSection, tokenizer: Tokenizer) -> Tokenizer:
@@ -129,10 +131,45 @@ def _encode_all(
     return {"files": [source.name for source in sources], "formats": formats, "tally": tally.as_dict()}
 
 
-def refuse_pairs(data: DataSection) -> None:
-    """Raises: DataError when data.train's first source holds preference pairs, or can't be read."""
-    if first_format(data) == "preference":
-        _check_kind(data.train[0], "preference", pairs=False)
+def refuse_at_once(data: DataSection) -> None:
+    """Look at the first rows of data.train and data.validation, before anything else is begun and without a tokenizer.
+
+    What is wrong further on, or to the chat template alone, is found when the rows are encoded.
+    Raises: DataError for a source that can't be read or holds preference pairs, for a bad row (unless data.bad_rows
+        is skip), and where data.train has no rows.
+    """
+    if not _look_at(data, data.train):
+        raise DataError(nothing_left({"rows": 0}, data))
+    _look_at(data, data.validation)
+
+
+def _look_at(data: DataSection, entries: Sequence[str]) -> int:
+    """How many rows were looked at. Raises: DataError."""
+    seen = 0
+    for source in find_sources(entries):
+        is_small = source.path is not None and source.path.stat().st_size <= _QUICK_BYTES
+        most = _QUICK_ROWS if is_small else _LOOK_AT
+        if data.max_rows is not None:
+            most = min(most, data.max_rows - seen)
+        rows = list(islice(read_rows(source, data.encoding), most))
+        format_name = _format_of(data, source, rows[:_LOOK_AT]) or "text"
+        _check_kind(source.name, format_name, pairs=False)
+        if data.bad_rows == "stop":
+            _refuse_bad(source.name, format_name, rows)
+        seen += len(rows)
+        if seen >= _QUICK_ROWS or (data.max_rows is not None and len(rows) == most):
+            break
+    return seen
+
+
+def _refuse_bad(file: str, format_name: str, rows: Sequence[Row]) -> None:
+    for row in rows:
+        try:
+            if row.problem is not None:
+                raise RowError(row.problem)
+            to_example(row.value, format_name)
+        except RowError as error:
+            raise bad_row(file, row.place, str(error)) from None
 
 
 def _check_kind(file: str, format_name: str, pairs: bool) -> None:
