@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     err: Console
     out: Console
@@ -41,6 +42,9 @@ mode = Mode()
 
 PIPE_COLUMNS = 240
 """The width of a pipe or a file: rich takes 80 there, and cuts tables to it."""
+TABLE_COLUMNS = 110
+"""The width of a table there, as it is read in a log or an editor."""
+_NARROW_COLUMNS = 20  # what a column that wraps is left at least, where others need much
 
 
 @cache
@@ -48,8 +52,36 @@ def _console(stderr: bool) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or os.environ.get("COLUMNS") else PIPE_COLUMNS
+    width = None if _has_width(stream) else PIPE_COLUMNS
     return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
+
+
+def _has_width(stream: TextIO) -> bool:
+    return stream.isatty() or bool(os.environ.get("COLUMNS"))
+
+
+def print_table(table: Table, unbroken: Sequence[str] = ()) -> None:
+    """A table on stderr; in a pipe TABLE_COLUMNS wide at most, or as wide as columns that must not wrap need.
+
+    Args: unbroken: cells of the last column that stay on one line in a pipe, too, such as commands to copy.
+    """
+    console = _console(stderr=True)
+    console.print(table, width=None if _has_width(sys.stderr) else max(TABLE_COLUMNS, _whole_columns(table, unbroken)))
+
+
+def _whole_columns(table: Table, unbroken: Sequence[str]) -> int:
+    """The width at which no cell that must not wrap does."""
+    from rich.cells import cell_len
+    from rich.measure import Measurement
+
+    console, width = _console(stderr=True), 1
+    for column in table.columns:
+        cells = [column.header, *column.cells] if column.no_wrap else []
+        needed = [Measurement.get(console, console.options, cell).maximum for cell in cells]
+        if column is table.columns[-1]:
+            needed += map(cell_len, unbroken)
+        width += 3 + max(needed, default=_NARROW_COLUMNS)
+    return width
 
 
 def __getattr__(name: str) -> Console:

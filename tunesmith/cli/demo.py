@@ -308,7 +308,7 @@ def _side_by_side(before: Quality, after: Quality) -> None:
     pairs = zip(_accuracy(before.heldout).examples, _accuracy(after.heldout).examples, strict=True)
     for old, new in _both_languages(list(pairs)):
         table.add_row(Text(old.question), Text(old.expected[0]), *(_verdict(one) for one in (old, new)))
-    console.err.print(table)
+    console.print_table(table)
 
 
 def _both_languages(pairs: list[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.cli.console import emit, err
+from tunesmith.cli.console import emit, err, print_table
 from tunesmith.parallel.deepspeed_install import deepspeed_findings
 from tunesmith.watch.doctor import Finding, check_up, has_errors
 
@@ -51,7 +51,7 @@ def show(findings: Sequence[Finding]) -> None:
         table.add_row(Text(mark, style=style), finding.name, Text(finding.detail))
         if finding.mend is not None:
             table.add_row("", "", Text(f"mend: {finding.mend}", style="bold" if finding.level != "note" else "dim"))
-    err.print(table)
+    print_table(table, [f"mend: {finding.mend}" for finding in findings if finding.mend is not None])
     err.print(verdict(findings), markup=False)
 
 

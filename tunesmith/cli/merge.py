@@ -109,7 +109,7 @@ def show(report: MergeReport) -> None:
         d = hop.divergence
         agreement = f"{100 * d.argmax_agreement_ratio:.2f} % of {d.num_tokens}"
         table.add_row(hop.name, f"{d.kl_mean:.2e}", f"{d.mean_difference:.2e}", f"{d.max_difference:.2e}", agreement)
-    console.err.print(table)
+    console.print_table(table)
     console.err.print("(KL: how far the predictions of the merged model are from those of base + adapter; 0: the same)")
     console.err.print(f"{report.adapter} + {report.base} -> {report.output}", markup=False)
     console.err.print(f"talk to it: tunesmith chat {shlex.quote(str(report.output))}", markup=False)
