@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 QUESTIONS = ("instruction", "prompt", "question", "query", "指令", "问题", "提问", "用户")
@@ -11,6 +11,11 @@ INPUTS = ("input", "输入")
 SYSTEMS = ("system", "系统")
 HISTORIES = ("history", "历史")
 TEXTS = ("text", "文本")
+_READ: Mapping[str, tuple[Sequence[str], ...]] = {
+    "alpaca": (QUESTIONS, INPUTS, ANSWERS, SYSTEMS, HISTORIES),
+    "text": (TEXTS,),
+}
+"""Which keys a format reads, a group for each thing; the first of a group is what the format itself calls it."""
 
 
 def present(row: Mapping[str, Any], keys: Sequence[str]) -> str | None:
@@ -30,3 +35,16 @@ def clash(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, str] | None
             if not (key.isascii() and other.isascii()) and row[key] != row[other]:
                 return key, other
     return None
+
+
+def read_columns(rows: Iterable[Any], format_name: str) -> list[str]:
+    """The keys that these rows are read from; empty where they are the format's own, which its name says."""
+    groups = _READ.get(format_name, ())
+    objects = [row for row in rows if isinstance(row, Mapping)]
+    held = [
+        key
+        for keys in groups
+        for row in objects
+        if (key := present(row, keys)) is not None and row[key] not in (None, "")
+    ]
+    return list(dict.fromkeys(held)) if set(held) - {keys[0] for keys in groups} else []

@@ -74,7 +74,8 @@ class Tally:
 class DataSummary:
     """The data of a run in numbers.
 
-    formats: file -> format. skipped_reasons: reason -> {count, first}. length_*: tokens of the training documents.
+    formats: file -> format. columns: file -> the keys it is read from, where they are not the format's own.
+    skipped_reasons: reason -> {count, first}. length_*: tokens of the training documents.
     tokens, trained_tokens: of all documents, those split off for validation included. dropped: documents with no
     trained token within max_length. untrained_turns: answers that the template shows differently once a
     conversation goes on. straddling: conversations whose prompt is tokenised differently when served.
@@ -106,6 +107,7 @@ class DataSummary:
     length_max: int
     cached: bool
     split_note: str | None = None
+    columns: dict[str, list[str]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the run directory."""
@@ -113,7 +115,7 @@ class DataSummary:
 
     def lines(self) -> list[str]:
         """What a person reads before training."""
-        formats = sorted(set(self.formats.values()))
+        formats = sorted({name + self._read_from(file) for file, name in self.formats.items()})
         out = [
             f"{counted(self.rows, 'row')} in {counted(len(self.formats), 'file')}, format {' and '.join(formats)}"
             + (KEPT if self.cached else ""),
@@ -134,6 +136,10 @@ class DataSummary:
         out += [self.split_note] if self.split_note else []
         out += [note for note, count in notes.items() if count]
         return out + skipped_lines(self.skipped_reasons)
+
+    def _read_from(self, file: str) -> str:
+        columns = self.columns.get(file)
+        return f" (read from {', '.join(columns)})" if columns else ""
 
 
 def bad_row(file: str, place: int, reason: str) -> DataError:
@@ -190,4 +196,5 @@ def summarise(
         length_max=most,
         cached=cached,
         split_note=note,
+        columns=store.meta["columns"],
     )

@@ -20,6 +20,7 @@ from tunesmith.text.files import Source, find_sources
 from tunesmith.text.formats import RowError, detect_format, to_example
 from tunesmith.text.pairs import encode_pairs
 from tunesmith.text.reader import Row, read_rows
+from tunesmith.text.row_keys import read_columns
 from tunesmith.text.store import DocumentStore, StoreWriter, cached_store, temporary_store
 from tunesmith.text.summary import Progress, Tally, bad_row
 from tunesmith.text.tokenizer import Tokenizer
@@ -109,6 +110,7 @@ def _encode_all(
     """Encodes every source into the writer. Returns the store's metadata."""
     tally = Tally(stop=data.bad_rows == "stop", too_long_stops=data.too_long == "stop", max_length=data.max_length)
     formats: dict[str, str] = {}
+    columns: dict[str, list[str]] = {}
     settings = EncodeSettings(data.max_length, data.too_long, data.train_on, data.system, data.template_arguments)
     left, encode = data.max_rows, encode_pairs if pairs else encode_rows
     for number, source in enumerate(sources):
@@ -116,6 +118,7 @@ def _encode_all(
         head = list(islice(rows, _LOOK_AT))
         formats[source.name] = _format_of(data, source, head) or ("preference" if pairs else "text")
         _check_kind(source.name, formats[source.name], pairs)
+        columns[source.name] = read_columns([row.value for row in head], formats[source.name])
         jobs = ((formats[source.name], batch) for batch in _batches(chain(head, rows)))
         done = 0
         workers = available_cores() if data.workers is None else data.workers
@@ -128,7 +131,8 @@ def _encode_all(
         left = None if left is None else left - done
         if left == 0:
             break
-    return {"files": [source.name for source in sources], "formats": formats, "tally": tally.as_dict()}
+    files = [source.name for source in sources]
+    return {"files": files, "formats": formats, "columns": columns, "tally": tally.as_dict()}
 
 
 def refuse_at_once(data: DataSection) -> None:

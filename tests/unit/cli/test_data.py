@@ -27,6 +27,19 @@ def test_shows_format_counts_and_mask(tunesmith_cli: Run, tiny_model_dir: Callab
     assert "你好" in done.stderr
 
 
+def test_what_was_read_is_said_beside_the_format(
+    tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rows with 问题 and 答案 were "format alpaca", and nothing said which of their columns are trained."""
+    chinese = write(tmp_path / "问答.jsonl", [{"编号": i, "问题": "你好", "答案": f"答案{i}"} for i in range(3)])
+    plain = write(tmp_path / "plain.jsonl", [{"instruction": "hi", "output": "there"}])
+    done = tunesmith_cli("data", chinese, plain, "--model", tiny_model_dir(), "--json", check=True)
+    assert "4 rows in 2 files, format alpaca and alpaca (read from 问题, 答案)" in done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["formats"] == {str(chinese): "alpaca", str(plain): "alpaca"}
+    assert result["columns"] == {str(chinese): ["问题", "答案"], str(plain): []}
+
+
 def test_one_document_is_one(tunesmith_cli: Run, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     """It was "1 documents to train on"."""
     file = tmp_path / "one.txt"
