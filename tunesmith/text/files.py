@@ -70,7 +70,7 @@ def _sources_of(entry: str) -> list[Source]:
     if entry.startswith("builtin:"):
         return [Source("builtin", entry)]
     if not entry.strip():
-        raise DataError("an entry of data.train is empty: name a file, a folder, builtin:NAME, or a Hub id")
+        raise DataError("an entry of the data is empty: name a file, a folder, builtin:NAME, or a Hub id")
     path = Path(entry).expanduser()
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if _is_rows(p, path)]
@@ -89,7 +89,7 @@ def _sources_of(entry: str) -> list[Source]:
     if _HUB_ID.fullmatch(entry) and split_suffixes(path)[0] not in ROW_SUFFIXES:
         return [Source("hub", entry)]
     raise DataError(
-        f"there is no file or folder {entry}{path_hint(entry)}; data.train takes files, folders, builtin:NAME, or Hub "
+        f"there is no file or folder {entry}{path_hint(entry)}; data may be files, folders, builtin:NAME, or Hub "
         f"ids (owner/name)"
     )
 

@@ -49,3 +49,12 @@ def test_nothing_is_guessed(here: Path, typed: str) -> None:
     with pytest.raises(DataError) as said:
         find_sources([typed])
     assert "did you mean" not in str(said.value)
+
+
+def test_a_missing_file_is_not_called_one_of_training(here: Path) -> None:
+    """Validation and questions to answer come here too."""
+    with pytest.raises(DataError) as said:
+        find_sources(["nothing.like.this.json"])
+    assert "data.train" not in str(said.value)
+    with pytest.raises(DataError, match="an entry of the data is empty"):
+        find_sources([" "])
